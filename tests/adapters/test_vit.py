@@ -1,0 +1,180 @@
+"""Every architecture of timm's `vision_transformer` and `deit`: the two halves of each block are timm's whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerScale
+from torch import nn
+
+from tokencut.adapters import adapter_for, supported_modules
+from tokencut.attention import attention_bias
+from tokencut.compression import CompressedModel, compress
+from tokencut.errors import ModelError
+from tokencut.tokens import Tokens
+
+NAMES = [name for modules in supported_modules().values() for module in modules for name in timm.list_models(module=module)]
+
+# One small model for each kind of block, attention, prefix and pooling among the 179.
+SMALL: dict[str, dict[str, Any]] = {
+    "test_vit": {},
+    "test_vit2": {},
+    "test_vit3": {},
+    "deit_tiny_distilled_patch16_224": {"img_size": 64, "depth": 3},
+    "vit_base_patch16_xp_224": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_pwee_patch16_reg1_gap_256": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_dpwee_patch16_reg1_gap_256": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_dlittle_patch16_reg1_gap_256": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_base_patch16_18x2_224": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_base_patch16_rpn_224": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_base_patch16_siglip_gap_224": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_base_patch16_clip_224": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_giant_patch14_reg4_dinov2": {"img_size": 56, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "aimv2_large_patch14_224": {"img_size": 56, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_so150m_patch16_reg4_map_256": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+    "beit3_base_patch16_224": {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3},
+}
+
+
+def small_model(name: str) -> nn.Module:
+    """A small model with random weights; LayerScale near 1 and wider weights, since timm's start values would hide errors."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **SMALL[name]).eval()
+    for module in model.modules():
+        if isinstance(module, LayerScale):
+            nn.init.uniform_(module.gamma, 0.8, 1.2)
+    for name_, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+            elif "gamma" not in name_ and "lambda" not in name_:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def images(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def test_all_names_are_there() -> None:
+    assert len(NAMES) >= 179 and len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_compresses_and_runs(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, depth=2)
+    compressed = compress(model, keep=0.5)
+    shape = (1, 3, *model.patch_embed.img_size)
+    logits, traces = compressed.eval().trace(torch.empty(shape, device="meta"))
+    patches = model.patch_embed.num_patches
+    assert [trace.tokens.count for trace in traces][-1] == compressed.recipe.stages[-1].tokens_out < patches
+    assert logits.shape[1] == (model.num_classes or model.num_features)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_keep_one_is_timm_bit_for_bit(name: str) -> None:
+    model = small_model(name)
+    with torch.no_grad():
+        assert torch.equal(compress(model, keep=1.0).eval()(images(model)), model(images(model)))
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_reducing_path_with_nothing_removed_is_the_whole_block(name: str, proportional: bool) -> None:
+    model = small_model(name)
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        whole = halves = adapter.embed(model, images(model))
+        sizes = torch.rand(2, whole.shape[1] - adapter.prefix(model), generator=torch.Generator().manual_seed(2)) + 1
+        bias = attention_bias(Tokens(whole, adapter.prefix(model), sizes), proportional)
+        for block in model.blocks:
+            whole = block(whole) if bias is None else block(whole, attn_mask=bias)
+            halves, evidence = adapter.attend(model, block, halves, bias)
+            row = evidence.class_attention()
+            halves = adapter.proceed(block, halves)
+        assert row.shape == sizes.shape and (row >= 0).all() and (row.sum(1) > 0).all()
+        assert evidence.keys().shape[:2] == sizes.shape
+        torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-5)
+        assert (whole - adapter.embed(model, images(model))).abs().mean() > 0.1, "the blocks do too little for a test"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_head_with_every_token_once_is_timms(name: str) -> None:
+    model = small_model(name)
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        features = adapter.embed(model, images(model))
+        for block in model.blocks:
+            features = block(features)
+        prefix = adapter.prefix(model)
+        ones = Tokens(features, prefix, torch.ones(2, features.shape[1] - prefix))
+        for proportional in (False, True):
+            got = adapter.head(model, ones, attention_bias(ones, proportional))
+            torch.testing.assert_close(got, model.forward_head(model.norm(features)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["avg", "avgmax"])
+@pytest.mark.parametrize("include_prefix", [False, True])
+def test_average_pooling_counts_a_token_as_often_as_it_holds_patches(pool: str, include_prefix: bool) -> None:
+    model = timm.create_model("test_vit2", global_pool=pool, pool_include_prefix=include_prefix, num_classes=10).eval()
+    adapter, prefix = adapter_for(model), 1
+    generator = torch.Generator().manual_seed(0)
+    merged = torch.randn(1, prefix + 3, model.embed_dim, generator=generator)
+    # Sizes 1, 2 and 3: the same features repeated so often, pooled by timm.
+    repeated = merged[:, [0, 1, 2, 2, 3, 3, 3]]
+    with torch.no_grad():
+        got = adapter.head(model, Tokens(merged, prefix, torch.tensor([[1.0, 2.0, 3.0]])), None)
+        torch.testing.assert_close(got, model.forward_head(model.norm(repeated)), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_pooling_under_proportional_attention_sees_every_patch() -> None:
+    model = timm.create_model("test_vit3", num_classes=10).eval()
+    adapter, prefix = adapter_for(model), 1
+    merged = torch.randn(1, prefix + 3, model.embed_dim, generator=torch.Generator().manual_seed(0))
+    repeated = merged[:, [0, 1, 2, 2, 3, 3, 3]]
+    tokens = Tokens(merged, prefix, torch.tensor([[1.0, 2.0, 3.0]]))
+    with torch.no_grad():
+        got = adapter.head(model, tokens, attention_bias(tokens, True))
+        torch.testing.assert_close(got, model.forward_head(model.norm(repeated)), rtol=1e-5, atol=1e-5)
+
+
+def test_proportional_attention_is_attention_to_every_patch() -> None:
+    model = small_model("test_vit")
+    adapter, block = adapter_for(model), model.blocks[0]
+    merged = torch.randn(1, 4, model.embed_dim, generator=torch.Generator().manual_seed(0))
+    repeated = merged[:, [0, 1, 2, 2, 3, 3, 3]]
+    bias = attention_bias(Tokens(merged, 1, torch.tensor([[1.0, 2.0, 3.0]])), True)
+    with torch.no_grad():
+        got = adapter.run(block, merged, bias)
+        torch.testing.assert_close(got, block(repeated)[:, [0, 1, 2, 4]], rtol=1e-5, atol=1e-5)
+
+
+def test_an_unsupported_family_is_named_with_those_that_are() -> None:
+    with pytest.raises(ModelError) as caught:
+        compress(timm.create_model("test_resnet"))
+    assert str(caught.value) == (
+        "ResNet models are not supported; supported are: ViT / DeiT (timm.models.vision_transformer/deit); "
+        "'tokencut models' lists the names"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("block", "the block OddBlock is not known to tokencut, which knows Block, ResPostBlock"),
+     ("attention", "the attention layer OddAttention is not known to tokencut"),
+     ("pool", "the attention pooling OddPool is not known to tokencut")],
+)  # fmt: skip
+def test_unknown_parts_are_refused_by_name(part: str, message: str) -> None:
+    model = timm.create_model("test_vit3")
+    if part == "block":
+        model.blocks[1] = type("OddBlock", (type(model.blocks[1]),), {})(dim=96, num_heads=3)
+    elif part == "attention":
+        model.blocks[1].attn.__class__ = type("OddAttention", (type(model.blocks[1].attn),), {})
+    else:
+        model.attn_pool.__class__ = type("OddPool", (type(model.attn_pool),), {})
+    with pytest.raises(ModelError, match=message):
+        CompressedModel(model, compress(timm.create_model("test_vit3")).recipe)

@@ -1,0 +1,52 @@
+"""Running the command line as its users do, in this process, and the small files it is run on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from image_files import write_folder
+from outcome import CLASSES, TINY, Outcome, Run
+
+from tokencut.cli.app import main
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `tokencut` with the words given."""
+
+    def call(*words: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """Models this small are slower on two threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of four images."""
+    return write_folder(tmp_path_factory.mktemp("pictures") / "val", CLASSES, images=4)
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokencut file, to be read only: `bat` at keep 0.5."""
+    path = tmp_path_factory.mktemp("compressed") / "tiny.safetensors"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["compress", *TINY, "--keep", "0.5", "-o", str(path)]) == 0
+    return path

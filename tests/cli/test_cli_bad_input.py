@@ -1,0 +1,216 @@
+"""Every wrong command line: its exit code and the one line it gets, to the letter; nothing on stdout, no file made."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+from image_files import write_folder
+from outcome import TINY, Run
+from safetensors.torch import load_file, save_file
+
+DEIT = ("profile", "deit_tiny", "--no-latency")
+COMPRESS = ("compress", *TINY, "-o", "{tmp}/out.safetensors")
+EVAL = ("eval", "{file}", "-j", "0")
+
+# (words, exit code, the line): {tmp} is an empty folder, {file} a tokencut file, {pictures} a folder of images.
+WRONG = [
+    # What the parser finds.
+    (("profle",), 2, "unknown command 'profle', did you mean 'profile'? commands are compress, profile, eval, models, "
+                     "info; type tokencut --help"),
+    (("xyz",), 2, "unknown command 'xyz'; commands are compress, profile, eval, models, info; type tokencut --help"),
+    (("profile", "--kep", "1"), 2, "no such option --kep, did you mean --keep? type tokencut profile --help"),
+    (("profile", "a", "b"), 2,
+     re.compile(r"got unexpected extra argument(\(s\))? \(b\); type tokencut profile --help")),
+    (("compress", "deit_tiny"), 2, "missing option '-o' / '--output'; type tokencut compress --help"),
+    (("compress", "-o", "x.safetensors"), 2, "missing argument 'MODEL'; type tokencut compress --help"),
+    (("profile", "--keep"), 2, "option '--keep' requires an argument; type tokencut profile --help"),
+    (("profile", "--batch-size", "many"), 2,
+     "invalid value for '-b' / '--batch-size': 'many' is not a whole number; type tokencut profile --help"),
+    (("profile", "--precision", "fp8"), 2,
+     "invalid value for '--precision': 'fp8' is not one of fp32, bf16, fp16; type tokencut profile --help"),
+    # Keep rates.
+    ((*DEIT, "--keep", "0"), 2,
+     "keep 0 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
+    ((*DEIT, "--keep", "1.2"), 2,
+     "keep 1.2 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
+    ((*DEIT, "--keep", "-0.5"), 2,
+     "keep -0.5 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
+    ((*DEIT, "--keep", "nan"), 2,
+     "keep nan is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
+    ((*DEIT, "--keep", "half"), 2,
+     "keep half is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
+    ((*DEIT, "--keep", "0.9/1.2/0.5"), 2,
+     "keep 1.2 in --keep 0.9/1.2/0.5 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such "
+     "as --keep 0.7"),
+    ((*DEIT, "--keep", "0.9/"), 2,
+     "keep nothing in --keep 0.9/ is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as "
+     "--keep 0.7"),
+    ((*DEIT, "--keep", "0.9,0.7"), 2,
+     "--keep 0.9,0.7 has commas, which only sweep takes; for one rate per layer join them by /: --keep 0.9/0.7"),
+    ((*DEIT, "--keep", "0.9/0.7/0.5", "--layers", "4,7"), 2,
+     "3 keep rates for 2 layers; give one number for all, or one per layer joined by /, such as --keep 0.7/0.7"),
+    ((*DEIT, "--keep", "0.7", "--reduce-by", "8"), 2, "--keep and --reduce-by exclude each other; type one of them"),
+    ((*DEIT, "--reduce-by", "0"), 2, "--reduce-by 0 is not a whole number of at least 1, such as --reduce-by 13"),
+    # Layers.
+    ((*DEIT, "--layers", "0,4"), 2,
+     "layer 0 does not exist: this model has blocks 1 to 12, such as --layers 4,7,10"),
+    ((*DEIT, "--layers", "4,13"), 2,
+     "layer 13 does not exist: this model has blocks 1 to 12, such as --layers 4,7,10"),
+    ((*DEIT, "--layers", "4,4,7"), 2, "layer 4 is given twice; name each block once, such as --layers 4,7"),
+    ((*DEIT, "--layers", "7,4"), 2, "layers 7,4 are not in ascending order; write --layers 4,7"),
+    ((*DEIT, "--layers", "4;7"), 2, "--layers 4;7 is not a list of block numbers, such as --layers 4,7,10, nor all"),
+    ((*DEIT, "--layers", "all"), 2,
+     "--layers all needs an explicit rate, since 0.7 in every block leaves next to nothing; add --keep 0.95 or "
+     "--reduce-by 8"),
+    # Methods.
+    ((*DEIT, "--method", "topp"), 2,
+     re.compile(r"unknown method 'topp', did you mean 'topk'\?;? methods are .*bat, .*evit, .*topk")),
+    ((*DEIT, "--method-option", "clusters"), 2,
+     "--method-option clusters is not of the form key=value, such as --method-option clusters=0.25"),
+    ((*DEIT, "--method-option", "pairs=0", "--method-option", "pairs=1"), 2,
+     "--method-option gives pairs twice; type it once, such as --method-option pairs=1"),
+    # Models.
+    (("profile", "deit_tny"), 2,
+     re.compile(r"unknown model 'deit_tny', did you mean deit_tiny.*\?;? 'tokencut models' lists the names")),
+    (("profile", "{tmp}/none.safetensors"), 2,
+     "no such file: {tmp}/none.safetensors; give a file that 'tokencut compress MODEL -o FILE' wrote"),
+    (("models", "xyzzy"), 1, "no supported model matches 'xyzzy'; type tokencut models for all of them"),
+    (("models", "deit", "--methods"), 2,
+     "PATTERN deit picks models, --methods lists methods; type tokencut models --methods"),
+    (("info", "{tmp}/none.safetensors"), 1,
+     "{tmp}/none.safetensors does not exist; type 'tokencut compress MODEL -o {tmp}/none.safetensors' to make it"),
+    (("profile", "{file}", "--num-classes", "10"), 2,
+     "{file} is a file with its own weights and architecture, and takes no arguments of the architecture; leave that "
+     "out, or name an architecture as MODEL"),
+    (("profile", "{file}", "--no-pretrained"), 2,
+     "{file} is a file with its own weights and architecture, and takes no --no-pretrained; leave that out, or name an "
+     "architecture as MODEL"),
+    (("profile", "{file}", "--checkpoint", "{file}"), 2,
+     "{file} is a file with its own weights and architecture, and takes no --checkpoint; leave that out, or name an "
+     "architecture as MODEL"),
+    ((*DEIT, "--model-kwargs", "depth"), 2,
+     "--model-kwargs 'depth' is not key=value; type --model-kwargs img_size=384"),
+    # Dense and compressed at once.
+    (("profile", "{file}", "--dense", "--keep", "0.5"), 2,
+     "--dense is the untouched model, to which --keep cannot apply; leave one out"),
+    # Outputs.
+    ((*COMPRESS[:-1], "{tmp}/nowhere/out.safetensors"), 1,
+     "cannot write {tmp}/nowhere/out.safetensors: the folder {tmp}/nowhere does not exist; create it first"),
+    ((*COMPRESS[:-1], "{file}"), 1, "{file} exists; add --force to replace it, or give another -o"),
+    ((*COMPRESS[:-1], "{tmp}/out.bin"), 1,
+     "{tmp}/out.bin does not end in .safetensors, by which timm and others tell the format; type -o "
+     "{tmp}/out.safetensors"),
+    # Images.
+    (("eval", "{file}"), 2,
+     "eval needs images; type tokencut eval {file} --data DIR, a folder with one sub-folder a class or a .tar of one, "
+     "or try it with tokencut eval digits --data digits"),
+    ((*EVAL, "--data", "{tmp}/none"), 1,
+     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
+     "of one, or the word digits, such as --data digits"),
+    ((*EVAL, "--data", "{file}"), 1,
+     "'{file}' is a file of an unknown kind: expected a folder with one sub-folder a class, a .tar or .tar.gz of one, "
+     "or the word digits, such as --data digits"),
+    ((*EVAL, "--data", "{pictures}", "--limit", "0"), 2,
+     "a limit of 0 leaves no images, expected at least 1; type --limit 1000"),
+    ((*EVAL, "--data", "{pictures}", "--batch-size", "0"), 2,
+     "a batch size of 0 is too small, expected at least 1; type --batch-size 64"),
+    ((*EVAL, "--data", "{pictures}", "--workers", "-1"), 2,
+     "-1 workers are too few, expected at least 0; type --workers 0"),
+    ((*COMPRESS, "--data", "{tmp}/none"), 1,
+     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
+     "of one, or the word digits, such as --data digits"),
+    # Devices.
+    ((*DEIT, "--device", "tpu"), 2,
+     "unknown device 'tpu', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
+    (("profile", *TINY, "--batch-size", "0"), 2,
+     "a batch size of 0 is too small, expected at least 1; type --batch-size 16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_wrong_command_line(
+    run: Run,
+    tmp_path: Path,
+    compressed: Path,
+    pictures: Path,
+    words: tuple[str, ...],
+    code: int,
+    line: str | re.Pattern[str],
+) -> None:
+    def fill(text: str) -> str:
+        return (
+            text.replace("{tmp}", str(tmp_path)).replace("{file}", str(compressed)).replace("{pictures}", str(pictures))
+        )
+
+    done = run(*map(fill, words))
+    assert (done.code, done.out) == (code, "")
+    *notes, last = done.err.splitlines()
+    assert all(note.startswith("note: ") for note in notes)
+    if isinstance(line, str):
+        assert last == f"error: {fill(line)}"
+    else:
+        assert line.fullmatch(last.removeprefix("error: "))
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(run: Run, *words: object) -> str:
+    """The error line of a command that could not be carried out."""
+    done = run(*words)
+    assert (done.code, done.out) == (1, "")
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_output_that_is_a_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors").mkdir()
+    assert "it is a folder" in refused(run, *COMPRESS[:-1], tmp_path / "out.safetensors")
+
+
+def test_checkpoint_of_another_shape(run: Run, tmp_path: Path, compressed: Path) -> None:
+    save_file(load_file(compressed), tmp_path / "weights.safetensors")
+    line = refused(
+        run, "compress", "test_vit", "--checkpoint", tmp_path / "weights.safetensors", "-o", tmp_path / "o.safetensors"
+    )
+    assert "does not fit this model" in line
+    assert "--num-classes 3" in line
+
+
+def test_truncated_file(run: Run, tmp_path: Path, compressed: Path) -> None:
+    part = tmp_path / "part.safetensors"
+    part.write_bytes(compressed.read_bytes()[:-1000])
+    for words in (("profile", part), ("info", part), ("eval", part, "--data", tmp_path / "none")):
+        assert words[0] == "eval" or "truncated or damaged" in refused(run, *words)
+
+
+def test_pickle_under_another_name(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps({"weights": 1}))
+    assert "is a pickled PyTorch file, not safetensors" in refused(run, "profile", path)
+
+
+def test_metadata_of_a_newer_format_and_of_wrong_types(run: Run, tmp_path: Path, compressed: Path) -> None:
+    data = run("info", compressed, "--json").json
+    del data["file"], data["tensors"]
+    for edit, expected in (({"format": 99}, "pip install --upgrade tokencut"), ({"recipe": 3}, "recipe")):
+        path = tmp_path / "edited.safetensors"
+        save_file(load_file(compressed), path, metadata={"tokencut": json.dumps({**data, **edit})})
+        assert expected in refused(run, "info", path)
+
+
+def test_folders_that_match_no_class(run: Run, tmp_path: Path, compressed: Path) -> None:
+    folder = write_folder(tmp_path / "val", ("a", "b", "c", "d", "e"), images=1)
+    line = refused(run, "eval", compressed, "-j", "0", "--data", folder)
+    assert "5 class folders for the model's 3 classes" in line
+    assert "'a', 'b', 'c'" in line
+
+
+def test_a_model_without_a_head_has_no_accuracy(run: Run, pictures: Path) -> None:
+    line = refused(run, "eval", *TINY[:-1], "0", "-j", "0", "--data", pictures)
+    assert "has no classification head" in line

@@ -1,0 +1,85 @@
+"""`tokencut eval`: the contract's keys, whose accuracy it is, and what is said of the images."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from image_files import picture
+from outcome import TINY, Run
+
+KEYS = {"model", "data", "images", "top1", "top5", "loss", "gmacs", "seconds", "images_per_second"}
+
+
+def test_json_has_the_contracts_keys(run: Run, compressed: Path, pictures: Path) -> None:
+    done = run("eval", compressed, "--data", pictures, "--workers", "0", "--json")
+    assert done.code == 0
+    assert set(done.json) >= KEYS
+    assert (done.json["model"], done.json["data"], done.json["images"]) == (str(compressed), str(pictures), 12)
+    assert (done.json["method"], done.json["keep"]) == ("bat", 0.5)
+    assert done.json["top5"] == 100.0
+    assert done.json["gmacs"] == run("profile", compressed, "--no-latency", "--json").json["compressed"]["gmacs"]
+
+
+def test_a_name_is_compressed_by_default_and_that_is_said(run: Run, pictures: Path) -> None:
+    done = run("eval", *TINY, "--data", pictures, "-j", "0")
+    assert done.code == 0
+    assert "no reduction options given: taking the default, --method bat --keep 0.7" in done.notes
+    facts = dict(line.split("  ", 1) for line in done.out.splitlines())
+    assert facts["reduction"].strip() == "bat, keep 0.7, layers 2,4,5"
+    assert facts["images"].strip() == "12"
+    assert facts["top-1"].strip().endswith("%")
+
+
+def test_dense_leaves_a_model_as_it_is(run: Run, pictures: Path) -> None:
+    done = run("eval", *TINY, "--data", pictures, "-j", "0", "--dense", "--json")
+    assert (done.json["method"], done.json["keep"]) == (None, 1.0)
+    assert done.json["gmacs"] == run("profile", *TINY, "--no-latency", "--json").json["dense"]["gmacs"]
+
+
+def test_keep_1_is_the_dense_model_to_the_last_digit(run: Run, pictures: Path) -> None:
+    words = ("eval", *TINY, "--data", pictures, "-j", "0", "--json")
+    assert run(*words, "--keep", "1.0").json["loss"] == run(*words, "--dense").json["loss"]
+
+
+def test_predictions_and_limit(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    table = tmp_path / "predictions.csv"
+    done = run("eval", compressed, "--data", pictures, "-j", "0", "--limit", "6", "--predictions", table)
+    assert f"wrote {table}" in done.notes
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert set(rows[0]) == {"path", "label", "top1", "top2", "top3"}
+
+
+def test_what_was_passed_over_is_noted(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "val")
+    (folder / "ant" / "readme.txt").write_text("not an image")
+    for number in range(200):
+        picture(number, (8, 8)).save(folder / "bee" / f"more{number}.png")
+    (folder / "cat" / "1.jpg").write_bytes(b"\xff\xd8\xff\xe0 truncated")
+    done = run("eval", compressed, "--data", folder, "-j", "0", "--json")
+    assert done.code == 0
+    assert done.json["images"] == 211
+    assert [note for note in done.notes if "extension" in note and "'ant/readme.txt'" in note]
+    assert [note for note in done.notes if "1 of 212" in note and "'cat/1.jpg'" in note]
+    assert done.json["notes"] == done.notes
+
+
+def test_too_many_unreadable_images_end_it(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "val")
+    (folder / "cat" / "1.jpg").write_bytes(b"\xff\xd8\xff\xe0 truncated")
+    done = run("eval", compressed, "--data", folder, "-j", "0", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert "at most 1 % may be" in done.err.splitlines()[-1]
+
+
+def test_predictions_are_checked_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokencut.cli.subject.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    done = run("eval", "deit_base", "--data", pictures, "--predictions", tmp_path / "nowhere" / "p.csv")
+    assert done.code == 1
+    assert "does not exist; create it first" in done.err

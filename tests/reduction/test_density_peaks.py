@@ -1,0 +1,78 @@
+"""Density peaks on points whose densities and separations are worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tokencut.reduction.density_peaks import density_clusters, nearest_centre, peak_scores, squared_distances
+
+# Two heaps on a line, {0, 1, 2} and {10, 11}: squared distances are small whole numbers, exact in fp32.
+LINE = torch.tensor([[[0.0], [1.0], [2.0], [10.0], [11.0]]])
+
+
+def test_squared_distances_by_hand() -> None:
+    points = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]]])
+    assert squared_distances(points).tolist() == [[[0, 25, 9], [25, 0, 16], [9, 16, 0]]]
+
+
+def test_squared_distances_are_never_negative_and_zero_to_itself() -> None:
+    points = 1000.0 + torch.rand(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    distances = squared_distances(points)
+    assert (distances >= 0).all()
+    assert (distances.diagonal(dim1=1, dim2=2) == 0).all()
+
+
+def test_scores_by_hand() -> None:
+    # Two nearest count, the point itself among them: mean squared distance is 1/2 for every point, so all are equally
+    # dense and the lower number is the denser one. Separation: 0 is densest, so the largest squared distance, 121; then
+    # 1 from 0, 1 from 1, 64 from 2, 1 from 3.
+    scores = peak_scores(squared_distances(LINE), width=1, neighbours=2)
+    expected = [-0.5 + 0.5 * math.log(square) for square in (121, 1, 1, 64, 1)]
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_density_counts_the_nearest_and_divides_by_the_width() -> None:
+    # Three nearest: mean squared distances are 5/3, 2/3, 5/3, (0+1+64)/3, (0+1+81)/3; the point 1 is densest.
+    scores = peak_scores(squared_distances(LINE), width=1, neighbours=3)
+    means = (5 / 3, 2 / 3, 5 / 3, 65 / 3, 82 / 3)
+    separations = (1, 121, 1, 64, 1)
+    expected = [-mean + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-5)
+    wide = peak_scores(squared_distances(LINE), width=10, neighbours=3)
+    expected = [-mean / 10 + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
+    assert wide[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_more_neighbours_than_points_counts_all() -> None:
+    distances = squared_distances(LINE)
+    assert torch.equal(peak_scores(distances, 1, neighbours=5), peak_scores(distances, 1, neighbours=50))
+
+
+def test_clusters_by_hand() -> None:
+    assert density_clusters(LINE, clusters=2, neighbours=2).tolist() == [[0, 0, 0, 1, 1]]
+    assert density_clusters(LINE, clusters=1, neighbours=2).tolist() == [[0] * 5]
+    assert density_clusters(LINE, clusters=5, neighbours=2).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_clusters_are_numbered_by_their_centres_order() -> None:
+    assert density_clusters(LINE.flip(1), clusters=2, neighbours=2).tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_tokens_of_large_norm_keep_their_densities_apart() -> None:
+    # exp(-squared distance) underflows to 0 for all of these, and centres would fall by number: 0 and 1.
+    assert density_clusters(LINE * 1000, clusters=2, neighbours=2).tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_equal_points_give_the_lowest_numbers_as_centres() -> None:
+    same = torch.ones(1, 6, 4)
+    assert density_clusters(same, clusters=3, neighbours=5).tolist() == [[0, 1, 2, 0, 0, 0]]
+
+
+def test_a_centre_joins_itself_and_equal_distances_go_to_the_earlier_centre() -> None:
+    # Point 1 is as near to centre 0 as to centre 2; centre 3 lies on centre 2 and still has a cluster of its own.
+    points = torch.tensor([[[0.0], [1.0], [2.0], [2.0]]])
+    centres = torch.tensor([[0, 2, 3]])
+    assert nearest_centre(squared_distances(points), centres).tolist() == [[0, 0, 1, 2]]

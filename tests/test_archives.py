@@ -1,0 +1,194 @@
+"""Reading tar archives in place, and unpacking compressed ones into a cache."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from image_files import write_tar
+
+from tokencut import archives
+from tokencut.errors import DataError
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("TOKENCUT_CACHE", str(folder))
+    return folder
+
+
+def write_link(path: Path, mode: Literal["w", "w:gz"], kind: bytes = tarfile.SYMTYPE) -> Path:
+    """An archive with a file and a link to it."""
+    with tarfile.open(path, mode=mode) as archive:
+        member = tarfile.TarInfo("cat/1.jpg")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("cat/2.jpg")
+        link.type, link.linkname = kind, "cat/1.jpg"
+        archive.addfile(link)
+    return path
+
+
+def test_scan_says_where_the_bytes_are(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"./cat/1.jpg": b"first", "/dog/2.jpg": b"second!"})
+    listing = archives.scan(path)
+    content = path.read_bytes()
+    read = {name: content[start : start + size] for name, (start, size) in listing.files.items()}
+    assert read == {"cat/1.jpg": b"first", "dog/2.jpg": b"second!"}
+
+
+def test_of_a_path_that_occurs_twice_the_later_entry_counts(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"cat/1.jpg": b"old", "./cat/1.jpg": b"newer"})
+    (start, size) = archives.scan(path).files["cat/1.jpg"]
+    assert path.read_bytes()[start : start + size] == b"newer"
+
+
+def test_scan_lists_folders_and_sets_links_apart(tmp_path: Path) -> None:
+    path = write_link(tmp_path / "a.tar", "w")
+    with tarfile.open(path, "a") as archive:
+        for name in (".", "./dog"):
+            folder = tarfile.TarInfo(name)
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+    listing = archives.scan(path)
+    assert listing.folders == {"dog"}
+    assert listing.others == ["cat/2.jpg"]
+    assert set(listing.files) == {"cat/1.jpg"}
+
+
+def test_scan_of_a_truncated_archive_says_so(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"cat/1.jpg": bytes(5000), "cat/2.jpg": bytes(5000)})
+    path.write_bytes(path.read_bytes()[:8000])
+    with pytest.raises(
+        DataError, match=r"a\.tar is not a whole tar archive \(unexpected end of data\); download or pack"
+    ):
+        archives.scan(path)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_path_that_leads_out_is_refused(tmp_path: Path, cache: Path, mode: Literal["w", "w:gz"]) -> None:
+    path = write_tar(tmp_path / "evil.tar", {"cat/1.jpg": b"", "cat/../../../evil.jpg": b"x"}, mode)
+    read = archives.scan if mode == "w" else archives.unpack
+    with pytest.raises(
+        DataError, match="holds 'cat/../../../evil.jpg', a path that leads out of it; pack the images again"
+    ):
+        read(path)
+    assert not list(tmp_path.rglob("evil.jpg"))
+    assert mode == "w" or not list(cache.iterdir())
+
+
+def test_kinds_are_known_by_content(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "plain", {"a": b"a"})
+    packed = write_tar(tmp_path / "packed", {"a": b"a"}, "w:gz")
+    text = tmp_path / "text.tar"
+    text.write_text("no archive")
+    assert [archives.is_tar(path) for path in (plain, packed, text)] == [True, False, False]
+    assert [archives.is_gzip(path) for path in (plain, packed, text)] == [False, True, False]
+
+
+def test_unpacks_once(tmp_path: Path, cache: Path) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"meow", "/dog/notes.txt": b"woof"}, "w:gz")
+    notes: list[str] = []
+    folder = archives.unpack(path, notes.append)
+    assert notes == [f"unpacking {path} into {folder}, this once"]
+    assert folder.parent == cache
+    assert folder.name.startswith("set-")
+    assert {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")} == {"cat/1.jpg", "dog/notes.txt"}
+    assert archives.unpack(path, notes.append) == folder
+    assert len(notes) == 1
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_a_changed_archive_is_unpacked_anew(tmp_path: Path, cache: Path) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"old"}, "w:gz")
+    before = archives.unpack(path)
+    write_tar(path, {"cat/1.jpg": b"changed"}, "w:gz")
+    after = archives.unpack(path)
+    assert before != after
+    assert (after / "cat/1.jpg").read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_only_files_and_folders_are_unpacked(tmp_path: Path, cache: Path, kind: bytes) -> None:
+    path = write_link(tmp_path / "set.tar.gz", "w:gz", kind)
+    with pytest.raises(
+        DataError, match="holds 'cat/2.jpg', which is a link or a device: only plain files and folders are"
+    ):
+        archives.unpack(path)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "not a tar"])
+def test_a_damaged_archive_leaves_nothing(tmp_path: Path, cache: Path, damage: str) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": os.urandom(20000)}, "w:gz")
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del content[-100:]
+    elif damage == "changed":
+        content[-5] ^= 1  # in the checksum at the end, which only a reader of the whole stream sees
+    else:
+        content[100:2000] = bytes(1900)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"set.tar.gz is not a whole tar archive \(.+\); download or pack it again"):
+        archives.unpack(path)
+    assert not list(cache.iterdir())
+
+
+def test_an_interrupted_unpacking_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"1", "cat/2.jpg": b"2"}, "w:gz")
+    extract = tarfile.TarFile.extract
+
+    def interrupted(archive: tarfile.TarFile, member: tarfile.TarInfo, *args: object, **options: object) -> None:
+        if member.name == "cat/2.jpg":
+            raise KeyboardInterrupt
+        extract(archive, member, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        archives.unpack(path)
+    assert not list(cache.iterdir())
+
+
+def test_a_full_disk_is_told_with_a_way_out(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"1"}, "w:gz")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    with pytest.raises(DataError) as caught:
+        archives.unpack(path)
+    assert str(caught.value) == (
+        f"cannot unpack {path} into {cache}: No space left on device; set TOKENCUT_CACHE to a folder with room "
+        "for it, or unpack it yourself and give the folder"
+    )
+    assert not list(cache.iterdir())
+
+
+def test_two_that_unpack_at_once_agree(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"1"}, "w:gz")
+    rename = Path.rename
+
+    def beaten(partial: Path, target: Path) -> Path:
+        (target / "cat").mkdir(parents=True)
+        (target / "cat/1.jpg").write_bytes(b"1")
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "rename", beaten)
+    folder = archives.unpack(path)
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKENCUT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert archives.cache_folder() == tmp_path / "tokencut"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert archives.cache_folder() == Path.home() / ".cache" / "tokencut"

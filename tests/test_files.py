@@ -1,0 +1,86 @@
+"""The atomic write: the old content or the new, never a part, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tokencut.errors import ArtifactError
+from tokencut.files import atomic_write, check_writable
+
+
+def fail_halfway(target: Path, failure: BaseException) -> None:
+    with atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise failure
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_the_whole_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    with atomic_write(target) as temporary:
+        assert temporary.parent == tmp_path
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["out.txt"]
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "out.txt") as temporary:
+        temporary.write_text("new")
+    (tmp_path / "plain.txt").write_text("new")
+    assert (tmp_path / "out.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failure_passes_through_and_leaves_the_old_content(tmp_path: Path, failure: BaseException) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    with pytest.raises(type(failure)):
+        fail_halfway(target, failure)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["out.txt"]
+
+
+def test_disk_full_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    with pytest.raises(ArtifactError) as caught:
+        fail_halfway(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert str(caught.value) == f"cannot write {target}: No space left on device; nothing was written"
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    target = tmp_path / "out.txt"
+    with pytest.raises(ArtifactError) as caught, atomic_write(target):
+        pytest.fail("the block must not run")
+    assert str(caught.value) == f"cannot write {target}: Permission denied"
+
+
+def test_refusals(tmp_path: Path) -> None:
+    old = tmp_path / "old.txt"
+    old.write_text("old")
+    cases = {
+        tmp_path / "no" / "out.txt": f"the folder {tmp_path / 'no'} does not exist; create it first",
+        tmp_path: f"it is a folder; name a file in it, such as {tmp_path / 'out.safetensors'}",
+        old: f"{old} exists; add --force to replace it, or give another -o",
+    }
+    for path, message in cases.items():
+        with pytest.raises(ArtifactError) as caught:
+            check_writable(path, force=False)
+        assert message in str(caught.value)
+        with pytest.raises(ArtifactError), atomic_write(path, force=False):
+            pytest.fail("the block must not run")
+    assert check_writable(old, force=True) == old
+    assert old.read_text() == "old"

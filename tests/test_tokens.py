@@ -1,0 +1,70 @@
+"""Tokens in flight: what a selection and a grouping do to features, sizes and source map."""
+
+from __future__ import annotations
+
+import torch
+
+from tokencut.tokens import Grouping, Selection, Tokens, apply_decision, group_average, in_order, membership
+
+
+def small_tokens() -> Tokens:
+    """One prefix token and four image tokens of two numbers; five patches, the last two in token 3."""
+    features = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [2.0, 0.0], [0.0, 4.0], [0.0, 8.0]]])
+    return Tokens(features, 1, torch.tensor([[1.0, 1.0, 1.0, 2.0]]), torch.tensor([[0, 1, 2, 3, 3]]))
+
+
+def test_a_selection_keeps_rows_and_forgets_the_rest() -> None:
+    left = apply_decision(small_tokens(), Selection(torch.tensor([[1, 3]])))
+    assert left.features.tolist() == [[[9.0, 9.0], [2.0, 0.0], [0.0, 8.0]]]
+    assert left.sizes is not None and left.sizes.tolist() == [[1.0, 2.0]]
+    assert left.source is not None and left.source.tolist() == [[-1, 0, -1, 1, 1]]
+
+
+def test_a_selection_of_unmerged_tokens_needs_no_sizes() -> None:
+    tokens = Tokens(small_tokens().features, 1)
+    left = apply_decision(tokens, Selection(torch.tensor([[0]])))
+    assert left.sizes is None and left.source is None and left.known_sizes().tolist() == [[1.0]]
+
+
+def test_a_grouping_averages_adds_sizes_and_follows_patches() -> None:
+    tokens = small_tokens()
+    group = torch.tensor([[0, 0, 1, 1]])
+    weight = group_average(group, torch.tensor([[1.0, 3.0, 1.0, 1.0]]), tokens.known_sizes(), 2)
+    left = apply_decision(tokens, Grouping(group, weight, 2))
+    # (1 * 1 + 3 * 2) / 4 = 1.75 and (4 + 8) / 2 = 6
+    assert left.features.tolist() == [[[9.0, 9.0], [1.75, 0.0], [0.0, 6.0]]]
+    assert left.sizes is not None and left.sizes.tolist() == [[2.0, 3.0]]
+    assert left.source is not None and left.source.tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_a_grouping_may_drop_tokens() -> None:
+    tokens = small_tokens()
+    group = in_order(torch.tensor([[1, -1, 0, 0]]), 2)
+    assert group.tolist() == [[0, -1, 1, 1]]
+    weight = group_average(group, torch.ones(1, 4), tokens.known_sizes(), 2)
+    left = apply_decision(tokens, Grouping(group, weight, 2))
+    assert left.features.tolist() == [[[9.0, 9.0], [1.0, 0.0], [0.0, 6.0]]]
+    assert left.source is not None and left.source.tolist() == [[0, -1, 1, 1, 1]]
+
+
+def test_weights_that_sum_to_zero_give_way_to_sizes() -> None:
+    group = torch.tensor([[0, 0, 1]])
+    weight = group_average(group, torch.tensor([[0.0, 0.0, 0.5]]), torch.tensor([[1.0, 3.0, 1.0]]), 2)
+    assert weight.tolist() == [[0.25, 0.75, 1.0]]
+
+
+def test_groups_are_numbered_by_their_smallest_member() -> None:
+    assert in_order(torch.tensor([[2, 0, 2, 1]]), 3).tolist() == [[0, 1, 0, 2]]
+
+
+def test_membership_is_one_row_a_group() -> None:
+    assert membership(torch.tensor([[1, 0, 1]]), 2).tolist() == [[[False, True, False], [True, False, True]]]
+
+
+def test_a_token_alone_in_its_group_passes_unchanged_in_half_precision() -> None:
+    features = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    tokens = Tokens(features, 1)
+    group = torch.tensor([[0, 1, 2, 3, 3]]).expand(2, -1)
+    weight = group_average(group, torch.rand(2, 5), torch.ones(2, 5), 4)
+    left = apply_decision(tokens, Grouping(group, weight, 4))
+    assert torch.equal(left.features[:, :4], features[:, :4])

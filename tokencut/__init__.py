@@ -1,0 +1,56 @@
+"""tokencut: pretrained Vision Transformers made cheaper by reducing tokens (method of arXiv 2211.11315).
+
+    import tokencut, timm
+    model = tokencut.compress(timm.create_model("deit_small_patch16_224", pretrained=True), keep=0.7)
+    tokencut.save(model, "out.safetensors")
+
+The names below are imported when first used: `import tokencut` alone does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tokencut.errors import TokencutError
+
+if TYPE_CHECKING:
+    from tokencut.artifact import load, save
+    from tokencut.compression import CompressedModel, compress
+    from tokencut.evaluation import EvaluationReport, evaluate
+    from tokencut.profiling import ProfileReport, profile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedModel",
+    "EvaluationReport",
+    "ProfileReport",
+    "TokencutError",
+    "compress",
+    "evaluate",
+    "load",
+    "profile",
+    "save",
+]
+
+_HOME = {
+    "CompressedModel": "compression",
+    "EvaluationReport": "evaluation",
+    "ProfileReport": "profiling",
+    "compress": "compression",
+    "evaluate": "evaluation",
+    "load": "artifact",
+    "profile": "profiling",
+    "save": "artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tokencut' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tokencut.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,122 @@
+"""What the plain loop over blocks needs to know of a model family: the adapter protocol and its registry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from tokencut.attention import Evidence
+from tokencut.cost import Macs, ModelCost
+from tokencut.errors import ModelError
+from tokencut.tokens import Tokens
+
+
+class Adapter(ABC):
+    """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
+
+    A transformer block is run either whole, by the model's own `forward`, or, where it reduces, in two halves with the
+    stage between: `attend` up to the stage, `proceed` behind it.
+
+    Attributes:
+        family: What users call it, for messages.
+        timm_modules: The timm modules whose registered architectures this adapter takes.
+    """
+
+    family: ClassVar[str]
+    timm_modules: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def accepts(self, model: nn.Module) -> bool:
+        """Whether the model is of this family (exact classes: a subclass may do something else in `forward`)."""
+
+    @abstractmethod
+    def check(self, model: nn.Module) -> None:
+        """Refuses a model with a part that is not known.
+
+        Raises:
+            ModelError: With the class name of the block or attention layer.
+        """
+
+    @abstractmethod
+    def prefix(self, model: nn.Module) -> int:
+        """`P`, the number of prefix tokens."""
+
+    @abstractmethod
+    def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches for an image of `height` x `width` px."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> nn.Module:
+        """The transformer blocks, a sequence of modules."""
+
+    @abstractmethod
+    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Everything before the first block: `(B, 3, H, W)` to `(B, P + N, D)`."""
+
+    @abstractmethod
+    def run(self, block: nn.Module, features: Tensor, bias: Tensor | None) -> Tensor:
+        """A whole block as timm runs it; `bias` is the log-size bias `(B, 1, 1, P + N)` or None."""
+
+    @abstractmethod
+    def attend(
+        self, model: nn.Module, block: nn.Module, features: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Evidence]:
+        """The first half of a reducing block, up to where its stage stands, and the attention's evidence."""
+
+    @abstractmethod
+    def proceed(self, block: nn.Module, features: Tensor) -> Tensor:
+        """The second half of a reducing block, on the tokens that left its stage."""
+
+    @abstractmethod
+    def normed(self, block: nn.Module, features: Tensor) -> Tensor:
+        """Features as the second half's norm sees them, `(B, N, D)`; unchanged where there is no such norm."""
+
+    @abstractmethod
+    def head(self, model: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        """Final norm, pooling and classifier: logits `(B, classes)`. Average pooling is weighted by size."""
+
+    @abstractmethod
+    def cost(self, model: nn.Module) -> ModelCost:
+        """The model's multiply-adds in pieces, for the closed form."""
+
+
+_ADAPTERS: list[Adapter] = []
+
+
+def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: makes an adapter known to `adapter_for`."""
+    _ADAPTERS.append(adapter())
+    return adapter
+
+
+def supported_modules() -> dict[str, tuple[str, ...]]:
+    """The timm modules that are supported, by family."""
+    return {adapter.family: adapter.timm_modules for adapter in _ADAPTERS}
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """Finds the adapter of a model.
+
+    Raises:
+        ModelError: The family is not supported, naming it and those that are; or a part of the model is not known.
+    """
+    for adapter in _ADAPTERS:
+        if adapter.accepts(model):
+            adapter.check(model)
+            return adapter
+    families = ", ".join(f"{family} (timm.models.{'/'.join(names)})" for family, names in supported_modules().items())
+    raise ModelError(
+        f"{type(model).__name__} models are not supported; supported are: {families}; 'tokencut models' lists the names"
+    )
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds per token of all linear layers inside a module that applies each of them to every token once."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def fused_attention_macs(query_width: int, value_width: int) -> Macs:
+    """QK' and PV of one fused attention over all heads: `query_width` and `value_width` numbers a token."""
+    return Macs(per_pair=query_width + value_width)

@@ -1,0 +1,130 @@
+"""Every architecture that timm builds from its modules `vision_transformer` and `deit`."""
+
+from __future__ import annotations
+
+from timm.layers import AttentionPoolLatent, AttentionPoolPrr
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tokencut.adapters import vit_blocks
+from tokencut.adapters.base import Adapter, Macs, ModelCost, linear_macs, register_adapter
+from tokencut.attention import Evidence
+from tokencut.errors import ModelError
+from tokencut.tokens import Tokens
+
+_AVERAGE_POOLS = ("avg", "avgmax")
+
+
+@register_adapter
+class ViTAdapter(Adapter):
+    """Plain, distilled (two heads), register tokens, no class token, average or attention pooling, LayerScale, q/k norm,
+    pre-norm, res-post-norm, parallel and differential blocks.
+    """
+
+    family = "ViT / DeiT"
+    timm_modules = ("vision_transformer", "deit")
+
+    def accepts(self, model: nn.Module) -> bool:
+        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+
+    def check(self, model: nn.Module) -> None:
+        for block in model.blocks:
+            vit_blocks.handler(block).check(block)
+        pool = getattr(model, "attn_pool", None)
+        if pool is not None and type(pool) not in (AttentionPoolLatent, AttentionPoolPrr):
+            raise ModelError(f"the attention pooling {type(pool).__name__} is not known to tokencut; "
+                             "please report the model's name")  # fmt: skip
+
+    def prefix(self, model: nn.Module) -> int:
+        return int(model.num_prefix_tokens)
+
+    def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
+
+    def blocks(self, model: nn.Module) -> nn.Module:
+        return model.blocks
+
+    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def run(self, block: nn.Module, features: Tensor, bias: Tensor | None) -> Tensor:
+        return block(features) if bias is None else block(features, attn_mask=bias)
+
+    def attend(
+        self, model: nn.Module, block: nn.Module, features: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Evidence]:
+        features, layers = vit_blocks.handler(block).attend(block, features, bias)
+        return features, Evidence(layers, self.prefix(model), _class_rows(model), bias)
+
+    def proceed(self, block: nn.Module, features: Tensor) -> Tensor:
+        return vit_blocks.handler(block).proceed(block, features)
+
+    def normed(self, block: nn.Module, features: Tensor) -> Tensor:
+        return vit_blocks.handler(block).normed(block, features)
+
+    def head(self, model: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        features = model.norm(tokens.features)
+        weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
+        if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
+            pooled = _attention_pool(model, features, bias)
+        elif weighted and (counts := tokens.counts()) is not None:
+            pooled = _average_pool(model, features, counts)
+        else:
+            return model.forward_head(features)
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    def cost(self, model: nn.Module) -> ModelCost:
+        embed = model.patch_embed
+        pooled, head_prefix = _pool_macs(model)
+        return ModelCost(
+            embed=embed.proj.weight.numel() * embed.num_patches,
+            blocks=tuple(vit_blocks.handler(b).cost(b, max(1, len(_class_rows(model)))) for b in model.blocks),
+            head=pooled,
+            prefix=self.prefix(model),
+            patches=embed.num_patches,
+            head_prefix=head_prefix,
+            width=model.embed_dim,
+            key_width=vit_blocks.handler(model.blocks[0]).key_width(model.blocks[0]),
+        )
+
+
+def _class_rows(model: nn.Module) -> tuple[int, ...]:
+    """Positions of the class token and the distillation token."""
+    if isinstance(model, VisionTransformerDistilled):
+        return (0, 1)
+    return (0,) if model.cls_token is not None else ()
+
+
+def _average_pool(model: nn.Module, features: Tensor, counts: Tensor) -> Tensor:
+    """timm's `avg` and `avgmax` pooling with each token counted as often as it holds patches."""
+    skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    seen, prefix = features[:, skipped:], model.num_prefix_tokens - skipped
+    counts = nn.functional.pad(counts, (prefix, 0), value=1.0).to(features.dtype).unsqueeze(2)
+    # While training all tokens of an image may be hidden; nothing is then averaged to 0.
+    mean = (seen * counts).sum(1) / counts.sum(1).clamp(min=1.0)
+    return mean if model.global_pool == "avg" else 0.5 * (seen.amax(1) + mean)
+
+
+def _attention_pool(model: nn.Module, features: Tensor, bias: Tensor) -> Tensor:
+    """timm's latent attention pooling under proportional attention."""
+    skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    return model.attn_pool(features[:, skipped:], attn_mask=bias[..., skipped:])
+
+
+def _pool_macs(model: nn.Module) -> tuple[Macs, int]:
+    """Multiply-adds of pooling and classifier, and how many prefix tokens their token count includes."""
+    heads = [model.head] + ([model.head_dist] if isinstance(model, VisionTransformerDistilled) else [])
+    classifier = sum(linear_macs(head) for head in heads)
+    included = model.num_prefix_tokens if model.pool_include_prefix else 0
+    pool = model.attn_pool
+    if isinstance(pool, AttentionPoolLatent):
+        latent, width = pool.latent_len, pool.num_heads * pool.head_dim
+        once = sum(linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None) * latent
+        return Macs(fixed=once + classifier, per_token=linear_macs(pool.kv) + 2 * width * latent), included
+    if isinstance(pool, AttentionPoolPrr):
+        return Macs(fixed=classifier, per_pair=2 * model.embed_dim), included
+    if not model.global_pool:
+        return Macs(per_token=classifier), model.num_prefix_tokens
+    return Macs(fixed=classifier), included

@@ -1,0 +1,160 @@
+"""Archives of images: reading a `.tar` where it lies, and unpacking a `.tar.gz` once into a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from tokencut.errors import DataError
+from tokencut.listing import Listing
+
+CACHE_VARIABLE = "TOKENCUT_CACHE"
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file is an uncompressed tar archive, by its content."""
+    try:
+        tarfile.open(path, "r:").close()
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file is gzip-compressed, by its content."""
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
+def scan(path: Path) -> Listing:
+    """Lists an uncompressed tar archive.
+
+    Where a path occurs twice the later entry counts, as it would when unpacked.
+
+    Raises:
+        DataError: The archive is truncated or damaged, or holds a path that leads out of it.
+    """
+    listing = Listing()
+    with _reading(path), tarfile.open(path, "r:") as archive:
+        for member in _members(archive):
+            name = _inner_path(path, member)
+            if member.isdir():
+                listing.folders.add(name)
+            elif member.isreg() and not member.issparse():
+                listing.files[name] = (member.offset_data, member.size)
+            else:
+                listing.others.append(name)
+    listing.folders.discard(".")
+    return listing
+
+
+def cache_folder() -> Path:
+    """Where archives are unpacked: `TOKENCUT_CACHE`, or `tokencut` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokencut"
+
+
+def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
+    """Unpacks a `.tar.gz` into the cache, unless that has been done.
+
+    Only plain files and folders inside the archive are accepted. If it fails or is interrupted, nothing is left behind.
+
+    Args:
+        path: The archive. Its path, size and time of change say whether the cache holds it.
+        on_note: Told that an unpacking begins, since that can take minutes.
+
+    Returns:
+        The folder with the archive's content.
+
+    Raises:
+        DataError: The archive is damaged, holds links or paths that lead out of it, or the cache cannot be written.
+    """
+    target = cache_folder() / _cache_name(path)
+    if target.is_dir():
+        return target
+    if on_note:
+        on_note(f"unpacking {path} into {target}, this once")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        try:
+            _extract(path, partial)
+            # Somebody else may have unpacked the same meanwhile; theirs is as good.
+            with contextlib.suppress(FileExistsError):
+                _rename(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot unpack {path} into {target.parent}: {error.strerror or error}; set {CACHE_VARIABLE} to a folder "
+            "with room for it, or unpack it yourself and give the folder"
+        ) from error
+    return target
+
+
+def _cache_name(path: Path) -> str:
+    status = path.stat()
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return f"{path.name.split('.')[0]}-{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:16]}"
+
+
+def _extract(path: Path, folder: Path) -> None:
+    with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        for member in _members(archive):
+            name = _inner_path(path, member)
+            if not (member.isdir() or member.isreg()):
+                raise DataError(
+                    f"{path} holds {name!r}, which is a link or a device: only plain files and folders are unpacked; "
+                    "unpack it yourself and give the folder"
+                )
+            # set_attrs: owners, modes and times of the archive's maker are of no use in a cache.
+            archive.extract(member.replace(name=name, deep=False), folder, set_attrs=False, filter="data")
+        # What follows the last member is padding; reading it lets gzip find out whether all came through whole.
+        while stream.read(1 << 20):
+            pass
+
+
+def _rename(partial: Path, target: Path) -> None:
+    partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        raise FileExistsError(target) from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole tar archive ({error}); download or pack it again") from error
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members one after the other; tarfile's own list of them, a gigabyte for ImageNet, is kept empty."""
+    for member in archive:
+        archive.members.clear()  # type: ignore[attr-defined]  # public, though the stubs leave it out
+        yield member
+
+
+def _inner_path(path: Path, member: tarfile.TarInfo) -> str:
+    """A member's path without a leading `/` or `./`, which mean nothing in an archive."""
+    parts = PurePosixPath(member.name.lstrip("/")).parts
+    if ".." in parts:
+        raise DataError(
+            f"{path} holds {member.name!r}, a path that leads out of it; pack the images again without '..'"
+        )
+    return "/".join(parts) or "."

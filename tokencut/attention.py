@@ -1,0 +1,182 @@
+"""Fused attention that leaves evidence behind: what a stage needs to know of a block's attention.
+
+The block keeps its fused attention and never materialises the `N x N` matrix; only the class row is computed beside it,
+in `O(N D)`. The functions call the sub-modules of timm's attention layers, so that q/k norm, gates and scale norms of
+whatever timm version is installed take part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokencut.tokens import Tokens, full_precision
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries and keys of one attention layer.
+
+    Attributes:
+        query: `(B, H, P + N, d)`, after q norm.
+        key: `(B, H, P + N, d)`, after k norm.
+        factor: What this map counts for in the layer's attention: 1, or `-lambda` for the second map of differential
+            attention.
+    """
+
+    query: Tensor
+    key: Tensor
+    factor: Tensor | float = 1.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a block's attention says about its tokens, computed when a method asks for it.
+
+    Attributes:
+        layers: One entry for each attention layer that runs in the block (parallel blocks have several); each entry
+            holds the layer's maps (differential attention has two).
+        prefix: `P`, the number of prefix tokens.
+        class_rows: Positions of the class token, or of class and distillation token; empty where there is none.
+        bias: Log-size bias on the attention logits, `(B, 1, 1, P + N)`, or None.
+    """
+
+    layers: tuple[tuple[Heads, ...], ...]
+    prefix: int
+    class_rows: tuple[int, ...]
+    bias: Tensor | None = None
+
+    def class_attention(self) -> Tensor:
+        """Class attention of the image tokens, averaged over heads (method of arXiv 2211.11315, eq. 3).
+
+        Without a class token the mean query of the image tokens takes its place; with a distillation token both rows
+        are averaged; parallel attentions are averaged; differential attention gives the difference of its two rows,
+        clamped at 0.
+
+        Returns:
+            fp32 `(B, N)`, not negative; a softmax over all `P + N` keys, restricted to the image tokens.
+        """
+        rows = [sum((_class_row(heads, self) for heads in maps[1:]), _class_row(maps[0], self)) for maps in self.layers]
+        mean = torch.stack(rows).mean(0) if len(rows) > 1 else rows[0]
+        return mean.clamp(min=0) if any(len(maps) > 1 for maps in self.layers) else mean
+
+    def keys(self) -> Tensor:
+        """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""
+        every = [heads.key[:, :, self.prefix :].float().mean(1) for maps in self.layers for heads in maps]
+        return torch.stack(every).mean(0) if len(every) > 1 else every[0]
+
+
+def _class_row(heads: Heads, evidence: Evidence) -> Tensor:
+    """Class attention of one map, fp32 `(B, N)`."""
+    if evidence.class_rows:
+        query = heads.query[:, :, : len(evidence.class_rows)].float()
+    else:
+        query = heads.query[:, :, evidence.prefix :].float().mean(2, keepdim=True)
+    with full_precision(query.device):
+        logits = torch.matmul(query * heads.query.shape[-1] ** -0.5, heads.key.float().transpose(-2, -1))
+    if evidence.bias is not None:
+        logits = logits + evidence.bias.float()
+    row = logits.softmax(-1)[..., evidence.prefix :].mean((1, 2))
+    return row * heads.factor
+
+
+def log_size_bias(tokens: Tokens) -> Tensor | None:
+    """The bias of proportional attention (ToMe, arXiv 2210.09461): log of the size, 0 for prefix tokens.
+
+    Args:
+        tokens: The tokens that attend to each other.
+
+    Returns:
+        `(B, 1, 1, P + N)` in the features' dtype, for timm's `attn_mask`; None while no token was merged, since a mask
+        rules out the fastest kernels.
+    """
+    if tokens.sizes is None:
+        return None
+    bias = F.pad(tokens.sizes.log(), (tokens.prefix, 0))
+    return bias.to(tokens.features.dtype)[:, None, None, :]
+
+
+# A hidden token keeps this share of its weight in attention, so that `log` has a gradient there (as arXiv 2106.02034).
+HIDDEN = 1e-6
+
+
+def attention_bias(tokens: Tokens, proportional: bool) -> Tensor | None:
+    """Everything that is added to the attention logits of a block.
+
+    Args:
+        tokens: The tokens that attend to each other.
+        proportional: Whether tokens weigh by their size.
+
+    Returns:
+        As `log_size_bias`; `log(policy)` is added where tokens are hidden while training.
+    """
+    bias = log_size_bias(tokens) if proportional else None
+    if tokens.policy is None:
+        return bias
+    hidden = F.pad((tokens.policy + HIDDEN).log(), (tokens.prefix, 0)).to(tokens.features.dtype)[:, None, None, :]
+    return hidden if bias is None else bias + hidden
+
+
+def self_attention(layer: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+    """Runs timm's `Attention` by its own sub-modules, fused, and keeps queries and keys.
+
+    Args:
+        layer: A `timm.layers.Attention`.
+        x: Normed features, `(B, P + N, D)`.
+        bias: Added to the attention logits, `(B, 1, 1, P + N)`, or None.
+
+    Returns:
+        The attention's output `(B, P + N, D)`, and its one map.
+    """
+    batch, count, _ = x.shape
+    qkv = layer.qkv(x).reshape(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+    query, key, value = qkv.unbind(0)
+    query, key = layer.q_norm(query), layer.k_norm(key)
+    dropout = layer.attn_drop.p if layer.training else 0.0
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    y = layer.norm(y.transpose(1, 2).reshape(batch, count, -1))
+    if getattr(layer, "gate", None) is not None:
+        y = y * layer.gate(x).sigmoid()
+    return layer.proj_drop(layer.proj(y)), (Heads(query, key),)
+
+
+def differential_attention(layer: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+    """Runs timm's `DiffAttention` (arXiv 2410.05258) by its own sub-modules; arguments as in `self_attention`.
+
+    Returns:
+        The attention's output `(B, P + N, D)`, and its two maps.
+    """
+    y, maps = differential_core(layer, layer.qkv(x).chunk(3, dim=2), bias)
+    return layer.proj_drop(layer.proj(layer.norm(y))), maps
+
+
+def differential_core(
+    layer: nn.Module, qkv: tuple[Tensor, ...], bias: Tensor | None
+) -> tuple[Tensor, tuple[Heads, ...]]:
+    """The difference of two fused attentions, for every timm layer that holds lambda, sub norm and q/k norm.
+
+    Args:
+        layer: The timm module with `_compute_lambda`, `sub_norm`, `q_norm`, `k_norm`, `num_heads`, `lambda_init`.
+        qkv: Query, key, value, each `(B, P + N, D)`.
+        bias: Added to the attention logits, `(B, 1, 1, P + N)`, or None.
+
+    Returns:
+        The attention's output before its projection, `(B, P + N, D)`, and its two maps.
+    """
+    batch, count, width = qkv[0].shape
+    query, key = (t.reshape(batch, count, 2 * layer.num_heads, -1).transpose(1, 2) for t in qkv[:2])
+    value = qkv[2].reshape(batch, count, layer.num_heads, -1).transpose(1, 2)
+    # Heads stand in pairs: the even ones make the first map, the odd ones the second.
+    query, key = (t.unflatten(1, (layer.num_heads, 2)) for t in (layer.q_norm(query), layer.k_norm(key)))
+    weight = layer._compute_lambda().type_as(query)
+    dropout = layer.attn_drop_p if layer.training else 0.0
+    first, second = (
+        F.scaled_dot_product_attention(query[:, :, i], key[:, :, i], value, attn_mask=bias, dropout_p=dropout)
+        for i in (0, 1)
+    )
+    y = layer.sub_norm(first - weight * second) * (1 - layer.lambda_init)
+    maps = (Heads(query[:, :, 0], key[:, :, 0]), Heads(query[:, :, 1], key[:, :, 1], -weight.float()))
+    return y.transpose(1, 2).reshape(batch, count, width), maps

@@ -1,0 +1,158 @@
+"""The `tokencut` command: finds the command to run, and turns whatever goes wrong into one line and an exit code.
+
+A command is a file with a function, and one line in `COMMANDS`. Nothing here imports torch or timm: help must be quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tokencut import __version__
+from tokencut.cli import render
+from tokencut.cli.cmd_compress import compress
+from tokencut.cli.cmd_eval import evaluate
+from tokencut.cli.cmd_info import info
+from tokencut.cli.cmd_models import models
+from tokencut.cli.cmd_profile import profile
+from tokencut.cli.process import Interrupts, quiet_libraries
+from tokencut.errors import TokencutError, UsageError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "compress": compress,
+    "profile": profile,
+    "eval": evaluate,
+    "models": models,
+    "info": info,
+}
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Commands(TyperGroup):
+    """The commands; an unknown one gets the nearest offered."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and name not in self.commands:
+            close = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.5)
+            hint = f", did you mean {close[0]!r}?" if close else ";"
+            known = ", ".join(self.commands)
+            raise UsageError(f"unknown command {name!r}{hint} commands are {known}; type tokencut --help")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="tokencut",
+    cls=_Commands,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _function in COMMANDS.items():
+    app.command(_name)(_function)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        render.write(f"tokencut {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tokencut(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback where something fails; may stand after a command, too.")
+    ] = False,
+) -> None:
+    """Pretrained Vision Transformers made cheaper by reducing tokens.
+
+    Try it, with nothing to download:
+
+      tokencut compress digits --keep 0.6 -o digits.safetensors
+      tokencut profile digits.safetensors
+      tokencut eval digits.safetensors --data digits
+
+    Then with a model and images of your own:
+
+      tokencut compress deit_tiny --keep 0.6 -o out.safetensors
+      tokencut eval out.safetensors --data /imagenet/val
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the entry point of the `tokencut` script.
+
+    Args:
+        arguments: The words behind `tokencut`; those of this process by default.
+
+    Returns:
+        The exit code: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
+    """
+    words, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
+    with Interrupts() as interrupts, quiet_libraries(unless=debug):
+        try:
+            _invoke(words or ["--help"])
+            return DONE
+        except render.ReaderGoneError:
+            return DONE
+        except typer.Exit as done:
+            return done.exit_code
+        except SystemExit:  # rich ends so when the reader of a help text has gone
+            return DONE
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (nothing may end in a traceback)
+            if debug:
+                traceback.print_exc()
+            # An interrupt while torch is being imported can surface as any exception.
+            code, message = (INTERRUPTED, "interrupted") if interrupts.seen else _explain(error, words)
+            render.error(message)
+            return code
+
+
+def _take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without `--debug`, which may stand anywhere before a `--`, and whether it was there."""
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return [*kept, *words[end:]], len(kept) < end
+
+
+def _invoke(words: list[str]) -> None:
+    # Not through app(): typer's own main prints errors in boxes, and turns an EOFError (a damaged file) into "Aborted".
+    command = typer.main.get_command(app)
+    with command.make_context("tokencut", words) as context:
+        command.invoke(context)
+
+
+def _explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
+    """Exit code and message for what a command raised."""
+    if isinstance(error, UsageError):
+        return WRONG_USAGE, str(error)
+    if isinstance(error, TokencutError):
+        return FAILED, str(error)
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return INTERRUPTED, "interrupted"
+    if hasattr(error, "format_message"):  # the parser's own; typer moved its class between releases
+        return WRONG_USAGE, _explain_parser(error, words)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return FAILED, "out of memory; type a smaller --batch-size, such as --batch-size 8"
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {str(error.filename)!r}" if error.filename else ""
+        return FAILED, f"{error.strerror}{where}; add --debug to see where that came from"
+    return FAILED, f"unexpected {type(error).__name__}: {error}; add --debug for a traceback to report"
+
+
+def _explain_parser(error: Any, words: Sequence[str]) -> str:
+    command = "tokencut" if not words or words[0] not in COMMANDS else f"tokencut {words[0]}"
+    nearest = getattr(error, "possibilities", None)
+    if nearest:
+        return f"no such option {error.option_name}, did you mean {nearest[0]}? type {command} --help"
+    message = error.format_message().rstrip(".")
+    return f"{message[:1].lower()}{message[1:]}; type {command} --help"

@@ -1,0 +1,92 @@
+"""`tokencut eval`: how often a model is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tokencut.cli import render
+from tokencut.cli.options import (
+    DEFAULT_MODEL,
+    DataOptions,
+    DenseFlag,
+    JsonFlag,
+    ModelArgument,
+    ModelOptions,
+    ReductionOptions,
+    RunOptions,
+    data_option,
+    with_groups,
+)
+from tokencut.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokencut.cli.subject import Subject
+    from tokencut.evaluation import EvaluationReport
+
+
+@with_groups
+def evaluate(
+    model: ModelArgument = DEFAULT_MODEL,
+    *,
+    data: DataOptions,
+    predictions: Annotated[
+        Path | None,
+        data_option("--predictions", metavar="FILE.csv", help="Write path, label and top-5 of each image."),
+    ] = None,
+    reduction: ReductionOptions,
+    dense: DenseFlag = False,
+    source: ModelOptions,
+    run: RunOptions,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measures a model's accuracy: top-1, top-5 and loss on a folder of images.
+
+    A model that is not a tokencut file is compressed on the fly; --dense leaves
+    it as it is.
+
+    Examples:
+      tokencut eval out.safetensors --data /imagenet/val
+      tokencut eval deit_small --keep 0.5 --data /imagenet/val --limit 5000
+      tokencut eval digits --dense --data digits
+    """
+    if data.data is None:
+        raise UsageError(
+            f"eval needs images; type tokencut eval {model} --data DIR, a folder with one sub-folder a class or a .tar "
+            "of one, or try it with tokencut eval digits --data digits"
+        )
+    from tokencut.cli.subject import measure_accuracy, prepare
+    from tokencut.files import check_writable
+    from tokencut.runtime import resolve_device
+    from tokencut.sources import open_source
+
+    if predictions is not None:
+        check_writable(predictions, force=True)
+    device = resolve_device(run.device)
+    images = open_source(data.data, on_note=render.note)
+    subject = prepare(model, source, reduction, seed=run.seed, dense=dense)
+    report = measure_accuracy(subject.model, subject.name, images, data, run, device, predictions=predictions)
+    for text in report.notes:
+        render.note(text)
+    if as_json:
+        recipe = subject.recipe
+        added = {"method": recipe.method if recipe else None, "keep": recipe.keep if recipe else 1.0}
+        render.write_json({**report.to_dict(), **added})
+        return
+    render.show(render.facts(_facts(report, subject)))
+    if predictions is not None:
+        render.note(f"wrote {predictions}")
+
+
+def _facts(report: EvaluationReport, subject: Subject) -> list[tuple[str, str]]:
+    return [
+        ("model", report.model),
+        ("reduction", subject.describe()),
+        ("data", report.data),
+        ("images", f"{report.images:,}" + (f" ({len(report.unreadable)} unreadable)" if report.unreadable else "")),
+        ("top-1", f"{report.top1:.2f} %"),
+        ("top-5", f"{report.top5:.2f} %"),
+        ("loss", f"{report.loss:.4f}"),
+        ("GMACs per image", "" if report.gmacs is None else render.gmacs_text(report.gmacs)),
+        ("time", f"{report.seconds:.1f} s, {report.images_per_second:.1f} images/s"),
+    ]

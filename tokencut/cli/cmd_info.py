@@ -1,0 +1,66 @@
+"""`tokencut info`: what a tokencut file says about its model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokencut.cli import render
+from tokencut.cli.options import JsonFlag
+
+if TYPE_CHECKING:
+    from tokencut.metadata import ArtifactInfo
+
+
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that tokencut compress wrote.")],
+    *,
+    as_json: JsonFlag = False,
+) -> None:
+    """Prints what a tokencut file holds, without building its model.
+
+    Example:
+      tokencut info out.safetensors
+    """
+    from tokencut.artifact import read_info
+
+    found = read_info(file)
+    size = file.stat().st_size
+    if as_json:
+        tensors = {"dtype": found.dtype, "parameters": found.parameters, "bytes": size}
+        render.write_json({"file": str(file), **json.loads(found.to_text()), "tensors": tensors})
+        return
+    render.show(render.facts(_facts(found, size)))
+    rows = [(str(stage.block), str(stage.tokens_in), str(stage.tokens_out)) for stage in found.recipe.stages]
+    if rows:
+        render.show(render.table(("block", "tokens in", "tokens out"), rows))
+
+
+def _facts(found: ArtifactInfo, size: int) -> list[tuple[str, str]]:
+    recipe = found.recipe
+    rows = [
+        ("architecture", found.architecture),
+        ("arguments", render.pairs(found.model_args)),
+        ("method", " ".join((recipe.method, render.pairs(recipe.method_options)))),
+        ("keep", render.keep_text(recipe.keep, recipe.schedule.reduce_by)),
+        ("layers", ",".join(map(str, recipe.layers))),
+        ("proportional attention", "on" if recipe.prop_attn else "off"),
+        ("preprocessing", render.pairs(found.preprocessing)),
+        ("labels", _labels(found)),
+        ("weights from", str(found.origin)),
+        ("licence", found.origin.licence or "not known"),
+        ("measured", render.pairs(found.measured) or "nothing yet: add --data DIR to tokencut compress"),
+        ("tensors", f"{found.parameters:,} numbers in {found.dtype}, {size / 1e6:.1f} MB"),
+    ]
+    return [(name, value or "none") for name, value in rows]
+
+
+def _labels(found: ArtifactInfo) -> str:
+    names: Any = found.label_names
+    if not names:
+        return "not known"
+    shown = list(names.values() if isinstance(names, dict) else names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

@@ -1,0 +1,271 @@
+"""The options that commands share: each is written down once, in a group, and read into what the library takes.
+
+A command takes a whole group as one parameter, and `with_groups` spells the group out for typer:
+
+    @with_groups
+    def profile(model: ModelName = "deit_tiny", *, source: ModelOptions, reduction: ReductionOptions) -> None: ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tokencut.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+DEFAULT_MODEL = "deit_tiny"
+DEFAULT_KEEP, DEFAULT_METHOD = 0.7, "bat"
+
+MODEL_HELP = "A tokencut file, digits (bundled), a timm name such as deit_small, hf-hub:NAME or local-dir:PATH."
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def whole_number(text: str) -> int:
+    """Parser of an option: typer's own words on what is wrong with a number change from release to release.
+
+    Raises:
+        typer.BadParameter: It is not a whole number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+def precision_name(text: str) -> Precision:
+    """Parser of an option: a type that weights can be stored or computed in.
+
+    Raises:
+        typer.BadParameter: There is no such type.
+    """
+    for name in typing.get_args(Precision):
+        if text == name:
+            return name
+    raise typer.BadParameter(f"{text!r} is not one of {', '.join(typing.get_args(Precision))}")
+
+
+reduction_option = functools.partial(typer.Option, rich_help_panel="Reduction")
+model_option = functools.partial(typer.Option, rich_help_panel="Model")
+running_option = functools.partial(typer.Option, rich_help_panel="Running")
+data_option = functools.partial(typer.Option, rich_help_panel="Data")
+
+PRECISION = {"metavar": "fp32|bf16|fp16", "parser": precision_name}
+NUMBER = {"metavar": "N", "parser": whole_number}
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+DenseFlag = Annotated[bool, reduction_option("--dense", help="The untouched model, of a tokencut file too.")]
+
+KEEP_HELP = (
+    "Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one per layer joined by / "
+    "as in 0.9/0.7/0.5. Default 0.7."
+)
+LAYERS_HELP = "Blocks that reduce, from 1 on; or all, beside --keep or --reduce-by. Default 4,7,10 of 12."
+METHOD_HELP = "See tokencut models --methods. Default bat."
+OPTION_HELP = "A setting of the method; may be repeated."
+REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer; --layers is then all."
+PROP_ATTN_HELP = "Whether merged tokens weigh by their size in later attention."
+
+
+@dataclass(frozen=True)
+class ReductionOptions:
+    """How tokens are reduced, as typed. Beside a tokencut file these replace its recipe."""
+
+    keep: Annotated[str | None, reduction_option("--keep", metavar="F", help=KEEP_HELP)] = None
+    layers: Annotated[str | None, reduction_option("--layers", metavar="4,7,10", help=LAYERS_HELP)] = None
+    method: Annotated[str | None, reduction_option("--method", metavar="NAME", help=METHOD_HELP)] = None
+    method_option: Annotated[
+        list[str] | None, reduction_option("--method-option", metavar="KEY=VALUE", help=OPTION_HELP)
+    ] = None
+    reduce_by: Annotated[int | None, reduction_option("--reduce-by", **NUMBER, help=REDUCE_BY_HELP)] = None
+    prop_attn: Annotated[bool | None, reduction_option("--prop-attn/--no-prop-attn", help=PROP_ATTN_HELP)] = None
+
+    def given(self) -> tuple[str, ...]:
+        """The options that were typed, such as `("--keep", "--layers")`."""
+        return tuple(
+            "--" + entry.name.replace("_", "-") for entry in fields(self) if getattr(self, entry.name) not in (None, [])
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """What was typed, as arguments of `tokencut.compress`.
+
+        Raises:
+            UsageError: An option cannot be read, or two contradict each other.
+        """
+        if self.keep is not None and self.reduce_by is not None:
+            raise UsageError("--keep and --reduce-by exclude each other; type one of them")
+        if self.layers == "all" and self.keep is None and self.reduce_by is None:
+            raise UsageError(
+                "--layers all needs an explicit rate, since 0.7 in every block leaves next to nothing; add --keep 0.95 "
+                "or --reduce-by 8"
+            )
+        keep = None if self.keep is None else read_keep(self.keep)
+        return {
+            "keep": DEFAULT_KEEP if keep is None and self.reduce_by is None else keep,
+            "layers": None if self.layers is None else read_layers(self.layers),
+            "method": self.method or DEFAULT_METHOD,
+            "reduce_by": self.reduce_by,
+            "prop_attn": self.prop_attn,
+            "method_options": read_pairs("--method-option", self.method_option or (), "clusters=0.25"),
+        }
+
+
+CHECKPOINT_HELP = "Local weights: safetensors, or a timm .pth."
+KWARGS_HELP = "An argument for timm; may be repeated or comma-joined."
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Where a model's weights come from, and how timm builds it."""
+
+    checkpoint: Annotated[Path | None, model_option("--checkpoint", metavar="FILE", help=CHECKPOINT_HELP)] = None
+    no_pretrained: Annotated[bool, model_option("--no-pretrained", help="Random weights: no download.")] = False
+    model_kwargs: Annotated[list[str] | None, model_option("--model-kwargs", metavar="KEY=VALUE", help=KWARGS_HELP)] = (
+        None
+    )
+    num_classes: Annotated[int | None, model_option("--num-classes", **NUMBER, help="Classes of the head.")] = None
+    img_size: Annotated[int | None, model_option("--img-size", **NUMBER, help="Side of the images, in px.")] = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a model runs."""
+
+    device: Annotated[str, running_option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    precision: Annotated[Precision, running_option("--precision", **PRECISION, help="What it computes in.")] = "fp32"
+    batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a batch.")] = 64
+    seed: Annotated[int, running_option("--seed", **NUMBER, help="Decides random weights.")] = 0
+
+
+@dataclass(frozen=True)
+class TimingOptions(RunOptions):
+    """The same where forwards are timed."""
+
+    batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a forward.")] = 16
+
+
+DATA_HELP = "A folder with one sub-folder a class, a .tar or .tar.gz of one, or digits."
+LIMIT_HELP = "Judge an evenly spread sample of N images."
+WORKERS_HELP = "Processes that load images. Default: one a core, up to 4."
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images that an accuracy is measured on."""
+
+    data: Annotated[str | None, data_option("--data", metavar="DIR", help=DATA_HELP)] = None
+    limit: Annotated[int | None, data_option("--limit", **NUMBER, help=LIMIT_HELP)] = None
+    workers: Annotated[int | None, data_option("-j", "--workers", **NUMBER, help=WORKERS_HELP)] = None
+
+
+def read_keep(text: str) -> float | list[float]:
+    """Reads `--keep`: one number, or one per layer joined by `/`.
+
+    Raises:
+        UsageError: It holds commas, a word, or a number outside (0, 1].
+    """
+    if "," in text:
+        raise UsageError(
+            f"--keep {text} has commas, which only sweep takes; for one rate per layer join them by /: "
+            f"--keep {'/'.join(part.strip() for part in text.split(',') if part.strip()) or '0.9/0.7/0.5'}"
+        )
+    rates = [_read_rate(part, text) for part in text.split("/")]
+    return rates[0] if len(rates) == 1 else rates
+
+
+def _read_rate(part: str, text: str) -> float:
+    try:
+        rate = float(part)
+    except ValueError:
+        rate = -1.0
+    if not 0 < rate <= 1:  # nan is neither
+        inside = f" in --keep {text}" if part != text else ""
+        raise UsageError(
+            f"keep {part or 'nothing'}{inside} is not a number in (0, 1]; it is the fraction of the image tokens that "
+            "stay, such as --keep 0.7"
+        )
+    return rate
+
+
+def read_layers(text: str) -> list[int] | Literal["all"]:
+    """Reads `--layers`: block numbers joined by commas, or `all`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == "all":
+        return "all"
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--layers {text} is not a list of block numbers, such as --layers 4,7,10, nor all") from None
+
+
+def read_pairs(option: str, texts: Iterable[str], example: str) -> dict[str, str]:
+    """Reads a repeated `key=value` option.
+
+    Raises:
+        UsageError: A text has no `=` or no key, or a key stands twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"{option} {text} is not of the form key=value, such as {option} {example}")
+        if key.strip() in pairs:
+            raise UsageError(f"{option} gives {key.strip()} twice; type it once, such as {option} {text}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: spells out the parameters that are option groups, since typer wants every option as a parameter.
+
+    Args:
+        command: A function; those of its parameters whose annotation is a dataclass of options get an instance of it.
+
+    Returns:
+        The same with all options as keyword parameters of their own.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    groups = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        parameters += _spelled_out(groups[name]) if name in groups else [parameter]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
+        command(**values)
+
+    # Options without default would have to stand first in a signature; none has.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _spelled_out(group: type[DataclassInstance]) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(
+            entry.name,
+            keyword,
+            default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
+            annotation=hints[entry.name],
+        )
+        for entry in fields(group)
+    ]

@@ -1,0 +1,72 @@
+"""What a command does to its process while it runs, all of it undone at its end: signals, warnings, logging."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+
+class Interrupts:
+    """A context in which Ctrl-C, and a polite request to end or a closed terminal, raise KeyboardInterrupt.
+
+    So that a command ends the same way in all three cases: what it was writing is removed. A signal that was ignored
+    on purpose (`nohup`) stays ignored.
+
+    Attributes:
+        seen: Whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._process = os.getpid()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # it came from signal.signal
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker process that has not set its own handlers yet
+            os._exit(128 + number)
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def quiet_libraries(*, unless: bool) -> Iterator[None]:
+    """Keeps off stderr, where people look for one line of ours, what libraries warn of, log, or fail to clean up.
+
+    Args:
+        unless: Let them through.
+    """
+    if unless:
+        yield
+        return
+    disabled, unraisable = logging.root.manager.disable, sys.unraisablehook
+    logging.disable(logging.WARNING)
+    # An interrupt that reaches the processes that load images, too, ends in a traceback of torch's loader.
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        sys.unraisablehook = unraisable

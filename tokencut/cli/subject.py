@@ -1,0 +1,173 @@
+"""What a command works on: the model that its MODEL, model options and reduction options come to.
+
+Imports torch: commands import this when they run, not before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import disable_progress_bars
+from torch import nn
+
+from tokencut import cost
+from tokencut.adapters import adapter_for
+from tokencut.cli import render
+from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
+from tokencut.compression import CompressedModel, compress, predicted_macs
+from tokencut.errors import UsageError
+from tokencut.evaluation import EvaluationReport, evaluate
+from tokencut.model_args import parse_model_kwargs
+from tokencut.modelzoo import Loaded, load_model
+from tokencut.recipe import Recipe
+from tokencut.reduction import make_method, methods
+from tokencut.sources import Source
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to work on.
+
+    Attributes:
+        name: What reports call it.
+        model: A `CompressedModel`; or timm's own, where the dense model was asked for.
+        dense: timm's own model, inside or beside it.
+    """
+
+    name: str
+    model: nn.Module
+    dense: nn.Module
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What is done to the model; None for the dense one."""
+        return self.model.recipe if isinstance(self.model, CompressedModel) else None
+
+    def describe(self) -> str:
+        """The reduction in words, such as `bat, keep 0.7, layers 4,7,10`."""
+        return describe(self.recipe) if self.recipe else "none: the dense model"
+
+
+def prepare(
+    spec: str,
+    source: ModelOptions,
+    reduction: ReductionOptions,
+    *,
+    seed: int,
+    dense: bool = False,
+    weights_needed: bool = True,
+) -> Subject:
+    """Loads a model and reduces it as asked; what can be checked without the model is checked first.
+
+    Args:
+        spec: MODEL.
+        source: Where its weights come from.
+        reduction: How to reduce it; beside a tokencut file, instead of its recipe.
+        seed: For random weights.
+        dense: Whether the untouched model is wanted.
+        weights_needed: Whether the weights matter.
+
+    Raises:
+        TokencutError: An option is wrong, or the model cannot be had.
+    """
+    given = reduction.given()
+    if dense and given:
+        raise UsageError(f"--dense is the untouched model, to which {' and '.join(given)} cannot apply; leave one out")
+    arguments = reduction.arguments()
+    make_method(arguments["method"], arguments["method_options"])
+    if not render.on_terminal():
+        disable_progress_bars()
+    loaded = load_model(
+        spec,
+        pretrained=not source.no_pretrained,
+        checkpoint=source.checkpoint,
+        model_kwargs=parse_model_kwargs(source.model_kwargs or ()),
+        num_classes=source.num_classes,
+        img_size=source.img_size,
+        weights_needed=weights_needed,
+        seed=seed,
+    )
+    for text in loaded.notes:
+        render.note(text)
+    if not weights_needed and loaded.info is None and loaded.origin.kind == "random":
+        render.note("costs do not depend on weights, so none are downloaded")
+    if dense:
+        return Subject(loaded.name, loaded.dense, loaded.dense)
+    if loaded.recipe and not given:
+        return Subject(loaded.name, loaded.model, loaded.dense)
+    return _reduced(loaded, arguments, given)
+
+
+def _reduced(loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...]) -> Subject:
+    replaced = loaded.recipe
+    if replaced and methods()[replaced.method].needs_training:
+        raise UsageError(
+            f"{loaded.name} was trained for its recipe ({describe(replaced)}), so {' and '.join(given)} cannot replace "
+            "it; leave out what was typed, or compress the original model"
+        )
+    model = compress(loaded.dense, **arguments)
+    if methods()[model.recipe.method].needs_training:
+        render.note(f"the stages of method {model.recipe.method} are untrained: its cost is true, its accuracy is not")
+    if replaced:
+        render.note(
+            f"{' and '.join(given)} replace{'s' if len(given) == 1 else ''} the recipe of {loaded.name} "
+            f"({describe(replaced)}) by {describe(model.recipe)}"
+        )
+    elif not given:
+        render.note(f"no reduction options given: taking the default, --method {DEFAULT_METHOD} --keep {DEFAULT_KEEP}")
+    return Subject(loaded.name, model, loaded.dense)
+
+
+def describe(recipe: Recipe) -> str:
+    """A recipe in words."""
+    keep = render.keep_text(recipe.keep, recipe.schedule.reduce_by)
+    rate = keep if recipe.keep is None else f"keep {keep}"
+    return f"{recipe.method}, {rate}, layers {','.join(map(str, recipe.layers))}"
+
+
+def gmacs(model: nn.Module) -> float:
+    """Multiply-adds per image by the closed form, in units of 1e9."""
+    if isinstance(model, CompressedModel):
+        return cost.total(predicted_macs(model)) / 1e9
+    return cost.total(cost.predict(adapter_for(model).cost(model), {})) / 1e9
+
+
+def measure_accuracy(
+    model: nn.Module,
+    name: str,
+    images: Source,
+    data: DataOptions,
+    run: RunOptions,
+    device: torch.device,
+    predictions: Path | None = None,
+) -> EvaluationReport:
+    """Evaluates a model as the options say, with a progress bar.
+
+    Args:
+        model: Dense or compressed.
+        name: What the report calls it.
+        images: The opened `--data`.
+        data: Which of the images, and how they are loaded.
+        run: How the model runs.
+        device: Where it runs.
+        predictions: A CSV file to write.
+    """
+    with render.progress(f"evaluating {name}") as advance:
+        return evaluate(
+            model,
+            images,
+            batch_size=run.batch_size,
+            workers=data.workers,
+            device=device,
+            precision=run.precision,
+            limit=data.limit,
+            predictions=predictions,
+            gmacs=gmacs(model),
+            name=name,
+            on_progress=lambda now: advance(
+                now.done, now.total, f"{now.top1:.2f} % top-1, {now.images_per_second:.0f} images/s"
+            ),
+        )

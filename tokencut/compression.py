@@ -1,0 +1,214 @@
+"""compress(model, ...) -> an nn.Module: a plain loop over blocks, with stages between attention and MLP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencut import cost
+from tokencut.adapters import Adapter, adapter_for
+from tokencut.attention import attention_bias
+from tokencut.recipe import Recipe
+from tokencut.reduction import Reduction, Scene, StageShape, make_method
+from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
+from tokencut.tokens import Tokens, apply_decision, full_precision
+
+
+class Stage(nn.Module):
+    """One reduction: decides by its method, and carries the decision out.
+
+    Holds settings only, no parameter, but for a method that learns (`Reduction.make_module`): `learned`, else None.
+    """
+
+    def __init__(self, method: Reduction, learned: nn.Module | None = None) -> None:
+        super().__init__()
+        self.method = method
+        self.learned = learned
+
+    def forward(self, scene: Scene, budget: int) -> Tokens:
+        """Reduces the image tokens of a scene to `budget`.
+
+        Args:
+            scene: The tokens entering, `(B, P + N, D)`, and their evidence.
+            budget: `M`, the image tokens leaving.
+
+        Returns:
+            The tokens leaving, `(B, P + M, D)`; all of them where the method hides tokens while it trains.
+        """
+        scene = replace(scene, learned=self.learned)
+        # Decided in fp32 whatever the model runs in, so that selection does not change with precision.
+        with full_precision(scene.tokens.features.device):
+            policy = self.method.soft_policy(scene) if self.training else None
+            if policy is not None:
+                return replace(scene.tokens, policy=policy)
+            with torch.no_grad():
+                decision = self.method.decide(scene, budget)
+        return apply_decision(scene.tokens, decision)
+
+    def extra_repr(self) -> str:
+        return repr(self.method)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The tokens behind one stage, for pictures and dense outputs: its 1-based block and what left it."""
+
+    block: int
+    tokens: Tokens
+
+
+class CompressedModel(nn.Module):
+    """A timm model with stages that reduce its tokens.
+
+    `model` is timm's own, with timm's parameter names; `stages` holds one `Stage` for each layer of the recipe's
+    schedule; `recipe` says what was done.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        """Wraps a model; it is not copied (`compress` does that).
+
+        Args:
+            model: A timm model of a supported family.
+            recipe: A recipe made for a model of this depth.
+
+        Raises:
+            ModelError: The family is not supported.
+            UsageError: The recipe's method or one of its settings is unknown.
+        """
+        super().__init__()
+        self.adapter: Adapter = adapter_for(model)
+        self.model = model
+        self.recipe = recipe
+        method = make_method(recipe.method, dict(recipe.method_options))
+        width = self.adapter.cost(model).width
+        self.stages = nn.ModuleDict(
+            {str(layer): Stage(method, method.make_module(width, seed=layer)) for layer in recipe.schedule.layers}
+        ).to(next(model.parameters()).device)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the head; 0 for a model without one."""
+        return int(self.model.num_classes)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of weights and preprocessing."""
+        return self.model.pretrained_cfg
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, classes)` for images `(B, 3, H, W)`."""
+        return self._head(self._run(self._embed(images), None))
+
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Trace]]:
+        """Logits, and the tokens behind each stage with their source map.
+
+        Args:
+            images: `(B, 3, H, W)`.
+
+        Returns:
+            Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
+            (`block` is then the number of blocks, and the features are those before the final norm).
+        """
+        tokens = self._embed(images)
+        patches = torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1)
+        traces: list[Trace] = []
+        tokens = self._run(replace(tokens, source=patches), traces)
+        traces.append(Trace(len(self.adapter.blocks(self.model)), tokens))
+        return self._head(tokens), traces
+
+    def _embed(self, images: Tensor) -> Tokens:
+        return Tokens(self.adapter.embed(self.model, images), self.adapter.prefix(self.model))
+
+    def _bias(self, tokens: Tokens) -> Tensor | None:
+        return attention_bias(tokens, self.recipe.prop_attn)
+
+    def _head(self, tokens: Tokens) -> Tensor:
+        return self.adapter.head(self.model, tokens, self._bias(tokens))
+
+    def _run(self, tokens: Tokens, traces: list[Trace] | None) -> Tokens:
+        plans = {plan.block: plan for plan in self.recipe.stages_for(tokens.count)}
+        for number, block in enumerate(self.adapter.blocks(self.model), start=1):
+            bias = self._bias(tokens)
+            plan = plans.get(number)
+            if plan is None:
+                tokens = tokens.with_features(self.adapter.run(block, tokens.features, bias))
+            else:
+                tokens = self._reduce(plan, block, tokens, bias)
+                if traces is not None:
+                    traces.append(Trace(number, tokens))
+                tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
+        return tokens
+
+    def _reduce(self, plan: StagePlan, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tokens:
+        features, evidence = self.adapter.attend(self.model, block, tokens.features, bias)
+        scene = Scene(tokens.with_features(features), evidence, lambda image: self.adapter.normed(block, image))
+        return self.stages[str(plan.block)](scene, plan.tokens_out)
+
+
+def compress(
+    model: nn.Module,
+    *,
+    keep: Keep | None = 0.7,
+    layers: Layers | None = None,
+    method: str = "bat",
+    reduce_by: int | None = None,
+    prop_attn: bool | None = None,
+    method_options: Mapping[str, Any] | None = None,
+) -> CompressedModel:
+    """Makes a Vision Transformer cheaper by reducing its tokens (default method: arXiv 2211.11315).
+
+    Args:
+        model: A timm model of a supported family; it is copied and stays as it was.
+        keep: Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one a layer.
+            `reduce_by` takes its place where given.
+        layers: 1-based numbers of the blocks that reduce, or `"all"`; blocks 4, 7, 10 of 12 where None.
+        method: A method's name, see `tokencut models --methods`.
+        reduce_by: Instead of `keep`: so many tokens fewer in each layer.
+        prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
+        method_options: Settings of the method, by name.
+
+    Returns:
+        A module with the same input and output as `model`.
+
+    Raises:
+        UsageError: An argument is out of range or unknown.
+        ModelError: The model's family is not supported.
+    """
+    adapter = adapter_for(model)
+    built = make_method(method, dict(method_options or {}))
+    schedule = make_schedule(len(adapter.blocks(model)), keep if reduce_by is None else None, layers, reduce_by)
+    tokens = adapter.cost(model).patches
+    recipe = Recipe(
+        method=method,
+        schedule=schedule,
+        prop_attn=built.prop_attn if prop_attn is None else prop_attn,
+        tokens=tokens,
+        stages=schedule.resolve(tokens, built.leaving),
+        method_options=built.options(),
+    )
+    return CompressedModel(copy.deepcopy(model), recipe).train(model.training)
+
+
+def predicted_macs(model: CompressedModel) -> tuple[cost.BlockRow, ...]:
+    """Multiply-adds per image by the closed form, row by row, without running anything.
+
+    Args:
+        model: A compressed model, at its recipe's input size.
+
+    Returns:
+        Rows as `cost.predict` gives them; `cost.total` adds them up.
+    """
+    shape = model.adapter.cost(model.model)
+    stages = {}
+    for plan in model.recipe.stages:
+        stage = StageShape(plan.tokens_in, plan.tokens_out, shape.width, shape.key_width)
+        method = model.stages[str(plan.block)].method
+        stages[plan.block] = cost.StageCost(
+            plan.tokens_in, plan.tokens_out, method.total_macs(stage), method.reads_attention()
+        )
+    return cost.predict(shape, stages)

@@ -1,0 +1,119 @@
+"""The closed form: multiply-adds of a Vision Transformer for any schedule, before anything runs. No torch.
+
+Convention (fvcore's and the papers'): one multiply-add counts as one, over convolutions, linear layers, matrix products
+and attention (QK' and PV), the stages' own products included. Norms, softmax, sorting and gathers are not counted.
+
+An adapter describes its model in pieces whose cost is a polynomial in the number of tokens; a method adds the products
+of its stage (`Reduction.macs`). `predict` sums both for a schedule, and equals what fvcore counts to the last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds as a polynomial in the number of tokens `n`: `fixed + per_token * n + per_pair * n^2`."""
+
+    fixed: int = 0
+    per_token: int = 0
+    per_pair: int = 0
+
+    def at(self, tokens: int) -> int:
+        """Multiply-adds per image with `tokens` tokens."""
+        return self.fixed + self.per_token * tokens + self.per_pair * tokens * tokens
+
+    def __add__(self, other: Macs) -> Macs:
+        return Macs(self.fixed + other.fixed, self.per_token + other.per_token, self.per_pair + other.per_pair)
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One transformer block.
+
+    Attributes:
+        before: The part that runs on the tokens entering (attention; the whole block where nothing follows the stage).
+        after: The part that runs on the tokens leaving the stage (the MLP).
+        evidence: What a stage that reads class attention adds in this block for the class row, on the tokens entering.
+    """
+
+    before: Macs
+    after: Macs
+    evidence: Macs
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """A whole model: `embed` (patch embedding), `blocks`, `head` (pooling and classifier, on the tokens leaving).
+
+    `prefix` and `patches` count the tokens entering the first block, `head_prefix` those prefix tokens that the head's
+    `per_token` part sees; `width` and `key_width` are the numbers in a token's features and in one head's key.
+    """
+
+    embed: int
+    blocks: tuple[BlockCost, ...]
+    head: Macs
+    prefix: int
+    patches: int
+    head_prefix: int
+    width: int
+    key_width: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage of a schedule.
+
+    Attributes:
+        tokens_in: Image tokens entering.
+        tokens_out: Image tokens leaving.
+        macs: Multiply-adds of its own products.
+        evidence: Whether its method reads class attention, so that the block's `evidence` is computed for it.
+    """
+
+    tokens_in: int
+    tokens_out: int
+    macs: int
+    evidence: bool = True
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One line of the breakdown: `block` is 1-based, or 0 for the embedding and -1 for the head."""
+
+    block: int
+    tokens_in: int
+    tokens_out: int
+    macs: int
+    stage_macs: int
+
+
+def predict(model: ModelCost, stages: Mapping[int, StageCost]) -> tuple[BlockRow, ...]:
+    """Multiply-adds per image of a model under a schedule, row by row.
+
+    Args:
+        model: The model's pieces, as its adapter describes them.
+        stages: Stage of each reducing block, by 1-based block number; empty for the dense model.
+
+    Returns:
+        A row for the embedding, one a block, one for the head. Their `macs` (stages included) add up to the total.
+    """
+    tokens = model.patches
+    rows = [BlockRow(0, tokens, tokens, model.embed, 0)]
+    for number, block in enumerate(model.blocks, start=1):
+        stage = stages.get(number)
+        entering, leaving = tokens, tokens if stage is None else stage.tokens_out
+        row = block.evidence.at(model.prefix + entering) if stage is not None and stage.evidence else 0
+        own = 0 if stage is None else stage.macs + row
+        macs = block.before.at(model.prefix + entering) + block.after.at(model.prefix + leaving) + own
+        rows.append(BlockRow(number, entering, leaving, macs, own))
+        tokens = leaving
+    rows.append(BlockRow(-1, tokens, tokens, model.head.at(model.head_prefix + tokens), 0))
+    return tuple(rows)
+
+
+def total(rows: tuple[BlockRow, ...]) -> int:
+    """Multiply-adds per image over all rows."""
+    return sum(row.macs for row in rows)

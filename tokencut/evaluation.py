@@ -1,0 +1,253 @@
+"""How often a model is right: top-1, top-5 and loss over the images of a source."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokencut.data import Batch, ImageDataset, Unreadable, make_loader
+from tokencut.errors import DataError, ModelError
+from tokencut.files import atomic_write, check_writable
+from tokencut.labels import ClassMap, label_names, map_classes, quoted, require_head
+from tokencut.preprocessing import Preprocessing, preprocessing_of
+from tokencut.runtime import autocast, inference_state, resolve_device
+from tokencut.sources import Source, evenly_spread, open_source
+
+# Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
+UNREADABLE_SHARE = 0.01
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is.
+
+    Attributes:
+        done: Images seen so far, the unreadable ones among them.
+        total: Images to be seen.
+        top1: Percent right so far.
+        images_per_second: Decoded and judged, on average so far.
+    """
+
+    done: int
+    total: int
+    top1: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What an evaluation found.
+
+    Attributes:
+        model: The model's name.
+        data: The data as the user wrote it.
+        images: How many images were decoded and judged.
+        top1: Percent of them whose class has the highest logit.
+        top5: Percent of them whose class is among the 5 highest (or among all, if there are fewer).
+        loss: Mean cross-entropy, in nats.
+        gmacs: Multiply-adds per image, in units of 1e9, if the caller knows them.
+        seconds: Wall-clock time, loading included.
+        images_per_second: Images decoded and judged per second of that.
+        unreadable: The images that could not be decoded.
+        notes: What a user should know: how classes were matched, what was passed over.
+        correct: For each judged image, in natural order, whether top-1 is right: for differences image by image.
+    """
+
+    model: str
+    data: str
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    gmacs: float | None
+    seconds: float
+    images_per_second: float
+    unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    correct: tuple[bool, ...] = field(default=(), repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON, without the image-by-image results."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "correct"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | os.PathLike[str] | Source,
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    limit: int | None = None,
+    predictions: str | os.PathLike[str] | None = None,
+    gmacs: float | None = None,
+    name: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> EvaluationReport:
+    """Measures a classifier's accuracy, with its own preprocessing, as timm would; the model stays as it was.
+
+    Args:
+        model: A timm model, or one with the same `pretrained_cfg` and `num_classes`, such as a compressed one.
+        data: An image folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        batch_size: Images a batch.
+        workers: Processes that decode images; by default one a processor, 4 at most.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `fp32`, or `bf16` or `fp16` by autocasting.
+        limit: Judge an evenly spread sample of so many images.
+        predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
+        gmacs: Multiply-adds per image to put into the report, in units of 1e9.
+        name: What the report calls the model; by default its architecture and tag.
+        on_progress: Told after each batch how far it is.
+        on_note: Told what takes long before the first batch: the unpacking of an archive.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelError: The model has no classification head, or gives logits that are not finite.
+        DataError: The images cannot be found, do not fit the model's classes, or more than 1 % are unreadable.
+        ArtifactError: The predictions could not be written.
+        UsageError: Another argument is out of range.
+    """
+    classes = require_head(model)
+    target_device = resolve_device(device)
+    precise = autocast(target_device, precision)
+    if predictions is not None:
+        check_writable(predictions, force=True)
+    source = open_source(data, on_note=on_note)
+    class_map = map_classes(source.classes, label_names(model), classes)
+    prepared = preprocessing_of(model)
+    indices = evenly_spread(len(source), limit)
+    dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
+    loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=target_device.type == "cuda")
+    tally = _Tally(source, len(dataset), precision)
+    with inference_state(model, target_device), torch.no_grad(), precise, closing(iter(loader)) as batches:
+        for batch in batches:
+            tally.add(batch, _logits(model, batch, prepared, target_device))
+            if on_progress:
+                on_progress(tally.progress())
+    report = tally.report(name or _name(model), gmacs, _notes(source, class_map, tally.unreadable, len(indices)))
+    if predictions is not None:
+        _write_predictions(predictions, source, class_map, tally)
+    return report
+
+
+class _Tally:
+    """What is known so far of each image."""
+
+    def __init__(self, source: Source, total: int, precision: str) -> None:
+        self.source = source
+        self.total = total
+        self.precision = precision
+        self.unreadable: list[Unreadable] = []
+        self.indices: list[int] = []
+        self.targets: list[int] = []
+        self.ranked: list[list[int]] = []
+        self.losses: list[float] = []
+        self.right = 0
+        self.started = time.perf_counter()
+
+    def add(self, batch: Batch, logits: Tensor | None) -> None:
+        """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
+        self.unreadable += batch.unreadable
+        if len(self.unreadable) > UNREADABLE_SHARE * self.total:
+            raise DataError(self._too_many_unreadable())
+        if logits is None:
+            return
+        if not logits.isfinite().all():
+            raise ModelError(
+                f"the model gives logits that are not finite numbers in {self.precision}; "
+                + ("check its weights with tokencut info FILE" if self.precision == "fp32" else "type --precision fp32")
+            )
+        losses = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
+        # A stable sort: of equal logits the lower class comes first, alone or in any batch.
+        ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP].tolist()
+        self.indices += batch.indices.tolist()
+        self.targets += batch.targets.tolist()
+        self.ranked += ranked
+        self.losses += losses.tolist()
+        self.right += sum(best[0] == target for best, target in zip(ranked, batch.targets.tolist(), strict=True))
+
+    def progress(self) -> Progress:
+        judged = len(self.targets)
+        rate = judged / (time.perf_counter() - self.started)
+        return Progress(judged + len(self.unreadable), self.total, 100 * self.right / max(judged, 1), rate)
+
+    def report(self, model: str, gmacs: float | None, notes: tuple[str, ...]) -> EvaluationReport:
+        seconds = time.perf_counter() - self.started
+        images = len(self.targets)
+        among_top = sum(target in ranked for ranked, target in zip(self.ranked, self.targets, strict=True))
+        return EvaluationReport(
+            model=model,
+            data=self.source.name,
+            images=images,
+            top1=100 * self.right / images,
+            top5=100 * among_top / images,
+            loss=math.fsum(self.losses) / images,
+            gmacs=gmacs,
+            seconds=seconds,
+            images_per_second=images / seconds,
+            unreadable=tuple(self.source.filename(image.index) for image in self.unreadable),
+            notes=notes,
+            correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
+        )
+
+    def _too_many_unreadable(self) -> str:
+        reasons = [f"{self.source.filename(image.index)!r} ({image.reason})" for image in self.unreadable[:3]]
+        return (
+            f"at least {len(self.unreadable)} of {self.total} images in {self.source.name!r} cannot be decoded, and at "
+            f"most 1 % may be: {', '.join(reasons)}; mend or remove them and run this again"
+        )
+
+
+def _logits(model: nn.Module, batch: Batch, prepared: Preprocessing, device: torch.device) -> Tensor | None:
+    if not len(batch):
+        return None
+    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    images = prepared.normalise(batch.images, device, next(floating, torch.float32))
+    logits: Tensor = model(images)
+    return logits.float()
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    parts = (config.get("architecture") or type(model).__name__, config.get("tag"))
+    return ".".join(part for part in parts if part)
+
+
+def _notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int) -> tuple[str, ...]:
+    names = [source.filename(image.index) for image in unreadable]
+    sample = f"an evenly spread sample of {sampled} of {len(source)} images" if sampled < len(source) else ""
+    skipped = (
+        f"images skipped, since they could not be decoded: {len(names)} of {sampled} ({quoted(names)})" if names else ""
+    )
+    return tuple(note for note in (*source.notes, *class_map.notes, sample, skipped) if note)
+
+
+def _write_predictions(path: str | os.PathLike[str], source: Source, class_map: ClassMap, tally: _Tally) -> None:
+    """Writes a row for each judged image, classes by name, the most likely first."""
+    width = min(TOP, len(class_map.class_names))
+    # surrogateescape: file names that are not UTF-8 come out as the bytes they are.
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", *(f"top{rank}" for rank in range(1, width + 1))])
+        for index, target, ranked in zip(tally.indices, tally.targets, tally.ranked, strict=True):
+            names = [class_map.class_names[number] for number in (target, *ranked)]
+            rows.writerow([source.filename(index), *names])

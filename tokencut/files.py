@@ -1,0 +1,73 @@
+"""The one way tokencut writes a file: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokencut.errors import ArtifactError
+
+
+def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
+    """Refuses an output that could not be written, before any work is done for it.
+
+    Args:
+        path: The file to be written.
+        force: Whether a file of that name may be replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArtifactError: The folder does not exist, the path is a folder, or the file exists and `force` is off.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ArtifactError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
+    if target.is_dir():
+        example = target / "out.safetensors"
+        raise ArtifactError(f"cannot write {target}: it is a folder; name a file in it, such as {example}")
+    if target.exists() and not force:
+        raise ArtifactError(f"{target} exists; add --force to replace it, or give another -o")
+    return target
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
+    """Gives a temporary file beside `path`, which takes its place when the block ends well.
+
+    Args:
+        path: The file to be written.
+        force: Whether a file of that name may be replaced.
+
+    Yields:
+        The temporary path to write to. It is flushed to disk and renamed over `path` if the block ends without
+        an exception (interrupts included), and removed otherwise: `path` holds its old content or the new, never a
+        part.
+
+    Raises:
+        ArtifactError: The file cannot be written, with the system's reason (disk full, no permission).
+    """
+    target = check_writable(path, force=force)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private; the result gets the permissions any new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was written") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""Which of a model's classes each class folder stands for."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.utils.misc import natural_key
+from torch import nn
+
+from tokencut.errors import DataError, ModelError
+
+# Names that a message quotes before it says how many more there are.
+QUOTED = 3
+
+LabelNames = Sequence[str] | Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """How class folders map to a model's classes.
+
+    Attributes:
+        targets: The class, an index into the model's logits, of each folder.
+        class_names: What each of the model's classes is called, in the words that the folders matched.
+        notes: What a user should know about the match: a subset, or a match by order alone.
+    """
+
+    targets: tuple[int, ...]
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def quoted(names: Collection[str], total: int | None = None) -> str:
+    """The first few names, quoted, and how many more there are: one line, whatever the names hold.
+
+    Args:
+        names: The names, or the first of them.
+        total: How many there are, where `names` holds only the first.
+    """
+    shown = [repr(name) for name in islice(names, QUOTED)]
+    more = (len(names) if total is None else total) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def label_names(model: nn.Module) -> LabelNames | None:
+    """The label names in a model's `pretrained_cfg`, or None where it has none that fit its head.
+
+    A model given another number of classes keeps the old names in its `pretrained_cfg`; those are not returned.
+    """
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    classes = int(getattr(model, "num_classes", 0))
+    if isinstance(names, Mapping):
+        numbered = {int(index): str(name) for index, name in names.items()}  # JSON keys are strings
+        return numbered if numbered and max(numbered) < classes else None
+    return tuple(map(str, names)) if names and len(names) == classes else None
+
+
+def require_head(model: nn.Module) -> int:
+    """The number of a model's classes.
+
+    Raises:
+        ModelError: The model has no classification head, so there is no accuracy to measure.
+    """
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    if classes < 1:
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+        raise ModelError(
+            f"{name} has no classification head (num_classes=0), so there is no accuracy to measure: type "
+            f"tokencut profile {name} for its cost, or give it a head with --num-classes N and a --checkpoint FILE "
+            "that has one, or by fine-tuning (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+        )
+    return classes
+
+
+def map_classes(folder_names: Sequence[str], label_names: LabelNames | None, num_classes: int) -> ClassMap:
+    """Finds the class of the model that each folder stands for.
+
+    All folders must match the model's label names, or the wnids of ImageNet where the head has its number of classes
+    (or ImageNet's descriptions, where the model has no label names of its own); case and `_` for a space do not count,
+    and of a comma list of synonyms any one that no other class shares will do. Failing that, as many folders as classes
+    are taken in timm's natural order.
+
+    Args:
+        folder_names: The class folders.
+        label_names: The model's label names, in the order of its logits or by index, if it has any.
+        num_classes: How many classes the model tells apart.
+
+    Returns:
+        The mapping, with a target for each of `folder_names`.
+
+    Raises:
+        DataError: The folders match no names, and are not as many as the classes.
+    """
+    vocabularies = _vocabularies(label_names, num_classes)
+    for names in vocabularies:
+        lookup = _lookup(names)
+        targets = [lookup.get(_folded(folder)) for folder in folder_names]
+        if all(target is not None for target in targets):
+            matched = tuple(target for target in targets if target is not None)
+            return ClassMap(matched, _class_names(names, num_classes), _subset_note(matched, num_classes))
+    unmatched = _closest_misses(folder_names, vocabularies)
+    if len(folder_names) == num_classes:
+        return _natural_order(folder_names, label_names, unmatched)
+    raise DataError(_mismatch(folder_names, vocabularies, unmatched, num_classes))
+
+
+def _vocabularies(label_names: LabelNames | None, num_classes: int) -> list[dict[int, str]]:
+    """The names that folders may match, the model's own first, each by class index."""
+    own = dict(label_names) if isinstance(label_names, Mapping) else dict(enumerate(label_names or ()))
+    vocabularies = [own] if own else []
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    if subset:
+        imagenet = ImageNetInfo(subset)
+        wnids = imagenet.label_names()
+        vocabularies.append(dict(enumerate(wnids)))
+        # A model that names other classes is no ImageNet model: that a folder `cup` is in ImageNet says nothing then.
+        if set(own.values()) <= set(wnids):
+            vocabularies.append(dict(enumerate(imagenet.label_descriptions())))
+    return vocabularies
+
+
+def _folded(name: str) -> str:
+    """A name without what does not count: case, `_` for a space, and how accents are encoded (macOS splits them)."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
+
+
+def _lookup(names: Mapping[int, str]) -> dict[str, int]:
+    """The class for every spelling that only one class has.
+
+    A whole name goes before a synonym: ImageNet's `cardigan` is a garment, though a Welsh corgi is called so as well.
+    """
+    whole: dict[str, set[int]] = {}
+    synonyms: dict[str, set[int]] = {}
+    for index, name in names.items():
+        whole.setdefault(_folded(name), set()).add(index)
+        for synonym in name.split(","):
+            synonyms.setdefault(_folded(synonym), set()).add(index)
+    return {spelling: min(indices) for spelling, indices in {**synonyms, **whole}.items() if len(indices) == 1}
+
+
+def _class_names(names: Mapping[int, str], num_classes: int) -> tuple[str, ...]:
+    return tuple(names.get(index, str(index)) for index in range(num_classes))
+
+
+def _subset_note(targets: Sequence[int], num_classes: int) -> tuple[str, ...]:
+    present = len(set(targets))
+    return (
+        ()
+        if present == num_classes
+        else (f"{present} of the model's {num_classes} classes {'is' if present == 1 else 'are'} present",)
+    )
+
+
+def _closest_misses(folder_names: Sequence[str], vocabularies: Sequence[Mapping[int, str]]) -> list[str]:
+    """The folders that fail to match, under the vocabulary that the fewest fail to match."""
+    misses = [[name for name in folder_names if _folded(name) not in _lookup(names)] for names in vocabularies]
+    return min(misses, key=len, default=list(folder_names))
+
+
+def _natural_order(folder_names: Sequence[str], label_names: LabelNames | None, unmatched: Sequence[str]) -> ClassMap:
+    """Maps the i-th folder in timm's natural order to class i, and says so."""
+    ordered = sorted(folder_names, key=lambda name: (natural_key(name), name))
+    rank = {name: index for index, name in enumerate(ordered)}
+    why = f"folders {quoted(unmatched)} match no label name" if label_names else "the model has no label names"
+    notes = [f"{why}: the {len(ordered)} folders stand for the model's classes in natural order"]
+    if label_names:
+        own = dict(label_names) if isinstance(label_names, Mapping) else dict(enumerate(label_names))
+        crossed = [name for name in ordered if _lookup(own).get(_folded(name), rank[name]) != rank[name]]
+        if crossed:
+            label = own.get(rank[crossed[0]], str(rank[crossed[0]]))
+            notes.append(
+                f"the natural order contradicts the model's label names: it puts folder {crossed[0]!r} on class "
+                f"{label!r}; rename the folders to the label names for a true accuracy"
+            )
+    return ClassMap(tuple(rank[name] for name in folder_names), tuple(ordered), tuple(notes))
+
+
+def _mismatch(
+    folder_names: Sequence[str],
+    vocabularies: Sequence[Mapping[int, str]],
+    unmatched: Sequence[str],
+    num_classes: int,
+) -> str:
+    counts = (
+        f"{len(folder_names)} class folder{'s' if len(folder_names) != 1 else ''} for the model's {num_classes} classes"
+    )
+    if not vocabularies:
+        return (
+            f"{counts}, such as {quoted(sorted(unmatched, key=natural_key))}: the model has no label names to match, "
+            f"so exactly {num_classes} folders are expected, in the order of its classes"
+        )
+    expected = ", ".join(repr(name) for name in list(vocabularies[0].values())[:QUOTED])
+    return (
+        f"{counts}, and {quoted(sorted(unmatched, key=natural_key))} match none of its label names: rename the folders "
+        f"to label names (such as {expected}), or give one folder for each of the {num_classes} classes"
+    )

@@ -1,0 +1,140 @@
+"""A model's own preprocessing, through timm's transforms: from an image file to the tensor that the model takes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_model_data_config
+from timm.data.loader import adapt_to_chs
+from torch import Tensor, nn
+
+from tokencut.errors import ModelError
+
+# Tried whatever a file is called, and no others: for PostScript, Pillow would run Ghostscript on it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MODES = {1: "L", 3: "RGB"}
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; the message is the reason, in a few words."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become the input of one model: timm's data config for it, as timm's loaders apply it.
+
+    Transforms give bytes, as timm's do under its prefetching loader: a quarter of the traffic between processes.
+    `normalise` turns a batch of them into what the model takes, on its device.
+
+    Attributes:
+        config: timm's data config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        mode: Pillow's mode of the images that the model takes, `"RGB"` or `"L"`.
+    """
+
+    config: dict[str, Any]
+    mode: str
+
+    def transform(self, is_training: bool = False, **augmentation: Any) -> Transform:
+        """timm's transform from an image to a tensor of bytes `(C, H, W)`.
+
+        Args:
+            is_training: Whether to use timm's training transform instead of the model's own for evaluation.
+            augmentation: Further arguments of `timm.data.create_transform`. Random erasing is not done here: as in
+                timm's prefetching loader, it belongs after `normalise`.
+        """
+        transform: Transform = create_transform(
+            **{**self.config, **augmentation}, is_training=is_training, use_prefetcher=True
+        )
+        return transform
+
+    def normalise(self, images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Moves a batch of bytes to a device and normalises it there, by the arithmetic of timm's `PrefetchLoader`.
+
+        Args:
+            images: Bytes of shape `(B, C, H, W)`.
+            device: Where the model is.
+            dtype: What the model computes in.
+
+        Returns:
+            The model's input, of the same shape.
+        """
+        moved = images.to(device, non_blocking=True).to(torch.float32)
+        return moved.sub_(self._bytes("mean", device)).div_(self._bytes("std", device)).to(dtype)
+
+    def _bytes(self, statistic: str, device: torch.device) -> Tensor:
+        channels = self.config["input_size"][0]
+        values = [value * 255 for value in adapt_to_chs(self.config[statistic], channels)]
+        return torch.tensor(values, device=device, dtype=torch.float32).view(1, channels, 1, 1)
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The preprocessing that a model was trained with, for the input size that it was built for.
+
+    timm leaves `pretrained_cfg` as it was when a model is built with another `img_size` or `in_chans`, so both are read
+    off the model itself where it tells.
+
+    Raises:
+        ModelError: The model takes neither colour nor grey images.
+    """
+    config = dict(resolve_model_data_config(model))
+    inner = model if hasattr(model, "patch_embed") else getattr(model, "model", model)
+    channels, *size = config["input_size"]
+    built_for = getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    first = (getattr(inner, "pretrained_cfg", None) or {}).get("first_conv")
+    if isinstance(first, str):
+        channels = getattr(_submodule(inner, first), "in_channels", channels)
+    if channels not in MODES:
+        raise ModelError(
+            f"the model takes images of {channels} channels, expected 3 (colour) or 1 (grey); build it with "
+            "--model-kwargs in_chans=3"
+        )
+    config["input_size"] = (channels, *(built_for or size))
+    return Preprocessing(config, MODES[channels])
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def decode(file: BinaryIO, mode: str = "RGB") -> Image.Image:
+    """Decodes an image, as timm's dataset does, save that 16-bit grey is scaled to 8 bits and not clipped to white.
+
+    Args:
+        file: The encoded image.
+        mode: Pillow's mode to convert to.
+
+    Returns:
+        The image, fully decoded.
+
+    Raises:
+        UnreadableImageError: It is damaged, of another format, or so large that Pillow sees a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd but harmless metadata, which would break into progress bars and cannot be acted on.
+            warnings.simplefilter("ignore")
+            return _to_mode(Image.open(file, formats=FORMATS), mode)
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise almost anything, SyntaxError included
+        raise UnreadableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown")
+    if image.mode.startswith("I"):  # 16 bits; "I", which has room for 32, is how older Pillows open 16-bit PNGs
+        pixels = np.clip(np.asarray(image), 0, 0xFFFF) >> 8  # the higher byte, as Pillow does with 16-bit colour
+        image = Image.fromarray(pixels.astype(np.uint8))
+    return image.convert(mode)

@@ -1,0 +1,242 @@
+"""What a reduction method is, what it sees, and the registry: a new method adds a file and edits none."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tokencut.attention import Evidence
+from tokencut.errors import UsageError
+from tokencut.tokens import Decision, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a method sees of one stage.
+
+    Attributes:
+        tokens: The tokens entering, `N` image tokens.
+        evidence: What the block's attention says about them.
+        norm: The norm behind the stage (`norm2`), for methods that compare normed features.
+        learned: What `Reduction.make_module` built for this stage.
+    """
+
+    tokens: Tokens
+    evidence: Evidence
+    norm: Callable[[Tensor], Tensor]
+    learned: nn.Module | None = None
+
+    def features(self, kind: str) -> Tensor:
+        """Image tokens as points to be compared, fp32 `(B, N, F)`.
+
+        Args:
+            kind: `tokens` (the features as they are), `normed` (behind `norm2`) or `keys` (averaged over heads).
+        """
+        if kind == "keys":
+            return self.evidence.keys()
+        image = self.tokens.image
+        return (self.norm(image) if kind == "normed" else image).float()
+
+
+FEATURE_KINDS = ("tokens", "normed", "keys")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageShape:
+    """Sizes of a stage, for its closed-form cost: image tokens entering and leaving, feature and key width."""
+
+    tokens: int
+    budget: int
+    width: int
+    key_width: int
+
+    def feature_width(self, kind: str) -> int:
+        """Width of `Scene.features(kind)`."""
+        return self.key_width if kind == "keys" else self.width
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low: float | None = None,
+           high: float | None = None) -> Any:  # fmt: skip
+    """A setting of a method: its default, what it does, and the values it may take.
+
+    Args:
+        default: Its type is the setting's type: bool, int, float or str.
+        help: One line for `tokencut models --methods`.
+        choices: Allowed strings.
+        low: Smallest number allowed.
+        high: Largest number allowed.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction(ABC):
+    """A method: a frozen set of settings, and a decision for a stage.
+
+    A subclass is a frozen dataclass whose fields are made by `option`, registered with `@register`.
+
+    Attributes:
+        name: What users type after `--method`.
+        source: The paper, for `tokencut models --methods`.
+        prop_attn: Whether proportional attention is on where the user says nothing.
+        needs_training: Whether its stages hold weights that mean nothing before they are fine-tuned.
+        presets: Named sets of settings, chosen by the setting `preset`; single settings beside it win.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    prop_attn: ClassVar[bool]
+    needs_training: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abstractmethod
+    def decide(self, scene: Scene, budget: int) -> Decision:
+        """Decides which image tokens stay, merge or go; called under `no_grad` with autocast off.
+
+        Args:
+            scene: The tokens entering and their evidence.
+            budget: `M`, the image tokens that leave, `1 <= M < N`.
+
+        Returns:
+            A `Selection` or `Grouping` of exactly `budget` tokens, the same for an image alone or in any batch.
+        """
+
+    @abstractmethod
+    def macs(self, shape: StageShape) -> int:
+        """Multiply-adds per image of the method's own products; what carries out the decision is added elsewhere."""
+
+    @abstractmethod
+    def merges(self) -> bool:
+        """Whether `decide` returns a `Grouping` (sizes are tracked) rather than a `Selection`."""
+
+    def reads_attention(self) -> bool:
+        """Whether `decide` asks for class attention (once), whose row is then computed beside the block's attention."""
+        return True
+
+    def leaving(self, tokens: int, budget: int) -> int:
+        """How many of `tokens` image tokens leave a stage with this budget; another number only as published."""
+        return budget
+
+    def make_module(self, width: int, seed: int) -> nn.Module | None:
+        """What a stage of this method learns, for features of `width` numbers; the same weights for the same `seed`."""
+        return None
+
+    def soft_policy(self, scene: Scene) -> Tensor | None:
+        """A differentiable stand-in for `decide` while training, for a method that learns what to drop.
+
+        No token leaves the stage then; those that would are hidden from the attention of later blocks.
+
+        Returns:
+            `Tokens.policy`, `(B, N)`; None where training goes through `decide` as well.
+        """
+        return None
+
+    def total_macs(self, shape: StageShape) -> int:
+        """Multiply-adds per image of a stage, the product that merges included."""
+        carried_out = shape.budget * shape.tokens * shape.width if self.merges() else 0
+        return self.macs(shape) + carried_out
+
+    def options(self) -> dict[str, Any]:
+        """The settings by name."""
+        return dataclasses.asdict(self)
+
+
+_METHODS: dict[str, type[Reduction]] = {}
+
+
+def register(method: type[Reduction]) -> type[Reduction]:
+    """Class decorator: makes a method known under its `name`.
+
+    Raises:
+        UsageError: Another class has that name.
+    """
+    taken = _METHODS.get(method.name, method)
+    if (taken.__module__, taken.__qualname__) != (method.__module__, method.__qualname__):
+        raise UsageError(f"the method name {method.name!r} is taken by {taken.__module__}.{taken.__qualname__}; write "
+                         f"another one into {method.__module__}.{method.__qualname__}, such as "
+                         f"name = 'my_{method.name}'")  # fmt: skip
+    _METHODS[method.name] = method
+    return method
+
+
+def methods() -> Mapping[str, type[Reduction]]:
+    """All registered methods by name, the package's own first."""
+    return _METHODS
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reduction:
+    """Builds a method from its name and settings.
+
+    Args:
+        name: A registered name.
+        options: Settings by name; strings are read as the setting's type.
+
+    Raises:
+        UsageError: No method or setting of that name (the nearest is offered), or a value that does not fit.
+    """
+    if name not in _METHODS:
+        raise UsageError(f"unknown method {name!r}{_nearest(name, _METHODS)}; methods are {', '.join(_METHODS)}")
+    method = _METHODS[name]
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    chosen = dict(options or {})
+    if "preset" in chosen:
+        chosen = {**_preset(method, str(chosen.pop("preset"))), **chosen}
+    values = {}
+    for key, value in chosen.items():
+        if key not in fields:
+            known = f"its settings are {', '.join(fields)}" if fields else "it has no settings"
+            raise UsageError(f"method {name} has no setting {key!r}{_nearest(key, fields)}; {known}")
+        values[key] = _read(name, fields[key], value)
+    return method(**values)
+
+
+def _preset(method: type[Reduction], name: str) -> Mapping[str, Any]:
+    if name not in method.presets:
+        known = f"its presets are {', '.join(method.presets)}" if method.presets else "it has none"
+        raise UsageError(f"method {method.name} has no preset {name!r}{_nearest(name, method.presets)}; {known}")
+    return method.presets[name]
+
+
+def _nearest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _read(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """A setting's value in its own type, checked."""
+    kind, limits = type(field.default), field.metadata
+    wrong = UsageError(f"setting {field.name}={value} of method {method} is not {_expected(kind, limits)}; the default "
+                       f"is {field.name}={str(field.default).lower() if kind is bool else field.default}")  # fmt: skip
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        if str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
+    try:
+        read = kind(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if limits["choices"] is not None and read not in limits["choices"]:
+        raise wrong
+    if kind in (int, float):
+        low = float("-inf") if limits["low"] is None else limits["low"]
+        high = float("inf") if limits["high"] is None else limits["high"]
+        if not low <= read <= high or (kind is int and float(value) != read):
+            raise wrong
+    return read
+
+
+def _expected(kind: type, limits: Mapping[str, Any]) -> str:
+    if limits["choices"] is not None:
+        return "one of " + ", ".join(limits["choices"])
+    if kind is bool:
+        return "true or false"
+    number = "a whole number" if kind is int else "a number"
+    if limits["low"] is not None and limits["high"] is not None:
+        return f"{number} from {limits['low']} to {limits['high']}"
+    return number if limits["low"] is None else f"{number} of at least {limits['low']}"

@@ -1,0 +1,98 @@
+"""Token decoupling and merging: "Beyond Attentive Tokens", arXiv 2211.11315."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokencut.reduction.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.reduction.decouple import by_attention, take
+from tokencut.reduction.density_peaks import density_clusters
+from tokencut.reduction.matching import match_pairs
+from tokencut.reduction.merge_weights import WEIGHT_KINDS, raw_weights
+from tokencut.schedule import Split, split_budget
+from tokencut.tokens import Decision, Grouping, Selection, group_average, in_order
+
+
+@register
+@dataclass(frozen=True)
+class Bat(Reduction):
+    """Attentive tokens are kept apart and matched in pairs, inattentive ones clustered around density peaks.
+
+    `preset=paper` (with `--no-prop-attn`) is the paper's own rule. Single settings take parts away: `pairs=0` the
+    matching, `inattentive=drop` the clustering, both the diversity (importance only), `clusters=1` the decoupling
+    (diversity only).
+
+    The defaults are what measured best without fine-tuning: diversity only. Every token is clustered, compared as the
+    MLP's norm sees it, weighed by the patches it holds. See examples/benchmarks/defaults.md for the table.
+    """
+
+    name = "bat"
+    source = "arXiv 2211.11315"
+    prop_attn = True
+    presets = {
+        "paper": {"clusters": 0.25, "pairs": 0.25, "neighbours": 5, "mass": 0.0, "features": "tokens",
+                  "match_features": "tokens", "weights": "attention"},
+    }  # fmt: skip
+
+    clusters: float = option(1.0, "share of the budget that goes to clusters of inattentive tokens", low=0.0, high=1.0)
+    pairs: float = option(0.0, "share of the removed tokens that pairing attentive ones removes", low=0.0, high=1.0)
+    inattentive: str = option("cluster", "what becomes of inattentive tokens", choices=("cluster", "drop"))
+    neighbours: int = option(3, "nearest tokens that count for a density, the token itself among them", low=1)
+    mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
+    features: str = option("normed", "what clusters compare", choices=FEATURE_KINDS)
+    match_features: str = option("normed", "what pairs compare", choices=FEATURE_KINDS)
+    weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)
+
+    def decide(self, scene: Scene, budget: int) -> Decision:
+        split, sizes = self.split(scene.tokens.count, budget), scene.tokens.known_sizes()
+        attention = scene.evidence.class_attention() if self.reads_attention() else sizes
+        attentive, inattentive = by_attention(attention, split.attentive)
+        if not self.merges():
+            return Selection(attentive.sort(dim=1).values)
+        group = torch.full_like(attention, -1, dtype=torch.int64)
+        group = self._pair(scene, group, attentive, split)
+        if split.clusters:
+            group = self._cluster(scene, group, inattentive, split)
+        group = in_order(group, budget)
+        weight = raw_weights(self.weights, sizes, attention)
+        return Grouping(group, group_average(group, weight, sizes, budget), budget)
+
+    def _pair(self, scene: Scene, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
+        """Groups the attentive tokens as `0..K-R-1`; the sides alternate by rank of class attention."""
+        stays = torch.ones_like(attentive)
+        if split.pairs:
+            ranks = torch.arange(split.attentive, device=group.device).expand_as(attentive)
+            points = take(scene.features(self.match_features), attentive)
+            away, joined = match_pairs(points, ranks[:, 1::2], ranks[:, ::2], split.pairs)
+            stays = stays.scatter(1, away, 0)
+        place = stays.cumsum(1) - 1
+        if split.pairs:
+            place = place.scatter(1, away, place.gather(1, joined))
+        return group.scatter(1, attentive, place)
+
+    def _cluster(self, scene: Scene, group: Tensor, inattentive: Tensor, split: Split) -> Tensor:
+        """Groups the inattentive tokens behind the attentive ones."""
+        points = take(scene.features(self.features), inattentive)
+        sizes = scene.tokens.sizes
+        mass = None if sizes is None or not self.mass else self.mass * take(sizes, inattentive).log()
+        cluster = density_clusters(points, split.clusters, self.neighbours, mass)
+        return group.scatter(1, inattentive, cluster + split.attentive - split.pairs)
+
+    def split(self, tokens: int, budget: int) -> Split:
+        """How a budget is spent."""
+        return split_budget(tokens, budget, self.clusters if self.inattentive == "cluster" else None, self.pairs)
+
+    def macs(self, shape: StageShape) -> int:
+        split = self.split(shape.tokens, shape.budget)
+        clustered = shape.tokens - split.attentive if split.clusters else 0
+        sides = (split.attentive // 2) * (split.attentive - split.attentive // 2) if split.pairs else 0
+        return clustered**2 * shape.feature_width(self.features) + sides * shape.feature_width(self.match_features)
+
+    def reads_attention(self) -> bool:
+        return self.clusters < 1 or self.inattentive == "drop" or self.weights in ("attention", "product")
+
+    def merges(self) -> bool:
+        return self.inattentive == "cluster" or self.pairs > 0

@@ -1,0 +1,120 @@
+"""Where and how precisely a model runs: devices, precisions, and leaving the model as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tokencut.errors import UsageError
+
+# None: as the model is, without casting.
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def available_devices() -> tuple[str, ...]:
+    """The names of this machine's devices, `cpu` first, the fastest kind last."""
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ("cpu", *mps, *gpus)
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device that a `--device` names.
+
+    Args:
+        name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        UsageError: The name means nothing, or there is no such device here.
+    """
+    wanted, there = str(name), available_devices()
+    if wanted == "auto":
+        wanted = there[-1].partition(":")[0]
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
+        raise UsageError(f"unknown device {wanted!r}, expected auto, cpu, cuda, cuda:N or mps; type --device auto")
+    if (wanted if wanted != "cuda" else "cuda:0") not in there:
+        raise UsageError(
+            f"there is no device {wanted!r}, this machine has {', '.join(there)}; type --device {there[-1]}"
+        )
+    return torch.device(wanted)
+
+
+def describe_device(device: torch.device) -> str:
+    """What a measurement ran on, in words: the processor and its threads, or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    processor = f"{_processor_name()}, {threads} thread{'s' if threads != 1 else ''}"
+    return processor if device.type == "cpu" else f"{device.type} of {processor}"
+
+
+def _processor_name() -> str:
+    """The processor as its maker calls it, where the system tells."""
+    described = Path("/proc/cpuinfo")
+    if described.is_file():
+        named = re.search(r"^model name\s*:\s*(.+)$", described.read_text(errors="replace"), re.MULTILINE)
+        if named:
+            return " ".join(named.group(1).split())
+    if platform.system() == "Darwin":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """A context in which a model computes in a precision, its weights staying as they are.
+
+    Args:
+        device: Where the model runs.
+        precision: `fp32` (the model as it is), `bf16` or `fp16`.
+
+    Raises:
+        UsageError: There is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}, expected fp32, bf16 or fp16; type --precision bf16")
+    dtype = PRECISIONS[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def inference_state(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Has a model on a device and in eval mode for a while, and leaves it as it was found.
+
+    Modes, weights, buffers and gradients are as before: what was on another device is put back, not copied back.
+
+    Args:
+        model: The model, moved in place.
+        device: Where to.
+
+    Yields:
+        The same model.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    held = [
+        (module, name, tensor)
+        for module in model.modules()
+        for named in (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in named
+    ]
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    values = [(tensor, tensor.data) for tensor in (*model.parameters(), *gradients)]
+    try:
+        yield model.to(device).eval()
+    finally:
+        # Moving a module gives some of its tensors other data, and puts others in the place of the rest.
+        for tensor, value in values:
+            tensor.data = value
+        for module, name, tensor in held:
+            setattr(module, name, tensor)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,183 @@
+"""Tensor files: what a file is, reading it without unpickling anything, and a strict comparison with a model.
+
+Readers are told which error to raise: the same file is a damaged artifact here and a wrong `--checkpoint` there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from tokencut.errors import ArtifactError, ModelError, TokencutError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# How many tensors of a kind a message names before it counts the rest.
+NAMED = 3
+
+
+def file_kind(path: Path) -> str:
+    """What a file is by its first bytes: `safetensors`, `pickle` (PyTorch's own, zipped or not), `empty` or `other`."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        return "empty"
+    # safetensors: the header's length in eight bytes, then JSON, which may be as long as 100 MB.
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000:
+        return "safetensors"
+    # A pickle of protocol 2 to 5, or the zip archive that torch.save writes.
+    if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and 2 <= start[1] <= 5):
+        return "pickle"
+    return "other"
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path, error: type[TokencutError] = ArtifactError) -> Iterator[Any]:
+    """Opens a safetensors file to read its header or single tensors.
+
+    Args:
+        path: An existing file.
+        error: The class of error to raise.
+
+    Yields:
+        What `safetensors.safe_open` gives.
+
+    Raises:
+        TokencutError: Of the class asked for: not a safetensors file (saying what it is), damaged, or unreadable.
+    """
+    try:
+        kind = file_kind(path)
+        if kind == "pickle":
+            raise error(f"{path} is a pickled PyTorch file, not safetensors; name its architecture as MODEL and pass "
+                        f"it, with the suffix .pth, as --checkpoint {path.with_suffix('.pth')}")  # fmt: skip
+        if kind != "safetensors":
+            what = "is empty" if kind == "empty" else "is not a safetensors file"
+            raise error(f"{path} {what}; give a file that 'tokencut compress ... -o FILE' wrote, or a model's name")
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as problem:
+        raise error(f"{path} is truncated or damaged ({one_line(problem)}); copy or write it again") from problem
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror or one_line(problem)}") from problem
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Reads weights from a safetensors file or, with `weights_only=True`, a `.pth` as timm's training script writes it.
+
+    Args:
+        path: The file. Exponential averages and the prefixes of wrappers are handled as timm does.
+
+    Raises:
+        ModelError: The file is missing, damaged, needs unpickling of more than tensors, or holds no tensors.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelError(f"the checkpoint {path} {what}; give a file of weights: --checkpoint model.safetensors")
+    if path.suffix == ".safetensors" or file_kind(path) == "safetensors":
+        with open_safetensors(path, ModelError) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    else:
+        try:
+            tensors = load_state_dict(str(path), weights_only=True)
+        except Exception as problem:  # torch.load raises whatever the bytes lead it to
+            raise ModelError(f"{path} is not a file of weights that can be read without running code from it "
+                             f"({one_line(problem)}); write one with torch.save(model.state_dict(), FILE)"
+                             ) from problem  # fmt: skip
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{path} holds no weights; give a file whose content is a model's state_dict")
+    return tensors
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copies a checkpoint's tensors into a model if they are exactly the model's.
+
+    Args:
+        model: A timm model.
+        tensors: The checkpoint, by timm's names.
+        path: Where it was read from, for the message.
+
+    Raises:
+        ModelError: Tensors are missing, unexpected or of another shape: all are counted and the first few named.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problem = differences(wanted, found)
+    if problem:
+        raise ModelError(f"{path} does not fit this model: {problem}; {_advice(wanted, found)}")
+    model.load_state_dict(dict(tensors))
+
+
+def differences(wanted: Shapes, found: Shapes, named: int | None = NAMED) -> str | None:
+    """All that differs between the tensors of a model and of a file.
+
+    Args:
+        wanted: The model's shapes by name.
+        found: The file's.
+        named: How many of each kind to name; None for all.
+
+    Returns:
+        One line, or None where nothing differs.
+    """
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    reshaped = [
+        f"{name} ({_shape(found[name])} in the file, {_shape(wanted[name])} in the model)"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{len(names)} {kind}: {_listed(names, named)}" for kind, names in kinds if names) or None
+
+
+def one_line(problem: object) -> str:
+    """An error's text on one line, at most 200 characters."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def random_state(seed: int) -> Iterator[None]:
+    """Draws CPU weights from `seed` inside the block, and leaves torch's own random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _advice(wanted: Shapes, found: Shapes) -> str:
+    """What to type so that the checkpoint fits, as far as its shapes tell."""
+    wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
+    heads = [name for name in wrong if name.startswith("head")]
+    if not heads:
+        return "name the model it was made for, with the arguments it was trained with (--img-size, --model-kwargs)"
+    classes = found[heads[0]][0] if heads[0] in found else 0
+    what = f"its head has {classes} classes" if classes else "it has no head"
+    others = "" if len(heads) == len(wrong) else ", and the arguments it was trained with (--img-size, --model-kwargs)"
+    return f"{what}: type --num-classes {classes}{others}"
+
+
+def _listed(names: Iterable[str], named: int | None) -> str:
+    names = list(names)
+    shown = names[:named]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"
