@@ -84,7 +84,7 @@ def test_scores_are_fp32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("layer", "run"),
     [
-        (Attention(16, num_heads=2, qkv_bias=True, qk_norm=True, scale_norm=True, norm_layer=torch.nn.LayerNorm), self_attention),
+        (Attention(16, 2, qkv_bias=True, qk_norm=True, scale_norm=True, norm_layer=torch.nn.LayerNorm), self_attention),
         (Attention(16, num_heads=2, gated=True), self_attention),
         (DiffAttention(16, num_heads=2, depth=3), differential_attention),
     ],

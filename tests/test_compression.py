@@ -136,7 +136,7 @@ def test_real_images_alone_and_in_a_batch(shared: Path, checkpoint: str, archive
         if not torch.equal(alone_places[number], places[number])
     ]
     # At most 0.1 % of images may meet a near-tie that rounding decides; of 100 images none.
-    assert not differ, f"images whose tokens depend on their batch, with the largest difference of their logits: {differ}"
+    assert not differ, f"images whose tokens depend on their batch, with their logits' largest difference: {differ}"
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 

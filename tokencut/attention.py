@@ -8,12 +8,16 @@ whatever timm version is installed take part.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencut.tokens import Tokens, full_precision
+
+# A module of timm's, whose parts nn.Module's own annotations cannot know.
+TimmModule: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def attention_bias(tokens: Tokens, proportional: bool) -> Tensor | None:
     return hidden if bias is None else bias + hidden
 
 
-def self_attention(layer: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
     """Runs timm's `Attention` by its own sub-modules, fused, and keeps queries and keys.
 
     Args:
@@ -143,7 +147,7 @@ def self_attention(layer: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Te
     return layer.proj_drop(layer.proj(y)), (Heads(query, key),)
 
 
-def differential_attention(layer: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+def differential_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
     """Runs timm's `DiffAttention` (arXiv 2410.05258) by its own sub-modules; arguments as in `self_attention`.
 
     Returns:
@@ -154,7 +158,7 @@ def differential_attention(layer: nn.Module, x: Tensor, bias: Tensor | None) -> 
 
 
 def differential_core(
-    layer: nn.Module, qkv: tuple[Tensor, ...], bias: Tensor | None
+    layer: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None
 ) -> tuple[Tensor, tuple[Heads, ...]]:
     """The difference of two fused attentions, for every timm layer that holds lambda, sub norm and q/k norm.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
-from tokencut.attention import attention_bias
+from tokencut.attention import TimmModule, attention_bias
 from tokencut.recipe import Recipe
 from tokencut.reduction import Reduction, Scene, StageShape, make_method
 from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
@@ -66,7 +66,7 @@ class CompressedModel(nn.Module):
     """A timm model with stages that reduce its tokens.
 
     `model` is timm's own, with timm's parameter names; `stages` holds one `Stage` for each layer of the recipe's
-    schedule; `recipe` says what was done.
+    schedule; `recipe` says what was done, `method` is the reduction it names.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -82,12 +82,15 @@ class CompressedModel(nn.Module):
         """
         super().__init__()
         self.adapter: Adapter = adapter_for(model)
-        self.model = model
+        self.model: TimmModule = model
         self.recipe = recipe
-        method = make_method(recipe.method, dict(recipe.method_options))
+        self.method = make_method(recipe.method, dict(recipe.method_options))
         width = self.adapter.cost(model).width
         self.stages = nn.ModuleDict(
-            {str(layer): Stage(method, method.make_module(width, seed=layer)) for layer in recipe.schedule.layers}
+            {
+                str(layer): Stage(self.method, self.method.make_module(width, seed=layer))
+                for layer in recipe.schedule.layers
+            }
         ).to(next(model.parameters()).device)
 
     @property
@@ -204,10 +207,9 @@ def predicted_macs(model: CompressedModel) -> tuple[cost.BlockRow, ...]:
         Rows as `cost.predict` gives them; `cost.total` adds them up.
     """
     shape = model.adapter.cost(model.model)
-    stages = {}
+    stages, method = {}, model.method
     for plan in model.recipe.stages:
         stage = StageShape(plan.tokens_in, plan.tokens_out, shape.width, shape.key_width)
-        method = model.stages[str(plan.block)].method
         stages[plan.block] = cost.StageCost(
             plan.tokens_in, plan.tokens_out, method.total_macs(stage), method.reads_attention()
         )

@@ -108,8 +108,13 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
     return Schedule(chosen, _checked_keep(keep, len(chosen)), None)
 
 
-def _checked_layers(layers: Layers, depth: int) -> tuple[int, ...]:
-    chosen = tuple(layers)
+def _checked_layers(layers: Sequence[int | str], depth: int) -> tuple[int, ...]:
+    chosen = tuple(layer for layer in layers if isinstance(layer, int))
+    for layer in layers:
+        if not isinstance(layer, int):
+            raise UsageError(
+                f"layer {layer} does not exist: layers are block numbers from 1 on, such as --layers 4,7,10"
+            )
     if not chosen:
         raise UsageError("no layer given; name blocks from 1 on, such as --layers 4,7,10")
     for layer in chosen:
@@ -134,8 +139,8 @@ def _checked_keep(keep: Keep | None, count: int) -> float | tuple[float, ...]:
     for rate in rates:
         _check_rate(rate)
     if len(rates) != count:
-        raise UsageError(f"{len(rates)} keep rates for {count} layers; give one number for all, or one per layer joined "
-                         f"by /, such as --keep {'/'.join(['0.7'] * count)}")  # fmt: skip
+        raise UsageError(f"{len(rates)} keep rates for {count} layers; give one number for all, or one per layer "
+                         f"joined by /, such as --keep {'/'.join(['0.7'] * count)}")  # fmt: skip
     return tuple(float(rate) for rate in rates)
 
 

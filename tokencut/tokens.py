@@ -111,7 +111,7 @@ def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> T
     Args:
         group: Group of each token, int64 `(B, N)`; -1 for a token that is dropped, whose coefficient means nothing.
         weight: Raw weight of each token, fp32 `(B, N)`, not negative.
-        sizes: Patches held by each token, fp32 `(B, N)`; it stands in for the weights of a group whose weights sum to 0.
+        sizes: Patches held by each token, fp32 `(B, N)`; they stand in for the weights of a group that sum to 0.
         count: `M`, the number of groups.
 
     Returns:
@@ -187,8 +187,8 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
-    # One batched product does gather and weighted sum at once. A token alone in its group has weight 1 and all others 0,
-    # so it passes unchanged in any precision.
+    # One batched product does gather and weighted sum at once. A token alone in its group has weight 1 and all others
+    # 0, so it passes unchanged in any precision.
     matrix = membership(decision.group, decision.count) * decision.weight.to(tokens.features.dtype).unsqueeze(1)
     merged = torch.matmul(matrix, tokens.image)
     sizes = group_sum(decision.group, tokens.known_sizes(), decision.count)
@@ -198,7 +198,7 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast leaves products alone, so that decisions are made in fp32 whatever a model runs in."""
+    """A context in which autocast leaves products alone, so that decisions are made in fp32 in any precision."""
     # The meta device, on which costs are counted, knows no autocast.
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 

@@ -16,7 +16,8 @@ from tokencut.compression import CompressedModel, compress
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
-NAMES = [name for modules in supported_modules().values() for module in modules for name in timm.list_models(module=module)]
+MODULES = [module for modules in supported_modules().values() for module in modules]
+NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 
 # One small model for each kind of block, attention, prefix and pooling among the 179.
 SMALL: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def small_model(name: str) -> nn.Module:
-    """A small model with random weights; LayerScale near 1 and wider weights, since timm's start values would hide errors."""
+    """A small model with random weights, wider than timm starts them and LayerScale near 1, so that no error hides."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **SMALL[name]).eval()
     for module in model.modules():
@@ -99,7 +100,7 @@ def test_the_reducing_path_with_nothing_removed_is_the_whole_block(name: str, pr
         assert row.shape == sizes.shape and (row >= 0).all() and (row.sum(1) > 0).all()
         assert evidence.keys().shape[:2] == sizes.shape
         torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-5)
-        assert (whole - adapter.embed(model, images(model))).abs().mean() > 0.1, "the blocks do too little for a test"
+        assert (whole - adapter.embed(model, images(model))).abs().mean() > 0.05, "the blocks do too little for a test"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -214,3 +214,15 @@ def test_folders_that_match_no_class(run: Run, tmp_path: Path, compressed: Path)
 def test_a_model_without_a_head_has_no_accuracy(run: Run, pictures: Path) -> None:
     line = refused(run, "eval", *TINY[:-1], "0", "-j", "0", "--data", pictures)
     assert "has no classification head" in line
+
+
+def test_the_recipe_of_a_trained_method_cannot_be_replaced(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "dyvit.safetensors"
+    assert run("compress", *TINY, "--method", "dyvit", "-o", path).code == 0
+    done = run("profile", path, "--no-latency", "--keep", "0.4", "--layers", "3")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"error: {path} was trained for its recipe (dyvit, keep 0.7, layers 2,4,5), so --keep and --layers cannot "
+        "replace it; leave out what was typed, or compress the original model\n"
+    )
+    assert run("profile", path, "--no-latency", "--dense").code == 0

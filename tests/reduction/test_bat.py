@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from scenes import given_scene
 
 from tokencut.errors import UsageError
 from tokencut.reduction import StageShape, make_method
 from tokencut.tokens import Grouping, Selection, apply_decision
-
-from scenes import given_scene
 
 # Six image tokens on a line: two attentive look-alikes, two inattentive pairs.
 POINTS = [[0.0, 1.0], [5.0, 0.0], [5.1, 0.0], [0.0, 1.2], [9.0, 0.5], [9.1, 0.5]]
@@ -26,7 +25,8 @@ def test_attentive_are_paired_and_inattentive_clustered() -> None:
     assert isinstance(decision, Grouping)
     assert decision.group.tolist() == [[0, 1, 1, 0, 2, 2]]
     left = apply_decision(scene.tokens, decision).image[0]
-    # Weighted by class attention: (0.30 * 1.0 + 0.28 * 1.2) / 0.58, (0.05 * 5 + 0.04 * 5.1) / 0.09, (0.03 * 9 + 0.02 * 9.1) / 0.05
+    # Weighted by class attention: (0.30 * 1.0 + 0.28 * 1.2) / 0.58, (0.05 * 5 + 0.04 * 5.1) / 0.09,
+    # (0.03 * 9 + 0.02 * 9.1) / 0.05
     expected = torch.tensor([[0.0, 0.636 / 0.58], [0.454 / 0.09, 0.0], [0.452 / 0.05, 0.5]])
     torch.testing.assert_close(left, expected)
 
@@ -68,23 +68,16 @@ def test_a_budget_of_one_is_one_cluster_of_all() -> None:
 
 
 def test_a_heavy_token_is_denser() -> None:
-    # Three tokens, the outer ones equally far from the middle: without mass the middle is densest and a centre, and of
-    # the outer ones the first; a mass of 1 makes token 2, of 50 patches, the densest.
-    points = [[0.0], [1.0], [2.0]]
-    light = make_method("bat", {"mass": 0.0}).decide(given_scene(points, sizes=[1.0, 1.0, 50.0]), 1)
-    assert isinstance(light, Grouping)
-    heavy = [
-        make_method("bat", {"mass": mass, "neighbours": 2}).decide(
-            given_scene([[0.0], [1.0], [1.4]], sizes=[1.0, 1.0, 50.0]), 2
-        )
-        for mass in (0.0, 1.0)
-    ]
-    # Nearest two: densities are those of distances 1, 0.4, 0.4; the centres are tokens 1 and 0. With its mass token 2 is
-    # densest; token 1 is next to it, so the other centre is again 0, and token 1 joins token 2.
-    assert [decision.group.tolist() for decision in heavy if isinstance(decision, Grouping)] == [
-        [[0, 1, 1]],
-        [[0, 1, 1]],
-    ]
+    # One neighbour, itself: every density is its mass. Without mass the order is that of the tokens, the separations
+    # are 10, 1, 1, 8, and the centres tokens 0 and 3. With sizes squared, log densities are 0, 4.4, 4.4, 0, and so the
+    # scores 0, 6.7, 4.4, 2.1: the centres are tokens 1 and 2.
+    scene = given_scene([[0.0], [1.0], [2.0], [10.0]], sizes=[1.0, 9.0, 9.0, 1.0])
+    groups = []
+    for mass in (0.0, 2.0):
+        decision = make_method("bat", {"mass": mass, "neighbours": 1}).decide(scene, 2)
+        assert isinstance(decision, Grouping)
+        groups.append(decision.group.tolist())
+    assert groups == [[[0, 0, 0, 1]], [[0, 0, 1, 1]]]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tokencut.attention import Evidence
+from tokencut.attention import Evidence, TimmModule
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -32,7 +32,7 @@ class Adapter(ABC):
         """Whether the model is of this family (exact classes: a subclass may do something else in `forward`)."""
 
     @abstractmethod
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: TimmModule) -> None:
         """Refuses a model with a part that is not known.
 
         Raises:
@@ -40,45 +40,45 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def prefix(self, model: nn.Module) -> int:
+    def prefix(self, model: TimmModule) -> int:
         """`P`, the number of prefix tokens."""
 
     @abstractmethod
-    def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
+    def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of `height` x `width` px."""
 
     @abstractmethod
-    def blocks(self, model: nn.Module) -> nn.Module:
+    def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         """The transformer blocks, a sequence of modules."""
 
     @abstractmethod
-    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
+    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
         """Everything before the first block: `(B, 3, H, W)` to `(B, P + N, D)`."""
 
     @abstractmethod
-    def run(self, block: nn.Module, features: Tensor, bias: Tensor | None) -> Tensor:
+    def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
         """A whole block as timm runs it; `bias` is the log-size bias `(B, 1, 1, P + N)` or None."""
 
     @abstractmethod
     def attend(
-        self, model: nn.Module, block: nn.Module, features: Tensor, bias: Tensor | None
+        self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Evidence]:
         """The first half of a reducing block, up to where its stage stands, and the attention's evidence."""
 
     @abstractmethod
-    def proceed(self, block: nn.Module, features: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, features: Tensor) -> Tensor:
         """The second half of a reducing block, on the tokens that left its stage."""
 
     @abstractmethod
-    def normed(self, block: nn.Module, features: Tensor) -> Tensor:
+    def normed(self, block: TimmModule, features: Tensor) -> Tensor:
         """Features as the second half's norm sees them, `(B, N, D)`; unchanged where there is no such norm."""
 
     @abstractmethod
-    def head(self, model: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`. Average pooling is weighted by size."""
 
     @abstractmethod
-    def cost(self, model: nn.Module) -> ModelCost:
+    def cost(self, model: TimmModule) -> ModelCost:
         """The model's multiply-adds in pieces, for the closed form."""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters import vit_blocks
 from tokencut.adapters.base import Adapter, Macs, ModelCost, linear_macs, register_adapter
-from tokencut.attention import Evidence
+from tokencut.attention import Evidence, TimmModule
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
@@ -18,8 +18,8 @@ _AVERAGE_POOLS = ("avg", "avgmax")
 
 @register_adapter
 class ViTAdapter(Adapter):
-    """Plain, distilled (two heads), register tokens, no class token, average or attention pooling, LayerScale, q/k norm,
-    pre-norm, res-post-norm, parallel and differential blocks.
+    """Plain, distilled (two heads), register tokens, no class token, average or attention pooling, LayerScale,
+    q/k norm, pre-norm, res-post-norm, parallel and differential blocks.
     """
 
     family = "ViT / DeiT"
@@ -28,7 +28,7 @@ class ViTAdapter(Adapter):
     def accepts(self, model: nn.Module) -> bool:
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: TimmModule) -> None:
         for block in model.blocks:
             vit_blocks.handler(block).check(block)
         pool = getattr(model, "attn_pool", None)
@@ -36,35 +36,35 @@ class ViTAdapter(Adapter):
             raise ModelError(f"the attention pooling {type(pool).__name__} is not known to tokencut; "
                              "please report the model's name")  # fmt: skip
 
-    def prefix(self, model: nn.Module) -> int:
+    def prefix(self, model: TimmModule) -> int:
         return int(model.num_prefix_tokens)
 
-    def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
+    def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
 
-    def blocks(self, model: nn.Module) -> nn.Module:
+    def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         return model.blocks
 
-    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
+    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
-    def run(self, block: nn.Module, features: Tensor, bias: Tensor | None) -> Tensor:
+    def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
         return block(features) if bias is None else block(features, attn_mask=bias)
 
     def attend(
-        self, model: nn.Module, block: nn.Module, features: Tensor, bias: Tensor | None
+        self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Evidence]:
         features, layers = vit_blocks.handler(block).attend(block, features, bias)
         return features, Evidence(layers, self.prefix(model), _class_rows(model), bias)
 
-    def proceed(self, block: nn.Module, features: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, features: Tensor) -> Tensor:
         return vit_blocks.handler(block).proceed(block, features)
 
-    def normed(self, block: nn.Module, features: Tensor) -> Tensor:
+    def normed(self, block: TimmModule, features: Tensor) -> Tensor:
         return vit_blocks.handler(block).normed(block, features)
 
-    def head(self, model: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
         features = model.norm(tokens.features)
         weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
@@ -75,7 +75,7 @@ class ViTAdapter(Adapter):
             return model.forward_head(features)
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
-    def cost(self, model: nn.Module) -> ModelCost:
+    def cost(self, model: TimmModule) -> ModelCost:
         embed = model.patch_embed
         pooled, head_prefix = _pool_macs(model)
         return ModelCost(
@@ -90,14 +90,14 @@ class ViTAdapter(Adapter):
         )
 
 
-def _class_rows(model: nn.Module) -> tuple[int, ...]:
+def _class_rows(model: TimmModule) -> tuple[int, ...]:
     """Positions of the class token and the distillation token."""
     if isinstance(model, VisionTransformerDistilled):
         return (0, 1)
     return (0,) if model.cls_token is not None else ()
 
 
-def _average_pool(model: nn.Module, features: Tensor, counts: Tensor) -> Tensor:
+def _average_pool(model: TimmModule, features: Tensor, counts: Tensor) -> Tensor:
     """timm's `avg` and `avgmax` pooling with each token counted as often as it holds patches."""
     skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
     seen, prefix = features[:, skipped:], model.num_prefix_tokens - skipped
@@ -107,13 +107,13 @@ def _average_pool(model: nn.Module, features: Tensor, counts: Tensor) -> Tensor:
     return mean if model.global_pool == "avg" else 0.5 * (seen.amax(1) + mean)
 
 
-def _attention_pool(model: nn.Module, features: Tensor, bias: Tensor) -> Tensor:
+def _attention_pool(model: TimmModule, features: Tensor, bias: Tensor) -> Tensor:
     """timm's latent attention pooling under proportional attention."""
     skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
     return model.attn_pool(features[:, skipped:], attn_mask=bias[..., skipped:])
 
 
-def _pool_macs(model: nn.Module) -> tuple[Macs, int]:
+def _pool_macs(model: TimmModule) -> tuple[Macs, int]:
     """Multiply-adds of pooling and classifier, and how many prefix tokens their token count includes."""
     heads = [model.head] + ([model.head_dist] if isinstance(model, VisionTransformerDistilled) else [])
     classifier = sum(linear_macs(head) for head in heads)

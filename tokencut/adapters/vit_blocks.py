@@ -15,12 +15,12 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from tokencut.adapters.base import fused_attention_macs, linear_macs
-from tokencut.attention import Heads, differential_attention, differential_core, self_attention
+from tokencut.attention import Heads, TimmModule, differential_attention, differential_core, self_attention
 from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
 Layers = tuple[tuple[Heads, ...], ...]
-AttentionRun = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, tuple[Heads, ...]]]
+AttentionRun = Callable[[TimmModule, Tensor, Tensor | None], tuple[Tensor, tuple[Heads, ...]]]
 
 _ATTENTION: dict[type[nn.Module], AttentionRun] = {Attention: self_attention, DiffAttention: differential_attention}
 
@@ -28,41 +28,41 @@ _ATTENTION: dict[type[nn.Module], AttentionRun] = {Attention: self_attention, Di
 class BlockHandler:
     """A pre-norm block (`Block`), and what other block types have in common with it."""
 
-    def check(self, block: nn.Module) -> None:
+    def check(self, block: TimmModule) -> None:
         """Raises ModelError where the block's attention is of an unknown class."""
         for layer in self.attentions(block):
             if type(layer) not in _ATTENTION:
                 raise ModelError(f"the attention layer {type(layer).__name__} is not known to tokencut; "
                                  "please report the model's name")  # fmt: skip
 
-    def attentions(self, block: nn.Module) -> list[nn.Module]:
+    def attentions(self, block: TimmModule) -> list[TimmModule]:
         """The block's attention layers."""
         return [block.attn]
 
-    def attend(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         """Up to the stage: features `(B, P + N, D)` after the attention residual, and the attention's heads."""
         y, maps = _ATTENTION[type(block.attn)](block.attn, block.norm1(x), bias)
         return x + block.drop_path1(block.ls1(y)), (maps,)
 
-    def proceed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
         """Behind the stage, `(B, P + M, D)` to the same."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
         """Features as the second half's norm gives them."""
         return block.norm2(x)
 
-    def cost(self, block: nn.Module, class_rows: int) -> BlockCost:
+    def cost(self, block: TimmModule, class_rows: int) -> BlockCost:
         """The block's multiply-adds, with `class_rows` class rows computed for a stage."""
         before = sum((_attention_macs(layer) for layer in self.attentions(block)), Macs())
         rows = sum(layer.proj.in_features for layer in self.attentions(block)) * class_rows
         return BlockCost(before, Macs(per_token=self.mlp_macs(block)), Macs(per_token=rows))
 
-    def key_width(self, block: nn.Module) -> int:
+    def key_width(self, block: TimmModule) -> int:
         """Numbers in one head's key."""
         return int(self.attentions(block)[0].head_dim)
 
-    def mlp_macs(self, block: nn.Module) -> int:
+    def mlp_macs(self, block: TimmModule) -> int:
         """Multiply-adds per token behind the stage."""
         return linear_macs(block.mlp)
 
@@ -70,24 +70,24 @@ class BlockHandler:
 class ResPostBlockHandler(BlockHandler):
     """`ResPostBlock`: the norms stand behind attention and MLP."""
 
-    def attend(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         y, maps = _ATTENTION[type(block.attn)](block.attn, x, bias)
         return x + block.drop_path1(block.norm1(y)), (maps,)
 
-    def proceed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
         return x + block.drop_path2(block.norm2(block.mlp(x)))
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
         return x
 
 
 class ParallelThingsHandler(BlockHandler):
     """`ParallelThingsBlock` (arXiv 2203.09795): several attentions side by side, then several MLPs."""
 
-    def attentions(self, block: nn.Module) -> list[nn.Module]:
+    def attentions(self, block: TimmModule) -> list[TimmModule]:
         return [branch.attn for branch in block.attns]
 
-    def attend(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         outputs, layers = [], []
         for branch in block.attns:
             y, maps = _ATTENTION[type(branch.attn)](branch.attn, branch.norm(x), bias)
@@ -95,23 +95,23 @@ class ParallelThingsHandler(BlockHandler):
             layers.append(maps)
         return x + torch.stack(outputs).sum(dim=0), tuple(layers)
 
-    def proceed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
         return x + torch.stack([branch(x) for branch in block.ffns]).sum(dim=0)
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
         return block.ffns[0].norm(x)
 
-    def mlp_macs(self, block: nn.Module) -> int:
+    def mlp_macs(self, block: TimmModule) -> int:
         return sum(linear_macs(branch.mlp) for branch in block.ffns)
 
 
 class ParallelScalingHandler(BlockHandler):
     """`ParallelScalingBlock` (arXiv 2302.05442): attention and MLP side by side, so the stage follows the block."""
 
-    def attentions(self, block: nn.Module) -> list[nn.Module]:
+    def attentions(self, block: TimmModule) -> list[TimmModule]:
         return []
 
-    def attend(self, block: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         hidden, *qkv = torch.split(block.in_proj(block.in_norm(x)), block.in_split, dim=-1)
         if block.mlp_bias is not None:
             hidden = hidden + block.mlp_bias
@@ -123,9 +123,7 @@ class ParallelScalingHandler(BlockHandler):
             y = block.attn_out_proj(y) + block.mlp_out_proj(hidden)
         return x + block.drop_path(block.ls(y)), (maps,)
 
-    def mix(
-        self, block: nn.Module, qkv: tuple[Tensor, ...], bias: Tensor | None
-    ) -> tuple[Tensor, tuple[Heads, ...]]:
+    def mix(self, block: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
         """The attention inside the block: query, key, value `(B, P + N, D)` to its output before the projection."""
         query, key, value = (t.unflatten(2, (block.num_heads, -1)).transpose(1, 2) for t in qkv)
         query, key = block.q_norm(query), block.k_norm(key)
@@ -133,18 +131,18 @@ class ParallelScalingHandler(BlockHandler):
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return y.transpose(1, 2).flatten(2), (Heads(query, key),)
 
-    def proceed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
         return x
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
         return x
 
-    def cost(self, block: nn.Module, class_rows: int) -> BlockCost:
+    def cost(self, block: TimmModule, class_rows: int) -> BlockCost:
         width = block.in_split[-1]
         before = Macs(per_token=linear_macs(block)) + self.attention_macs(width)
         return BlockCost(before, Macs(), Macs(per_token=width * class_rows))
 
-    def key_width(self, block: nn.Module) -> int:
+    def key_width(self, block: TimmModule) -> int:
         return int(block.head_dim)
 
     def attention_macs(self, width: int) -> Macs:
@@ -155,9 +153,7 @@ class ParallelScalingHandler(BlockHandler):
 class DiffParallelScalingHandler(ParallelScalingHandler):
     """`DiffParallelScalingBlock`: the same with differential attention (arXiv 2410.05258)."""
 
-    def mix(
-        self, block: nn.Module, qkv: tuple[Tensor, ...], bias: Tensor | None
-    ) -> tuple[Tensor, tuple[Heads, ...]]:
+    def mix(self, block: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
         return differential_core(block, qkv, bias)
 
     def attention_macs(self, width: int) -> Macs:
@@ -169,7 +165,7 @@ def _differential_macs(width: int) -> Macs:
     return fused_attention_macs(width // 2, width) + fused_attention_macs(width // 2, width)
 
 
-def _attention_macs(layer: nn.Module) -> Macs:
+def _attention_macs(layer: TimmModule) -> Macs:
     """Projections and fused attention of one attention layer."""
     width = layer.proj.in_features
     mixing = _differential_macs(width) if isinstance(layer, DiffAttention) else fused_attention_macs(width, width)
@@ -185,7 +181,7 @@ _HANDLERS: dict[type[nn.Module], BlockHandler] = {
 }
 
 
-def handler(block: nn.Module) -> BlockHandler:
+def handler(block: TimmModule) -> BlockHandler:
     """The handler of a block.
 
     Raises:

@@ -1,7 +1,7 @@
 """Reduction methods: one file each, built from the primitives, found through the registry.
 
-Every module of this package is imported, so that a file with a registered method is all that a new method takes. Methods
-from other packages are found through the entry point group `tokencut.methods`.
+Every module of this package is imported, so that a file with a registered method is all that a new method takes.
+Methods from other packages are found through the entry point group `tokencut.methods`.
 """
 
 from __future__ import annotations

@@ -195,6 +195,9 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reductio
     return method(**values)
 
 
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
 def _preset(method: type[Reduction], name: str) -> Mapping[str, Any]:
     if name not in method.presets:
         known = f"its presets are {', '.join(method.presets)}" if method.presets else "it has none"
@@ -209,14 +212,16 @@ def _nearest(word: str, known: Mapping[str, Any]) -> str:
 
 def _read(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
     """A setting's value in its own type, checked."""
-    kind, limits = type(field.default), field.metadata
+    default: Any = field.default
+    kind, limits = type(default), field.metadata
+    shown = str(default).lower() if kind is bool else default
     wrong = UsageError(f"setting {field.name}={value} of method {method} is not {_expected(kind, limits)}; the default "
-                       f"is {field.name}={str(field.default).lower() if kind is bool else field.default}")  # fmt: skip
+                       f"is {field.name}={shown}")  # fmt: skip
     if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-        if str(value).lower() not in words:
+        word = str(value).lower()
+        if word not in _TRUE + _FALSE:
             raise wrong
-        return words[str(value).lower()]
+        return word in _TRUE
     try:
         read = kind(value)
     except (TypeError, ValueError):

@@ -9,8 +9,8 @@ from torch import Tensor
 def ranking(scores: Tensor) -> Tensor:
     """Token numbers from the highest score to the lowest; equal scores by lower number.
 
-    A stable sort, since `torch.topk` promises no order among equals: the same image must give the same tokens, alone or in
-    any batch.
+    A stable sort, since `torch.topk` promises no order among equals: the same image must give the same tokens, alone
+    or in any batch.
 
     Args:
         scores: fp32 `(B, N)`.

@@ -27,9 +27,9 @@ def squared_distances(points: Tensor) -> Tensor:
 def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor | None = None) -> Tensor:
     """How much each point is a centre: log density plus log separation.
 
-    Density is `mass * exp(-mean squared distance to the nearest / width)`; separation the distance to the nearest denser
-    point, for the densest the largest distance of its image. Logarithms, since the density underflows on tokens of large
-    norm.
+    Density is `mass * exp(-mean squared distance to the nearest / width)`; separation the distance to the nearest
+    denser point, for the densest the largest distance of its image. Logarithms, since the density underflows on tokens
+    of large norm.
 
     Args:
         distances: Squared distances, fp32 `(B, n, n)`.
