@@ -176,11 +176,12 @@ def test_report_with_latency_adds_times() -> None:
                      on_progress=lambda done, rounds: told.append((done, rounds)))  # fmt: skip
     values = report.to_dict()
     assert list(values)[: len(CONTRACT)] == CONTRACT
-    assert set(values) - set(CONTRACT) == {"speedup_spread", "stage_share", "uncounted", "notes"}
+    assert set(values) - set(CONTRACT) == {"speedup_spread", "stage_share", "compile_mode", "uncounted", "notes"}
     for side in (report.dense, report.compressed):
         assert side.latency_ms is not None
         assert side.images_per_second == pytest.approx(2 / side.latency_ms * 1000)
-    assert set(values["dense"]) == {"gmacs", "params", "latency_ms", "images_per_second", "latency_spread_ms"}
+    timed = {"latency_ms", "images_per_second", "latency_spread_ms", "peak_memory_mib"}
+    assert set(values["dense"]) == {"gmacs", "params"} | timed
     assert values["speedup"] == values["dense"]["latency_ms"] / values["compressed"]["latency_ms"]
     assert report.stage_share is not None
     assert 0 < report.stage_share < 1

@@ -39,8 +39,8 @@ def test_a_grouping_averages_adds_sizes_and_follows_patches() -> None:
 
 def test_a_grouping_may_drop_tokens() -> None:
     tokens = small_tokens()
-    group = in_order(torch.tensor([[1, -1, 0, 0]]), 2)
-    assert group.tolist() == [[0, -1, 1, 1]]
+    group = in_order(torch.tensor([[1, 2, 0, 0]]), 2)
+    assert group.tolist() == [[0, 2, 1, 1]]
     weight = group_average(group, torch.ones(1, 4), tokens.known_sizes(), 2)
     left = apply_decision(tokens, Grouping(group, weight, 2))
     assert left.features.tolist() == [[[9.0, 9.0], [1.0, 0.0], [0.0, 6.0]]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
-from tokencut.attention import TimmModule, attention_bias
+from tokencut.attention import Evidence, TimmModule, attention_bias
 from tokencut.recipe import Recipe
 from tokencut.reduction import Reduction, Scene, StageShape, make_method
 from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
@@ -56,10 +56,20 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """The tokens behind one stage, for pictures and dense outputs: its 1-based block and what left it."""
+    """What one stage did, for pictures, dense outputs and training.
+
+    Attributes:
+        block: The stage's 1-based block.
+        tokens: What left the stage.
+        attention: Class attention of the `N` image tokens that entered it, fp32 `(B, N)` with a gradient; None where
+            nobody asked for it.
+        attentive: How many of those count as attentive; 0 where there was no stage.
+    """
 
     block: int
     tokens: Tokens
+    attention: Tensor | None = None
+    attentive: int = 0
 
 
 class CompressedModel(nn.Module):
@@ -105,22 +115,30 @@ class CompressedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
+        if not self.recipe.stages:
+            return self.model(images)  # nothing to reduce: timm's own forward, to the bit
         return self._head(self._run(self._embed(images), None))
 
-    def trace(self, images: Tensor) -> tuple[Tensor, list[Trace]]:
-        """Logits, and the tokens behind each stage with their source map.
+    def trace(
+        self, images: Tensor, *, source: bool = True, attention: bool = False
+    ) -> tuple[Tensor, list[Trace]]:
+        """Logits, and the tokens behind each stage.
 
         Args:
             images: `(B, 3, H, W)`.
+            source: Whether to follow which patch went into which token.
+            attention: Whether to compute the class attention at each stage.
 
         Returns:
             Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
             (`block` is then the number of blocks, and the features are those before the final norm).
         """
         tokens = self._embed(images)
-        patches = torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1)
+        if source:
+            patches = torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1)
+            tokens = replace(tokens, source=patches)
         traces: list[Trace] = []
-        tokens = self._run(replace(tokens, source=patches), traces)
+        tokens = self._run(tokens, traces, attention)
         traces.append(Trace(len(self.adapter.blocks(self.model)), tokens))
         return self._head(tokens), traces
 
@@ -133,7 +151,7 @@ class CompressedModel(nn.Module):
     def _head(self, tokens: Tokens) -> Tensor:
         return self.adapter.head(self.model, tokens, self._bias(tokens))
 
-    def _run(self, tokens: Tokens, traces: list[Trace] | None) -> Tokens:
+    def _run(self, tokens: Tokens, traces: list[Trace] | None, attention: bool = False) -> Tokens:
         plans = {plan.block: plan for plan in self.recipe.stages_for(tokens.count)}
         for number, block in enumerate(self.adapter.blocks(self.model), start=1):
             bias = self._bias(tokens)
@@ -141,16 +159,21 @@ class CompressedModel(nn.Module):
             if plan is None:
                 tokens = tokens.with_features(self.adapter.run(block, tokens.features, bias))
             else:
-                tokens = self._reduce(plan, block, tokens, bias)
+                features, evidence = self.adapter.attend(self.model, block, tokens.features, bias)
+                tokens = self._reduce(plan, block, tokens.with_features(features), evidence)
                 if traces is not None:
-                    traces.append(Trace(number, tokens))
+                    row = evidence.class_attention() if attention else None
+                    traces.append(Trace(number, tokens, row, self._attentive(plan)))
                 tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
         return tokens
 
-    def _reduce(self, plan: StagePlan, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tokens:
-        features, evidence = self.adapter.attend(self.model, block, tokens.features, bias)
-        scene = Scene(tokens.with_features(features), evidence, lambda image: self.adapter.normed(block, image))
+    def _reduce(self, plan: StagePlan, block: nn.Module, tokens: Tokens, evidence: Evidence) -> Tokens:
+        scene = Scene(tokens, evidence, lambda image: self.adapter.normed(block, image))
         return self.stages[str(plan.block)](scene, plan.tokens_out)
+
+    def _attentive(self, plan: StagePlan) -> int:
+        stage: Any = self.stages[str(plan.block)]  # nn.Module's own annotations know no Stage
+        return int(stage.method.attentive(plan.tokens_in, plan.tokens_out))
 
 
 def compress(

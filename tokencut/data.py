@@ -171,7 +171,7 @@ def make_loader(
             num_workers=processes,
             collate_fn=collate,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=quiet_worker,
             persistent_workers=persistent and processes > 0,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -195,6 +195,12 @@ def collate(items: Sequence[Sample | Unreadable]) -> Batch:
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to every process of the group; the main one ends the workers, which have nothing to say about it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def quiet_worker(worker: int) -> None:
+    """Lets a process that loads images outlive the signals that go to all of a group.
+
+    The main process ends the workers, which have nothing to say about it. A worker that died first would raise an
+    error there at any point, in the middle of an update too.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -22,6 +22,13 @@ def description_of(model: nn.Module) -> dict[str, Any]:
     return dict(getattr(model, "pretrained_cfg", None) or {})
 
 
+def name_of(model: nn.Module) -> str:
+    """A model's architecture and the tag of its weights, as timm would take them; else its class."""
+    config = description_of(model)
+    parts = (config.get("architecture") or type(model).__name__, config.get("tag"))
+    return ".".join(part for part in parts if part)
+
+
 def data_config(model: nn.Module) -> dict[str, Any]:
     """timm's preprocessing, with the input size that the model was built for.
 

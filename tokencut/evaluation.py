@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokencut.compiling import compile_model, in_batches
 from tokencut.data import Batch, ImageDataset, Unreadable, make_loader
+from tokencut.description import name_of
 from tokencut.errors import DataError, ModelError
 from tokencut.files import atomic_write, check_writable
 from tokencut.labels import ClassMap, label_names, map_classes, quoted, require_head
@@ -26,6 +28,8 @@ from tokencut.sources import Source, evenly_spread, open_source
 # Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
 UNREADABLE_SHARE = 0.01
 TOP = 5
+
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def evaluate(
     workers: int | None = None,
     device: str | torch.device = "auto",
     precision: str = "fp32",
+    compile_mode: str | None = None,
     limit: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     gmacs: float | None = None,
@@ -107,6 +112,7 @@ def evaluate(
         workers: Processes that decode images; by default one a processor, 4 at most.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16` by autocasting.
+        compile_mode: Run the model through `torch.compile` in this mode, such as `default`.
         limit: Judge an evenly spread sample of so many images.
         predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
         gmacs: Multiply-adds per image to put into the report, in units of 1e9.
@@ -118,7 +124,7 @@ def evaluate(
         The report.
 
     Raises:
-        ModelError: The model has no classification head, or gives logits that are not finite.
+        ModelError: The model has no classification head, cannot be compiled, or gives logits that are not finite.
         DataError: The images cannot be found, do not fit the model's classes, or more than 1 % are unreadable.
         ArtifactError: The predictions could not be written.
         UsageError: Another argument is out of range.
@@ -134,19 +140,20 @@ def evaluate(
     indices = evenly_spread(len(source), limit)
     dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
     loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=target_device.type == "cuda")
-    tally = _Tally(source, len(dataset), precision)
+    tally = Tally(source, len(dataset), precision)
+    forward, dtype = _forward(model, compile_mode, min(batch_size, len(dataset))), _dtype(model)
     with inference_state(model, target_device), torch.no_grad(), precise, closing(iter(loader)) as batches:
         for batch in batches:
-            tally.add(batch, _logits(model, batch, prepared, target_device))
+            tally.add(batch, _logits(forward, batch, prepared, target_device, dtype))
             if on_progress:
                 on_progress(tally.progress())
-    report = tally.report(name or _name(model), gmacs, _notes(source, class_map, tally.unreadable, len(indices)))
+    report = tally.report(name or name_of(model), gmacs, image_notes(source, class_map, tally.unreadable, len(indices)))
     if predictions is not None:
         _write_predictions(predictions, source, class_map, tally)
     return report
 
 
-class _Tally:
+class Tally:
     """What is known so far of each image."""
 
     def __init__(self, source: Source, total: int, precision: str) -> None:
@@ -214,22 +221,31 @@ class _Tally:
         )
 
 
-def _logits(model: nn.Module, batch: Batch, prepared: Preprocessing, device: torch.device) -> Tensor | None:
+def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
+    """What is called with images: the model, or compiled for batches of `size`, to which smaller ones are filled up."""
+    if compile_mode is None:
+        return model
+    compiled = compile_model(model, compile_mode)
+    return lambda images: in_batches(compiled, images, size)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def _logits(
+    forward: Forward, batch: Batch, prepared: Preprocessing, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
     if not len(batch):
         return None
-    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    images = prepared.normalise(batch.images, device, next(floating, torch.float32))
-    logits: Tensor = model(images)
-    return logits.float()
+    return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
-def _name(model: nn.Module) -> str:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    parts = (config.get("architecture") or type(model).__name__, config.get("tag"))
-    return ".".join(part for part in parts if part)
-
-
-def _notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int) -> tuple[str, ...]:
+def image_notes(
+    source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int
+) -> tuple[str, ...]:
+    """What has to be said of the images judged: their classes, a sample, those that could not be decoded."""
     names = [source.filename(image.index) for image in unreadable]
     sample = f"an evenly spread sample of {sampled} of {len(source)} images" if sampled < len(source) else ""
     skipped = (
@@ -238,7 +254,7 @@ def _notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable]
     return tuple(note for note in (*source.notes, *class_map.notes, sample, skipped) if note)
 
 
-def _write_predictions(path: str | os.PathLike[str], source: Source, class_map: ClassMap, tally: _Tally) -> None:
+def _write_predictions(path: str | os.PathLike[str], source: Source, class_map: ClassMap, tally: Tally) -> None:
     """Writes a row for each judged image, classes by name, the most likely first."""
     width = min(TOP, len(class_map.class_names))
     # surrogateescape: file names that are not UTF-8 come out as the bytes they are.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencut.errors import UsageError
+from tokencut.memory import peak_memory
 
 Forward = Callable[[Tensor], object]
 
@@ -173,17 +174,6 @@ def quartiles(values: Iterable[float]) -> tuple[float, float]:
     """The values that a quarter of all lies below, and above."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
-
-
-def peak_memory(forward: Forward, images: Tensor) -> float | None:
-    """Memory held at the peak of a forward, weights included, in MiB; None where the device does not tell."""
-    if images.device.type != "cuda":
-        return None
-    torch.cuda.synchronize(images.device)
-    torch.cuda.reset_peak_memory_stats(images.device)
-    forward(images)
-    torch.cuda.synchronize(images.device)
-    return torch.cuda.max_memory_allocated(images.device) / 2**20
 
 
 def speedup(slow: Timing, fast: Timing) -> tuple[float, tuple[float, float]]:

@@ -35,6 +35,7 @@ class Loaded:
         origin: Where the weights came from.
         info: What the file says, where MODEL is a tokencut file.
         notes: What a user should be told, one line each.
+        new_head: Whether the classifier has random weights.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Loaded:
     origin: Origin
     info: ArtifactInfo | None = None
     notes: tuple[str, ...] = ()
+    new_head: bool = False
 
     @property
     def recipe(self) -> Recipe | None:
@@ -102,6 +104,7 @@ def load_model(
     args = _timm_args(model_kwargs, num_classes, img_size)
     request = Request(pretrained, Path(checkpoint) if checkpoint else None, args, weights_needed, seed)
     if Path(spec).is_file():
+        _refuse_exported(spec)
         return _from_artifact(spec, request)
     if spec == BUNDLED:
         return _from_digits(request)
@@ -141,6 +144,16 @@ def _refuse_path(spec: str) -> None:
     if ":" in spec:
         raise UsageError(f"unknown kind of model {spec!r}; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that "
                          "'tokencut models' lists")  # fmt: skip
+
+
+def _refuse_exported(spec: str) -> None:
+    """Says what an exported file is good for, where it is named as a MODEL to work on."""
+    if Path(spec).suffix.lower() == ".onnx":
+        raise UsageError(f"{spec} is an exported model, which profile and eval take, as it is; name the tokencut file "
+                         "that it came from")  # fmt: skip
+    if Path(spec).suffix.lower() == ".pt2":
+        raise UsageError(f"{spec} is an exported model, for torch.export.load; name the tokencut file that it came "
+                         "from, or export that to .onnx, which profile and eval take")  # fmt: skip
 
 
 def _from_artifact(spec: str, request: Request) -> Loaded:
@@ -241,18 +254,20 @@ def _architecture_of(config: Path) -> str:
 
 def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request, notes: tuple[str, ...]) -> Loaded:
     """Loads `--checkpoint`, and makes the model and the notes tell what weights it has; no `origin`: random so far."""
-    told = list(notes)
+    told, new_head = list(notes), False
     if request.checkpoint is not None:
         tensors = read_checkpoint(request.checkpoint)
         plain = {key: tensor for key, tensor in tensors.items() if not key.startswith(artifact.PREFIX)}
         load_strictly(model, plain, request.checkpoint)
         origin = Origin("checkpoint", sha256=sha256(request.checkpoint))
     elif origin is None:
+        new_head = True
         told.append(f"{name} has random weights (seed {request.seed})")
     elif model.num_classes not in (0, description_of(model).get("num_classes")):
+        new_head = True
         told.append(f"the head of {model.num_classes} classes is new: its weights are random (seed {request.seed}) "
                     "until it is trained")  # fmt: skip
     make_true(model, own_weights=origin is not None and origin.kind != "checkpoint")
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)
-    return Loaded(model.eval(), name, origin, notes=tuple(told))
+    return Loaded(model.eval(), name, origin, notes=tuple(told), new_head=new_head)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,7 +79,7 @@ class Grouping:
 
     Attributes:
         group: For each image token the token it goes into, int64 `(B, N)`, values `0..M-1`, none unused: the
-            order of the tokens leaving. Methods number them by `in_order`, or as published. -1 where it is dropped.
+            order of the tokens leaving. Methods number them by `in_order`, or as published. `M` where it is dropped.
         weight: What each token contributes to its group, fp32 `(B, N)`: the coefficients of a weighted sum. Weights of
             a group add up to 1 for an average (`group_average`).
         count: `M`, the number of tokens that leave.
@@ -109,7 +110,7 @@ def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> T
     """Turns raw weights into coefficients that add up to 1 within each group.
 
     Args:
-        group: Group of each token, int64 `(B, N)`; -1 for a token that is dropped, whose coefficient means nothing.
+        group: Group of each token, int64 `(B, N)`; `M` for a token that is dropped, whose coefficient means nothing.
         weight: Raw weight of each token, fp32 `(B, N)`, not negative.
         sizes: Patches held by each token, fp32 `(B, N)`; they stand in for the weights of a group that sum to 0.
         count: `M`, the number of groups.
@@ -117,34 +118,38 @@ def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> T
     Returns:
         Coefficients, fp32 `(B, N)`; a token alone in its group gets exactly 1.
     """
-    total, by_size = group_sum(group, weight, count), group_sum(group, sizes, count)
-    inside = group.clamp(min=0)
+    by_size = sizes / _sums(group, sizes, count).gather(1, group)
+    if weight is sizes:
+        return by_size
     tiny = torch.finfo(torch.float32).tiny  # a sum below it has lost its digits, and some devices flush it to 0
-    total, by_size = total.gather(1, inside), by_size.gather(1, inside)
-    return torch.where(total >= tiny, weight / total.clamp(min=tiny), sizes / by_size)
+    total = _sums(group, weight, count).gather(1, group)
+    return torch.where(total >= tiny, weight / total.clamp(min=tiny), by_size)
 
 
 def group_sum(group: Tensor, values: Tensor, count: int) -> Tensor:
     """Sums the values of each group.
 
     Args:
-        group: Group of each token, int64 `(B, N)`; -1 for none.
+        group: Group of each token, int64 `(B, N)`; `M` for none.
         values: fp32 `(B, N)`.
         count: `M`, the number of groups.
 
     Returns:
         fp32 `(B, M)`.
     """
-    # A column more takes what is in no group.
-    sums = values.new_zeros((values.shape[0], count + 1))
-    return sums.scatter_add(1, torch.where(group < 0, count, group), values)[:, :count]
+    return _sums(group, values, count)[:, :count]
+
+
+def _sums(group: Tensor, values: Tensor, count: int) -> Tensor:
+    """The sums of each group, and in a column more, of what is in none: `(B, M + 1)`."""
+    return values.new_zeros((values.shape[0], count + 1)).scatter_add(1, group, values)
 
 
 def in_order(group: Tensor, count: int) -> Tensor:
     """Renumbers groups by their smallest member, which is also the order of their smallest source patch.
 
     Args:
-        group: Group of each token, int64 `(B, N)`, any numbering within `0..M-1`, no group empty; -1 stays -1.
+        group: Group of each token, int64 `(B, N)`, any numbering within `0..M-1`, no group empty; `M` stays `M`.
         count: `M`, the number of groups.
 
     Returns:
@@ -152,12 +157,12 @@ def in_order(group: Tensor, count: int) -> Tensor:
     """
     tokens = group.shape[1]
     positions = torch.arange(tokens, device=group.device).expand_as(group)
-    slot = torch.where(group < 0, count, group)
     firsts = torch.full((group.shape[0], count + 1), tokens, device=group.device, dtype=torch.int64)
-    first = firsts.scatter_reduce(1, slot, positions, "amin").gather(1, slot)
+    firsts = firsts.scatter_reduce(1, group, positions, "amin")[:, :count]
+    first = F.pad(firsts, (0, 1), value=tokens).gather(1, group)  # no position, where there is no group
     # The number of a group is how many groups have begun before its first member.
-    begun = ((first == positions) & (group >= 0)).cumsum(1) - 1
-    return torch.where(group < 0, group, begun.gather(1, first))
+    begun = (first == positions).cumsum(1) - 1
+    return F.pad(begun, (0, 1), value=count).gather(1, first)
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
@@ -192,7 +197,9 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     matrix = membership(decision.group, decision.count) * decision.weight.to(tokens.features.dtype).unsqueeze(1)
     merged = torch.matmul(matrix, tokens.image)
     sizes = group_sum(decision.group, tokens.known_sizes(), decision.count)
-    source = None if tokens.source is None else _follow(tokens.source, decision.group)
+    source = tokens.source
+    if source is not None:
+        source = _follow(source, torch.where(decision.group < decision.count, decision.group, -1))
     features = torch.cat((tokens.features[:, : tokens.prefix], merged), 1)
     return replace(tokens, features=features, sizes=sizes, source=source)
 

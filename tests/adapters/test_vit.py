@@ -179,3 +179,13 @@ def test_unknown_parts_are_refused_by_name(part: str, message: str) -> None:
         model.attn_pool.__class__ = type("OddPool", (type(model.attn_pool),), {})
     with pytest.raises(ModelError, match=message):
         CompressedModel(model, compress(timm.create_model("test_vit3")).recipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["test_vit", "vit_base_patch16_clip_224"])
+def test_patches_as_one_product_are_timms_embedding(name: str) -> None:
+    model = small_model(name).to("cuda", torch.bfloat16)
+    pictures = images(model).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        whole = model.norm_pre(model._pos_embed(model.patch_embed(pictures)))
+        torch.testing.assert_close(adapter_for(model).embed(model, pictures), whole, rtol=0.02, atol=0.02)

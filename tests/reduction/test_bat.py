@@ -43,7 +43,7 @@ def test_without_clustering_inattentive_tokens_are_dropped() -> None:
     decision = make_method("bat", options).decide(given_scene(POINTS, ATTENTION), 3)
     # 3 removed, a third of them by pairing: 4 attentive tokens (0, 3, 1, 2) of which one joins another.
     assert isinstance(decision, Grouping)
-    assert decision.group[0, 4:].tolist() == [-1, -1] and decision.group[0].max() == 2
+    assert decision.group[0, 4:].tolist() == [3, 3] and decision.group[0, :4].max() == 2
 
 
 def test_importance_only_is_topk() -> None:

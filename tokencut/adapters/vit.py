@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from timm.layers import AttentionPoolLatent, AttentionPoolPrr
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent, AttentionPoolPrr, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class ViTAdapter(Adapter):
         return model.blocks
 
     def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, images))))
 
     def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
         return block(features) if bias is None else block(features, attn_mask=bias)
@@ -88,6 +90,23 @@ class ViTAdapter(Adapter):
             width=model.embed_dim,
             key_width=vit_blocks.handler(model.blocks[0]).key_width(model.blocks[0]),
         )
+
+
+def _patches(embed: TimmModule, images: Tensor) -> Tensor:
+    """timm's patch embedding, `(B, C, H, W)` to `(B, N, D)`.
+
+    In half precision on a GPU as one matrix product: the convolution of 16 x 16 patches alone took 1.6 of DeiT-S's
+    11 ms there (H100, bf16, batch 256).
+    """
+    plain = type(embed) is PatchEmbed and embed.flatten and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
+    if not (plain and images.is_cuda and images.dtype in (torch.float16, torch.bfloat16)):
+        return embed(images)
+    (rows, columns), (height, width) = embed.grid_size, embed.patch_size
+    pixels = (
+        images[:, :, : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
+    )
+    pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
 
 
 def _class_rows(model: TimmModule) -> tuple[int, ...]:

@@ -18,16 +18,20 @@ from tokencut import __version__
 from tokencut.cli import render
 from tokencut.cli.cmd_compress import compress
 from tokencut.cli.cmd_eval import evaluate
+from tokencut.cli.cmd_export import export_file
 from tokencut.cli.cmd_info import info
 from tokencut.cli.cmd_models import models
 from tokencut.cli.cmd_profile import profile
-from tokencut.cli.process import Interrupts, quiet_libraries
+from tokencut.cli.cmd_sweep import sweep
+from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
 from tokencut.errors import TokencutError, UsageError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,
     "profile": profile,
     "eval": evaluate,
+    "export": export_file,
+    "sweep": sweep,
     "models": models,
     "info": info,
 }
@@ -98,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
     """
     words, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
-    with Interrupts() as interrupts, quiet_libraries(unless=debug):
+    with Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks():
         try:
             _invoke(words or ["--help"])
             return DONE

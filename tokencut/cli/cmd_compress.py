@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokencut.cli import render
+from tokencut.cli.finetune_options import FinetuneOptions
 from tokencut.cli.options import (
     PRECISION,
     DataOptions,
@@ -20,6 +21,10 @@ from tokencut.cli.options import (
     with_groups,
 )
 
+if TYPE_CHECKING:
+    from tokencut.cli.finetune_run import FinetuneRun
+    from tokencut.training_setup import FinetuneReport
+
 
 @with_groups
 def compress(
@@ -29,6 +34,7 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     dtype: Annotated[Precision, typer.Option("--dtype", **PRECISION, help="How to store the weights.")] = "fp32",
     reduction: ReductionOptions,
+    tuning: FinetuneOptions,
     source: ModelOptions,
     data: DataOptions,
     run: RunOptions,
@@ -36,44 +42,79 @@ def compress(
 ) -> None:
     """Compresses a model by reducing its tokens, and writes it to a file.
 
-    With --data the accuracy before and after is measured and stored too.
+    With --data the accuracy before and after is measured and stored too. With
+    --train-data the model is fine-tuned, which wins back most of what was lost.
 
     Examples:
       tokencut compress deit_tiny --keep 0.6 -o out.safetensors
       tokencut compress digits --keep 0.5 --data digits -o digits.safetensors
+      tokencut compress deit_small --keep 0.7 --finetune-epochs 5 \\
+          --train-data /imagenet/train --data /imagenet/val -o out.safetensors
       tokencut compress vit_small_patch16_224 --checkpoint weights.pth \\
           --num-classes 10 --keep 0.9/0.7/0.5 -o out.safetensors
     """
     from tokencut.artifact import check_output, save
-    from tokencut.cli.subject import gmacs, measure_accuracy, prepare
+    from tokencut.cli.finetune_run import FinetuneRun, check_run, fit_classes
+    from tokencut.cli.subject import gmacs, prepare
     from tokencut.compression import CompressedModel
+    from tokencut.distributed import process_group
     from tokencut.runtime import resolve_device
     from tokencut.sources import open_source
 
     check_output(output, force=force)
+    trained = tuning.wanted()
+    if trained:
+        tuning.training_recipe()
+        check_run(output, tuning, force=force)
     device = resolve_device(run.device)
-    images = None if data.data is None else open_source(data.data, on_note=render.note)
-    subject = prepare(model, source, reduction, seed=run.seed)
-    assert isinstance(subject.model, CompressedModel)
-    measured: dict[str, Any] = {"dense_gmacs": gmacs(subject.dense), "gmacs": gmacs(subject.model)}
-    if images is not None:
-        before = measure_accuracy(subject.dense, f"dense {subject.name}", images, data, run, device)
-        after = measure_accuracy(subject.model, f"compressed {subject.name}", images, data, run, device)
-        for text in after.notes:
-            render.note(text)
-        measured |= {"dense_top1": before.top1, "top1": after.top1, "dense_top5": before.top5, "top5": after.top5}
-        measured["images"] = after.images
-    save(subject.model, output, force=force, dtype=dtype, measured=measured)
+    with process_group(device) as group:
+        images = None if data.data is None else open_source(data.data, on_note=render.note)
+        train = open_source(tuning.train_data, split="train", on_note=render.note) if tuning.train_data else None
+        subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained)
+        assert isinstance(subject.model, CompressedModel)
+        work = FinetuneRun(subject, output, tuning, train, images, data, run, group)
+        if train is not None:
+            work.setup()
+            fit_classes(subject, train, images)
+        measured: dict[str, Any] = {"dense_gmacs": gmacs(subject.dense), "gmacs": gmacs(subject.model)}
+        report, accuracies = _train_and_measure(work)
+        measured |= accuracies
+        if group.main:
+            stored = {name: value for name, value in measured.items() if name != "top1_before_finetuning"}
+            save(subject.model, output, force=force, dtype=dtype, measured=stored)
+            if trained:
+                work.done()
     recipe = subject.model.recipe
     made = {"output": str(output), "model": subject.name, "method": recipe.method, "keep": recipe.keep}
     if as_json:
-        render.write_json({**made, "layers": recipe.layers, **measured})
+        told = {} if report is None else {"finetune": work.summary(report)}
+        render.write_json({**made, "layers": recipe.layers, **measured, **told})
         return
-    render.show(render.facts(_facts(str(output), subject.name, subject.describe(), measured)))
+    render.show(render.facts(_facts(str(output), subject.name, subject.describe(), measured, report)))
     render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
 
 
-def _facts(output: str, model: str, reduction: str, measured: dict[str, Any]) -> list[tuple[str, str]]:
+def _train_and_measure(work: FinetuneRun) -> tuple[FinetuneReport | None, dict[str, Any]]:
+    """Fine-tunes where that was asked for; the accuracies before and after, where there are images to judge by."""
+    subject = work.subject
+    if work.val is None:
+        return (None if work.train is None else work.train_model()), {}
+    before = work.measure(subject.dense, "dense")
+    after = work.measure(subject.model, "compressed")
+    report, cut = None, after
+    if work.train is not None:
+        report = work.train_model()
+        after = work.judged or work.measure(subject.model, "fine-tuned")
+    for text in after.notes:
+        render.note(text)
+    measured = {"dense_top1": before.top1, "top1": after.top1, "dense_top5": before.top5, "top5": after.top5}
+    untrained = {} if report is None else {"top1_before_finetuning": cut.top1}
+    return report, {**measured, **untrained, "images": after.images}
+
+
+def _facts(
+    output: str, model: str, reduction: str, measured: dict[str, Any], report: FinetuneReport | None
+) -> list[tuple[str, str]]:
     before, after = measured["dense_gmacs"], measured["gmacs"]
     saved = render.change_text(before, after) or "nothing saved"
     rows = [
@@ -82,8 +123,12 @@ def _facts(output: str, model: str, reduction: str, measured: dict[str, Any]) ->
         ("reduction", reduction),
         ("GMACs per image", f"{render.gmacs_text(before)} -> {render.gmacs_text(after)} ({saved})"),
     ]
+    if report is not None:
+        rows.append(("fine-tuned", f"epoch {report.chosen} of {report.epochs}"))
     if "top1" in measured:
         drop = measured["top1"] - measured["dense_top1"]
         change = f"{measured['dense_top1']:.2f} % -> {measured['top1']:.2f} % ({drop:+.2f} points)"
+        if report is not None:
+            change += f", {measured['top1_before_finetuning']:.2f} % before fine-tuning"
         rows.append(("top-1", f"{change} on {measured['images']:,} images"))
     return rows

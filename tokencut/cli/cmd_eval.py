@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tokencut.cli import render
+from tokencut.cli.compile_options import CompileOptions
 from tokencut.cli.options import (
     DEFAULT_MODEL,
     DataOptions,
@@ -38,23 +39,26 @@ def evaluate(
     dense: DenseFlag = False,
     source: ModelOptions,
     run: RunOptions,
+    compiling: CompileOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Measures a model's accuracy: top-1, top-5 and loss on a folder of images.
 
     A model that is not a tokencut file is compressed on the fly; --dense leaves
-    it as it is.
+    it as it is. An exported .onnx runs by onnxruntime, on the CPU.
 
     Examples:
       tokencut eval out.safetensors --data /imagenet/val
       tokencut eval deit_small --keep 0.5 --data /imagenet/val --limit 5000
       tokencut eval digits --dense --data digits
+      tokencut eval model.onnx --data /imagenet/val
     """
     if data.data is None:
         raise UsageError(
             f"eval needs images; type tokencut eval {model} --data DIR, a folder with one sub-folder a class or a .tar "
             "of one, or try it with tokencut eval digits --data digits"
         )
+    from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import measure_accuracy, prepare
     from tokencut.files import check_writable
     from tokencut.runtime import resolve_device
@@ -62,12 +66,17 @@ def evaluate(
 
     if predictions is not None:
         check_writable(predictions, force=True)
-    device = resolve_device(run.device)
+    exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
+    device = resolve_device("cpu" if exported else run.device)
     images = open_source(data.data, on_note=render.note)
-    subject = prepare(model, source, reduction, seed=run.seed, dense=dense)
-    report = measure_accuracy(subject.model, subject.name, images, data, run, device, predictions=predictions)
+    subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
+    report = measure_accuracy(
+        subject.model, subject.name, images, data, run, device, predictions=predictions, compile_mode=compiling.mode
+    )
     for text in report.notes:
         render.note(text)
+    if compiling.mode is not None:
+        render.note("the time includes compiling the model")
     if as_json:
         recipe = subject.recipe
         added = {"method": recipe.method if recipe else None, "keep": recipe.keep if recipe else 1.0}

@@ -71,6 +71,7 @@ def _list_methods(as_json: bool) -> None:
         render.show(f"{method['name']}  ({method['source']}; proportional attention {on} by default)", method["help"])
         if method["settings"]:
             rows = [(setting["name"], _plain(setting["default"]), _values(setting)) for setting in method["settings"]]
+            rows += [("preset", "", f"{name}: {' '.join(values)}") for name, values in _presets(method).items()]
             render.show(render.table(("--method-option", "default", "meaning"), rows, left=3))
         render.write("")
 
@@ -81,9 +82,17 @@ def _describe_method(method: Any) -> dict[str, Any]:
         "source": method.source,
         "help": (inspect.getdoc(method) or "").partition("\n\n")[0].replace("\n", " "),
         "prop_attn": method.prop_attn,
+        "presets": {name: dict(preset) for name, preset in method.presets.items()},
         "settings": [
             {"name": field.name, "default": field.default, **field.metadata} for field in dataclasses.fields(method)
         ],
+    }
+
+
+def _presets(method: dict[str, Any]) -> dict[str, list[str]]:
+    """Each preset's settings as they would be typed."""
+    return {
+        name: [f"{key}={_plain(value)}" for key, value in preset.items()] for name, preset in method["presets"].items()
     }
 
 

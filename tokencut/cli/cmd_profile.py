@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokencut.cli import render
+from tokencut.cli.compile_options import CompileOptions
 from tokencut.cli.options import (
     DEFAULT_MODEL,
     DenseFlag,
@@ -15,11 +17,16 @@ from tokencut.cli.options import (
     ModelOptions,
     ReductionOptions,
     TimingOptions,
+    running_option,
     with_groups,
 )
+from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
-    from tokencut.profiling import Figures, ProfileReport
+    from tokencut.cli.subject import Subject
+    from tokencut.profile_report import Figures, ProfileReport
+
+DENSE_ONNX_HELP = "The same model exported with --dense: timed in turns with MODEL, where that is an .onnx."
 
 
 @with_groups
@@ -30,39 +37,41 @@ def profile(
     dense: DenseFlag = False,
     source: ModelOptions,
     run: TimingOptions,
+    compiling: CompileOptions,
+    dense_onnx: Annotated[
+        Path | None, running_option("--dense-onnx", metavar="FILE.onnx", help=DENSE_ONNX_HELP)
+    ] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="Count only: nothing is timed.")] = False,
     by_block: Annotated[
         bool, typer.Option("--by-block", help="Count block by block; list what is not counted.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measures what a model costs: multiply-adds, parameters, latency.
+    """Measures what a model costs: multiply-adds, parameters, latency, memory.
 
     The dense and the compressed model take turns in one process, so that the
     speed-up is true on this machine. Nothing is downloaded: costs do not
-    depend on weights.
+    depend on weights. An exported .onnx is timed by onnxruntime, on the CPU.
 
     Examples:
       tokencut profile deit_small --keep 0.5
       tokencut profile out.safetensors --batch-size 1
       tokencut profile deit_tiny --no-latency --by-block
+      tokencut profile model.onnx --dense-onnx dense.onnx
     """
+    from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import prepare
-    from tokencut.profiling import profile as measure
     from tokencut.runtime import resolve_device
 
-    device = resolve_device(run.device)
-    subject = prepare(model, source, reduction, seed=run.seed, dense=dense, weights_needed=False)
-    with render.progress(f"timing {subject.name}") as advance:
-        report = measure(
-            subject.model,
-            latency=not no_latency,
-            batch_size=run.batch_size,
-            device=device,
-            precision=run.precision,
-            name=subject.name,
-            on_progress=lambda done, total: advance(done, total, "rounds"),
-        )
+    if is_onnx(model):
+        subject = open_onnx(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
+        report = _measure_onnx(subject, run, dense_onnx, latency=not no_latency)
+    elif dense_onnx is not None:
+        raise UsageError(f"--dense-onnx is for a MODEL that is an .onnx file, and {model} is none; leave it out")
+    else:
+        resolve_device(run.device)
+        subject = prepare(model, source, reduction, seed=run.seed, dense=dense, weights_needed=False)
+        report = _measure(subject, run, compiling, latency=not no_latency)
     if as_json:
         render.write_json(report.to_dict(by_block=by_block))
         return
@@ -78,9 +87,43 @@ def profile(
         render.write("\n".join(["", *conclusions]))
 
 
+def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *, latency: bool) -> ProfileReport:
+    from tokencut.profiling import profile as measure
+
+    with render.progress(f"timing {subject.name}") as advance:
+        return measure(
+            subject.model,
+            latency=latency,
+            batch_size=run.batch_size,
+            device=run.device,
+            precision=run.precision,
+            compile_mode=compiling.mode,
+            name=subject.name,
+            on_progress=lambda done, total: advance(done, total, "rounds"),
+        )
+
+
+def _measure_onnx(subject: Subject, run: TimingOptions, dense: Path | None, *, latency: bool) -> ProfileReport:
+    from tokencut.onnx_model import OnnxModel
+    from tokencut.onnx_profiling import profile_onnx
+
+    assert isinstance(subject.model, OnnxModel)
+    with render.progress(f"timing {subject.name}") as advance:
+        return profile_onnx(
+            subject.model,
+            dense=None if dense is None else OnnxModel(dense),
+            latency=latency,
+            batch_size=run.batch_size,
+            name=subject.name,
+            on_progress=lambda done, total: advance(done, total, "rounds"),
+        )
+
+
 def _setting(report: ProfileReport) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    timed = [] if report.speedup is None else [("timed", f"batches of {report.batch_size} in {report.precision}")]
+    compiled = f", compiled ({report.compile_mode})" if report.compile_mode else ""
+    how = f"batches of {report.batch_size} in {report.precision}{compiled}"
+    timed = [] if report.compressed.latency_ms is None else [("timed", how)]
     return [("device", report.device), *timed, ("versions", versions)]
 
 
@@ -91,10 +134,11 @@ def _figures(report: ProfileReport) -> render.RenderableType:
         ("GMACs per image", *map(render.gmacs_text, gmacs), render.change_text(*gmacs)),
         ("parameters", f"{before.params:,}", f"{after.params:,}", render.change_text(before.params, after.params)),
     ]
-    if report.speedup is not None:
+    if after.latency_ms is not None:
+        faster = "" if report.speedup is None else f"{report.speedup:.2f} x as fast"
         rows += [
-            ("latency, ms a batch", _latency(before), _latency(after), f"{report.speedup:.2f} x as fast"),
-            ("images per second", f"{before.images_per_second:.1f}", f"{after.images_per_second:.1f}", _spread(report)),
+            ("latency, ms a batch", _latency(before), _latency(after), faster),
+            ("images per second", _throughput(before), _throughput(after), _spread(report)),
         ]
     if before.peak_memory_mib and after.peak_memory_mib:
         memory = before.peak_memory_mib, after.peak_memory_mib
@@ -105,14 +149,19 @@ def _figures(report: ProfileReport) -> render.RenderableType:
 
 
 def _latency(figures: Figures) -> str:
-    """The median with half of the distance between the quartiles."""
+    """The median with half of the distance between the quartiles; nothing where it was not timed."""
+    if figures.latency_ms is None:
+        return ""
     low, high = figures.latency_spread_ms or (0.0, 0.0)
     return f"{figures.latency_ms:.2f} ± {(high - low) / 2:.2f}"
 
 
+def _throughput(figures: Figures) -> str:
+    return "" if figures.images_per_second is None else f"{figures.images_per_second:.1f}"
+
+
 def _spread(report: ProfileReport) -> str:
-    low, high = report.speedup_spread or (0.0, 0.0)
-    return f"({low:.2f} to {high:.2f})"
+    return "" if report.speedup_spread is None else "({:.2f} to {:.2f})".format(*report.speedup_spread)
 
 
 def _show_blocks(report: ProfileReport) -> None:

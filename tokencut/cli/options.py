@@ -43,6 +43,18 @@ def whole_number(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a whole number") from None
 
 
+def number(text: str) -> float:
+    """Parser of an option; as `whole_number`, for any number.
+
+    Raises:
+        typer.BadParameter: It is not a number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+
+
 def precision_name(text: str) -> Precision:
     """Parser of an option: a type that weights can be stored or computed in.
 
@@ -119,6 +131,42 @@ class ReductionOptions:
             "prop_attn": self.prop_attn,
             "method_options": read_pairs("--method-option", self.method_option or (), "clusters=0.25"),
         }
+
+
+SWEEP_KEEP_HELP = "As elsewhere, several joined by commas: 0.9,0.7,0.5 (which is the default), or 0.9/0.7/0.5,0.5."
+METHODS_HELP = (
+    "Methods joined by commas, or all; the first is compared with each other one. Settings stand behind colons, as in "
+    "bat,bat:preset=paper. Default bat,evit,tome."
+)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The reductions that a sweep tries, as typed."""
+
+    keep: Annotated[str | None, reduction_option("--keep", metavar="F,F,...", help=SWEEP_KEEP_HELP)] = None
+    methods: Annotated[str | None, reduction_option("--methods", metavar="NAME,...", help=METHODS_HELP)] = None
+    layers: Annotated[str | None, reduction_option("--layers", metavar="4,7,10", help=LAYERS_HELP)] = None
+    prop_attn: Annotated[bool | None, reduction_option("--prop-attn/--no-prop-attn", help=PROP_ATTN_HELP)] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What was typed, as arguments of `tokencut.sweeping.SweepPlan`; what was not typed is not there.
+
+        Raises:
+            UsageError: An option cannot be read, or two contradict each other.
+        """
+        if self.layers == "all" and self.keep is None:
+            raise UsageError(
+                "--layers all needs explicit rates, since 0.5 in every block leaves next to nothing; add "
+                "--keep 0.97,0.95"
+            )
+        read = {
+            "keeps": None if self.keep is None else [read_keep(part.strip()) for part in self.keep.split(",")],
+            "methods": None if self.methods is None else self.methods.split(","),
+            "layers": None if self.layers is None else read_layers(self.layers),
+            "prop_attn": self.prop_attn,
+        }
+        return {name: value for name, value in read.items() if value is not None}
 
 
 CHECKPOINT_HELP = "Local weights: safetensors, or a timm .pth."

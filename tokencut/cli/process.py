@@ -10,7 +10,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
+
+# What ends a command: Ctrl-C, a polite request, a closed terminal.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Interrupts:
@@ -30,7 +35,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            for name in SIGNALS:
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
                 if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._interrupt)
@@ -47,6 +52,53 @@ class Interrupts:
             os._exit(128 + number)
         self.seen = True
         raise KeyboardInterrupt
+
+
+class StopRequest:
+    """A context in which a signal that would end the command asks it to stop at the next good moment instead.
+
+    A second one ends it at once, as outside. What `Interrupts` leaves ignored stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None and callable(signal.getsignal(number)):
+                    self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker process
+            os._exit(128 + number)
+        if self.requested:
+            self._before[number](number, frame)
+        self.requested = True
+
+
+@contextlib.contextmanager
+def only_first_speaks() -> Iterator[None]:
+    """Of the processes that `torchrun` started, lets the first alone print."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -161,6 +161,23 @@ def on_terminal() -> bool:
 
 
 @contextlib.contextmanager
+def live() -> Iterator[Callable[[RenderableType], None]]:
+    """A place on stderr that is drawn anew at every call, and stays; nothing where stderr is not a terminal.
+
+    Yields:
+        A function to call with what is to stand there.
+    """
+    if not on_terminal():
+        yield lambda part: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(file=sys.stderr), refresh_per_second=4) as place:
+        yield lambda part: place.update(part)
+
+
+@contextlib.contextmanager
 def progress(title: str) -> Iterator[Advance]:
     """A progress bar on stderr, gone at its end; nothing where stderr is not a terminal.
 

@@ -18,13 +18,16 @@ from tokencut.adapters import adapter_for
 from tokencut.cli import render
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
 from tokencut.compression import CompressedModel, compress, predicted_macs
+from tokencut.distributed import Group, alone
 from tokencut.errors import UsageError
-from tokencut.evaluation import EvaluationReport, evaluate
+from tokencut.evaluation import EvaluationReport
 from tokencut.model_args import parse_model_kwargs
 from tokencut.modelzoo import Loaded, load_model
+from tokencut.onnx_model import OnnxModel
 from tokencut.recipe import Recipe
 from tokencut.reduction import make_method, methods
 from tokencut.sources import Source
+from tokencut.spread_evaluation import evaluate_spread
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,21 @@ class Subject:
 
     Attributes:
         name: What reports call it.
-        model: A `CompressedModel`; or timm's own, where the dense model was asked for.
-        dense: timm's own model, inside or beside it.
+        model: A `CompressedModel`; timm's own, where the dense model was asked for; or an exported file.
+        dense: timm's own model, inside or beside it; the file itself where it is exported.
+        new_head: Whether the classifier has random weights.
     """
 
     name: str
     model: nn.Module
     dense: nn.Module
+    new_head: bool = False
 
     @property
     def recipe(self) -> Recipe | None:
         """What is done to the model; None for the dense one."""
+        if isinstance(self.model, OnnxModel):
+            return self.model.info.recipe
         return self.model.recipe if isinstance(self.model, CompressedModel) else None
 
     def describe(self) -> str:
@@ -59,6 +66,7 @@ def prepare(
     seed: int,
     dense: bool = False,
     weights_needed: bool = True,
+    to_be_trained: bool = False,
 ) -> Subject:
     """Loads a model and reduces it as asked; what can be checked without the model is checked first.
 
@@ -69,6 +77,7 @@ def prepare(
         seed: For random weights.
         dense: Whether the untouched model is wanted.
         weights_needed: Whether the weights matter.
+        to_be_trained: Whether the model is fine-tuned next.
 
     Raises:
         TokencutError: An option is wrong, or the model cannot be had.
@@ -98,10 +107,10 @@ def prepare(
         return Subject(loaded.name, loaded.dense, loaded.dense)
     if loaded.recipe and not given:
         return Subject(loaded.name, loaded.model, loaded.dense)
-    return _reduced(loaded, arguments, given)
+    return _reduced(loaded, arguments, given, to_be_trained=to_be_trained)
 
 
-def _reduced(loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...]) -> Subject:
+def _reduced(loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...], *, to_be_trained: bool) -> Subject:
     replaced = loaded.recipe
     if replaced and methods()[replaced.method].needs_training:
         raise UsageError(
@@ -109,7 +118,7 @@ def _reduced(loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...]) 
             "it; leave out what was typed, or compress the original model"
         )
     model = compress(loaded.dense, **arguments)
-    if methods()[model.recipe.method].needs_training:
+    if methods()[model.recipe.method].needs_training and not to_be_trained:
         render.note(f"the stages of method {model.recipe.method} are untrained: its cost is true, its accuracy is not")
     if replaced:
         render.note(
@@ -118,7 +127,7 @@ def _reduced(loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...]) 
         )
     elif not given:
         render.note(f"no reduction options given: taking the default, --method {DEFAULT_METHOD} --keep {DEFAULT_KEEP}")
-    return Subject(loaded.name, model, loaded.dense)
+    return Subject(loaded.name, model, loaded.dense, loaded.new_head)
 
 
 def describe(recipe: Recipe) -> str:
@@ -129,7 +138,9 @@ def describe(recipe: Recipe) -> str:
 
 
 def gmacs(model: nn.Module) -> float:
-    """Multiply-adds per image by the closed form, in units of 1e9."""
+    """Multiply-adds per image by the closed form, in units of 1e9; as it was exported, for a file."""
+    if isinstance(model, OnnxModel):
+        return model.info.gmacs
     if isinstance(model, CompressedModel):
         return cost.total(predicted_macs(model)) / 1e9
     return cost.total(cost.predict(adapter_for(model).cost(model), {})) / 1e9
@@ -143,6 +154,8 @@ def measure_accuracy(
     run: RunOptions,
     device: torch.device,
     predictions: Path | None = None,
+    group: Group | None = None,
+    compile_mode: str | None = None,
 ) -> EvaluationReport:
     """Evaluates a model as the options say, with a progress bar.
 
@@ -154,15 +167,18 @@ def measure_accuracy(
         run: How the model runs.
         device: Where it runs.
         predictions: A CSV file to write.
+        group: The processes that share the images; this one alone where None.
+        compile_mode: How the model is compiled; not at all where None.
     """
     with render.progress(f"evaluating {name}") as advance:
-        return evaluate(
+        return evaluate_spread(
+            group or alone(device),
             model,
             images,
             batch_size=run.batch_size,
             workers=data.workers,
-            device=device,
             precision=run.precision,
+            compile_mode=compile_mode,
             limit=data.limit,
             predictions=predictions,
             gmacs=gmacs(model),

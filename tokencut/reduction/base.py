@@ -122,6 +122,10 @@ class Reduction(ABC):
         """How many of `tokens` image tokens leave a stage with this budget; another number only as published."""
         return budget
 
+    def attentive(self, tokens: int, budget: int) -> int:
+        """How many of `tokens` image tokens count as attentive when fine-tuning asks; as many as leave by default."""
+        return budget
+
     def make_module(self, width: int, seed: int) -> nn.Module | None:
         """What a stage of this method learns, for features of `width` numbers; the same weights for the same `seed`."""
         return None

@@ -49,13 +49,17 @@ class Bat(Reduction):
     def decide(self, scene: Scene, budget: int) -> Decision:
         split, sizes = self.split(scene.tokens.count, budget), scene.tokens.known_sizes()
         attention = scene.evidence.class_attention() if self.reads_attention() else sizes
-        attentive, inattentive = by_attention(attention, split.attentive)
-        if not self.merges():
-            return Selection(attentive.sort(dim=1).values)
-        group = torch.full_like(attention, -1, dtype=torch.int64)
-        group = self._pair(scene, group, attentive, split)
-        if split.clusters:
-            group = self._cluster(scene, group, inattentive, split)
+        if split.attentive == 0:
+            group = self._clusters(scene, None, split)
+        else:
+            attentive, inattentive = by_attention(attention, split.attentive)
+            if not self.merges():
+                return Selection(attentive.sort(dim=1).values)
+            group = torch.full_like(attention, budget, dtype=torch.int64)
+            group = self._pair(scene, group, attentive, split)
+            if split.clusters:
+                behind = self._clusters(scene, inattentive, split) + (split.attentive - split.pairs)
+                group = group.scatter(1, inattentive, behind)
         group = in_order(group, budget)
         weight = raw_weights(self.weights, sizes, attention)
         return Grouping(group, group_average(group, weight, sizes, budget), budget)
@@ -73,17 +77,20 @@ class Bat(Reduction):
             place = place.scatter(1, away, place.gather(1, joined))
         return group.scatter(1, attentive, place)
 
-    def _cluster(self, scene: Scene, group: Tensor, inattentive: Tensor, split: Split) -> Tensor:
-        """Groups the inattentive tokens behind the attentive ones."""
-        points = take(scene.features(self.features), inattentive)
-        sizes = scene.tokens.sizes
-        mass = None if sizes is None or not self.mass else self.mass * take(sizes, inattentive).log()
-        cluster = density_clusters(points, split.clusters, self.neighbours, mass)
-        return group.scatter(1, inattentive, cluster + split.attentive - split.pairs)
+    def _clusters(self, scene: Scene, inattentive: Tensor | None, split: Split) -> Tensor:
+        """Cluster of each inattentive token (all tokens where None), by number."""
+        points, sizes = scene.features(self.features), scene.tokens.sizes
+        mass = None if sizes is None or not self.mass else self.mass * sizes.log()
+        if inattentive is not None:
+            points, mass = take(points, inattentive), None if mass is None else take(mass, inattentive)
+        return density_clusters(points, split.clusters, self.neighbours, mass)
 
     def split(self, tokens: int, budget: int) -> Split:
         """How a budget is spent."""
         return split_budget(tokens, budget, self.clusters if self.inattentive == "cluster" else None, self.pairs)
+
+    def attentive(self, tokens: int, budget: int) -> int:
+        return self.split(tokens, budget).attentive or budget  # without decoupling none are set apart
 
     def macs(self, shape: StageShape) -> int:
         split = self.split(shape.tokens, shape.budget)

@@ -20,7 +20,7 @@ def squared_distances(points: Tensor) -> Tensor:
     norms = points.square().sum(2)
     sums = norms.unsqueeze(2) + norms.unsqueeze(1)
     distances = torch.baddbmm(sums, points, points.transpose(1, 2), alpha=-2)
-    distances = distances.clamp(min=0, max=torch.finfo(torch.float32).max)
+    distances = distances.clamp(min=0.0, max=torch.finfo(torch.float32).max)
     return distances * (1 - torch.eye(points.shape[1], device=points.device))
 
 
@@ -41,17 +41,32 @@ def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor
         fp32 `(B, n)`; higher is more of a centre, `-inf` for a point that coincides with a denser one.
     """
     count = distances.shape[1]
-    nearest = distances.topk(min(neighbours, count), dim=2, largest=False).values
-    log_density = -nearest.mean(2) / width
+    log_density = -_mean_of_nearest(distances, min(neighbours, count)) / width
     if log_mass is not None:
         log_density = log_density + log_mass
-    rank = torch.empty_like(log_density, dtype=torch.int64)
-    rank = rank.scatter(1, ranking(log_density), torch.arange(count, device=distances.device).expand_as(rank))
+    order = ranking(log_density)
+    rank = torch.arange(count, device=distances.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, rank)
     # Added rather than filled in: a masked fill took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
-    not_denser = (rank.unsqueeze(1) >= rank.unsqueeze(2)).to(distances.dtype)
-    to_denser = (distances + not_denser * torch.finfo(torch.float32).max).amin(2)
+    not_denser = rank.unsqueeze(1) >= rank.unsqueeze(2)
+    to_denser = torch.add(distances, not_denser, alpha=torch.finfo(torch.float32).max).amin(2)
     separation = torch.where(rank == 0, distances.amax((1, 2)).unsqueeze(1), to_denser)
     return log_density + 0.5 * separation.log()
+
+
+def _mean_of_nearest(distances: Tensor, neighbours: int) -> Tensor:
+    """Mean distance to the nearest points, the point itself among them, `(B, n)`."""
+    if neighbours < 2 or neighbours > 4:
+        return distances.topk(neighbours, dim=2, largest=False).values.mean(2)
+    # A few minima in turn: finding them by topk took a fifth of a stage on a GPU. The point itself is at 0.
+    far = torch.finfo(torch.float32).max
+    others = torch.add(distances, torch.eye(distances.shape[1], device=distances.device), alpha=far)
+    found = []
+    for _ in range(neighbours - 2):
+        nearest = others.argmin(2, keepdim=True)
+        found.append(others.gather(2, nearest).squeeze(2))
+        others = others.scatter(2, nearest, far)
+    return sum(found, others.amin(2)) / neighbours
 
 
 def nearest_centre(distances: Tensor, centres: Tensor) -> Tensor:

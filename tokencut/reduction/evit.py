@@ -40,6 +40,9 @@ class EViT(Reduction):
     def leaving(self, tokens: int, budget: int) -> int:
         return budget + 1 if self.extra_token else budget
 
+    def attentive(self, tokens: int, budget: int) -> int:
+        return max(1, budget - 1)  # the last one is the fused token
+
     def macs(self, shape: StageShape) -> int:
         return 0
 

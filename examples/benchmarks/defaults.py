@@ -1,0 +1,140 @@
+"""The table to decide bat's defaults by: a grid of its settings and the other methods, on training images only.
+
+    python examples/benchmarks/defaults.py local-dir:FOLDER --data train.tar --limit 5000
+    python examples/benchmarks/defaults.py digits --data digits --grid pairs=0,0.25 --methods evit --keep 0.5
+
+Nothing is fine-tuned. For each setting and keep rate it prints top-1 in percent and, in brackets, the mean
+Kullback-Leibler divergence KL(dense || compressed) of the predicted classes, in thousandths of a nat. Top-1 on images
+that a model was trained on says little, as it knows most of them; the divergence needs no labels, and sees changes that
+leave the first class in its place. Lines come in the order of the divergence averaged over the keep rates, best first.
+
+`--data` takes a folder with one sub-folder a class, a `.tar` or `.tar.gz` of one, or `digits`, the training part of the
+bundled digits. Never point it at images that results will be reported on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokencut import compress
+from tokencut.held_images import open_images
+from tokencut.modelzoo import load_model
+from tokencut.reduction import methods
+from tokencut.runtime import inference_state, resolve_device
+from tokencut.sources import open_source
+
+GRID = [
+    "clusters=0.25,0.5,1",
+    "pairs=0,0.25",
+    "neighbours=3,5",
+    "mass=0,0.125",
+    "features=normed,tokens,keys",
+    "weights=size,attention",
+]
+KEEPS = [0.7, 0.5, 0.3, 0.2]
+
+
+@dataclass
+class Setting:
+    """A line of the table: a method with settings, and for each keep rate its top-1 (percent) and divergence (nats)."""
+
+    method: str
+    options: dict[str, str]
+    prop_attn: bool | None = None
+    top1: list[float] = field(default_factory=list)
+    divergence: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        words = [f"{key}={value}" for key, value in self.options.items()]
+        weighed = [] if self.prop_attn is None else ["--prop-attn" if self.prop_attn else "--no-prop-attn"]
+        return " ".join([self.method, *words, *weighed])
+
+
+def settings(grid: Sequence[str], others: Sequence[str]) -> Iterator[Setting]:
+    """bat as it is and as in the paper, every point of the grid, each with proportional attention and without it."""
+    yield Setting("bat", {})
+    yield Setting("bat", {"preset": "paper"}, prop_attn=False)
+    axes = [axis.partition("=") for axis in grid]
+    for values in itertools.product(*(choices.split(",") for _, _, choices in axes)):
+        options = dict(zip((key for key, _, _ in axes), values, strict=True))
+        yield Setting("bat", options, prop_attn=True)
+        yield Setting("bat", options, prop_attn=False)
+    for method in others:
+        yield Setting(method, {})
+
+
+def log_probabilities(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities of the classes, `(images, classes)`."""
+    return torch.cat([F.log_softmax(model(batch).float(), dim=1) for batch in batches])
+
+
+def judge(
+    setting: Setting, keep: float, dense: nn.Module, batches: Sequence[Tensor], truth: Tensor, wanted: Tensor
+) -> None:
+    """Adds what a setting comes to at a keep rate; `wanted` holds the dense model's log-probabilities."""
+    model = compress(
+        dense, keep=keep, method=setting.method, method_options=setting.options, prop_attn=setting.prop_attn
+    )
+    found = log_probabilities(model, batches)
+    setting.top1.append(100 * (found.argmax(dim=1) == truth).float().mean().item())
+    setting.divergence.append(F.kl_div(found, wanted, log_target=True, reduction="batchmean").item())
+
+
+def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
+    """The table in Markdown, the smallest mean divergence first."""
+    lines = [f"| setting | {' | '.join(f'keep {keep:g}' for keep in keeps)} | mean |", "|---" * (len(keeps) + 2) + "|"]
+    for row in sorted(table, key=lambda row: sum(row.divergence)):
+        means = sum(row.top1) / len(keeps), sum(row.divergence) / len(keeps)
+        pairs = [*zip(row.top1, row.divergence, strict=True), means]
+        lines.append(f"| {row} | {' | '.join(f'{top1:.2f} ({1000 * kl:.1f})' for top1, kl in pairs)} |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    known = [name for name, method in methods().items() if not method.needs_training and name != "bat"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
+    parser.add_argument("--data", required=True, help="training images: a folder, a tar, or digits")
+    parser.add_argument("--limit", type=int, default=5000, help="an evenly spread sample of so many")
+    parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--grid", nargs="*", default=GRID, metavar="KEY=V,V", help="settings of bat to combine")
+    parser.add_argument("--methods", nargs="*", default=known, choices=known, help="the other methods")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Judges every setting at every keep rate, and prints the table."""
+    args = parse()
+    dense, device = load_model(args.model).dense, resolve_device(args.device)
+    source = open_source(args.data, split="train", on_note=print)
+    images = open_images(dense, source, device=device, batch_size=args.batch_size, limit=args.limit)
+    loaded = list(images.batches)
+    batches = [images.prepared.normalise(batch.images, device) for batch in loaded if len(batch)]
+    truth = torch.cat([batch.targets for batch in loaded]).to(device)
+    table = list(settings(args.grid, args.methods))
+    with inference_state(dense, device):
+        wanted, started = log_probabilities(dense, batches), time.monotonic()
+        top1 = 100 * (wanted.argmax(dim=1) == truth).float().mean().item()
+        print(f"{args.model}, {len(truth):,} training images of {args.data}: dense top-1 {top1:.2f} %", flush=True)
+        for done, setting in enumerate(table, start=1):
+            for keep in args.keep:
+                judge(setting, keep, dense, batches, truth, wanted)
+            left = (time.monotonic() - started) / done * (len(table) - done)
+            print(f"{done} of {len(table)}, {left / 60:.1f} min left: {setting}", flush=True)
+    print(report(table, args.keep))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""`tokencut export`, and what `profile` and `eval` make of its files; `--compile`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from outcome import TINY, Run
+
+from tokencut.cli.app import main
+
+KEYS = {
+    "output", "model", "method", "keep", "opset", "dynamic_batch", "batch_size", "with_preprocessing", "gmacs", "bytes",
+    "data", "images", "largest_difference", "tolerance", "equal_top1", "notes",
+}  # fmt: skip
+# One block, which reduces 16 image tokens to 8.
+SMALLEST = (*TINY, "--model-kwargs", "depth=1")
+REDUCED = (*SMALLEST, "--layers", "1", "--keep", "0.5", "--method", "topk")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "tiny.safetensors"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["compress", *REDUCED, "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(artifact: Path) -> Path:
+    """The artifact as .onnx, to be read only."""
+    path = artifact.with_name("tiny.onnx")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["export", str(artifact), "-o", str(path), "--limit", "2"]) == 0
+    return path
+
+
+def test_json_has_its_keys(run: Run, artifact: Path, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "model.onnx"
+    path.parent.mkdir()
+    done = run("export", artifact, "-o", path, "--data", pictures, "--limit", "6", "-b", "4", "--json")
+    assert (done.code, done.notes) == (0, [])
+    assert set(done.json) >= KEYS
+    assert (done.json["output"], done.json["method"], done.json["keep"]) == (str(path), "topk", 0.5)
+    assert (done.json["data"], done.json["images"], done.json["equal_top1"]) == (str(pictures), 6, 100.0)
+    assert (done.json["opset"], done.json["dynamic_batch"]) == (18, True)
+    assert done.json["bytes"] == path.stat().st_size
+    # The name of a file would lead to a path, so the file says which architecture it is.
+    assert done.json["model"] == "test_vit"
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_people_get_lines(run: Run, artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    done = run("export", artifact, "-o", path, "--no-dynamic-batch", "-b", "3", "--with-preprocessing", "--opset", "20")
+    assert done.code == 0
+    facts = dict(line.split("  ", 1) for line in done.out.splitlines())
+    assert facts["wrote"].strip().endswith(" MB, ONNX opset 20)")
+    assert facts["reduction"].strip() == "topk, keep 0.5, layers 1"
+    assert facts["takes"].strip() == "images of 3x64x64, RGB from 0 to 1, 3 at a time"
+    assert facts["checked on"].strip() == "64 images (noise)"
+    assert facts["equal top-1"].strip() == "100.0 %"
+    assert done.notes == [
+        "checked on 64 images of noise, since no --data was given",
+        f"next: tokencut profile {path}, or tokencut eval {path} --data DIR",
+    ]
+
+
+def test_a_name_and_dense(run: Run, tmp_path: Path) -> None:
+    done = run("export", *SMALLEST, "--dense", "-o", tmp_path / "m.pt2", "--limit", "2", "--json")
+    assert (done.json["method"], done.json["keep"], done.json["opset"]) == (None, 1.0, None)
+    assert done.json["model"] == "test_vit"
+    named = run("export", *REDUCED, "-o", tmp_path / "n.pt2", "--limit", "2")
+    assert "topk, keep 0.5, layers 1" in named.out
+    assert not [note for note in named.notes if note.startswith("next")]
+
+
+def test_eval_of_the_file_is_eval_of_the_artifact(run: Run, artifact: Path, exported: Path, pictures: Path) -> None:
+    words = ("--data", pictures, "-j", "0", "--json")
+    expected, found = run("eval", artifact, *words).json, run("eval", exported, *words).json
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name in ("top1", "top5", "images", "gmacs", "method", "keep", "data"):
+        assert found[name] == expected[name], name
+    assert found["model"] == str(exported)
+
+
+def test_profile_of_the_file(run: Run, artifact: Path, exported: Path, tmp_path: Path) -> None:
+    alone = run("profile", exported, "-b", "1", "--json").json
+    expected = run("profile", artifact, "--no-latency", "--json").json
+    assert alone["speedup"] is None
+    assert alone["stages"] == expected["stages"]
+    assert alone["compressed"]["gmacs"] == expected["compressed"]["gmacs"]
+    assert "latency_ms" in alone["compressed"]
+    assert "latency_ms" not in alone["dense"]
+    printed = run("profile", exported, "--no-latency")
+    assert "x as fast" not in printed.out
+    assert "topk, keep 0.5, layers 1" in printed.out
+    dense = tmp_path / "dense.onnx"
+    assert run("export", artifact, "--dense", "-o", dense, "--limit", "2", "--no-dynamic-batch", "-b", "1").code == 0
+    beside = run("profile", exported, "--dense-onnx", dense, "-b", "1")
+    assert "x as fast" in beside.out
+    assert "onnxruntime" in beside.out
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("--keep", "0.5"), "--keep"),
+        (("--dense",), "--dense"),
+        (("--by-block",), "--by-block"),
+        (("--checkpoint", "w.pth"), "--checkpoint"),
+        (("--no-pretrained",), "--no-pretrained"),
+        (("--num-classes", "3", "--img-size", "32"), "--num-classes and no --img-size"),
+        (("--model-kwargs", "depth=1"), "--model-kwargs"),
+        (("--compile",), "--compile"),
+        (("--precision", "bf16"), "--precision bf16"),
+        (("--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_what_is_fixed_in_the_file(run: Run, exported: Path, words: tuple[str, ...], option: str) -> None:
+    done = run("profile", exported, *words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"error: {exported} is exported, so onnxruntime runs it as it is, on the CPU in fp32, and it takes no "
+        f"{option}; leave that out, or name the model that it came from\n"
+    )
+
+
+def test_dense_onnx_is_for_onnx(run: Run, artifact: Path, exported: Path) -> None:
+    done = run("profile", artifact, "--dense-onnx", exported)
+    assert (done.code, done.err) == (
+        2,
+        f"error: --dense-onnx is for a MODEL that is an .onnx file, and {artifact} is none; leave it out\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("-o", "m.bin"), 2, "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx"),
+        (("-o", "m.onnx", "--opset", "9"), 2,
+         "opset 9 is not one of 18 to 22, which tokencut can write; type --opset 18"),
+        (("-o", "m.pt2", "--opset", "18"), 2, "--opset is for .onnx files, and m.pt2 is none; leave it out"),
+        (("-o", "there.onnx"), 1, "there.onnx exists; add --force to replace it, or give another -o"),
+        (("-o", "no/m.onnx"), 1, "cannot write no/m.onnx: the folder no does not exist; create it first"),
+        (("-o", "m.onnx", "--data", "none"), 1,
+         "no images at 'none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz of "
+         "one, or the word digits, such as --data digits"),
+    ],
+)  # fmt: skip
+def test_refused_before_a_model_is_loaded(
+    words: tuple[str, ...], code: int, message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokencut.cli.subject.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    Path("there.onnx").write_text("before")
+    done = run("export", "deit_base", *words)
+    assert (done.code, done.out, done.err) == (code, "", f"error: {message}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+
+
+def test_missing_packages_are_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    done = run("export", *TINY, "-o", tmp_path / "m.onnx")
+    assert (done.code, done.err) == (
+        1,
+        f"error: writing {tmp_path / 'm.onnx'} needs onnxscript, not installed here; type pip install "
+        "'tokencut[onnx]'\n",
+    )
+
+
+def test_a_file_that_differs_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokencut.export.captured", lambda *_: None)
+    monkeypatch.setattr("tokencut.export.write_pt2", lambda program, info, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr("tokencut.export.read_pt2", lambda *_: lambda images: torch.zeros(images.shape[0], 3) + 9)
+    done = run("export", *REDUCED, "-o", tmp_path / "m.pt2", "--limit", "2")
+    assert (done.code, done.out) == (1, "")
+    assert "would not give the model's logits: 2 of 2 images differ" in done.err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes `torch.compile` do nothing, and tell in which mode it was called."""
+    met: list[str] = []
+
+    def compiler(model: Any, *, mode: str, **_: object) -> Any:
+        met.append(mode)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    return met
+
+
+def test_profile_compiled(run: Run, artifact: Path, modes: list[str]) -> None:
+    done = run("profile", artifact, "-b", "1", "--compile-mode", "reduce-overhead")
+    assert (done.code, modes) == (0, ["reduce-overhead", "reduce-overhead"])
+    assert "batches of 1 in fp32, compiled (reduce-overhead)" in done.out
+    assert "spent in the stages" not in done.out
+
+
+def test_eval_compiled(run: Run, artifact: Path, pictures: Path, modes: list[str]) -> None:
+    words = ("eval", artifact, "--data", pictures, "-j", "0", "--json")
+    done = run(*words, "--compile")
+    assert (modes, done.notes[-1]) == (["default"], "the time includes compiling the model")
+    assert done.json["top1"] == run(*words).json["top1"]
+
+
+def test_an_unknown_compile_mode(run: Run, artifact: Path, pictures: Path) -> None:
+    for words in (("profile", artifact), ("eval", artifact, "--data", pictures)):
+        done = run(*words, "--compile-mode", "fast")
+        assert done.code == 2
+        assert "unknown compile mode 'fast', expected one of default, reduce-overhead, max-autotune" in done.err

@@ -1,0 +1,324 @@
+"""`tokencut compress --train-data`: the fine-tune as users run it, stop it, go on with it, and spread it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_files import write_folder
+from outcome import CLASSES, TINY, Run
+from safetensors.torch import load_file
+
+from tokencut import artifact
+from tokencut.cli import render
+from tokencut.cli.finetune_run import duration
+from tokencut.errors import ArtifactError
+from tokencut.training_state import folder_for
+from tokencut.training_step import Trainer, TrainingDivergedError
+
+REDUCTION = ("--keep", "0.5", "--layers", "2,4")
+FIXED = ("-j", "0", "-b", "4", "--finetune-epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight images."""
+    return write_folder(tmp_path_factory.mktemp("images") / "train", CLASSES, images=8)
+
+
+def log_of(output: Path) -> list[dict[str, str]]:
+    with output.with_suffix(".log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_trains_judges_logs_and_leaves_a_file_that_loads(
+    run: Run, tmp_path: Path, train: Path, pictures: Path, compressed: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    words = ("--train-data", train, "--data", pictures, "--alpha", "0.1", "-o", output, "--json")
+    done = run("compress", compressed, *FIXED, *words)
+    assert done.code == 0, done.err
+    assert done.json["finetune"] == {"epochs": 2, "chosen": 2, "log": str(tmp_path / "out.log.csv")}
+    assert {"dense_top1", "top1", "top1_before_finetuning"} <= set(done.json)
+    assert names_in(tmp_path) == ["out.log.csv", "out.safetensors"]
+    rows = log_of(output)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(rows[1][name]) > 0 for name in ("loss", "task", "importance", "images_per_second"))
+    assert rows[1]["diversity"] == ""
+    assert float(rows[1]["top1"]) == done.json["top1"]
+    lines = [line for line in done.err.splitlines() if line.startswith("note: epoch")]
+    assert len(lines) == 2
+    assert lines[0].startswith("note: epoch 1: loss ")
+    assert run("eval", output, "--data", pictures, "-j", "0", "--json").json["top1"] == done.json["top1"]
+    before, after = load_file(compressed), load_file(output)
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_people_see_what_it_did(run: Run, tmp_path: Path, train: Path, pictures: Path, compressed: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    done = run("compress", compressed, *FIXED, "--train-data", train, "--data", pictures, "-o", output)
+    lines = dict(line.split("  ", 1) for line in done.out.splitlines())
+    assert lines["fine-tuned"].strip() == "epoch 2 of 2"
+    assert "% before fine-tuning on 12 images" in lines["top-1"]
+
+
+def test_a_new_head_is_trained_named_and_announced(run: Run, tmp_path: Path, train: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    done = run("compress", *TINY, *REDUCTION, *FIXED, "--train-data", train, "-o", output)
+    assert done.code == 0
+    assert "test_vit has random weights (seed 0)" in done.notes
+    assert any(note.startswith("the head is new, so there are no logits to distil from") for note in done.notes)
+    assert artifact.read_info(output).label_names == CLASSES
+
+
+def test_the_best_epoch_is_chosen_on_held_out_images(run: Run, tmp_path: Path, train: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    done = run(
+        "compress", *TINY, *REDUCTION, *FIXED, "--select", "best", "--train-data", train, "-o", output, "--json"
+    )
+    rows = log_of(output)
+    best = max(rows, key=lambda row: float(row["top1"]))
+    assert done.json["finetune"]["chosen"] == int(best["epoch"])
+
+
+def test_dyvit_trains_through_the_same_loop(run: Run, tmp_path: Path, train: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    done = run("compress", *TINY, *REDUCTION, *FIXED, "--method", "dyvit", "--train-data", train, "-o", output)
+    assert done.code == 0
+    assert not any("untrained" in note for note in done.notes)
+    assert float(log_of(output)[0]["ratio"]) > 0
+    assert any(name.startswith("tokencut.") for name in load_file(output))
+
+
+class Terminal:
+    """A standard error that says it is a terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_table(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(render, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    code = run("compress", compressed, *FIXED, "--train-data", train, "-o", tmp_path / "out.safetensors").code
+    assert code == 0
+    for word in ("epoch", "distillation", "images/s", "left", "1/2", "2/2"):
+        assert word in terminal.text
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (3.4, 99, 720, 12600)] == ["3 s", "99 s", "12 min", "3.5 h"]
+
+
+def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("compress", compressed, *FIXED, "--train-data", train, "--mixup", "0.8", "-o")
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert run(*words, whole).code == 0
+    before, step, seen = signal.getsignal(signal.SIGTERM), Trainer.step, []
+
+    def interrupted(trainer: Trainer, *position: Any) -> dict[str, float]:
+        seen.append(position[:2])
+        if len(seen) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *position)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    stopped = run(*words, cut)
+    assert (stopped.code, stopped.out) == (130, "")
+    assert stopped.err.splitlines()[-2:] == [
+        f"note: the run is kept in {folder_for(cut)}; type the same command with --resume to go on",
+        "error: interrupted",
+    ]
+    assert seen[-1] == (1, 1)  # the step was finished, no other begun
+    assert not cut.exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    again = run(*words, cut)
+    assert (again.code, again.err.splitlines()[-1]) == (
+        1,
+        f"error: {folder_for(cut)} holds a run that was stopped; add --resume to go on with it, or --force to start "
+        "again",
+    )
+    other = run(*words, cut, "--resume", "--seed", "7")
+    assert other.code == 1
+    assert f"{folder_for(cut)} holds a run with another --seed: it has 0, not 7" in other.err
+
+    resumed = run(*words, cut, "--resume")
+    assert resumed.code == 0
+    assert "note: going on at epoch 2, step 3" in resumed.err.splitlines()
+    assert cut.read_bytes() == whole.read_bytes()
+    assert names_in(tmp_path) == ["cut.log.csv", "cut.safetensors", "whole.log.csv", "whole.safetensors"]
+
+
+def test_a_second_interrupt_ends_it_at_once(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(trainer: Trainer, *position: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(Trainer, "step", twice)
+    done = run("compress", compressed, *FIXED, "--train-data", train, "-o", tmp_path / "out.safetensors")
+    assert (done.code, done.err.splitlines()[-1]) == (130, "error: interrupted")
+    assert names_in(tmp_path) == []
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(run: Run, tmp_path: Path, train: Path, compressed: Path) -> None:
+    words = ("compress", compressed, *FIXED, "--train-data", train, "-o")
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert run(*words, whole).code == 0
+    code = "import os, sys\nfrom tokencut.training_step import Trainer\nstep = Trainer.step\n" \
+           "def dying(trainer, epoch, number, batches):\n" \
+           "    if (epoch, number) == (1, 3):\n        os.kill(os.getpid(), 9)\n" \
+           "    return step(trainer, epoch, number, batches)\n" \
+           "Trainer.step = dying\nimport torch\ntorch.set_num_threads(1)\n" \
+           "from tokencut.cli.app import main\nmain(sys.argv[1:])\n"  # fmt: skip
+    killed = subprocess.run([sys.executable, "-c", code, *map(str, words), str(cut)], capture_output=True)
+    assert killed.returncode == -9
+    resumed = run(*words, cut, "--resume")
+    assert "note: going on at epoch 2, step 1" in resumed.err.splitlines()
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_nothing_to_resume_is_said(run: Run, tmp_path: Path, train: Path, compressed: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    done = run("compress", compressed, *FIXED, "--train-data", train, "--resume", "-o", output)
+    assert done.code == 0
+    assert f"there is nothing to resume in {folder_for(output)}: starting at the first epoch" in done.notes
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_weights(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(trainer: Trainer, *position: Any) -> dict[str, float]:
+        raise TrainingDivergedError("the loss is not a finite number at epoch 1, step 1 of 6; type a smaller one")
+
+    monkeypatch.setattr(Trainer, "step", diverge)
+    output = tmp_path / "out.safetensors"
+    done = run("compress", compressed, *FIXED, "--train-data", train, "-o", output)
+    good = folder_for(output) / "last-good.safetensors"
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        "error: the loss is not a finite number at epoch 1, step 1 of 6; type a smaller one, and --force; the weights "
+        f"before that step are in {good}"
+    )
+    assert torch.equal(load_file(good)["head.weight"], load_file(compressed)["head.weight"])
+    assert not output.exists()
+
+
+# (words, exit code, the line): {tmp} is an empty folder, {file} a tokencut file, {train} the training images.
+WRONG = [
+    (("--finetune-epochs", "2"), 2,
+     "--finetune-epochs needs images to fine-tune on; add --train-data DIR, a folder with one sub-folder a class or a "
+     ".tar of one, or --train-data digits"),
+    (("--resume",), 2,
+     "--resume needs images to fine-tune on; add --train-data DIR, a folder with one sub-folder a class or a .tar of "
+     "one, or --train-data digits"),
+    (("--train-data", "{tmp}/none"), 1,
+     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
+     "of one, or the word digits, such as --data digits"),
+    (("--train-data", "digits"), 1,
+     "'digits' has 10 class folders ('0', '1', '2' and 7 more), the model's head has 3 classes; type --num-classes 10 "
+     "beside an architecture's name to train a new head"),
+    (("--train-data", "{train}", "--data", "{val}"), 1,
+     "--data '{val}' has classes that --train-data '{train}' has not: 'dog', 'eel', 'fox'; give two folders with the "
+     "same classes"),
+    (("--train-data", "{train}", "--finetune-epochs", "0"), 2,
+     "--finetune-epochs 0 is not a number of at least 1; type --finetune-epochs 1"),
+    (("--train-data", "{train}", "--lr", "fast"), 2,
+     "invalid value for '--lr': 'fast' is not a number; type tokencut compress --help"),
+    (("--train-data", "{train}", "--recipe", "long"), 2,
+     "unknown recipe 'long', expected short or paper; type --recipe short"),
+    (("--train-data", "{train}", "--precision", "fp16"), 2,
+     "training in fp16 is not supported, since its gradients underflow; type --precision bf16"),
+    (("--train-data", "{train}", "--accumulate", "0"), 2,
+     "--accumulate 0 is too small, expected at least 1; type --accumulate 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "line"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_wrong_command_line(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, words: tuple[str, ...], code: int, line: str
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    val = tmp_path / "val"
+    if "{val}" in words:
+        write_folder(val, ("dog", "eel", "fox"), images=1)
+
+    def fill(text: str) -> str:
+        named = {"{tmp}": work, "{train}": train, "{val}": val}
+        for name, path in named.items():
+            text = text.replace(name, str(path))
+        return text
+
+    done = run("compress", compressed, *map(fill, words), "-j", "0", "-o", work / "out.safetensors")
+    assert (done.code, done.out) == (code, "")
+    assert done.err.splitlines()[-1] == f"error: {fill(line)}"
+    assert names_in(work) == []
+
+
+def test_an_earlier_state_that_is_damaged(run: Run, tmp_path: Path, train: Path, compressed: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    folder_for(output).mkdir()
+    (folder_for(output) / "state.pt").write_bytes(b"damaged")
+    words = ("compress", compressed, *FIXED, "--train-data", train, "-o", output)
+    assert "type --force to start again" in run(*words, "--resume").err.splitlines()[-1]
+    assert run(*words, "--force").code == 0
+    assert issubclass(ArtifactError, Exception)
+
+
+def test_two_processes_give_what_one_gives_with_the_doubled_batch(
+    run: Run, tmp_path: Path, train: Path, pictures: Path, compressed: Path
+) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    words = ("compress", compressed, "-j", "0", "--finetune-epochs", "1", "--train-data", train, "--data", pictures,
+             "--beta", "0.1", "--json", "-o")  # fmt: skip
+    alone = run(*words, one, "-b", "8")
+    assert alone.code == 0, alone.err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "-m", "tokencut", *map(str, words), str(two), "-b", "4"],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = load_file(one), load_file(two)
+    before = load_file(compressed)
+    assert not torch.equal(before["head.weight"], second["head.weight"])
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-5)
+    assert done.stdout.count('"output"') == 1  # one process prints
+    assert done.stderr.count("epoch 1:") == 1
+    told, heard = alone.json, type(alone)(0, done.stdout, "").json
+    assert heard["images"] == told["images"] == 12  # no image twice
+    assert heard["dense_top1"] == told["dense_top1"]
+    assert float(log_of(two)[0]["loss"]) == pytest.approx(float(log_of(one)[0]["loss"]), rel=1e-3)

@@ -1,0 +1,49 @@
+"""The script for bat's defaults runs, on training images, and its figures are those of the public API."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokencut import compress, digits
+from tokencut.held_images import open_images
+from tokencut.sources import open_source
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "defaults.py"
+ROW = re.compile(r"\| (?P<setting>[^|]+) \| (?P<top1>[\d.]+) \((?P<kl>[\d.]+)\) \| [\d.]+ \((?P<mean>[\d.]+)\) \|")
+
+
+def test_a_small_grid_on_the_training_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    words = "digits --data digits --limit 20 --grid pairs=0,0.25 neighbours=5 --methods topk --keep 0.2 --device cpu"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.startswith("digits, 20 training images of digits: dense top-1 ")
+    rows = {found["setting"]: found for found in ROW.finditer(printed)}
+    assert list(rows) == sorted(rows, key=lambda name: float(rows[name]["mean"]))
+    assert set(rows) == {
+        "bat", "bat preset=paper --no-prop-attn", "topk",
+        *(f"bat pairs={pairs} neighbours=5 --{no}prop-attn" for pairs in ("0", "0.25") for no in ("", "no-")),
+    }  # fmt: skip
+
+    dense = digits.create()
+    images = open_images(dense, open_source("digits", split="train"), device=torch.device("cpu"), batch_size=20,
+                         workers=0, limit=20)  # fmt: skip
+    [batch] = images.batches
+    pixels = images.prepared.normalise(batch.images, torch.device("cpu"))
+    with torch.no_grad():
+        wanted, found = dense(pixels), compress(dense, keep=0.2, method="topk")(pixels)
+    probabilities = wanted.softmax(dim=1)
+    divergence = (probabilities * (wanted.log_softmax(dim=1) - F.log_softmax(found, dim=1))).sum(dim=1).mean()
+    assert float(rows["topk"]["kl"]) == pytest.approx(1000 * float(divergence), abs=0.06)
+    right = (found.argmax(dim=1) == batch.targets).float().mean()
+    assert float(rows["topk"]["top1"]) == pytest.approx(100 * float(right))

@@ -1,0 +1,116 @@
+"""`tokencut export`: writes a model for deployment, as .onnx or for torch.export.load, and checks what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokencut.cli import render
+from tokencut.cli.options import (
+    DATA_HELP,
+    NUMBER,
+    DenseFlag,
+    JsonFlag,
+    ModelArgument,
+    ModelOptions,
+    ReductionOptions,
+    data_option,
+    running_option,
+    with_groups,
+)
+
+if TYPE_CHECKING:
+    from tokencut.cli.subject import Subject
+    from tokencut.export import ExportReport
+
+OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load."
+OPSET_HELP = "ONNX opset, 18 to 22. Default 18."
+DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
+NORMALISE_HELP = "Bake the normalisation in: the file then takes RGB from 0 to 1."
+CHECK_LIMIT_HELP = "Check on an evenly spread sample of N images. Default 64."
+
+
+@with_groups
+def export_file(
+    model: ModelArgument,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help=OUTPUT_HELP)],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    opset: Annotated[int | None, typer.Option("--opset", **NUMBER, help=OPSET_HELP)] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch/--no-dynamic-batch", help=DYNAMIC_HELP)] = True,
+    with_preprocessing: Annotated[bool, typer.Option("--with-preprocessing", help=NORMALISE_HELP)] = False,
+    reduction: ReductionOptions,
+    dense: DenseFlag = False,
+    source: ModelOptions,
+    data: Annotated[str | None, data_option("--data", metavar="DIR", help=f"Check on these: {DATA_HELP}")] = None,
+    limit: Annotated[int | None, data_option("--limit", **NUMBER, help=CHECK_LIMIT_HELP)] = None,
+    batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a forward.")] = 16,
+    seed: Annotated[int, running_option("--seed", **NUMBER, help="Decides random weights.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Writes a model for deployment: .onnx, or .pt2 for torch.export.load.
+
+    What was written is run on images and compared with the model; a file that
+    gives other logits is not kept. Needs onnx, onnxruntime and onnxscript for
+    .onnx: pip install 'tokencut[onnx]'.
+
+    Examples:
+      tokencut export out.safetensors -o model.onnx
+      tokencut export out.safetensors -o model.onnx --with-preprocessing \\
+          --data /imagenet/val
+      tokencut export digits --keep 0.5 -o digits.pt2
+    """
+    from tokencut.export import check_export, export_model
+
+    check_export(output, force=force, opset=opset)
+    from tokencut.cli.subject import prepare
+    from tokencut.sources import open_source
+
+    images = None if data is None else open_source(data, on_note=render.note)
+    subject = prepare(model, source, reduction, seed=seed, dense=dense)
+    report = export_model(
+        subject.model,
+        output,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        batch_size=batch_size,
+        with_preprocessing=with_preprocessing,
+        force=force,
+        data=images,
+        limit=limit,
+        name=_plain_name(subject),
+    )
+    for text in report.notes:
+        render.note(text)
+    if as_json:
+        render.write_json(report.to_dict())
+        return
+    render.show(render.facts(_facts(report, subject)))
+    if report.opset is not None:
+        render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
+
+
+def _plain_name(subject: Subject) -> str | None:
+    """What the file calls its model: the name typed, unless that is a path, which must not go into files."""
+    return None if Path(subject.name).exists() or ":" in subject.name else subject.name
+
+
+def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
+    info, agreement = report.info, report.agreement
+    size = "x".join(map(str, info.preprocessing["input_size"]))
+    pixels = "RGB from 0 to 1" if info.normalises else "normalised"
+    form = "torch.export" if report.opset is None else f"ONNX opset {report.opset}"
+    rows = [
+        ("wrote", f"{report.output} ({report.bytes / 1e6:.1f} MB, {form})"),
+        ("model", subject.name),
+        ("reduction", subject.describe()),
+        ("GMACs per image", render.gmacs_text(info.gmacs)),
+        ("takes", f"images of {size}, {pixels}, {info.batch_size or 'any number'} at a time"),
+        ("checked on", f"{agreement.images} images ({agreement.data})"),
+        ("largest difference", f"{agreement.largest_difference:.1e} (allowed {agreement.tolerance:.1e})"),
+    ]
+    if agreement.equal_top1 is not None:
+        rows.append(("equal top-1", f"{agreement.equal_top1:.1f} %"))
+    return rows

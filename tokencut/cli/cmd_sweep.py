@@ -1,0 +1,142 @@
+"""`tokencut sweep`: several methods and keep rates on the same images, as a table and as plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokencut.cli import render
+from tokencut.cli.options import (
+    DataOptions,
+    JsonFlag,
+    ModelArgument,
+    ModelOptions,
+    ReductionOptions,
+    RunOptions,
+    SweepOptions,
+    with_groups,
+)
+from tokencut.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokencut.sweep_report import SweepReport
+    from tokencut.sweeping import SweepProgress
+
+
+@with_groups
+def sweep(
+    model: ModelArgument,
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder for the report.")],
+    force: Annotated[bool, typer.Option("--force", help="Start again: drop the rows that are in the folder.")] = False,
+    reduction: SweepOptions,
+    no_latency: Annotated[bool, typer.Option("--no-latency", help="Judge and count only: nothing is timed.")] = False,
+    source: ModelOptions,
+    data: DataOptions,
+    run: RunOptions,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compares methods and keep rates on the same images: a table and plots.
+
+    Each pair of a method and a keep rate is judged once, beside the dense model.
+    Finished rows are kept in the folder: the same command goes on where it was
+    interrupted. The plots need matplotlib.
+
+    Examples:
+      tokencut sweep deit_small --keep 0.9,0.7,0.5 --methods bat,evit,tome \\
+          --data /imagenet/val -o report/
+      tokencut sweep digits --methods all --data digits -o report/
+      tokencut sweep digits --methods bat,bat:preset=paper \\
+          --data digits -o report/
+    """
+    if data.data is None:
+        raise UsageError(
+            f"sweep needs images; type tokencut sweep {model} -o {output} --data DIR, a folder with one sub-folder a "
+            "class or a .tar of one, or try it with tokencut sweep digits -o report --data digits"
+        )
+    from tokencut.plots import require_matplotlib
+
+    require_matplotlib()
+    from tokencut.cli.subject import prepare
+    from tokencut.runtime import resolve_device
+    from tokencut.sources import open_source
+    from tokencut.sweep_report import check_folder
+    from tokencut.sweep_state import FILE as STATE
+    from tokencut.sweeping import SweepPlan
+    from tokencut.sweeping import sweep as run_sweep
+
+    plan = SweepPlan(
+        **reduction.arguments(),
+        limit=data.limit,
+        workers=data.workers,
+        batch_size=run.batch_size,
+        device=resolve_device(run.device),
+        precision=run.precision,
+        latency=not no_latency,
+    )
+    plan.pairs()
+    check_folder(output, force=force)
+    images = open_source(data.data, on_note=render.note)
+    _mind_recipe(model)
+    subject = prepare(model, source, ReductionOptions(), seed=run.seed, dense=True)
+    try:
+        with render.progress(f"sweep of {subject.name}") as advance:
+            report = run_sweep(
+                subject.model,
+                images,
+                output,
+                plan,
+                force=force,
+                name=subject.name,
+                on_progress=lambda now: advance(now.done, now.total, _status(now)),
+                on_note=render.note,
+            )
+    except KeyboardInterrupt:
+        if (output / STATE).exists():
+            render.note(f"finished rows are kept in {output}: type the same command again to go on")
+        raise
+    for text in report.notes:
+        render.note(text)
+    if as_json:
+        render.write_json(report.to_dict())
+        return
+    _show(report)
+    render.note(f"wrote to {output}: {', '.join(report.files)}")
+
+
+def _mind_recipe(model: str) -> None:
+    """Says what becomes of the recipe of a tokencut file; refuses one that the weights were trained for."""
+    if not Path(model).is_file():
+        return
+    from tokencut.artifact import read_info
+    from tokencut.cli.subject import describe
+    from tokencut.reduction import methods
+
+    recipe = read_info(model).recipe
+    if methods()[recipe.method].needs_training:
+        raise UsageError(f"{model} was trained for its recipe ({describe(recipe)}), which a sweep cannot replace; type "
+                         f"tokencut eval {model} --data DIR, or sweep the original model")  # fmt: skip
+    render.note(f"the recipe of {model} ({describe(recipe)}) does not count: a sweep starts from its dense model")
+
+
+def _status(now: SweepProgress) -> str:
+    if now.top1 is None:
+        return now.doing
+    rows = f"{now.rows_left} row{'s' if now.rows_left != 1 else ''} left"
+    return f"{now.doing}: {now.top1:.2f} % top-1, {rows}"
+
+
+def _show(report: SweepReport) -> None:
+    from tokencut.sweep_report import LEGEND, comparison_table, result_table
+
+    head, body = result_table(report)
+    facts = [("model", report.model), ("data", report.data), ("images", f"{report.images:,}")]
+    setting = f"batches of {report.batch_size} in {report.precision}, all models in turn" if report.timed else ""
+    render.show(render.facts([*facts, ("device", report.device), *([("images/s", setting)] if setting else [])]))
+    render.show(render.table(head, body, left=2))
+    if report.comparisons:
+        first = report.comparisons[0].first
+        render.show(render.table(*comparison_table(report.comparisons), title=f"{first} against the others"))
+    render.write(LEGEND)

@@ -1,0 +1,136 @@
+"""Accuracy against cost, drawn for a paper: the only place that knows matplotlib, an optional part of tokencut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokencut.errors import TokencutError
+from tokencut.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[float, float]
+
+# Okabe and Ito's colours, told apart by the colour-blind and in grey; their yellow, too pale for lines, darker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A89000")
+# 8 of them to 7 colours: 56 lines before a pair repeats.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+# A paper's column is 3.3 in wide and its page 6.9; this is legible in the page's width and, reduced, in a column.
+SIZE_IN = (5.6, 3.5)
+PNG_DPI = 300
+FORMATS = ("png", "pdf")
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#DDDDDD",
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,  # fonts are embedded whole: many venues refuse matplotlib's default, type 3
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method's points `(cost or speed, top-1)`, joined by a thin line in the order of cost."""
+
+    label: str
+    points: tuple[Point, ...]
+
+
+def require_matplotlib() -> None:
+    """Refuses to go on without matplotlib, before any work is done.
+
+    Raises:
+        TokencutError: It is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise TokencutError(
+            "the plots need matplotlib, which is not installed; type pip install 'tokencut[plot]'"
+        ) from error
+
+
+def pareto_front(points: Iterable[Point], *, less_is_better: bool) -> list[Point]:
+    """The points that no other is at least as good as in both, from the cheapest on.
+
+    Args:
+        points: `(x, y)`, of which y is better the higher.
+        less_is_better: Whether x is a cost rather than a speed.
+    """
+    sign = 1 if less_is_better else -1
+    front: list[Point] = []
+    for point in sorted(set(points), key=lambda point: (sign * point[0], -point[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
+
+
+def accuracy_plot(series: Sequence[Series], dense: Point, x_label: str, *, less_is_better: bool) -> Figure:
+    """Draws top-1 against what it costs: a line a method, the dense model as a star, and the Pareto front.
+
+    Args:
+        series: The methods.
+        dense: The dense model's point.
+        x_label: What stands on the x axis, with its unit.
+        less_is_better: Whether x is a cost rather than a speed.
+
+    Returns:
+        matplotlib's figure; no window is opened and no global state of matplotlib changes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE_IN, layout="constrained")
+        axes = figure.add_subplot()
+        front = pareto_front([dense, *(p for line in series for p in line.points)], less_is_better=less_is_better)
+        axes.plot(*dense, color="black", marker="*", markersize=11, linestyle="none", zorder=3, label="dense")
+        # Steps: at a budget between two models that were measured, the cheaper of them is the best there is.
+        axes.plot(
+            *zip(*front, strict=True), color="#999999", linewidth=3, alpha=0.45, drawstyle="steps-post",
+            solid_joinstyle="miter", label="Pareto front",
+        )  # fmt: skip
+        for line, colour, marker in zip(series, cycle(COLOURS), cycle(MARKERS)):
+            _draw_line(axes, line, colour, marker)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("top-1 accuracy (%)")
+        axes.margins(0.06)
+        figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _draw_line(axes: Axes, line: Series, colour: str, marker: str) -> None:
+    xs, ys = zip(*sorted(line.points), strict=True)
+    axes.plot(
+        xs, ys, color=colour, marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.4, linewidth=1.1,
+        label=line.label,
+    )  # fmt: skip
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Writes a figure as PNG and PDF; the same figure gives the same bytes.
+
+    Args:
+        figure: What `accuracy_plot` returned.
+        stem: The path without extension.
+
+    Raises:
+        ArtifactError: One cannot be written.
+    """
+    import matplotlib
+
+    for form in FORMATS:
+        path = stem.with_name(f"{stem.name}.{form}")
+        timeless = {"CreationDate": None} if form == "pdf" else None
+        with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
+            figure.savefig(temporary, format=form, dpi=PNG_DPI, metadata=timeless)

@@ -1,0 +1,108 @@
+"""How a fine-tune runs beside its recipe, what it tells while it runs, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokencut.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a fine-tune runs, beside its recipe.
+
+    Attributes:
+        batch_size: Images a forward of each process.
+        accumulate: Forwards that make one update.
+        workers: Processes that decode images, for each process; one a processor, 4 at most, where None.
+        precision: `fp32` or `bf16`.
+        seed: Decides order, augmentation, dropout and what is held out.
+        compiled: Whether to use `torch.compile`.
+        select: `last` takes the last epoch, `best` the best one by images held out of the training images.
+        new_head: Whether the classifier starts from nothing, so that the teacher's logits mean nothing.
+    """
+
+    batch_size: int = 64
+    accumulate: int = 1
+    workers: int | None = None
+    precision: str = "fp32"
+    seed: int = 0
+    compiled: bool = False
+    select: str = "last"
+    new_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(
+                f"a batch size of {self.batch_size} is too small, expected at least 1; type --batch-size 64"
+            )
+        if self.accumulate < 1:
+            raise UsageError(f"--accumulate {self.accumulate} is too small, expected at least 1; type --accumulate 1")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"{self.workers} workers are too few, expected at least 0; type --workers 0")
+        if self.precision not in ("fp32", "bf16"):
+            raise UsageError(f"training in {self.precision} is not supported, since its gradients underflow; type "
+                             "--precision bf16")  # fmt: skip
+        if self.select not in ("last", "best"):
+            raise UsageError(f"--select {self.select} is not last or best; type --select last")
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """How far a fine-tune is.
+
+    Attributes:
+        epoch: The epoch, from 1 on.
+        epochs: How many there are.
+        step: Steps done in the epoch.
+        steps: Steps an epoch.
+        losses: `loss` and its terms per image, on average over the epoch so far.
+        images_per_second: Trained on, over all processes, on average over the epoch so far.
+        seconds_left: Estimated, for the whole run without its evaluations.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    losses: dict[str, float]
+    images_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a fine-tune came to.
+
+    Attributes:
+        finished: Whether it came to its end; otherwise its state was saved.
+        epochs: Epochs in all.
+        history: For each epoch done: `epoch`, `updates`, `lr`, `loss`, its terms, `images_per_second`, `seconds`, and
+            `top1` where it was judged.
+        chosen: The epoch whose weights were taken, from 1 on.
+        notes: What a user should know.
+    """
+
+    finished: bool
+    epochs: int
+    history: tuple[dict[str, float], ...]
+    chosen: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told how a fine-tune goes, and who may stop it.
+
+    Attributes:
+        on_start: Told the notes, before the first step.
+        on_step: Told after each step.
+        on_epoch: Told after each epoch, all the rows of the history so far.
+        should_stop: Asked after each step.
+    """
+
+    on_start: Callable[[tuple[str, ...]], None] = lambda notes: None
+    on_step: Callable[[TrainingProgress], None] = lambda progress: None
+    on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None
+    should_stop: Callable[[], bool] = lambda: False
