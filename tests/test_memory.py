@@ -63,12 +63,12 @@ def test_nobody_tells_of_what_is_no_module_or_has_no_weights() -> None:
 
 def vit(keep: float, layers: tuple[int, ...] = (1, 2)) -> nn.Module:
     torch.manual_seed(0)
-    return compress(timm.create_model("test_vit", depth=3, mlp_ratio=4.0), keep=keep, layers=layers).eval()
+    return compress(timm.create_model("test_vit", img_size=96, depth=2, mlp_ratio=4.0), keep=keep, layers=layers).eval()
 
 
 def test_falls_with_keep() -> None:
     """Down to what the attention before the first stage holds, which sees all tokens."""
-    images = torch.randn(8, 3, 160, 160)
+    images = torch.randn(16, 3, 96, 96)
     with torch.no_grad():
         peaks = [peak_memory(vit(keep), images) or 0.0 for keep in (0.95, 0.85, 0.75, 0.5)]
         assert peaks == sorted(peaks, reverse=True)
@@ -78,7 +78,7 @@ def test_falls_with_keep() -> None:
 
 def test_agrees_with_torchs_profiler(capfd: pytest.CaptureFixture[str]) -> None:
     """Which sees the allocator itself, and prints what nobody can keep off stderr."""
-    model, images = vit(0.5), torch.randn(4, 3, 160, 160)
+    model, images = vit(0.5), torch.randn(16, 3, 96, 96)
     with torch.no_grad():
         model(images)
         with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as trace:
@@ -101,7 +101,7 @@ def test_stands_in_timings() -> None:
 
 @pytest.mark.gpu
 def test_falls_with_keep_on_a_gpu() -> None:
-    images = torch.randn(4, 3, 160, 160, device="cuda")
+    images = torch.randn(16, 3, 96, 96, device="cuda")
     with torch.no_grad():
         peaks = [peak_memory(vit(keep).cuda(), images) or 0.0 for keep in (0.9, 0.3)]
     assert peaks[0] > peaks[1]

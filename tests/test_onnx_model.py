@@ -56,21 +56,23 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Files:
-    """Exported files, to be read only: for any number of images, for 4 of them not normalised, and dense."""
+    """Exported files, to be read only: for any number of images, for 4 not normalised, dense, and without a head."""
 
     dynamic: Path
     fixed: Path
     dense: Path
+    headless: Path
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("files")
-    made = Files(folder / "dynamic.onnx", folder / "fixed.onnx", folder / "dense.onnx")
+    made = Files(*(folder / f"{name}.onnx" for name in ("dynamic", "fixed", "dense", "headless")))
     model = small()
     export_model(model, made.dynamic, limit=2)
     export_model(model, made.fixed, limit=2, dynamic_batch=False, batch_size=4, with_preprocessing=True)
-    export_model(model.model, made.dense, limit=2)
+    export_model(model.model, made.dense, limit=2, dynamic_batch=False, batch_size=2)
+    export_model(small(num_classes=0).model, made.headless, limit=2, dynamic_batch=False)
     return made
 
 
@@ -112,11 +114,9 @@ def test_the_same_accuracy(files: Files, which: str, pictures: Path) -> None:
     assert found.notes == expected.notes == ()
 
 
-def test_a_model_without_a_head_is_not_evaluated(tmp_path: Path, pictures: Path) -> None:
-    path = tmp_path / "features.onnx"
-    export_model(small(num_classes=0), path, limit=2, dynamic_batch=False)
+def test_a_model_without_a_head_is_not_evaluated(files: Files, pictures: Path) -> None:
     with pytest.raises(ModelError, match=r"^test_vit.* has no classification head \(num_classes=0\)"):
-        evaluate(OnnxModel(path), pictures, workers=0, device="cpu")
+        evaluate(OnnxModel(files.headless), pictures, workers=0, device="cpu")
 
 
 def test_a_profile_alone(files: Files) -> None:
@@ -166,18 +166,19 @@ def test_a_file_for_one_batch_size_is_timed_with_that(files: Files) -> None:
     assert report.notes[0] == "timed with batches of 4, the only ones that the file takes"
 
 
-def test_the_dense_side_has_to_be_the_same_model_and_dense(files: Files, tmp_path: Path) -> None:
+def test_the_dense_side_has_to_be_the_same_model_and_dense(files: Files) -> None:
     with pytest.raises(UsageError) as raised:
         profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(files.fixed))
     assert str(raised.value) == (
         f"{files.fixed} was exported with a reduction, so it is not the dense side; type tokencut export MODEL --dense "
         f"-o {files.fixed} --force"
     )
-    other = tmp_path / "other.onnx"
-    export_model(small(num_classes=0).model, other, limit=2, dynamic_batch=False)
-    with pytest.raises(UsageError, match=r"other.onnx is not the dense side of .*: it has .* GMACs and .* parameters, "
-                       r"expected .* and .*; export the same model with --dense$"):  # fmt: skip
-        profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(other))
+    with pytest.raises(
+        UsageError,
+        match="headless.onnx is not the dense side of .*: it has .* GMACs and .* parameters, expected .* and .*; export "
+        "the same model with --dense$",
+    ):
+        profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(files.headless))
     with pytest.raises(
         UsageError, match=r"^a batch size of 0 is too small, expected at least 1; type --batch-size 16$"
     ):

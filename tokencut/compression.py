@@ -119,9 +119,7 @@ class CompressedModel(nn.Module):
             return self.model(images)  # nothing to reduce: timm's own forward, to the bit
         return self._head(self._run(self._embed(images), None))
 
-    def trace(
-        self, images: Tensor, *, source: bool = True, attention: bool = False
-    ) -> tuple[Tensor, list[Trace]]:
+    def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
         """Logits, and the tokens behind each stage.
 
         Args:

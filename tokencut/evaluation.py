@@ -242,9 +242,7 @@ def _logits(
     return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
-def image_notes(
-    source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int
-) -> tuple[str, ...]:
+def image_notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int) -> tuple[str, ...]:
     """What has to be said of the images judged: their classes, a sample, those that could not be decoded."""
     names = [source.filename(image.index) for image in unreadable]
     sample = f"an evenly spread sample of {sampled} of {len(source)} images" if sampled < len(source) else ""

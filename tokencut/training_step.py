@@ -209,9 +209,7 @@ def _mixup(recipe: TrainingRecipe, classes: int) -> Mixup | None:
     if not recipe.mixup and not recipe.cutmix:
         return None
     smoothing = recipe.label_smoothing
-    return Mixup(
-        mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, label_smoothing=smoothing, num_classes=classes
-    )
+    return Mixup(mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, label_smoothing=smoothing, num_classes=classes)
 
 
 def term_means(sums: dict[str, float]) -> dict[str, float]:

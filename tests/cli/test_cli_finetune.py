@@ -84,9 +84,7 @@ def test_a_new_head_is_trained_named_and_announced(run: Run, tmp_path: Path, tra
 
 def test_the_best_epoch_is_chosen_on_held_out_images(run: Run, tmp_path: Path, train: Path) -> None:
     output = tmp_path / "out.safetensors"
-    done = run(
-        "compress", *TINY, *REDUCTION, *FIXED, "--select", "best", "--train-data", train, "-o", output, "--json"
-    )
+    done = run("compress", *TINY, *REDUCTION, *FIXED, "--select", "best", "--train-data", train, "-o", output, "--json")
     rows = log_of(output)
     best = max(rows, key=lambda row: float(row["top1"]))
     assert done.json["finetune"]["chosen"] == int(best["epoch"])

@@ -1,0 +1,159 @@
+"""Does half precision keep the same patches, and what does it cost beyond what it costs the dense model?
+
+    python examples/benchmarks/precision.py local-dir:FOLDER --data val.tar --limit 1000
+    python examples/benchmarks/precision.py deit_small --data /imagenet/val --device cuda --methods bat evit tome
+
+Selection is made in fp32 whatever a model computes in, so on the same features it is the same. End to end the features
+differ by then, as bf16 and fp16 round them in every block before. For each method, keep rate and precision (by
+autocasting) the table says
+
+- `kept`: of the patches that are left behind the last stage in fp32, the share that stands in a token with the same first
+  patch in half precision. For methods that drop tokens these are the patches kept in both;
+- `together`: of the pairs of patches that share a token in either, the share that does in both; nothing to tell for
+  methods that merge none;
+- `lost`: the points of top-1 lost against the same model in fp32, less those that the dense model loses: the mean over
+  the images, with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tokencut import compress
+from tokencut.compression import CompressedModel
+from tokencut.held_images import ImageSet, open_images
+from tokencut.modelzoo import load_model
+from tokencut.reduction import methods
+from tokencut.runtime import autocast, describe_device, inference_state, resolve_device
+
+HALVES = ["bf16", "fp16"]
+COLUMNS = ["method", "keep", "precision", "kept, %", "together, %", "dense lost", "lost beyond, points"]
+
+
+@dataclass
+class Judged:
+    """One model in one precision, image by image.
+
+    Attributes:
+        right: Whether top-1 is right, `(B,)` a batch.
+        source: The token of each patch behind the last stage, -1 where it was dropped, `(B, patches)` a batch.
+    """
+
+    right: list[Tensor] = field(default_factory=list)
+    source: list[Tensor] = field(default_factory=list)
+
+    def hits(self) -> Tensor:
+        """1 or 0 for each image."""
+        return torch.cat(self.right).double()
+
+
+def judge(model: nn.Module, images: ImageSet, device: torch.device, precision: str) -> Judged:
+    """Runs a model over all images in a precision."""
+    found = Judged()
+    with inference_state(model, device), autocast(device, precision):
+        for batch in images.batches:
+            if not len(batch):
+                continue
+            pixels = images.prepared.normalise(batch.images, device)
+            if isinstance(model, CompressedModel):
+                logits, traces = model.trace(pixels)
+                source = traces[-1].tokens.source
+                assert source is not None
+                found.source.append(source.cpu())
+            else:
+                logits = model(pixels)
+            found.right.append(logits.argmax(1).cpu() == batch.targets)
+    return found
+
+
+def first_patches(source: Tensor) -> Tensor:
+    """For each patch the lowest patch in its token, `(B, patches)`; -1 where it was dropped."""
+    count = source.shape[1]
+    places = torch.arange(count).expand_as(source)
+    slot = torch.where(source < 0, count, source)
+    first = torch.full((source.shape[0], count + 1), count).scatter_reduce(1, slot, places, "amin")
+    return torch.where(source < 0, -1, first.gather(1, slot))
+
+
+def kept_overlap(full: Tensor, half: Tensor) -> float:
+    """The share of the patches left in `full` whose token has the same first patch in `half`."""
+    left = full >= 0
+    return float((first_patches(full) == first_patches(half))[left].double().mean())
+
+
+def together_overlap(full: Tensor, half: Tensor) -> float | None:
+    """Pairs of patches that share a token in both, over those that do in either; None where there is no such pair."""
+    both = either = 0
+    for one, other in zip(full, half, strict=True):
+        pairs = [(s.unsqueeze(0) == s.unsqueeze(1)).triu(1) & (s >= 0).unsqueeze(0) for s in (one, other)]
+        both += int((pairs[0] & pairs[1]).sum())
+        either += int((pairs[0] | pairs[1]).sum())
+    return both / either if either else None
+
+
+def lost_beyond(full: Judged, half: Judged, dense_full: Judged, dense_half: Judged) -> tuple[float, float]:
+    """Points of top-1 lost beyond the dense model's loss: mean over images and its standard error."""
+    lost = 100 * ((full.hits() - half.hits()) - (dense_full.hits() - dense_half.hits()))
+    return float(lost.mean()), float(lost.std() / len(lost) ** 0.5)
+
+
+def row(method: str, keep: float, precision: str, full: Judged, half: Judged, dense: Sequence[Judged]) -> str:
+    """A line of the table; `dense` in fp32 and in half."""
+    sources = torch.cat(full.source), torch.cat(half.source)
+    together = together_overlap(*sources)
+    mean, error = lost_beyond(full, half, *dense)
+    cells = [
+        method,
+        f"{keep:g}",
+        precision,
+        f"{100 * kept_overlap(*sources):.2f}",
+        "" if together is None else f"{100 * together:.2f}",
+        f"{100 * float((dense[0].hits() - dense[1].hits()).mean()):+.2f}",
+        f"{mean:+.2f} ± {error:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    untrained = [name for name, method in methods().items() if not method.needs_training]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
+    parser.add_argument("--data", required=True, help="a folder with one sub-folder a class, a tar, or digits")
+    parser.add_argument("--limit", type=int, help="an evenly spread sample of so many")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--methods", nargs="+", default=["bat", "evit", "tome"], choices=untrained)
+    parser.add_argument("--precision", nargs="+", default=HALVES, choices=HALVES)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Judges every model in every precision, and prints the table line by line."""
+    args = parse()
+    dense, device = load_model(args.model).dense, resolve_device(args.device)
+    images = open_images(dense, args.data, device=device, batch_size=args.batch_size, limit=args.limit, on_note=print)
+    untouched = {precision: judge(dense, images, device, precision) for precision in ["fp32", *args.precision]}
+    hits = untouched["fp32"].hits()
+    print(f"{args.model}, {len(hits):,} images of {args.data}: dense top-1 {100 * hits.mean():.2f} % in fp32, "
+          f"on {describe_device(device)}\n")  # fmt: skip
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    for method in args.methods:
+        for keep in args.keep:
+            model = compress(dense, keep=keep, method=method)
+            full = judge(model, images, device, "fp32")
+            for precision in args.precision:
+                half = judge(model, images, device, precision)
+                sides = untouched["fp32"], untouched[precision]
+                print(row(method, keep, precision, full, half, sides), flush=True)
+
+
+if __name__ == "__main__":
+    main()
