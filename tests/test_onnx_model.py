@@ -175,8 +175,8 @@ def test_the_dense_side_has_to_be_the_same_model_and_dense(files: Files) -> None
     )
     with pytest.raises(
         UsageError,
-        match="headless.onnx is not the dense side of .*: it has .* GMACs and .* parameters, expected .* and .*; export "
-        "the same model with --dense$",
+        match="headless.onnx is not the dense side of .*: it has .* GMACs and .* parameters, expected .* and .*; "
+        "export the same model with --dense$",
     ):
         profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(files.headless))
     with pytest.raises(

@@ -7,8 +7,8 @@ Selection is made in fp32 whatever a model computes in, so on the same features 
 differ by then, as bf16 and fp16 round them in every block before. For each method, keep rate and precision (by
 autocasting) the table says
 
-- `kept`: of the patches that are left behind the last stage in fp32, the share that stands in a token with the same first
-  patch in half precision. For methods that drop tokens these are the patches kept in both;
+- `kept`: of the patches that are left behind the last stage in fp32, the share that stands in a token with the same
+  first patch in half precision. For methods that drop tokens these are the patches kept in both;
 - `together`: of the pairs of patches that share a token in either, the share that does in both; nothing to tell for
   methods that merge none;
 - `lost`: the points of top-1 lost against the same model in fp32, less those that the dense model loses: the mean over

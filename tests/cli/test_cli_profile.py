@@ -48,6 +48,7 @@ def test_people_get_a_table_with_both_sides(run: Run) -> None:
     assert "%" in lines["GMACs per image"]
     assert "±" in lines["latency, ms a batch"]
     assert "x as fast" in lines["latency, ms a batch"]
+    assert lines["peak memory, MiB"].endswith("%")
     assert lines["2"].split() == ["2", "16", "8"]
     assert "% of the time is spent in the stages" in done.out
 

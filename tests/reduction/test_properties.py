@@ -158,13 +158,21 @@ def test_one_token_holds_all_attention_exactly() -> None:
     assert attention[0].tolist() == [0.0, 1.0, *[0.0] * 7]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_decisions_are_the_same_in_half_precision(method: str) -> None:
-    """The same numbers, stored in half: only what is carried out is rounded, not what is decided."""
-    scene, stage = hostile("plain", torch.bfloat16, 16), stage_of(method, {})
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decisions_are_the_same_in_half_precision(method: str, options: Options, dtype: torch.dtype) -> None:
+    """The same numbers, stored in half or under autocast: only what is carried out is rounded, not what is decided."""
+    scene, stage = hostile("plain", dtype, 16), stage_of(method, options)
     (heads,) = scene.evidence.layers[0]
-    full = scene_of(scene.tokens.features.float(), heads.query.float(), heads.key.float(), 1)
+    full = scene_of(
+        scene.tokens.features.float(), heads.query.float(), heads.key.float(), 1, source=scene.tokens.source
+    )
     assert torch.equal(decide(stage, scene, 7), decide(stage, full, 7))
+    with torch.no_grad():
+        expected = stage(full, 7).source
+        assert torch.equal(stage(scene, 7).source, expected)
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(stage(full, 7).source, expected)
 
 
 @every_method

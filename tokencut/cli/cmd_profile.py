@@ -142,7 +142,7 @@ def _figures(report: ProfileReport) -> render.RenderableType:
         ]
     if before.peak_memory_mib and after.peak_memory_mib:
         memory = before.peak_memory_mib, after.peak_memory_mib
-        rows.append(("peak memory, MiB", *(f"{mib:.0f}" for mib in memory), render.change_text(*memory)))
+        rows.append(("peak memory, MiB", *(f"{mib:.1f}" for mib in memory), render.change_text(*memory)))
     if report.method is None:
         return render.table(("", "dense"), [row[:2] for row in rows])
     return render.table(("", "dense", "compressed", "change"), rows)
