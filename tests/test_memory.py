@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import timm
 import torch
@@ -12,6 +14,15 @@ from tokencut.latency import measure
 from tokencut.memory import peak_memory
 
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads take longer to meet than these models take to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Chain(nn.Module):

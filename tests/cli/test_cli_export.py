@@ -88,13 +88,11 @@ def test_eval_of_the_file_is_eval_of_the_artifact(run: Run, artifact: Path, expo
 
 
 def test_profile_of_the_file(run: Run, artifact: Path, exported: Path, tmp_path: Path) -> None:
-    alone = run("profile", exported, "-b", "1", "--json").json
+    alone = run("profile", exported, "--no-latency", "--json").json
     expected = run("profile", artifact, "--no-latency", "--json").json
     assert alone["speedup"] is None
     assert alone["stages"] == expected["stages"]
     assert alone["compressed"]["gmacs"] == expected["compressed"]["gmacs"]
-    assert "latency_ms" in alone["compressed"]
-    assert "latency_ms" not in alone["dense"]
     printed = run("profile", exported, "--no-latency")
     assert "x as fast" not in printed.out
     assert "topk, keep 0.5, layers 1" in printed.out
