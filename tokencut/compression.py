@@ -161,17 +161,14 @@ class CompressedModel(nn.Module):
                 tokens = self._reduce(plan, block, tokens.with_features(features), evidence)
                 if traces is not None:
                     row = evidence.class_attention() if attention else None
-                    traces.append(Trace(number, tokens, row, self._attentive(plan)))
+                    attentive = self.method.attentive(plan.tokens_in, plan.tokens_out)
+                    traces.append(Trace(number, tokens, row, attentive))
                 tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
         return tokens
 
     def _reduce(self, plan: StagePlan, block: nn.Module, tokens: Tokens, evidence: Evidence) -> Tokens:
         scene = Scene(tokens, evidence, lambda image: self.adapter.normed(block, image))
         return self.stages[str(plan.block)](scene, plan.tokens_out)
-
-    def _attentive(self, plan: StagePlan) -> int:
-        stage: Any = self.stages[str(plan.block)]  # nn.Module's own annotations know no Stage
-        return int(stage.method.attentive(plan.tokens_in, plan.tokens_out))
 
 
 def compress(
