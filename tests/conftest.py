@@ -1,11 +1,26 @@
-"""What every test shares: the optional data beside the checkout, the GPU rule, and repeatable hypothesis runs."""
+"""What every test shares: processes and threads, the optional data beside the checkout, the GPU rule, hypothesis."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tokencut.sources import Source
+
+# Before anything imports torch, and for the processes that tests start: on models this small threads take longer to
+# meet than to work, and the cores have other tests to run.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+# Without a GPU kernels run in Triton's interpreter; it reads this when it is imported, which torch.compile does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: a busy machine is not a bug. Derandomized: the same commit gives the same verdict.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -21,13 +36,26 @@ def shared() -> Path:
     return folder
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Folders run in two processes; named files and tests in this one, since each takes seconds to import torch."""
+    return 0 if all(".py" in name for name in config.args) else 2
+
+
+@pytest.fixture(scope="session")
+def few() -> Source:
+    """Forty training digits."""
+    from tokencut.sources import open_source
+    from tokencut.training_data import Part
+
+    return Part(open_source("digits", split="train"), range(40))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tests marked `gpu` where there is no CUDA, and notes the mark in the JUnit report for CI to read."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
-
     for item in marked:
         item.user_properties.append(("gpu", "yes"))
         if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tokencut.tokens import Grouping, Selection, Tokens, apply_decision, group_average, in_order, membership
@@ -68,3 +69,20 @@ def test_a_token_alone_in_its_group_passes_unchanged_in_half_precision() -> None
     weight = group_average(group, torch.rand(2, 5), torch.ones(2, 5), 4)
     left = apply_decision(tokens, Grouping(group, weight, 4))
     assert torch.equal(left.features[:, :4], features[:, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_by_adding_and_by_a_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(3, 2 + 9, 4).to(dtype)
+    group = [[4, 0, 1, 1, 2, 3, 0, 4, 0], [0, 1, 2, 3, 0, 0, 0, 4, 4], [3, 2, 1, 0, 4, 4, 4, 4, 4]]  # 4 is dropped
+    group = in_order(torch.tensor(group), 4)
+    weight = group_average(group, torch.rand(3, 9), torch.ones(3, 9), 4)
+    decision, tokens = Grouping(group, weight, 4), Tokens(features, prefix=2)
+    added = apply_decision(tokens, decision).features
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # where sums must be products
+    product = apply_decision(tokens, decision).features
+    assert added.dtype == product.dtype == dtype
+    torch.testing.assert_close(added, product, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-2)
+    assert torch.equal(added[:, :2], features[:, :2])
+    assert torch.equal(added[2, 2:], features[2, 2:6])  # alone in their groups, in order of their first patch

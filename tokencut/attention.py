@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokencut import kernels
 from tokencut.tokens import Tokens, full_precision
 
 # A module of timm's, whose parts nn.Module's own annotations cannot know.
@@ -76,9 +77,14 @@ class Evidence:
 def _class_row(heads: Heads, evidence: Evidence) -> Tensor:
     """Class attention of one map, fp32 `(B, N)`."""
     if evidence.class_rows:
-        query = heads.query[:, :, : len(evidence.class_rows)].float()
+        query = heads.query[:, :, : len(evidence.class_rows)]
     else:
         query = heads.query[:, :, evidence.prefix :].float().mean(2, keepdim=True)
+    if not isinstance(heads.factor, Tensor) and kernels.usable(query, heads.key):
+        from tokencut.kernels.attention import class_rows
+
+        return class_rows(query, heads.key, evidence.bias)[:, evidence.prefix :]
+    query = query.float()
     with full_precision(query.device):
         logits = torch.matmul(query * heads.query.shape[-1] ** -0.5, heads.key.float().transpose(-2, -1))
     if evidence.bias is not None:
@@ -124,6 +130,31 @@ def attention_bias(tokens: Tokens, proportional: bool) -> Tensor | None:
     return hidden if bias is None else bias + hidden
 
 
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Fused attention, by the fastest kernel that takes the bias.
+
+    Args:
+        query: `(B, H, P + N, d)`.
+        key: `(B, H, P + N, d)`.
+        value: `(B, H, P + N, d)`.
+        bias: Added to the logits, `(B, 1, 1, P + N)`, or None.
+        dropout: Probability that a weight is dropped.
+
+    Returns:
+        `(B, H, P + N, d)`.
+    """
+    if bias is not None and not dropout and has_biased_kernel(query, key, value):
+        from tokencut.kernels.attention import biased_attention
+
+        return biased_attention(query, key, value, bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+
+
+def has_biased_kernel(*tensors: Tensor) -> bool:
+    """Whether attention with a bias has a kernel of its own for such tensors: half precision on a GPU."""
+    return all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) and kernels.usable(*tensors)
+
+
 def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
     """Runs timm's `Attention` by its own sub-modules, fused, and keeps queries and keys.
 
@@ -140,7 +171,7 @@ def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[T
     query, key, value = qkv.unbind(0)
     query, key = layer.q_norm(query), layer.k_norm(key)
     dropout = layer.attn_drop.p if layer.training else 0.0
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    y = fused_attention(query, key, value, bias, dropout)
     y = layer.norm(y.transpose(1, 2).reshape(batch, count, -1))
     if getattr(layer, "gate", None) is not None:
         y = y * layer.gate(x).sigmoid()

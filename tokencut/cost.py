@@ -1,7 +1,8 @@
 """The closed form: multiply-adds of a Vision Transformer for any schedule, before anything runs. No torch.
 
 Convention (fvcore's and the papers'): one multiply-add counts as one, over convolutions, linear layers, matrix products
-and attention (QK' and PV), the stages' own products included. Norms, softmax, sorting and gathers are not counted.
+and attention (QK' and PV), the stages' own products included. Norms, softmax, sorting, gathers and the additions that
+merge tokens are not counted.
 
 An adapter describes its model in pieces whose cost is a polynomial in the number of tokens; a method adds the products
 of its stage (`Reduction.macs`). `predict` sums both for a schedule, and equals what fvcore counts to the last digit.

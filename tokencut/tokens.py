@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokencut import kernels
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -83,11 +85,13 @@ class Grouping:
         weight: What each token contributes to its group, fp32 `(B, N)`: the coefficients of a weighted sum. Weights of
             a group add up to 1 for an average (`group_average`).
         count: `M`, the number of tokens that leave.
+        sizes: How many patches each group holds, fp32 `(B, M)`, where that is known already.
     """
 
     group: Tensor
     weight: Tensor
     count: int
+    sizes: Tensor | None = None
 
 
 Decision = Selection | Grouping
@@ -165,6 +169,24 @@ def in_order(group: Tensor, count: int) -> Tensor:
     return F.pad(begun, (0, 1), value=count).gather(1, first)
 
 
+def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> Grouping:
+    """The decision to average groups of tokens, numbered by `in_order`.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`, any numbering within `0..M-1`, no group empty; `M` for none.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative; see `group_average`.
+        sizes: Patches held by each token, fp32 `(B, N)`.
+        count: `M`, the number of groups.
+    """
+    if kernels.usable(group, weight, sizes):
+        from tokencut.kernels import clusters
+
+        ordered, coefficients, held = clusters.ordered_average(group, weight, sizes, count)
+        return Grouping(ordered, coefficients, count, held)
+    group = in_order(group, count)
+    return Grouping(group, group_average(group, weight, sizes, count), count)
+
+
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
     """Carries out a decision on features, sizes and source map; prefix tokens pass through untouched.
 
@@ -192,22 +214,53 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
-    # One batched product does gather and weighted sum at once. A token alone in its group has weight 1 and all others
-    # 0, so it passes unchanged in any precision.
-    matrix = membership(decision.group, decision.count) * decision.weight.to(tokens.features.dtype).unsqueeze(1)
-    merged = torch.matmul(matrix, tokens.image)
-    sizes = group_sum(decision.group, tokens.known_sizes(), decision.count)
-    source = tokens.source
+    sizes, source = decision.sizes, tokens.source
+    if sizes is None:
+        sizes = group_sum(decision.group, tokens.known_sizes(), decision.count)
     if source is not None:
         source = _follow(source, torch.where(decision.group < decision.count, decision.group, -1))
-    features = torch.cat((tokens.features[:, : tokens.prefix], merged), 1)
-    return replace(tokens, features=features, sizes=sizes, source=source)
+    return replace(tokens, features=_merged(tokens, decision), sizes=sizes, source=source)
+
+
+def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
+    """Features after merging, `(B, P + M, D)`."""
+    if kernels.usable(tokens.features, decision.weight):
+        from tokencut.kernels import merging
+
+        return merging.merge(tokens.features, tokens.prefix, decision.group, decision.weight, decision.count)
+    # A token alone in its group has weight 1, so it passes unchanged in any precision.
+    if tokens.features.is_cuda or torch.compiler.is_compiling():
+        return _merged_by_product(tokens, decision)
+    return _merged_by_adding(tokens, decision)
+
+
+def _merged_by_product(tokens: Tokens, decision: Grouping) -> Tensor:
+    """Gather and weighted sum in one batched product: in the same order each time, and quick wherever products are."""
+    matrix = membership(decision.group, decision.count) * decision.weight.to(tokens.features.dtype).unsqueeze(1)
+    merged = torch.matmul(matrix, tokens.image)
+    return torch.cat((tokens.features[:, : tokens.prefix], merged), 1)
+
+
+def _merged_by_adding(tokens: Tokens, decision: Grouping) -> Tensor:
+    """Adds each weighted token to its group's row: 0.2 ms on a CPU where the product takes 3.8 (16 x 196 x 384)."""
+    batch, _, width = tokens.features.shape
+    dropped, leaving = decision.group == decision.count, tokens.prefix + decision.count
+    # Prefix tokens are groups of their own, and what is dropped adds nothing to the first token.
+    rows = F.pad((decision.group + tokens.prefix).masked_fill(dropped, 0), (tokens.prefix, 0))
+    rows = rows + F.pad(torch.arange(tokens.prefix, device=rows.device), (0, tokens.count))
+    weight = F.pad(decision.weight.masked_fill(dropped, 0), (tokens.prefix, 0), value=1.0)
+    rows = rows + leaving * torch.arange(batch, device=rows.device).unsqueeze(1)
+    weighted = tokens.features * weight.unsqueeze(2)  # fp32, also where the features are not
+    sums = weighted.new_zeros((batch * leaving, width)).index_add(0, rows.flatten(), weighted.flatten(0, 1))
+    return sums.view(batch, leaving, width).to(tokens.features.dtype)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast leaves products alone, so that decisions are made in fp32 in any precision."""
     # The meta device, on which costs are counted, knows no autocast.
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _follow(source: Tensor, place: Tensor) -> Tensor:

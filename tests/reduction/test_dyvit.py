@@ -244,5 +244,5 @@ def test_prediction_distillation_loss_by_hand() -> None:
 def test_costs_by_hand() -> None:
     # 192 -> 192 -> 96 -> 48 -> 2 for each of 196 tokens.
     shape = StageShape(tokens=196, budget=138, width=192, key_width=64)
-    assert DYVIT.total_macs(shape) == 196 * (192 * 192 + 192 * 96 + 96 * 48 + 48 * 2)
+    assert DYVIT.macs(shape) == 196 * (192 * 192 + 192 * 96 + 96 * 48 + 48 * 2)
     assert not DYVIT.reads_attention()

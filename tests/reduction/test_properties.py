@@ -248,7 +248,7 @@ def test_multiply_adds_are_those_that_are_counted(
     # The class row of two heads of width 4; torch counts a multiply-add as two.
     row = 2 * 4 * (prefix + tokens) if stage.method.reads_attention() else 0
     shape = StageShape(tokens, budget, width=8, key_width=4)
-    assert counter.get_total_flops() == 2 * (stage.method.total_macs(shape) + row)
+    assert counter.get_total_flops() == 2 * (stage.method.macs(shape) + row)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -45,5 +45,5 @@ def test_places_are_spread_evenly_over_seeds() -> None:
 
 def test_costs_nothing_and_reads_no_attention() -> None:
     method = make_method("random")
-    assert method.total_macs(StageShape(16, 8, 64, 32)) == 0
+    assert method.macs(StageShape(16, 8, 64, 32)) == 0
     assert not method.reads_attention()

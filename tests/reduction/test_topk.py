@@ -21,4 +21,4 @@ def test_equal_attention_keeps_the_lower_numbers() -> None:
 
 
 def test_costs_nothing_of_its_own() -> None:
-    assert make_method("topk").total_macs(StageShape(16, 8, 64, 32)) == 0
+    assert make_method("topk").macs(StageShape(16, 8, 64, 32)) == 0

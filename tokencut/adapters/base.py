@@ -74,6 +74,10 @@ class Adapter(ABC):
         """Features as the second half's norm sees them, `(B, N, D)`; unchanged where there is no such norm."""
 
     @abstractmethod
+    def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
+        """The norm behind the last block, token by token: `(B, P + N, D)` to the same."""
+
+    @abstractmethod
     def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`. Average pooling is weighted by size."""
 

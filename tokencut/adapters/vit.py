@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters import vit_blocks
 from tokencut.adapters.base import Adapter, Macs, ModelCost, linear_macs, register_adapter
-from tokencut.attention import Evidence, TimmModule
+from tokencut.attention import Evidence, TimmModule, has_biased_kernel
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
@@ -52,7 +52,11 @@ class ViTAdapter(Adapter):
         return model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, images))))
 
     def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
-        return block(features) if bias is None else block(features, attn_mask=bias)
+        if bias is None:
+            return block(features)
+        if has_biased_kernel(features):  # timm would pass the bias as a mask, which rules out the fastest kernels
+            return self.proceed(block, vit_blocks.handler(block).attend(block, features, bias)[0])
+        return block(features, attn_mask=bias)
 
     def attend(
         self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
@@ -66,8 +70,12 @@ class ViTAdapter(Adapter):
     def normed(self, block: TimmModule, features: Tensor) -> Tensor:
         return vit_blocks.handler(block).normed(block, features)
 
+    def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
+        normed: Tensor = model.norm(features)
+        return normed
+
     def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
-        features = model.norm(tokens.features)
+        features = self.final_norm(model, tokens.features)
         weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
             pooled = _attention_pool(model, features, bias)

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, DiffAttention
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from tokencut.adapters.base import fused_attention_macs, linear_macs
-from tokencut.attention import Heads, TimmModule, differential_attention, differential_core, self_attention
+from tokencut.attention import (
+    Heads,
+    TimmModule,
+    differential_attention,
+    differential_core,
+    fused_attention,
+    self_attention,
+)
 from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
@@ -128,7 +134,7 @@ class ParallelScalingHandler(BlockHandler):
         query, key, value = (t.unflatten(2, (block.num_heads, -1)).transpose(1, 2) for t in qkv)
         query, key = block.q_norm(query), block.k_norm(key)
         dropout = block.attn_drop.p if block.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        y = fused_attention(query, key, value, bias, dropout)
         return y.transpose(1, 2).flatten(2), (Heads(query, key),)
 
     def proceed(self, block: TimmModule, x: Tensor) -> Tensor:

@@ -32,15 +32,17 @@ class Scene:
     learned: nn.Module | None = None
 
     def features(self, kind: str) -> Tensor:
-        """Image tokens as points to be compared, fp32 `(B, N, F)`.
+        """Image tokens as points to be compared, `(B, N, F)` in the dtype they have; compare them in fp32.
 
         Args:
             kind: `tokens` (the features as they are), `normed` (behind `norm2`) or `keys` (averaged over heads).
         """
         if kind == "keys":
             return self.evidence.keys()
-        image = self.tokens.image
-        return (self.norm(image) if kind == "normed" else image).float()
+        if kind == "tokens":
+            return self.tokens.image
+        # The prefix tokens are normed along: slicing them off before would copy all the others.
+        return self.norm(self.tokens.features)[:, self.tokens.prefix :]
 
 
 FEATURE_KINDS = ("tokens", "normed", "keys")
@@ -108,7 +110,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def macs(self, shape: StageShape) -> int:
-        """Multiply-adds per image of the method's own products; what carries out the decision is added elsewhere."""
+        """Multiply-adds per image of the method's own products; carrying a decision out only gathers and adds."""
 
     @abstractmethod
     def merges(self) -> bool:
@@ -139,11 +141,6 @@ class Reduction(ABC):
             `Tokens.policy`, `(B, N)`; None where training goes through `decide` as well.
         """
         return None
-
-    def total_macs(self, shape: StageShape) -> int:
-        """Multiply-adds per image of a stage, the product that merges included."""
-        carried_out = shape.budget * shape.tokens * shape.width if self.merges() else 0
-        return self.macs(shape) + carried_out
 
     def options(self) -> dict[str, Any]:
         """The settings by name."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tokencut.reduction.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
-from tokencut.reduction.decouple import by_attention, take
-from tokencut.reduction.density_peaks import density_clusters
+from tokencut.reduction.decouple import ascending, by_attention, take
+from tokencut.reduction.density_peaks import density_average, density_clusters
 from tokencut.reduction.matching import match_pairs
 from tokencut.reduction.merge_weights import WEIGHT_KINDS, raw_weights
 from tokencut.schedule import Split, split_budget
-from tokencut.tokens import Decision, Grouping, Selection, group_average, in_order
+from tokencut.tokens import Decision, Selection, ordered_average
 
 
 @register
@@ -48,21 +48,20 @@ class Bat(Reduction):
 
     def decide(self, scene: Scene, budget: int) -> Decision:
         split, sizes = self.split(scene.tokens.count, budget), scene.tokens.known_sizes()
-        attention = scene.evidence.class_attention() if self.reads_attention() else sizes
-        if split.attentive == 0:
-            group = self._clusters(scene, None, split)
-        else:
-            attentive, inattentive = by_attention(attention, split.attentive)
-            if not self.merges():
-                return Selection(attentive.sort(dim=1).values)
-            group = torch.full_like(attention, budget, dtype=torch.int64)
-            group = self._pair(scene, group, attentive, split)
-            if split.clusters:
-                behind = self._clusters(scene, inattentive, split) + (split.attentive - split.pairs)
-                group = group.scatter(1, inattentive, behind)
-        group = in_order(group, budget)
-        weight = raw_weights(self.weights, sizes, attention)
-        return Grouping(group, group_average(group, weight, sizes, budget), budget)
+        attention = scene.evidence.class_attention() if self.reads_attention() else None
+        if attention is None or split.attentive == 0:
+            weight, points = raw_weights(self.weights, sizes, attention), scene.features(self.features)
+            return density_average(points, weight, sizes, split.clusters, self.neighbours, self.mass)
+        attentive, inattentive = by_attention(attention, split.attentive)
+        if not self.merges():
+            return Selection(ascending(attentive))
+        group = torch.full_like(attention, budget, dtype=torch.int64)
+        group = self._pair(scene, group, attentive, split)
+        if split.clusters:
+            points, held = take(scene.features(self.features), inattentive), take(sizes, inattentive)
+            clusters = density_clusters(points, split.clusters, self.neighbours, held, self.mass)
+            group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
+        return ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
 
     def _pair(self, scene: Scene, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
         """Groups the attentive tokens as `0..K-R-1`; the sides alternate by rank of class attention."""
@@ -76,14 +75,6 @@ class Bat(Reduction):
         if split.pairs:
             place = place.scatter(1, away, place.gather(1, joined))
         return group.scatter(1, attentive, place)
-
-    def _clusters(self, scene: Scene, inattentive: Tensor | None, split: Split) -> Tensor:
-        """Cluster of each inattentive token (all tokens where None), by number."""
-        points, sizes = scene.features(self.features), scene.tokens.sizes
-        mass = None if sizes is None or not self.mass else self.mass * sizes.log()
-        if inattentive is not None:
-            points, mass = take(points, inattentive), None if mass is None else take(mass, inattentive)
-        return density_clusters(points, split.clusters, self.neighbours, mass)
 
     def split(self, tokens: int, budget: int) -> Split:
         """How a budget is spent."""

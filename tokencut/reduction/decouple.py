@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokencut import kernels
+
 
 def ranking(scores: Tensor) -> Tensor:
     """Token numbers from the highest score to the lowest; equal scores by lower number.
@@ -18,7 +20,20 @@ def ranking(scores: Tensor) -> Tensor:
     Returns:
         int64 `(B, N)`.
     """
+    if kernels.usable(scores):
+        from tokencut.kernels import sorting as kernel
+
+        return kernel.ranking(scores, True)
     return torch.sort(scores, dim=1, descending=True, stable=True).indices
+
+
+def ascending(numbers: Tensor) -> Tensor:
+    """The same token numbers in ascending order, int64 `(B, M)`."""
+    if kernels.usable(numbers):
+        from tokencut.kernels import sorting as kernel
+
+        return numbers.gather(1, kernel.ranking(numbers, False))
+    return numbers.sort(dim=1).values
 
 
 def by_attention(attention: Tensor, attentive: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +47,7 @@ def by_attention(attention: Tensor, attentive: int) -> tuple[Tensor, Tensor]:
         Attentive tokens by falling attention, int64 `(B, K)`, and inattentive tokens by number, int64 `(B, N - K)`.
     """
     order = ranking(attention)
-    return order[:, :attentive], order[:, attentive:].sort(dim=1).values
+    return order[:, :attentive], ascending(order[:, attentive:])
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencut.reduction.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
-from tokencut.reduction.density_peaks import density_clusters
+from tokencut.reduction.density_peaks import density_average
 from tokencut.reduction.merge_weights import WEIGHT_KINDS, raw_weights
-from tokencut.tokens import Grouping, group_average, in_order
+from tokencut.tokens import Grouping
 
 
 @register
@@ -27,11 +27,10 @@ class DPC(Reduction):
     weights: str = option("equal", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
 
     def decide(self, scene: Scene, budget: int) -> Grouping:
-        group = in_order(density_clusters(scene.features(self.features), budget, self.neighbours), budget)
         sizes = scene.tokens.known_sizes()
         attention = scene.evidence.class_attention() if self.reads_attention() else None
         weight = raw_weights(self.weights, sizes, attention)
-        return Grouping(group, group_average(group, weight, sizes, budget), budget)
+        return density_average(scene.features(self.features), weight, sizes, budget, self.neighbours)
 
     def macs(self, shape: StageShape) -> int:
         return shape.tokens * shape.tokens * shape.feature_width(self.features)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencut.reduction.base import Reduction, Scene, StageShape, register
-from tokencut.reduction.decouple import by_attention
+from tokencut.reduction.decouple import ascending, by_attention
 from tokencut.tokens import Selection
 
 
@@ -33,7 +33,7 @@ class DynamicViT(Reduction):
     def decide(self, scene: Scene, budget: int) -> Selection:
         scores = _predictor(scene)(scene.tokens.image)[..., 0]
         kept, _ = by_attention(scores, budget)
-        return Selection(kept.sort(dim=1).values)
+        return Selection(ascending(kept))
 
     def soft_policy(self, scene: Scene) -> Tensor:
         before = scene.tokens.policy

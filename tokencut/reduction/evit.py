@@ -8,7 +8,7 @@ import torch
 
 from tokencut.reduction.base import Reduction, Scene, StageShape, option, register
 from tokencut.reduction.decouple import by_attention
-from tokencut.tokens import Grouping, group_average, in_order
+from tokencut.tokens import Grouping, in_order, ordered_average
 
 
 @register
@@ -31,9 +31,9 @@ class EViT(Reduction):
         attentive, inattentive = by_attention(attention, budget - 1)
         rank = torch.arange(budget - 1, device=attentive.device).expand_as(attentive)
         group = torch.full_like(attention, budget - 1, dtype=torch.int64).scatter(1, attentive, rank)
-        group = in_order(group, budget)
         if self.normalized:
-            return Grouping(group, group_average(group, attention, sizes, budget), budget)
+            return ordered_average(group, attention, sizes, budget)
+        group = in_order(group, budget)
         weight = torch.ones_like(attention).scatter(1, inattentive, attention.gather(1, inattentive))
         return Grouping(group, weight, budget)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tokencut.reduction.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
-from tokencut.reduction.decouple import ranking, take
+from tokencut.reduction.decouple import ascending, ranking, take
 from tokencut.reduction.density_peaks import nearest_centre, squared_distances
 from tokencut.reduction.merge_weights import WEIGHT_KINDS, raw_weights
-from tokencut.tokens import Grouping, group_average, in_order, membership
+from tokencut.tokens import Grouping, membership, ordered_average
 
 
 @register
@@ -38,8 +38,7 @@ class KMedoids(Reduction):
         order = ranking(attention)
         points = take(scene.features(self.features), order)
         ranked = medoid_clusters(squared_distances(points), take(weight, order), budget, self.iterations)
-        group = in_order(torch.empty_like(ranked).scatter(1, order, ranked), budget)
-        return Grouping(group, group_average(group, weight, sizes, budget), budget)
+        return ordered_average(torch.empty_like(ranked).scatter(1, order, ranked), weight, sizes, budget)
 
     def macs(self, shape: StageShape) -> int:
         return shape.tokens * shape.tokens * shape.feature_width(self.features)
@@ -72,6 +71,6 @@ def medoid_clusters(distances: Tensor, weight: Tensor, clusters: int, iterations
         total = torch.where(together, distances * weight.unsqueeze(1), 0.0).sum(2)
         # argmin is documented to return the first of equal minima.
         candidates = torch.where(membership(group, clusters), total.unsqueeze(1), torch.inf)
-        medoids = candidates.argmin(2).sort(dim=1).values
+        medoids = ascending(candidates.argmin(2))
         group = nearest_centre(distances, medoids)
     return group

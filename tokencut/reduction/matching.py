@@ -16,7 +16,7 @@ def match_pairs(points: Tensor, side: Tensor, partner: Tensor, pairs: Tensor | i
     Several may choose the same partner.
 
     Args:
-        points: fp32 `(B, N, F)`.
+        points: `(B, N, F)` in any floating dtype; compared in fp32.
         side: Numbers of the tokens that may be merged away, int64 `(B, a)`.
         partner: Numbers of the tokens they may join, int64 `(B, b)`.
         pairs: `R`, at most `a`.
@@ -24,7 +24,7 @@ def match_pairs(points: Tensor, side: Tensor, partner: Tensor, pairs: Tensor | i
     Returns:
         The tokens merged away and the tokens they join, both int64 `(B, R)`.
     """
-    unit = F.normalize(points, dim=2)
+    unit = F.normalize(points.float(), dim=2)
     similarity = torch.matmul(take(unit, side), take(unit, partner).transpose(1, 2))
     # argmax is documented to return the first of equal maxima.
     best = similarity.argmax(2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokencut.reduction.base import Reduction, Scene, StageShape, option, register
+from tokencut.reduction.decouple import ascending, ranking
 from tokencut.tokens import Selection
 
 
@@ -25,7 +26,7 @@ class Random(Reduction):
     def decide(self, scene: Scene, budget: int) -> Selection:
         features = scene.tokens.features
         keys = _scramble(torch.arange(scene.tokens.count, device=features.device), self.seed)
-        kept = keys.sort(stable=True).indices[:budget].sort().values
+        kept = ascending(ranking(-keys.unsqueeze(0))[:, :budget])
         return Selection(kept.expand(features.shape[0], -1))
 
     def macs(self, shape: StageShape) -> int:

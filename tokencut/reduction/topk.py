@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencut.reduction.base import Reduction, Scene, StageShape, register
-from tokencut.reduction.decouple import by_attention
+from tokencut.reduction.decouple import ascending, by_attention
 from tokencut.tokens import Selection
 
 
@@ -20,7 +20,7 @@ class TopK(Reduction):
 
     def decide(self, scene: Scene, budget: int) -> Selection:
         attentive, _ = by_attention(scene.evidence.class_attention(), budget)
-        return Selection(attentive.sort(dim=1).values)
+        return Selection(ascending(attentive))
 
     def macs(self, shape: StageShape) -> int:
         return 0

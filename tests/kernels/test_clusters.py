@@ -1,0 +1,78 @@
+"""The clustering kernels against the plain PyTorch functions they stand in for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokencut.reduction import density_peaks
+from tokencut.tokens import group_average, group_sum, in_order
+
+pytest.importorskip("triton")
+
+from tokencut.kernels import clusters
+
+
+@pytest.fixture(params=["whole", "phases"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of launching: all of an image by one program, and one launch a phase."""
+    if request.param == "phases":
+        monkeypatch.setattr(clusters, "WHOLE", 0)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("neighbours", clusters.NEIGHBOURS)
+def test_clusters_and_their_averages(neighbours: int, device: str) -> None:
+    points = torch.randn(2, 19, 24)
+    sizes = torch.randint(1, 5, (2, 19)).float()
+    weight = torch.rand(2, 19)
+    group = density_peaks.density_clusters(points, 6, neighbours, sizes, 0.5)
+    got = clusters.density_clusters(points.to(device), 6, neighbours, sizes.to(device), 0.5)
+    assert torch.equal(got.cpu(), group)
+
+    expected = density_peaks.density_average(points, weight, sizes, 6, neighbours, 0.5)
+    ordered, coefficients, held = clusters.density_average(
+        points.to(device), weight.to(device), sizes.to(device), 6, neighbours, 0.5
+    )
+    assert torch.equal(ordered.cpu(), expected.group)
+    torch.testing.assert_close(coefficients.cpu(), expected.weight)
+    assert torch.equal(held.cpu(), group_sum(expected.group, sizes, 6))
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_without_sizes_and_from_a_view(device: str) -> None:
+    features = torch.randn(1, 71, 8, device=device)  # more than one tile of distances
+    points = features[:, 1:]
+    got = clusters.density_clusters(points, 30, 3, None, 0.0)
+    assert torch.equal(got.cpu(), density_peaks.density_clusters(points.cpu(), 30, 3))
+
+
+def test_distances_are_zero_on_the_diagonal(device: str) -> None:
+    points = torch.randn(1, 66, 5, device=device) + 100
+    distances = clusters.squared_distances(points)
+    assert torch.equal(distances.diagonal(dim1=1, dim2=2), torch.zeros(1, 66, device=device))
+    torch.testing.assert_close(distances, torch.cdist(points, points).square(), rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_groups_in_order_with_dropped_tokens_and_weights_of_nothing(device: str) -> None:
+    group = torch.tensor([[2, 3, 0, 2, 1, 3, 0]])  # 3 is dropped
+    weight = torch.tensor([[3.0, 1.0, 0.0, 1.0, 2.0, 1.0, 0.0]])
+    sizes = torch.tensor([[1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 4.0]])
+    ordered, coefficients, held = clusters.ordered_average(group.to(device), weight.to(device), sizes.to(device), 3)
+    assert ordered.tolist() == [[0, 3, 1, 0, 2, 3, 1]] == in_order(group, 3).tolist()
+    # Group 0 by weight; group 1 has none, so by size; group 2 alone.
+    kept = [0, 2, 3, 4, 6]
+    assert coefficients[0, kept].tolist() == pytest.approx([0.75, 0.2, 0.25, 1.0, 0.8])
+    assert held.tolist() == [[3.0, 5.0, 1.0]]
+    torch.testing.assert_close(coefficients[0, kept].cpu(), group_average(ordered.cpu(), weight, sizes, 3)[0, kept])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
+def test_features_that_are_no_numbers_stay_inside_their_memory(device: str) -> None:
+    points = torch.full((1, 9, 4), torch.nan, device=device)
+    ones = torch.ones(1, 9, device=device)
+    group, _, held = clusters.density_average(points, ones, ones, 3, 3, 0.5)
+    assert held.shape == (1, 3)
+    assert int(group.min()) >= 0
+    assert int(group.max()) <= 3

@@ -1,0 +1,46 @@
+"""When a kernel stands in, and that a whole model with kernels gives what it gives without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from tokencut import kernels
+from tokencut.compression import compress
+from tokencut.reduction import methods
+
+
+def test_not_on_a_cpu_and_not_where_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU:
+        is_cuda = True
+        requires_grad = True
+
+    tensor: Any = OnGPU()
+    monkeypatch.setattr(kernels, "_FOUND", True)
+    assert not kernels.usable(torch.zeros(1))
+    assert not kernels.usable(tensor)
+    with torch.no_grad():
+        assert kernels.usable(tensor)
+        monkeypatch.setattr(kernels, "_FOUND", False)
+        assert not kernels.usable(tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = timm.create_model("deit_tiny_distilled_patch16_224", img_size=160)
+    model = compress(dense, keep=0.6, method=method, prop_attn=True).cuda().to(dtype).eval()
+    pixels = torch.randn(3, 3, 160, 160, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        fast, seen = model.trace(pixels)
+        monkeypatch.setattr(kernels, "_FOUND", False)
+        slow, plain = model.trace(pixels)
+    first = [trace.tokens.source for trace in (seen[0], plain[0])]
+    assert first[0] is not None
+    # The same tokens enter the first stage: it must decide alike, but for ties of rounded sums.
+    assert (first[0] == first[1]).float().mean() > 0.98
+    torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)

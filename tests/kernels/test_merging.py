@@ -1,0 +1,30 @@
+"""The merging kernel against a batched product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokencut.tokens import Grouping, Tokens, apply_decision, group_average, in_order
+
+pytest.importorskip("triton")
+
+from tokencut.kernels import merging
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_groups_behind_the_prefix_tokens(prefix: int, device: str) -> None:
+    features = torch.randn(2, prefix + 70, 20)
+    group = in_order(torch.cat((torch.arange(40), torch.randint(0, 41, (30,)))).expand(2, -1), 40)  # 40 is dropped
+    weight = group_average(group, torch.rand(2, 70), torch.ones(2, 70), 40)
+    got = merging.merge(features.to(device), prefix, group.to(device), weight.to(device), 40).cpu()
+    expected = apply_decision(Tokens(features, prefix), Grouping(group, weight, 40)).features
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(got[:, :prefix], features[:, :prefix])
+
+
+def test_a_token_alone_in_its_group_passes_unchanged(device: str) -> None:
+    features = torch.randn(1, 9, 24, device=device, dtype=torch.float16)
+    group = torch.arange(8, device=device).unsqueeze(0)
+    got = merging.merge(features, 1, group, torch.ones(1, 8, device=device), 8)
+    assert torch.equal(got, features)

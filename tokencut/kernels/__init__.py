@@ -1,0 +1,53 @@
+"""Triton kernels for what many small operations do slowly on a GPU; the package works the same without them.
+
+Each module says which plain PyTorch function it stands in for. They run for inference and decisions on CUDA only: not
+where a gradient is asked for, not where Triton is missing, and not where the environment variable `TOKENCUT_KERNELS`
+is 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_FOUND = importlib.util.find_spec("triton") is not None and os.environ.get("TOKENCUT_KERNELS", "1") != "0"
+
+Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether a kernel may stand in for PyTorch's own operations on these tensors."""
+    if not _FOUND:
+        return False
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not graded and all(tensor.is_cuda for tensor in tensors)
+
+
+def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch]:
+    """Decorator: makes a function that launches kernels an operator of its own while `torch.compile` traces.
+
+    The compiler's own analysis of user-written kernels crashed on some of ours (torch 2.11). Elsewhere the function is
+    called as it is, without the dispatcher's detour.
+
+    Args:
+        schema: Arguments and results in PyTorch's notation.
+        shapes: A function of the same arguments that returns empty results of the right shapes.
+    """
+
+    def wrap(launch: Launch) -> Launch:
+        operator = torch.library.custom_op(f"tokencut::{launch.__name__}", launch, mutates_args=(), schema=schema)
+        operator.register_fake(shapes)
+
+        @functools.wraps(launch)
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.compiler.is_compiling() else launch(*args)
+
+        return call  # type: ignore[return-value]
+
+    return wrap
