@@ -26,14 +26,18 @@ def fixture_model(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=10).eval()
 
 
-def fixture_images(model: nn.Module, batch: int = 7) -> Tensor:
+def fixture_images(model: nn.Module, batch: int = 4) -> Tensor:
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(3))
 
 
+def logits_and_sources(model: CompressedModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and where each patch is after each stage, `(B, stages, patches)`."""
+    logits, traces = model.trace(images)
+    return logits, torch.stack([trace.tokens.source for trace in traces if trace.tokens.source is not None], 1)
+
+
 def sources(model: CompressedModel, images: Tensor) -> Tensor:
-    """Where each patch is after each stage, `(B, stages, patches)`."""
-    _, traces = model.trace(images)
-    return torch.stack([trace.tokens.source for trace in traces if trace.tokens.source is not None], 1)
+    return logits_and_sources(model, images)[1]
 
 
 def test_the_model_passed_in_stays_as_it_was() -> None:
@@ -86,6 +90,20 @@ def test_another_input_size_resolves_the_schedule_again() -> None:
     assert [trace.tokens.count for trace in traces] == [18, 9, 5, 5]
 
 
+@pytest.mark.parametrize(("built_for", "given", "counts"), [(16, 96, [18, 9, 5, 5]), (96, 16, [1])])
+def test_logits_and_trace_agree_on_whether_anything_is_reduced(built_for: int, given: int, counts: list[int]) -> None:
+    """The recipe of a single patch has no stage, that of 36 has three: the images at hand decide, not the recipe."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit2", img_size=built_for, dynamic_img_size=True, num_classes=10).eval()
+    compressed, images = compress(model, keep=0.5).eval(), torch.randn(2, 3, given, given)
+    assert bool(compressed.recipe.stages) == (built_for == 96)
+    with torch.no_grad():
+        logits, traces = compressed.trace(images)
+        assert [trace.tokens.count for trace in traces] == counts
+        assert torch.equal(compressed(images), logits)
+        assert torch.equal(logits, model(images)) == (given == 16)
+
+
 @pytest.mark.parametrize("method", sorted(methods()))
 @pytest.mark.parametrize("name", FIXTURES)
 def test_an_image_alone_in_a_batch_and_in_another_order(name: str, method: str) -> None:
@@ -128,9 +146,9 @@ def test_real_images_alone_and_in_a_batch(shared: Path, checkpoint: str, archive
     compressed = compress(model, keep=0.7).eval()
     images, _ = real_images(shared / "data" / archive, model, count)
     with torch.no_grad():
-        together, places = compressed(images), sources(compressed, images)
-        alone = torch.cat([compressed(chunk) for chunk in images.split(7)])
-        alone_places = torch.cat([sources(compressed, chunk) for chunk in images.split(7)])
+        together, places = logits_and_sources(compressed, images)
+        parts = [logits_and_sources(compressed, chunk) for chunk in images.split(7)]
+    alone, alone_places = (torch.cat(part) for part in zip(*parts, strict=True))
     differ = [
         (number, float((one - other).abs().max()))
         for number, (one, other) in enumerate(zip(alone, together, strict=True))
@@ -144,9 +162,9 @@ def test_real_images_alone_and_in_a_batch(shared: Path, checkpoint: str, archive
 def test_the_cifar_checkpoint_at_keep_07_is_within_a_point_of_dense(shared: Path) -> None:
     model = timm.create_model(f"local-dir:{shared / 'checkpoints' / 'cifar10_vit'}", pretrained=True).eval()
     compressed = compress(model, keep=0.7).eval()
-    images, labels = real_images(shared / "data" / "cifar10-val.tar", model, 1000)
+    images, labels = real_images(shared / "data" / "cifar10-val.tar", model, 300)
     with torch.no_grad():
-        right = [torch.cat([m(chunk) for chunk in images.split(250)]).argmax(1) == labels for m in (model, compressed)]
-    difference = (right[1].float() - right[0].float()) * 100
-    error = float(difference.std() / len(labels) ** 0.5)
-    assert float(difference.mean()) > -1.0 - 2 * error
+        right = [torch.cat([m(chunk) for chunk in images.split(50)]).argmax(1) == labels for m in (model, compressed)]
+    dense, reduced = (100 * float(answers.float().mean()) for answers in right)
+    # 74.7 % of these either way; of 5,000 images 72.5 % and 72.4 %.
+    assert dense > 70 and reduced > dense - 1

@@ -17,6 +17,7 @@ from tokencut.errors import TokencutError
 if TYPE_CHECKING:
     from tokencut.artifact import load, save
     from tokencut.compression import CompressedModel, compress
+    from tokencut.dense_features import features_only
     from tokencut.evaluation import EvaluationReport, evaluate
     from tokencut.profiling import ProfileReport, profile
 
@@ -29,6 +30,7 @@ __all__ = [
     "TokencutError",
     "compress",
     "evaluate",
+    "features_only",
     "load",
     "profile",
     "save",
@@ -40,6 +42,7 @@ _HOME = {
     "ProfileReport": "profiling",
     "compress": "compression",
     "evaluate": "evaluation",
+    "features_only": "dense_features",
     "load": "artifact",
     "profile": "profiling",
     "save": "artifact",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
 from tokencut.attention import Evidence, TimmModule, attention_bias
+from tokencut.errors import ModelError
+from tokencut.intermediates import Form, Indices, Intermediates, block_indices
 from tokencut.recipe import Recipe
 from tokencut.reduction import Reduction, Scene, StageShape, make_method
 from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
 from tokencut.tokens import Tokens, apply_decision, full_precision
+from tokencut.tracing import Trace, Tracer, Watch
 
 
 class Stage(nn.Module):
@@ -52,24 +57,6 @@ class Stage(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.method)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one stage did, for pictures, dense outputs and training.
-
-    Attributes:
-        block: The stage's 1-based block.
-        tokens: What left the stage.
-        attention: Class attention of the `N` image tokens that entered it, fp32 `(B, N)` with a gradient; None where
-            nobody asked for it.
-        attentive: How many of those count as attentive; 0 where there was no stage.
-    """
-
-    block: int
-    tokens: Tokens
-    attention: Tensor | None = None
-    attentive: int = 0
 
 
 class CompressedModel(nn.Module):
@@ -109,15 +96,20 @@ class CompressedModel(nn.Module):
         return int(self.model.num_classes)
 
     @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of each block's output: channels, reduction (px to a patch), module."""
+        return self.model.feature_info
+
+    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """timm's description of weights and preprocessing."""
         return self.model.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
-        if not self.recipe.stages:
-            return self.model(images)  # nothing to reduce: timm's own forward, to the bit
-        return self._head(self._run(self._embed(images), None))
+        if not self._reduces(images):
+            return self.model(images)  # timm's own forward, to the bit
+        return self._head(self._run(self._embed(images)))
 
     def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
         """Logits, and the tokens behind each stage.
@@ -131,17 +123,86 @@ class CompressedModel(nn.Module):
             Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
             (`block` is then the number of blocks, and the features are those before the final norm).
         """
-        tokens = self._embed(images)
-        if source:
-            patches = torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1)
-            tokens = replace(tokens, source=patches)
-        traces: list[Trace] = []
-        tokens = self._run(tokens, traces, attention)
-        traces.append(Trace(len(self.adapter.blocks(self.model)), tokens))
-        return self._head(tokens), traces
+        tracer = Tracer(self.method, attention)
+        tokens = self._run(self._embed(images, source=source), tracer)
+        return self._head(tokens), [*tracer.traces, Trace(len(self.adapter.blocks(self.model)), tokens)]
 
-    def _embed(self, images: Tensor) -> Tokens:
-        return Tokens(self.adapter.embed(self.model, images), self.adapter.prefix(self.model))
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features of several blocks for every patch, with timm's arguments, shapes and order.
+
+        Each patch gets the features of the token that it went into. One that was dropped keeps the last features it
+        had, those with which it entered the stage that dropped it. Where nothing is reduced this is timm's own method.
+
+        Args:
+            x: Images, `(B, 3, H, W)`.
+            indices: So many last blocks, or 0-based blocks (negative ones from the end); all where None.
+            return_prefix_tokens: Whether each output is a pair with the prefix tokens, `(B, P, D)`, if there are any.
+            norm: Whether the model's final norm applies to each output.
+            stop_early: Whether blocks behind the last one asked for are left out.
+            output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
+            intermediates_only: Whether to leave out the final features.
+            output_dict: Whether to return timm's dictionary.
+
+        Returns:
+            The final features, normed, `(B, P + patches, D)`, and a list of outputs in the order of blocks; or what
+            the arguments make of that. For logits call the model: dropped patches are in the final features too.
+
+        Raises:
+            UsageError: A block or a format does not exist.
+            ModelError: Patch dropout has left no full grid.
+        """
+        form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
+        taken = block_indices(len(self.adapter.blocks(self.model)), indices)
+        if not self._reduces(x):
+            return self.model.forward_intermediates(
+                x, taken, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
+            )
+        grid, tokens = self._grid(x), self._embed(x, source=True)
+        if tokens.count != grid[0] * grid[1]:
+            raise ModelError(f"patch dropout left {tokens.count} of {grid[0] * grid[1]} patches, and no full grid; "
+                             "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
+        watch = Intermediates(taken)
+        tokens = self._run(tokens, watch, max(taken) + 1 if stop_early else None)
+        return watch.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
+
+    def prune_intermediate_layers(
+        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes, in place, what `forward_intermediates` does not need for some blocks, as timm's method of that name.
+
+        Stages go with their blocks, the recipe stays; what is left cannot be saved. `indices` as there; returned as
+        0-based blocks, in the order given. `prune_norm` takes the final norm away, `prune_head` pooling and classifier.
+        """
+        taken = block_indices(len(self.adapter.blocks(self.model)), indices)
+        self.model.prune_intermediate_layers(taken, prune_norm, prune_head)
+        for layer in [layer for layer in self.stages if int(layer) > max(taken) + 1]:
+            del self.stages[layer]
+        return taken
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return self.adapter.grid(self.model, images.shape[-2], images.shape[-1])
+
+    def _reduces(self, images: Tensor) -> bool:
+        """Whether any stage runs for images of this size."""
+        rows, columns = self._grid(images)
+        # Patch dropout leaves fewer tokens while training; where nothing goes of all, nothing goes of fewer.
+        return len(self.recipe.stages_for(rows * columns)) > 0  # torch.compile knows no bool(tuple)
+
+    def _embed(self, images: Tensor, source: bool = False) -> Tokens:
+        tokens = Tokens(self.adapter.embed(self.model, images), self.adapter.prefix(self.model))
+        if not source:
+            return tokens
+        return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
 
     def _bias(self, tokens: Tokens) -> Tensor | None:
         return attention_bias(tokens, self.recipe.prop_attn)
@@ -149,21 +210,24 @@ class CompressedModel(nn.Module):
     def _head(self, tokens: Tokens) -> Tensor:
         return self.adapter.head(self.model, tokens, self._bias(tokens))
 
-    def _run(self, tokens: Tokens, traces: list[Trace] | None, attention: bool = False) -> Tokens:
+    def _run(self, tokens: Tokens, watch: Watch | None = None, depth: int | None = None) -> Tokens:
+        """The loop over the first `depth` blocks, all where None, with their stages."""
         plans = {plan.block: plan for plan in self.recipe.stages_for(tokens.count)}
-        for number, block in enumerate(self.adapter.blocks(self.model), start=1):
-            bias = self._bias(tokens)
+        bias = self._bias(tokens)
+        for number, block in enumerate(islice(self.adapter.blocks(self.model), depth), start=1):
             plan = plans.get(number)
             if plan is None:
                 tokens = tokens.with_features(self.adapter.run(block, tokens.features, bias))
             else:
                 features, evidence = self.adapter.attend(self.model, block, tokens.features, bias)
-                tokens = self._reduce(plan, block, tokens.with_features(features), evidence)
-                if traces is not None:
-                    row = evidence.class_attention() if attention else None
-                    attentive = self.method.attentive(plan.tokens_in, plan.tokens_out)
-                    traces.append(Trace(number, tokens, row, attentive))
+                entering = tokens.with_features(features)
+                tokens = self._reduce(plan, block, entering, evidence)
+                bias = self._bias(tokens)
+                if watch is not None:
+                    watch.stage(plan, entering, tokens, evidence)
                 tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
+            if watch is not None:
+                watch.block(number, tokens)
         return tokens
 
     def _reduce(self, plan: StagePlan, block: nn.Module, tokens: Tokens, evidence: Evidence) -> Tokens:
@@ -229,6 +293,6 @@ def predicted_macs(model: CompressedModel) -> tuple[cost.BlockRow, ...]:
     for plan in model.recipe.stages:
         stage = StageShape(plan.tokens_in, plan.tokens_out, shape.width, shape.key_width)
         stages[plan.block] = cost.StageCost(
-            plan.tokens_in, plan.tokens_out, method.total_macs(stage), method.reads_attention()
+            plan.tokens_in, plan.tokens_out, method.macs(stage), method.reads_attention()
         )
     return cost.predict(shape, stages)
