@@ -6,10 +6,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tokencut.errors import ArtifactError, TokencutError
-from tokencut.plots import COLOURS, MARKERS, Series, accuracy_plot, pareto_front, require_matplotlib, save_figure
+from tokencut.plots import (
+    COLOURS,
+    MARKERS,
+    Label,
+    Series,
+    accuracy_plot,
+    heat_colours,
+    pareto_front,
+    require_matplotlib,
+    save_figure,
+    save_picture,
+)
 
 DENSE = (4.6, 79.8)
 SERIES = (Series("ours", ((3.0, 79.5), (2.3, 78.9))), Series("theirs", ((3.0, 79.0), (2.3, 78.0))))
@@ -92,3 +105,23 @@ def test_without_matplotlib_one_line_says_what_to_type(monkeypatch: pytest.Monke
     with pytest.raises(TokencutError) as caught:
         require_matplotlib()
     assert str(caught.value) == "the plots need matplotlib, which is not installed; type pip install 'tokencut[plot]'"
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_heat_goes_from_dark_violet_to_yellow() -> None:
+    # The ends of viridis.
+    assert heat_colours(np.array([0.0, 1.0])).tolist() == [[68, 1, 84], [253, 231, 36]]
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_a_label_stands_where_it_is_put(tmp_path: Path) -> None:
+    white = np.full((200, 300, 3), 255, np.uint8)
+    for upright, (rows, columns) in ((False, (24, 100)), (True, (100, 24))):
+        save_picture(white, [Label("block $4$", 200, 60, 20, upright)], tmp_path / "a.png", "png")
+        with Image.open(tmp_path / "a.png") as written:
+            dark = np.argwhere(np.asarray(written.convert("L")) < 128)
+        (top, left), (bottom, right) = dark.min(0), dark.max(0)
+        assert 12 <= bottom - top <= rows
+        assert 12 <= right - left <= columns
+        assert abs((top + bottom) / 2 - 60) <= 4
+        assert abs((left + right) / 2 - 200) <= 4

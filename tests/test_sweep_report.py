@@ -8,12 +8,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tokencut.errors import ArtifactError
 from tokencut.pairing import Difference
+from tokencut.sweep_picture import SweepPicture
 from tokencut.sweep_report import FILES, SweepReport, check_folder, markdown, write_report
 from tokencut.sweep_rows import Row, compare
+from tokencut.visualization import Picture
 
 MARKDOWN = """\
 # tiny: top-1 against cost
@@ -37,6 +41,16 @@ Images/s: batches of 64, the median of rounds in which all rows took turns.
 | evit | none (+25.00 ± 25.00) |
 
 Positive where bat is ahead.
+"""
+
+
+PICTURE_SECTION = """
+## What is left at keep 0.5/0.7
+
+![tokens of each method](tokens.png)
+
+Images from top to bottom: `ant/1.jpg`, `bee/2.jpg`. Merged patches are outlined regions in their mean colour, tokens \
+of one patch as they are, dropped dark.
 """
 
 
@@ -75,7 +89,7 @@ def test_the_json_of_a_report(report: SweepReport) -> None:
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert list(values) == [
         *("model", "data", "images", "layers", "precision", "device", "batch_size", "versions", "notes"),
-        *("rows", "comparisons"),
+        *("pictured", "pictured_keep", "rows", "comparisons"),
     ]
     assert values["rows"][1]["keep"] == [0.5, 0.7]
     assert values["comparisons"] == [
@@ -85,14 +99,25 @@ def test_the_json_of_a_report(report: SweepReport) -> None:
 
 def test_all_files_are_written(report: SweepReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    write_report(report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(report.files) == set(FILES)
+    picture = Picture(np.full((20, 30, 3), 200, np.uint8), (), ())
+    pictured = replace(report, pictured=("ant/1.jpg", "bee/2.jpg"), pictured_keep="0.5/0.7")
+    write_report(pictured, tmp_path, SweepPicture(picture, pictured.pictured, pictured.pictured_keep))
+    assert {path.name for path in tmp_path.iterdir()} == set(pictured.files) == set(FILES)
     assert json.loads((tmp_path / "results.json").read_text()) == [row.to_dict() for row in report.rows]
-    assert (tmp_path / "table.md").read_text(encoding="utf-8") == MARKDOWN
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == MARKDOWN + PICTURE_SECTION
+    with Image.open(tmp_path / "tokens.png") as written:
+        assert written.size == (30, 20)
     with (tmp_path / "results.csv").open(newline="") as file:
         dense, bat, _ = csv.DictReader(file)
     assert (dense["method"], dense["keep"], dense["to_dense"]) == ("dense", "1.0", "")
     assert (bat["keep"], bat["top1"], bat["images_per_second_low"]) == ("0.5/0.7", "50.0", "1900.0")
+
+
+def test_a_picture_that_no_report_names_goes(report: SweepReport, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "tokens.png").touch()
+    write_report(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(report.files) == set(FILES) - {"tokens.png", "tokens.pdf"}
 
 
 def test_a_plot_of_speeds_that_are_no_more_known_goes(report: SweepReport, tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ CLASSES = ["ant", "bee", "cow"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No plots (test_sweep_report draws some), and one thread, since more make such small models slower."""
+    """No plots and pictures (test_sweep_report and test_sweep_picture draw some), and one thread, since more make such
+    small models slower.
+    """
+    monkeypatch.setattr(sweeping, "picture_of", lambda *_, **__: None)
     monkeypatch.setattr(sweep_report, "_plot", lambda report, stem, *axis, **kind: stem.with_suffix(".png").touch())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -330,7 +333,7 @@ def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path) -> None:
         ({"keeps": ()}, "no keep rate given; type --keep 0.9,0.7,0.5"),
         ({"keeps": (0.5, 0.25, 0.5)}, "keep 0.5 is given twice; type --keep 0.5,0.25"),
         ({"keeps": (1.5,)}, "keep 1.5 is not in (0, 1]; it is the fraction of tokens that stay, such as --keep 0.7"),
-        ({"methods": ("dyvit",)}, "method dyvit means nothing before it is fine-tuned, so a sweep cannot judge it; "
+        ({"methods": ("dyvit",)}, "method dyvit means nothing before it is fine-tuned, so it cannot be compared; "
             "leave it out of --methods, and type tokencut eval FILE where its stages are trained"),
         ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type --batch-size 64"),
         ({"precision": "fp8"}, "unknown precision 'fp8', expected fp32, bf16 or fp16; type --precision bf16"),

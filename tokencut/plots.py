@@ -1,4 +1,4 @@
-"""Accuracy against cost, drawn for a paper: the only place that knows matplotlib, an optional part of tokencut."""
+"""Figures for a paper, accuracy against cost and pictures of tokens: the only place that knows matplotlib, optional."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tokencut.errors import TokencutError
 from tokencut.files import atomic_write
@@ -25,6 +28,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 SIZE_IN = (5.6, 3.5)
 PNG_DPI = 300
 FORMATS = ("png", "pdf")
+# Pictures of tokens are sharp in each: pixels are stored as they are, and text as text where the format has any.
+PICTURE_FORMATS = ("png", "pdf", "svg")
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -37,6 +42,18 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # fonts are embedded whole: many venues refuse matplotlib's default, type 3
 }
 
+PICTURE_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "text.usetex": False,
+    "savefig.bbox": "standard",  # a user's "tight" would change the number of pixels
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",  # a reader without the font sees the same letters
+    "svg.hashsalt": "tokencut",  # names within the file are else drawn by chance
+}
+# No moment of writing in a file.
+TIMELESS: dict[str, dict[Any, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
 
 @dataclass(frozen=True)
 class Series:
@@ -46,8 +63,30 @@ class Series:
     points: tuple[Point, ...]
 
 
-def require_matplotlib() -> None:
+@dataclass(frozen=True)
+class Label:
+    """A text in a picture.
+
+    Attributes:
+        text: What it says.
+        x: Of its middle, in px from the left.
+        y: Of its middle, in px from the top.
+        size: Of its letters, in px.
+        upright: Whether it is read from below, at the left of a row.
+    """
+
+    text: str
+    x: float
+    y: float
+    size: float
+    upright: bool = False
+
+
+def require_matplotlib(what: str = "the plots") -> None:
     """Refuses to go on without matplotlib, before any work is done.
+
+    Args:
+        what: What needs it, in the plural.
 
     Raises:
         TokencutError: It is not installed.
@@ -56,7 +95,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise TokencutError(
-            "the plots need matplotlib, which is not installed; type pip install 'tokencut[plot]'"
+            f"{what} need matplotlib, which is not installed; type pip install 'tokencut[plot]'"
         ) from error
 
 
@@ -131,6 +170,50 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
     for form in FORMATS:
         path = stem.with_name(f"{stem.name}.{form}")
-        timeless = {"CreationDate": None} if form == "pdf" else None
         with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
-            figure.savefig(temporary, format=form, dpi=PNG_DPI, metadata=timeless)
+            figure.savefig(temporary, format=form, dpi=PNG_DPI, metadata=TIMELESS.get(form))
+
+
+def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Colours for a heat map, by viridis: even steps to every eye, the colour-blind's too.
+
+    Args:
+        values: From 0 to 1, `(N,)`.
+
+    Returns:
+        `(N, 3)`.
+    """
+    import matplotlib
+
+    colours: NDArray[np.uint8] = matplotlib.colormaps["viridis"](values, bytes=True)[:, :3]
+    return colours
+
+
+def save_picture(pixels: NDArray[np.uint8], labels: Iterable[Label], path: Path, form: str) -> None:
+    """Writes pixels with texts over them; the same picture gives the same bytes.
+
+    Args:
+        pixels: `(H, W, 3)`; each is one pixel of a PNG, at 300 a printed inch.
+        labels: The texts.
+        path: The file, which is replaced all at once.
+        form: One of `PICTURE_FORMATS`.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    height, width = pixels.shape[:2]
+    with matplotlib.rc_context(PICTURE_STYLE):
+        figure = Figure(figsize=(width / PNG_DPI, height / PNG_DPI), dpi=PNG_DPI)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.imshow(pixels, interpolation="none", extent=(0, width, height, 0), aspect="auto")
+        for label in labels:
+            axes.text(
+                label.x, label.y, label.text, fontsize=label.size * 72 / PNG_DPI, ha="center", va="center",
+                rotation=90 if label.upright else 0, parse_math=False,
+            )  # fmt: skip
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=form, dpi=PNG_DPI, metadata=TIMELESS.get(form))

@@ -1,4 +1,4 @@
-"""What a sweep found, and the files it comes to: CSV, JSON, a Markdown table and two plots."""
+"""What a sweep found, and the files it comes to: CSV, JSON, a Markdown table, two plots and a picture of tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from typing import Any
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
 from tokencut.plots import FORMATS, Series, accuracy_plot, save_figure
+from tokencut.sweep_picture import SweepPicture
 from tokencut.sweep_rows import DENSE, Comparison, Row, keep_text
 from tokencut.sweep_state import FILE as STATE
 
 CSV, JSON, TABLE = "results.csv", "results.json", "table.md"
-COST_PLOT, SPEED_PLOT = "top1-gmacs", "top1-speed"
-FILES = (CSV, JSON, TABLE, *(f"{stem}.{form}" for stem in (COST_PLOT, SPEED_PLOT) for form in FORMATS))
+COST_PLOT, SPEED_PLOT, PICTURE = "top1-gmacs", "top1-speed", "tokens"
+FILES = (CSV, JSON, TABLE, *(f"{stem}.{form}" for stem in (COST_PLOT, SPEED_PLOT, PICTURE) for form in FORMATS))
 
+PICTURE_LEGEND = (
+    "Merged patches are outlined regions in their mean colour, tokens of one patch as they are, dropped dark."
+)
 LEGEND = "Differences are in points of top-1, paired over the images, ± one standard error; `none`: within two of them."
 
 
@@ -39,6 +43,8 @@ class SweepReport:
         batch_size: Images in a forward that was timed.
         versions: Of torch, timm and tokencut.
         notes: What a user should know.
+        pictured: The images in its picture, from top to bottom; none where there is no picture.
+        pictured_keep: The keep rate of the picture.
     """
 
     model: str
@@ -52,11 +58,14 @@ class SweepReport:
     batch_size: int
     versions: Mapping[str, str]
     notes: tuple[str, ...]
+    pictured: tuple[str, ...] = ()
+    pictured_keep: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
         """The names of the files that it is written to."""
-        return tuple(name for name in FILES if self.timed or not name.startswith(SPEED_PLOT))
+        missing = [*([] if self.timed else [SPEED_PLOT]), *([] if self.pictured else [PICTURE])]
+        return tuple(name for name in FILES if Path(name).stem not in missing)
 
     @property
     def timed(self) -> bool:
@@ -101,12 +110,13 @@ def check_folder(folder: str | os.PathLike[str], *, force: bool) -> Path:
     return target
 
 
-def write_report(report: SweepReport, folder: Path) -> None:
+def write_report(report: SweepReport, folder: Path, pictured: SweepPicture | None = None) -> None:
     """Writes all files of a report; those of an earlier one that would contradict it are removed.
 
     Args:
         report: What to write.
         folder: Where to; it exists.
+        pictured: The picture that the report names, if any.
 
     Raises:
         ArtifactError: One cannot be written.
@@ -124,6 +134,9 @@ def write_report(report: SweepReport, folder: Path) -> None:
     if report.timed:
         axis = f"images/s\n{report.device}, {report.precision}, batches of {report.batch_size}"
         _plot(report, folder / SPEED_PLOT, "images_per_second", axis, less_is_better=False)
+    if pictured is not None:
+        for form in FORMATS:
+            pictured.picture.save(folder / f"{PICTURE}.{form}", force=True)
     for name in set(FILES) - set(report.files):
         (folder / name).unlink(missing_ok=True)
 
@@ -174,6 +187,10 @@ def markdown(report: SweepReport) -> str:
         first = report.comparisons[0].first
         parts += [f"## {first} against the others", _markdown_table(*comparison_table(report.comparisons), left=1)]
         parts.append(f"Positive where {first} is ahead.")
+    if report.pictured:
+        parts += [f"## What is left at keep {report.pictured_keep}", f"![tokens of each method]({PICTURE}.png)"]
+        names = ", ".join(f"`{name}`" for name in report.pictured)
+        parts.append(f"Images from top to bottom: {names}. {PICTURE_LEGEND}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -108,12 +108,13 @@ def keep_text(keep: Keep) -> str:
     return "/".join(map(str, keep if isinstance(keep, tuple) else (keep,)))
 
 
-def read_variants(labels: Sequence[str]) -> tuple[Variant, ...]:
-    """Reads the methods of a sweep.
+def read_variants(labels: Sequence[str], *, option: str = "--methods") -> tuple[Variant, ...]:
+    """Reads the methods of a sweep, or of another comparison.
 
     Args:
         labels: Method names, each with settings behind colons where wanted; or `all`, for every method that needs no
             training.
+        option: What they were typed behind.
 
     Raises:
         UsageError: There is none, one stands twice, is unknown, or needs training first.
@@ -123,28 +124,28 @@ def read_variants(labels: Sequence[str]) -> tuple[Variant, ...]:
         ready = [name for name, method in methods().items() if not method.needs_training]
         named = sorted(ready, key=lambda name: name != FIRST)
     if not any(named):
-        raise UsageError("no method given; type --methods bat,evit,tome, or --methods all")
-    refuse_repeats("--methods", "method", named)
-    return tuple(_read_variant(label) for label in named)
+        raise UsageError(f"no method given; type {option} bat,evit,tome, or {option} all")
+    refuse_repeats(option, "method", named)
+    return tuple(_read_variant(label, option) for label in named)
 
 
-def _read_variant(label: str) -> Variant:
+def _read_variant(label: str, option: str) -> Variant:
     name, *settings = label.split(":")
     options: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key or key in options:
-            raise UsageError(f"--methods {label}: {setting!r} is not one setting of the form key=value; "
-                             "type --methods bat,bat:pairs=0.25")  # fmt: skip
+            raise UsageError(f"{option} {label}: {setting!r} is not one setting of the form key=value; "
+                             f"type {option} bat,bat:pairs=0.25")  # fmt: skip
         options[key] = value
     if name == DENSE:
-        raise UsageError("the dense model is in every sweep; leave dense out of --methods")
+        raise UsageError(f"the dense model is there without being named; leave dense out of {option}")
     if name == ALL:
-        raise UsageError("--methods all is every method, and stands alone; type --methods all, or name them")
+        raise UsageError(f"{option} all is every method, and stands alone; type {option} all, or name them")
     make_method(name, dict(options))
     if methods()[name].needs_training:
-        raise UsageError(f"method {name} means nothing before it is fine-tuned, so a sweep cannot judge it; leave it "
-                         "out of --methods, and type tokencut eval FILE where its stages are trained")  # fmt: skip
+        raise UsageError(f"method {name} means nothing before it is fine-tuned, so it cannot be compared; leave it out "
+                         f"of {option}, and type tokencut eval FILE where its stages are trained")  # fmt: skip
     return Variant(label, name, options)
 
 

@@ -23,10 +23,11 @@ from tokencut.pairing import paired_difference
 from tokencut.plots import require_matplotlib
 from tokencut.profiling import BUSY
 from tokencut.recipe import Recipe
-from tokencut.runtime import autocast, describe_device, inference_state, resolve_device
+from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
 from tokencut.sources import Source
+from tokencut.sweep_picture import picture_of
 from tokencut.sweep_report import SweepReport, check_folder, write_report
 from tokencut.sweep_rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
 from tokencut.sweep_state import Key, Speed, State, conditions_of, load_state, versions, with_speed
@@ -50,7 +51,7 @@ class SweepPlan:
         batch_size: Images a batch, judged or timed.
         workers: Processes that decode images; one a processor, 4 at most, where None.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        precision: `fp32`, or `bf16` or `fp16` by autocasting.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         latency: Whether to measure speeds.
         held_bytes: Decoded images are held in memory up to this size, in bytes; beyond, every model decodes them anew.
     """
@@ -140,7 +141,7 @@ def sweep(
     require_matplotlib()
     plan, into = plan or SweepPlan(), check_folder(folder, force=force)
     device = resolve_device(plan.device)
-    autocast(device, plan.precision)
+    dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)
     images = open_images(
         model, data, device=device, batch_size=plan.batch_size, workers=plan.workers, limit=plan.limit,
@@ -161,10 +162,13 @@ def sweep(
     finished = len(recipes) + 1 - len(run.left())
     if finished and on_note:
         on_note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
-    with inference_state(model, device), torch.no_grad():
+    with inference_state(model, device, dtype), torch.no_grad():
         notes = run.run(model)
+        pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, on_note=on_note)
     report = run.report(name or description_of(model).get("architecture") or type(model).__name__, notes)
-    write_report(report, into)
+    if pictured is not None:
+        report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
+    write_report(report, into, pictured)
     return report
 
 
@@ -215,7 +219,7 @@ class _Run:
     def _judge(self, model: nn.Module, key: Key, position: int, rows: int) -> EvaluationReport:
         source, count, name = self.images.source, len(self.images.indices), pair_name(*key)
         tally = Tally(source, count, self.plan.precision)
-        with autocast(self.device, self.plan.precision), closing(iter(self.images.batches)) as batches:
+        with closing(iter(self.images.batches)) as batches:
             for batch in batches:
                 # A batch is empty where none of its images could be read.
                 tally.add(batch, self._logits(model, batch.images) if len(batch) else None)
@@ -244,13 +248,12 @@ class _Run:
     def _measure(self, models: Mapping[Key, nn.Module]) -> dict[str, Timing]:
         size = self.images.prepared.config["input_size"]
         noise = torch.randn((self.plan.batch_size, *size), generator=torch.Generator().manual_seed(0))
-        with autocast(self.device, self.plan.precision):
-            return measure(
-                {pair_name(*key): model for key, model in models.items()},
-                noise.to(self.device, _dtype(models[DENSE_KEY])),
-                max_seconds=TIMING_SECONDS * len(models),
-                on_round=lambda done, total: self.tell(SweepProgress("timing all models in turn", done, total)),
-            )
+        return measure(
+            {pair_name(*key): model for key, model in models.items()},
+            noise.to(self.device, _dtype(models[DENSE_KEY])),
+            max_seconds=TIMING_SECONDS * len(models),
+            on_round=lambda done, total: self.tell(SweepProgress("timing all models in turn", done, total)),
+        )
 
     def report(self, model: str, notes: tuple[str, ...]) -> SweepReport:
         """The report of the finished run."""

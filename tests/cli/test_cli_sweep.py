@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ QUICK = ("-j", "0", "--no-latency")
 def _matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("tokencut.plots.PNG_DPI", 30)
+    monkeypatch.setattr("tokencut.picture_grid.PANEL", 64)
 
 
 @needs_matplotlib
@@ -44,8 +47,8 @@ def test_json_and_files_have_the_contracts_keys(
     ]  # fmt: skip
     assert json.loads((folder / "results.json").read_text()) == rows
     assert {path.name for path in folder.iterdir()} == {
-        "results.csv", "results.json", "state.json", "table.md", "top1-gmacs.pdf", "top1-gmacs.png", "top1-speed.pdf",
-        "top1-speed.png",
+        "results.csv", "results.json", "state.json", "table.md", "tokens.pdf", "tokens.png", "top1-gmacs.pdf",
+        "top1-gmacs.png", "top1-speed.pdf", "top1-speed.png",
     }  # fmt: skip
 
 
@@ -77,7 +80,10 @@ def test_people_get_tables_with_differences(run: Run, pictures: Path, tmp_path: 
     assert ["against", "keep", "0.9", "keep", "0.7", "keep", "0.5", "average"] in lines
     assert "bat against the others" in done.out
     assert "± one standard error" in done.out
-    assert done.notes[-1] == f"wrote to {folder}: results.csv, results.json, table.md, top1-gmacs.png, top1-gmacs.pdf"
+    assert done.notes[-1] == (
+        f"wrote to {folder}: results.csv, results.json, table.md, top1-gmacs.png, top1-gmacs.pdf, tokens.png, "
+        "tokens.pdf"
+    )
     with (folder / "results.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 7
 
@@ -161,7 +167,7 @@ WRONG = [
      "--layers all needs explicit rates, since 0.5 in every block leaves next to nothing; add --keep 0.97,0.95"),
     ((*SWEEP, "--methods", "bat,bat"), 2, "method bat is given twice; type --methods bat"),
     ((*SWEEP, "--methods", "bat,dyvit"), 2,
-     "method dyvit means nothing before it is fine-tuned, so a sweep cannot judge it; leave it out of --methods, and "
+     "method dyvit means nothing before it is fine-tuned, so it cannot be compared; leave it out of --methods, and "
      "type tokencut eval FILE where its stages are trained"),
     ((*SWEEP, "--device", "tpu"), 2,
      "unknown device 'tpu', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
@@ -206,6 +212,16 @@ def test_progress_shows_what_is_running_and_what_is_left(
     import pty
 
     ours, theirs = pty.openpty()
+    parts: list[bytes] = []
+
+    def read() -> None:
+        """Reads all the while: a terminal holds 4 kB, and what is drawn grows with the time that a sweep takes."""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 1 << 16):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         patch.setenv("TERM", "xterm")
@@ -213,9 +229,9 @@ def test_progress_shows_what_is_running_and_what_is_left(
         done = run("sweep", *TINY, "--keep", "0.5", "--methods", "topk", "--data", pictures, *QUICK, "--json",
                    "-o", tmp_path / "report")  # fmt: skip
         assert len(done.json["rows"]) == 2
-        terminal.flush()
-        drawn = os.read(ours, 1 << 16).decode()
+    reader.join()
     os.close(ours)
+    drawn = b"".join(parts).decode()
     assert "sweep of test_vit" in drawn
     assert "topk, keep 0.5: " in drawn
     assert "% top-1, 1 row left" in drawn

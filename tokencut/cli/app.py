@@ -23,6 +23,7 @@ from tokencut.cli.cmd_info import info
 from tokencut.cli.cmd_models import models
 from tokencut.cli.cmd_profile import profile
 from tokencut.cli.cmd_sweep import sweep
+from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
 from tokencut.errors import TokencutError, UsageError
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "export": export_file,
     "sweep": sweep,
+    "visualize": visualize,
     "models": models,
     "info": info,
 }

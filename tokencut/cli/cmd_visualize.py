@@ -1,0 +1,183 @@
+"""`tokencut visualize`: pictures of what a model still sees of images, stage by stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokencut.cli import render
+from tokencut.cli.options import (
+    JsonFlag,
+    ModelArgument,
+    ModelOptions,
+    ReductionOptions,
+    RunOptions,
+    reduction_option,
+    with_groups,
+)
+from tokencut.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokencut.compression import CompressedModel
+    from tokencut.visualization import Picture, View
+
+IMAGES_HELP = "Image files (JPEG, PNG, WebP, BMP, TIFF), or digits for the first of its test images."
+OUTPUT_HELP = "The file to write: *.png, *.pdf or *.svg."
+ATTENTION_HELP = "Overlay class attention as a heat map, on the tokens that entered each stage."
+COMPARE_HELP = (
+    "Instead of --method: methods in rows, joined by commas, or all. Settings stand behind colons, as in "
+    "bat,bat:preset=paper."
+)
+MERGED, DROPPED, KEPT = "merged: outlined, in mean colour", "dropped: dark and hatched", "one patch: as it is"
+HEAT = "colour: class attention on the tokens that entered, spread over their patches, from violet to yellow"
+
+
+@with_groups
+def visualize(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help=IMAGES_HELP)],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help=OUTPUT_HELP)],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    attention: Annotated[bool, typer.Option("--attention", help=ATTENTION_HELP)] = False,
+    compare: Annotated[str | None, reduction_option("--compare", metavar="NAME,...", help=COMPARE_HELP)] = None,
+    reduction: ReductionOptions,
+    source: ModelOptions,
+    run: RunOptions,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draws what a model still sees: each image, then its tokens after each stage.
+
+    Merged patches are outlined regions in their mean colour, tokens of one patch
+    stay as they are, dropped patches are dark. Several images stand one below
+    the other. Needs matplotlib.
+
+    Examples:
+      tokencut visualize out.safetensors photo.jpg -o photo-tokens.png
+      tokencut visualize deit_small photo.jpg --keep 0.5 --attention -o a.png
+      tokencut visualize digits digits --compare bat,evit,tome -o digits.pdf
+    """
+    from tokencut.plots import require_matplotlib
+    from tokencut.visualization import check_output
+
+    require_matplotlib("pictures")
+    check_output(output, force=force)
+    from tokencut.photos import check_photos, find_photos
+    from tokencut.runtime import resolve_device
+    from tokencut.visualization import draw
+
+    _mind_input(output, images)
+    device = resolve_device(run.device)
+    variants = None if compare is None else _variants(compare, reduction)
+    photos = find_photos(images)
+    check_photos(photos)
+    name, models = _models(model, source, reduction, run, variants)
+    picture = draw(
+        models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision
+    )
+    picture.save(output, force=force)
+    if as_json:
+        render.write_json(_json(str(output), name, models, picture))
+        return
+    legend = _legend(picture, attention=attention)
+    rows = [*_facts(str(output), name, models, picture), *([("how to read it", legend)] if legend else [])]
+    render.show(render.facts(rows))
+    if not any(view.stages for view in picture.views):
+        render.note("nothing is reduced, so there are only the images; type a lower rate, such as --keep 0.5")
+
+
+def _mind_input(output: Path, images: list[str]) -> None:
+    """Refuses to replace an image by its own picture, as `*.png` beside `--force` would."""
+    same = next((image for image in images if output.exists() and output.resolve() == Path(image).resolve()), None)
+    if same:
+        raise UsageError(f"{output} is one of the images; give another -o, or leave that image out")
+
+
+def _variants(compare: str, reduction: ReductionOptions) -> dict[str, ReductionOptions]:
+    """The reductions to compare, by the names that their rows get."""
+    from tokencut.sweep_rows import read_variants
+
+    given = [option for option in reduction.given() if option in ("--method", "--method-option")]
+    if given:
+        raise UsageError(f"--compare {compare} names the methods, beside which {' and '.join(given)} cannot stand; put "
+                         "settings behind colons, as in --compare bat,bat:preset=paper")  # fmt: skip
+    found = read_variants(compare.split(","), option="--compare")
+    return {
+        one.label: replace(reduction, method=one.method, method_option=[f"{k}={v}" for k, v in one.options.items()])
+        for one in found
+    }
+
+
+def _models(
+    spec: str,
+    source: ModelOptions,
+    reduction: ReductionOptions,
+    run: RunOptions,
+    variants: dict[str, ReductionOptions] | None,
+) -> tuple[str, dict[str, CompressedModel]]:
+    """The model's name, and what is drawn of it by row name; one without a name where nothing is compared."""
+    from tokencut.cli.subject import prepare
+    from tokencut.compression import CompressedModel, compress
+
+    if variants is None:
+        subject = prepare(spec, source, reduction, seed=run.seed)
+        assert isinstance(subject.model, CompressedModel)
+        return subject.name, {"": subject.model}
+    arguments = {label: options.arguments() for label, options in variants.items()}
+    _mind_recipe(spec)
+    subject = prepare(spec, source, ReductionOptions(), seed=run.seed, dense=True)
+    made = {label: compress(subject.dense, **values) for label, values in arguments.items()}
+    # One set of weights for all, as in a sweep.
+    return subject.name, {label: CompressedModel(subject.dense, one.recipe).eval() for label, one in made.items()}
+
+
+def _mind_recipe(spec: str) -> None:
+    """Says what becomes of the recipe of a tokencut file; refuses one that the weights were trained for."""
+    if not Path(spec).is_file():
+        return
+    from tokencut.artifact import read_info
+    from tokencut.cli.subject import describe
+    from tokencut.reduction import methods
+
+    recipe = read_info(spec).recipe
+    if methods()[recipe.method].needs_training:
+        raise UsageError(f"{spec} was trained for its recipe ({describe(recipe)}), which --compare cannot replace; "
+                         "leave --compare out, or name the original model")  # fmt: skip
+    render.note(f"the recipe of {spec} ({describe(recipe)}) does not count: --compare starts from its dense model")
+
+
+def _json(output: str, name: str, models: dict[str, CompressedModel], picture: Picture) -> dict[str, Any]:
+    height, width = picture.pixels.shape[:2]
+    rows = [{**_recipe(models[view.model], view), "stages": [vars(stage) for stage in view.stages]}
+            for view in picture.views]  # fmt: skip
+    return {"output": output, "model": name, "width": width, "height": height, "rows": rows}
+
+
+def _recipe(model: CompressedModel, view: View) -> dict[str, Any]:
+    recipe = model.recipe
+    return {"image": view.image, "method": view.model or recipe.method, "keep": recipe.keep, "layers": recipe.layers}
+
+
+def _facts(output: str, name: str, models: dict[str, CompressedModel], picture: Picture) -> list[tuple[str, str]]:
+    from tokencut.cli.subject import describe
+
+    height, width = picture.pixels.shape[:2]
+    rows = [("wrote", f"{output} ({width} x {height} px)"), ("model", name)]
+    rows += [(f"row {label}" if label else "reduction", describe(model.recipe)) for label, model in models.items()]
+    first = picture.views[0].stages
+    if len(models) == 1 and first:
+        counts = (f"{stage.tokens_in} -> {stage.tokens_out} (block {stage.block})" for stage in first)
+        rows.append(("tokens", ", ".join(counts)))
+    return [*rows, ("images", str(len(picture.views) // len(models)))]
+
+
+def _legend(picture: Picture, *, attention: bool) -> str:
+    stages = [stage for view in picture.views for stage in view.stages]
+    if not stages:
+        return ""
+    merged = any(stage.merged for stage in stages) and (MERGED.partition(",")[0] if attention else MERGED)
+    dropped = any(stage.dropped for stage in stages) and DROPPED
+    return "; ".join(text for text in (merged, dropped, HEAT if attention else KEPT) if text)
