@@ -20,6 +20,7 @@ from tokencut.cli.options import (
     RunOptions,
     with_groups,
 )
+from tokencut.cli.search_options import TargetOptions
 
 if TYPE_CHECKING:
     from tokencut.cli.finetune_run import FinetuneRun
@@ -34,6 +35,7 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     dtype: Annotated[Precision, typer.Option("--dtype", **PRECISION, help="How to store the weights.")] = "fp32",
     reduction: ReductionOptions,
+    wish: TargetOptions,
     tuning: FinetuneOptions,
     source: ModelOptions,
     data: DataOptions,
@@ -44,10 +46,13 @@ def compress(
 
     With --data the accuracy before and after is measured and stored too. With
     --train-data the model is fine-tuned, which wins back most of what was lost.
+    With a target and --calibration the schedule is found instead of typed.
 
     Examples:
       tokencut compress deit_tiny --keep 0.6 -o out.safetensors
       tokencut compress digits --keep 0.5 --data digits -o digits.safetensors
+      tokencut compress deit_small --target-gmacs 2.6 \\
+          --calibration /imagenet/train -o out.safetensors
       tokencut compress deit_small --keep 0.7 --finetune-epochs 5 \\
           --train-data /imagenet/train --data /imagenet/val -o out.safetensors
       tokencut compress vit_small_patch16_224 --checkpoint weights.pth \\
@@ -61,6 +66,7 @@ def compress(
     from tokencut.runtime import resolve_device
     from tokencut.sources import open_source
 
+    sought = wish.wanted(reduction)
     check_output(output, force=force)
     trained = tuning.wanted()
     if trained:
@@ -70,7 +76,14 @@ def compress(
     with process_group(device) as group:
         images = None if data.data is None else open_source(data.data, on_note=render.note)
         train = open_source(tuning.train_data, split="train", on_note=render.note) if tuning.train_data else None
-        subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained)
+        search = None
+        if sought:
+            from tokencut.cli.search_run import search_wanted
+
+            front = wish.front or output.with_suffix(".front.json")
+            search = search_wanted(wish, run, front=front, force=force, processes=group.size, workers=data.workers)
+            search.mind(data.data)
+        subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)
         work = FinetuneRun(subject, output, tuning, train, images, data, run, group)
         if train is not None:
@@ -88,9 +101,11 @@ def compress(
     made = {"output": str(output), "model": subject.name, "method": recipe.method, "keep": recipe.keep}
     if as_json:
         told = {} if report is None else {"finetune": work.summary(report)}
+        told |= {} if search is None else {"search": search.summary()}
         render.write_json({**made, "layers": recipe.layers, **measured, **told})
         return
-    render.show(render.facts(_facts(str(output), subject.name, subject.describe(), measured, report)))
+    found = [] if search is None else search.facts()
+    render.show(render.facts(_facts(str(output), subject.name, subject.describe(), measured, report) + found))
     render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
 
 

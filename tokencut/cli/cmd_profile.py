@@ -20,6 +20,7 @@ from tokencut.cli.options import (
     running_option,
     with_groups,
 )
+from tokencut.cli.search_options import TargetOptions
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def profile(
     model: ModelArgument = DEFAULT_MODEL,
     *,
     reduction: ReductionOptions,
+    wish: TargetOptions,
     dense: DenseFlag = False,
     source: ModelOptions,
     run: TimingOptions,
@@ -50,19 +52,29 @@ def profile(
     """Measures what a model costs: multiply-adds, parameters, latency, memory.
 
     The dense and the compressed model take turns in one process, so that the
-    speed-up is true on this machine. Nothing is downloaded: costs do not
-    depend on weights. An exported .onnx is timed by onnxruntime, on the CPU.
+    speed-up is true on this machine. Nothing is downloaded, since costs do not
+    depend on weights; but where a target is given, the search needs them. An
+    exported .onnx is timed by onnxruntime, on the CPU.
 
     Examples:
       tokencut profile deit_small --keep 0.5
       tokencut profile out.safetensors --batch-size 1
       tokencut profile deit_tiny --no-latency --by-block
+      tokencut profile deit_small --target-speedup 1.6 --calibration DIR
       tokencut profile model.onnx --dense-onnx dense.onnx
     """
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import prepare
     from tokencut.runtime import resolve_device
 
+    search = None
+    if wish.wanted(reduction):
+        if is_onnx(model):
+            raise UsageError(f"{model} is exported, and its schedule fixed; find one for the model it was made of, "
+                             "such as tokencut profile deit_small --target-gmacs 2.6 --calibration DIR")  # fmt: skip
+        from tokencut.cli.search_run import search_wanted
+
+        search = search_wanted(wish, run, front=wish.front, force=True, timing_batch_size=run.batch_size)
     if is_onnx(model):
         subject = open_onnx(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
         report = _measure_onnx(subject, run, dense_onnx, latency=not no_latency)
@@ -70,12 +82,16 @@ def profile(
         raise UsageError(f"--dense-onnx is for a MODEL that is an .onnx file, and {model} is none; leave it out")
     else:
         resolve_device(run.device)
-        subject = prepare(model, source, reduction, seed=run.seed, dense=dense, weights_needed=False)
+        subject = prepare(
+            model, source, reduction, seed=run.seed, dense=dense, weights_needed=search is not None, search=search
+        )
         report = _measure(subject, run, compiling, latency=not no_latency)
     if as_json:
-        render.write_json(report.to_dict(by_block=by_block))
+        found = {} if search is None else {"search": search.summary()}
+        render.write_json({**report.to_dict(by_block=by_block), **found})
         return
-    render.show(render.facts([("model", report.model), ("reduction", subject.describe()), *_setting(report)]))
+    wished = [] if search is None else search.facts()
+    render.show(render.facts([("model", report.model), ("reduction", subject.describe()), *wished, *_setting(report)]))
     render.show(_figures(report))
     if report.stages:
         rows = [(str(stage.block), str(stage.tokens_in), str(stage.tokens_out)) for stage in report.stages]

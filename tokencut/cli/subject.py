@@ -5,9 +5,9 @@ Imports torch: commands import this when they run, not before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.utils import disable_progress_bars
@@ -28,6 +28,9 @@ from tokencut.recipe import Recipe
 from tokencut.reduction import make_method, methods
 from tokencut.sources import Source
 from tokencut.spread_evaluation import evaluate_spread
+
+if TYPE_CHECKING:
+    from tokencut.cli.search_run import SearchRun
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def prepare(
     dense: bool = False,
     weights_needed: bool = True,
     to_be_trained: bool = False,
+    search: SearchRun | None = None,
 ) -> Subject:
     """Loads a model and reduces it as asked; what can be checked without the model is checked first.
 
@@ -78,14 +82,16 @@ def prepare(
         dense: Whether the untouched model is wanted.
         weights_needed: Whether the weights matter.
         to_be_trained: Whether the model is fine-tuned next.
+        search: Finds the keep rates, which were not typed then.
 
     Raises:
         TokencutError: An option is wrong, or the model cannot be had.
     """
-    given = reduction.given()
+    given = (*(() if search is None else (search.option,)), *reduction.given())
     if dense and given:
         raise UsageError(f"--dense is the untouched model, to which {' and '.join(given)} cannot apply; leave one out")
-    arguments = reduction.arguments()
+    # Until the search has found them: with nothing reduced, `all` is no schedule to warn of.
+    arguments = (reduction if search is None else replace(reduction, keep="1")).arguments()
     make_method(arguments["method"], arguments["method_options"])
     if not render.on_terminal():
         disable_progress_bars()
@@ -107,16 +113,20 @@ def prepare(
         return Subject(loaded.name, loaded.dense, loaded.dense)
     if loaded.recipe and not given:
         return Subject(loaded.name, loaded.model, loaded.dense)
-    return _reduced(loaded, arguments, given, to_be_trained=to_be_trained)
+    return _reduced(loaded, arguments, given, to_be_trained=to_be_trained, search=search)
 
 
-def _reduced(loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...], *, to_be_trained: bool) -> Subject:
+def _reduced(
+    loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...], *, to_be_trained: bool, search: SearchRun | None
+) -> Subject:
     replaced = loaded.recipe
     if replaced and methods()[replaced.method].needs_training:
         raise UsageError(
             f"{loaded.name} was trained for its recipe ({describe(replaced)}), so {' and '.join(given)} cannot replace "
             "it; leave out what was typed, or compress the original model"
         )
+    if search is not None:
+        arguments = search(loaded, arguments)
     model = compress(loaded.dense, **arguments)
     if methods()[model.recipe.method].needs_training and not to_be_trained:
         render.note(f"the stages of method {model.recipe.method} are untrained: its cost is true, its accuracy is not")

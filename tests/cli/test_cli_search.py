@@ -1,0 +1,167 @@
+"""Schedules found from the command line: what is told, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from outcome import TINY, Run
+
+from tokencut import search
+from tokencut.cli import search_run
+from tokencut.search import find_schedule
+
+# 12 images, all in one batch but for the seeds' quarter; the dense model has 0.0019 GMACs.
+QUICK = ("--search-effort", "6", "--device", "cpu")
+
+
+@pytest.fixture
+def gmacs(run: Run) -> float:
+    """What the tiny model has at keep 0.5."""
+    found = run("profile", *TINY, "--keep", "0.5", "--no-latency", "--json").json
+    assert isinstance(found["compressed"]["gmacs"], float)
+    return found["compressed"]["gmacs"]
+
+
+def test_a_found_schedule_is_in_the_file(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
+    path = tmp_path / "out.safetensors"
+    made = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path, "--json")
+    assert made.code == 0
+    found = made.json["search"]["found"]
+    assert made.json["gmacs"] == found["gmacs"] <= gmacs
+    assert (made.json["keep"], made.json["layers"]) == (found["keep"], found["layers"])
+    assert made.json["search"]["metric"] == "top1"
+    assert made.json["search"]["images"] == 12
+    assert run("info", path, "--json").json["recipe"]["keep"] == found["keep"]
+
+
+def test_another_point_of_the_front_can_be_typed(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
+    path = tmp_path / "out.safetensors"
+    made = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path)
+    assert made.code == 0
+    assert f"asked for        --target-gmacs {gmacs:g}, searched by 12 images of {pictures}" in made.out
+    written = json.loads((tmp_path / "out.front.json").read_text())
+    assert f"wrote {len(written['front'])} schedules to choose from to {tmp_path / 'out.front.json'}" in made.notes
+    for point in (written["front"][0], written["front"][-1]):
+        typed = run("profile", *TINY, *point["options"].split(), "--no-latency", "--json").json
+        assert typed["compressed"]["gmacs"] == point["gmacs"]
+        stages = {stage["block"]: stage["tokens_out"] for stage in typed["stages"]}
+        assert stages == {block: point["tokens"][block - 1] for block in point["layers"]}
+
+
+def test_profile_writes_a_front_only_where_it_is_told(run: Run, pictures: Path, tmp_path: Path) -> None:
+    words = ("profile", *TINY, "--max-drop", "70", "--calibration", pictures, *QUICK, "--no-latency", "--json")
+    first = run(*words)
+    assert first.code == 0
+    assert first.json["search"]["front"] is None
+    path = tmp_path / "front.json"
+    second = run(*words, "--front", path)
+    assert second.json["search"]["found"] == first.json["search"]["found"]
+    assert json.loads(path.read_text())["target"] == "--max-drop 70"
+
+
+def test_calibration_that_is_also_data_is_told_of(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
+    path = tmp_path / "out.safetensors"
+    words = ("compress", *TINY, "--target-gmacs", gmacs, "--calibration", f"{pictures}/.", *QUICK, "-o", path)
+    told = f"--calibration and --data are both {pictures}: an accuracy on images that the schedule was chosen by is too"
+    assert any(note.startswith(told) for note in run(*words, "--data", pictures).notes)
+
+
+def test_interrupted_it_goes_on_with_the_best(
+    run: Run, pictures: Path, tmp_path: Path, gmacs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[search.SearchProgress] = []
+
+    def stopped(*args: object, **kwargs: object) -> search.SearchReport:
+        stop = {"on_progress": seen.append, "should_stop": lambda: bool(seen) and seen[-1].best is not None}
+        return find_schedule(*args, **{**kwargs, **stop})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search_run, "find_schedule", stopped)
+    path = tmp_path / "out.safetensors"
+    made = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path)
+    assert made.code == 0
+    assert "the search was interrupted: going on with the best schedule so far" in made.notes
+    assert path.exists()
+    assert (tmp_path / "out.front.json").exists()
+
+
+def test_found_first_then_fine_tuned(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
+    path = tmp_path / "out.safetensors"
+    made = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path,
+               "--finetune-epochs", "1", "--train-data", pictures, "-j", "0", "--json")  # fmt: skip
+    assert made.code == 0
+    assert made.json["finetune"]["epochs"] == 1
+    assert made.json["keep"] == made.json["search"]["found"]["keep"]
+
+
+def test_a_target_that_cannot_be_met_says_what_can(run: Run, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.safetensors"
+    words = ("compress", *TINY, "--calibration", pictures, *QUICK, "-o", path)
+    failed = run(*words, "--target-gmacs", "0.00001")
+    assert failed.code == 1
+    assert re.fullmatch(r"(note: .*\n)*error: --target-gmacs 1e-05 cannot be met: \S+ GMACs is the least that these "
+                        r"blocks can reach; type --target-gmacs \S+\n", failed.err)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+HERE = ("--calibration", "PICTURES")
+
+
+EXCLUDE = "--target-gmacs and --max-drop exclude each other; type one of them"
+NO_IMAGES = (
+    "--target-gmacs needs images to search by; add --calibration DIR, a folder with one sub-folder a class or a .tar "
+    "of one, or --calibration digits"
+)
+NO_TARGET = (
+    "--calibration is for finding a schedule; add a target, such as --target-gmacs 2.6, --target-speedup 1.6 or "
+    "--max-drop 0.5"
+)
+KEEP = "--max-drop finds the keep rates and --keep gives them; type one of them"
+REDUCE_BY = "--target-speedup finds the keep rates and --reduce-by gives them; type one of them"
+SLOWER = "--target-speedup 0.9 is not a number above 1, such as --target-speedup 1.6"
+NO_NUMBER = "invalid value for '--max-drop': 'much' is not a number; type tokencut compress --help"
+NO_EFFORT = "an effort of 0 leaves nothing to search with; type --search-effort 40"
+NO_SAMPLE = "0 calibration images leave nothing to search by; type --calibration-limit 512"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--target-gmacs", "1"), NO_IMAGES),
+        (HERE, NO_TARGET),
+        (("--target-gmacs", "1", "--max-drop", "1", *HERE), EXCLUDE),
+        (("--max-drop", "1", "--keep", "0.5", *HERE), KEEP),
+        (("--target-speedup", "2", "--reduce-by", "2", *HERE), REDUCE_BY),
+        (("--target-speedup", "0.9", *HERE), SLOWER),
+        (("--max-drop", "much", *HERE), NO_NUMBER),
+        (("--target-gmacs", "0.001", *HERE, "--search-effort", "0"), NO_EFFORT),
+        (("--target-gmacs", "0.001", *HERE, "--calibration-limit", "0"), NO_SAMPLE),
+    ],
+)
+def test_wrong_words(run: Run, pictures: Path, tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    typed = [str(pictures) if word == "PICTURES" else word for word in words]
+    refused = run("compress", *TINY, *typed, "-o", tmp_path / "out.safetensors")
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1] == f"error: {told}"
+
+
+def test_an_exported_model_has_its_schedule(run: Run, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    refused = run("profile", path, "--target-gmacs", "1", "--calibration", pictures)
+    assert refused.code == 2
+    assert refused.err.startswith(f"error: {path} is exported, and its schedule fixed; find one for the model it was")
+
+
+def test_several_processes_are_refused(pictures: Path) -> None:
+    from tokencut.cli.options import RunOptions
+    from tokencut.cli.search_options import TargetOptions
+    from tokencut.errors import UsageError
+
+    wish = TargetOptions(target_gmacs=1.0, calibration=str(pictures))
+    with pytest.raises(
+        UsageError, match="^a search runs in one process, and torchrun started 2; type tokencut profile"
+    ):
+        search_run.search_wanted(wish, RunOptions(), front=None, force=True, processes=2)

@@ -1,0 +1,72 @@
+"""The options by which a schedule is found instead of typed."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokencut.cli.options import DATA_HELP, NUMBER, ReductionOptions, number
+from tokencut.errors import UsageError
+
+target_option = functools.partial(typer.Option, rich_help_panel="Targets, instead of --keep")
+
+VALUE = {"parser": number}
+
+GMACS_HELP = "At most so many multiply-adds an image, in units of 1e9; the schedule that harms least is found."
+SPEEDUP_HELP = "So many times as fast as the dense model, on this machine."
+DROP_HELP = (
+    "At most so many points lost, as cheap as can be: of top-1 where calibration labels map to the head, else of "
+    "agreement with the dense model, or of cosine similarity without a head."
+)
+CALIBRATION_HELP = f"Images to search by, never those of --data. {DATA_HELP}"
+LIMIT_HELP = "Search by an evenly spread sample of N images. Default 512."
+EFFORT_HELP = "What the search may take, in dense forwards of those images. Default 40."
+FRONT_HELP = "Write all schedules that nothing tried beats, as JSON. Default of compress: beside the output."
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What a schedule is to reach, as typed."""
+
+    target_gmacs: Annotated[float | None, target_option("--target-gmacs", metavar="G", **VALUE, help=GMACS_HELP)] = None
+    target_speedup: Annotated[
+        float | None, target_option("--target-speedup", metavar="S", **VALUE, help=SPEEDUP_HELP)
+    ] = None
+    max_drop: Annotated[float | None, target_option("--max-drop", metavar="P", **VALUE, help=DROP_HELP)] = None
+    calibration: Annotated[str | None, target_option("--calibration", metavar="DIR", help=CALIBRATION_HELP)] = None
+    calibration_limit: Annotated[int | None, target_option("--calibration-limit", **NUMBER, help=LIMIT_HELP)] = None
+    search_effort: Annotated[float | None, target_option("--search-effort", metavar="F", **VALUE, help=EFFORT_HELP)] = (
+        None
+    )
+    front: Annotated[Path | None, target_option("--front", metavar="FILE.json", help=FRONT_HELP)] = None
+
+    def wanted(self, reduction: ReductionOptions) -> bool:
+        """Whether a schedule is to be found.
+
+        Raises:
+            UsageError: One is, and the options do not fit together; or none is, and an option is only for that.
+        """
+        targets = {"--target-gmacs": self.target_gmacs, "--target-speedup": self.target_speedup,
+                   "--max-drop": self.max_drop}  # fmt: skip
+        given = [name for name, value in targets.items() if value is not None]
+        others = {"--calibration": self.calibration, "--calibration-limit": self.calibration_limit,
+                  "--search-effort": self.search_effort, "--front": self.front}  # fmt: skip
+        if not given:
+            alone = [name for name, value in others.items() if value is not None]
+            if alone:
+                raise UsageError(f"{alone[0]} is for finding a schedule; add a target, such as --target-gmacs 2.6, "
+                                 "--target-speedup 1.6 or --max-drop 0.5")  # fmt: skip
+            return False
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other; type one of them")
+        typed = [name for name in ("--keep", "--reduce-by") if name in reduction.given()]
+        if typed:
+            raise UsageError(f"{given[0]} finds the keep rates and {typed[0]} gives them; type one of them")
+        if self.calibration is None:
+            raise UsageError(f"{given[0]} needs images to search by; add --calibration DIR, a folder with one "
+                             "sub-folder a class or a .tar of one, or --calibration digits")  # fmt: skip
+        return True

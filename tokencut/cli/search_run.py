@@ -1,0 +1,152 @@
+"""What `compress` and `profile` do to find a schedule: checks, progress, the front's file, and what is said of it.
+
+Imports torch: commands import this when they run, not before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokencut.cli import render
+from tokencut.cli.options import RunOptions
+from tokencut.cli.process import StopRequest
+from tokencut.cli.search_options import TargetOptions
+from tokencut.errors import UsageError
+from tokencut.files import check_writable
+from tokencut.modelzoo import Loaded
+from tokencut.search import SearchProgress, SearchReport, SearchSettings, find_schedule
+from tokencut.search_front import write_front
+from tokencut.search_targets import Target
+from tokencut.sources import DIGITS, open_source
+
+
+class SearchRun:
+    """A search as typed: called with a model, it gives the schedule; then it tells what it found.
+
+    Attributes:
+        target: What is asked for.
+        report: What was found; None before that.
+    """
+
+    def __init__(
+        self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
+        timing_batch_size: int | None = None,
+    ) -> None:  # fmt: skip
+        """Checks what can be checked before the model is there.
+
+        Args:
+            options: As typed.
+            run: Where the search runs.
+            front: The file for the front; none is written where None.
+            force: Whether it may be replaced.
+            workers: Processes that decode images.
+            timing_batch_size: Images a forward that is timed.
+
+        Raises:
+            TokencutError: The target means nothing, the file could not be written, or the images are not there.
+        """
+        self.target = Target(options.target_gmacs, options.target_speedup, options.max_drop)
+        self.target.check()
+        self.front = None if front is None else check_writable(front, force=force)
+        self.report: SearchReport | None = None
+        self._source = open_source(options.calibration or "", split="train", on_note=render.note)
+        default = SearchSettings()
+        self._settings = SearchSettings(
+            images=default.images if options.calibration_limit is None else options.calibration_limit,
+            effort=default.effort if options.search_effort is None else options.search_effort,
+            seed=run.seed,
+            batch_size=run.batch_size if timing_batch_size is None else default.batch_size,
+            timing_batch_size=timing_batch_size or default.timing_batch_size,
+            workers=workers,
+            device=run.device,
+            precision=run.precision,
+        )
+
+    @property
+    def option(self) -> str:
+        """The option that asks for it, such as `--target-gmacs`."""
+        return self.target.option.partition(" ")[0]
+
+    def mind(self, data: str | None) -> None:
+        """Warns where accuracy would be told of the images that the schedule is chosen by."""
+        calibration = self._source.name
+        if data is None or DIGITS in (data, calibration) or Path(data).resolve() != Path(calibration).resolve():
+            return  # of digits, each takes its own part
+        render.note(f"--calibration and --data are both {data}: an accuracy on images that the schedule was chosen by "
+                    "is too good; give other images to one of them")  # fmt: skip
+
+    def __call__(self, loaded: Loaded, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Finds the schedule.
+
+        Args:
+            loaded: The model.
+            arguments: Those of `tokencut.compress`, without a schedule.
+
+        Returns:
+            The arguments with the schedule.
+
+        Raises:
+            TokencutError: The target cannot be met.
+            KeyboardInterrupt: It was interrupted before it had anything.
+        """
+        settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
+        with StopRequest() as stop, render.progress(f"searching {loaded.name}") as advance:
+            self.report = find_schedule(
+                loaded.dense, self._source, self.target, **settings, settings=self._settings,
+                on_progress=lambda now: advance(round(100 * now.share), 100, _status(now)), on_note=render.note,
+                should_stop=lambda: stop.requested,
+            )  # fmt: skip
+        for text in self.report.notes:
+            render.note(text)
+        if self.report.interrupted:
+            render.note("the search was interrupted: going on with the best schedule so far")
+        if self.front is not None:
+            about = {"model": loaded.name, **settings, **self.report.to_dict()}
+            write_front(self.front, self.report.front, about)
+            render.note(f"wrote {len(self.report.front)} schedules to choose from to {self.front}")
+        found = self.report.found
+        return {**arguments, "keep": list(found.keep), "layers": list(found.layers)}
+
+    def summary(self) -> dict[str, Any]:
+        """What `--json` tells of the search."""
+        assert self.report is not None
+        return {**self.report.to_dict(), "front": None if self.front is None else str(self.front)}
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What people are told of it."""
+        assert self.report is not None
+        report, found = self.report, self.report.found
+        rows = [
+            ("asked for", f"{report.target}, searched by {report.images:,} images of {self._source.name}"),
+            ("found", found.options),
+            ("to lose", f"{report.expected_drop:.2f} {report.metric_name} expected on other images, "
+                        f"{report.sure_drop:.2f} with a standard error"),
+            ("calibration", f"{report.drop:+.2f} ± {report.drop_error:.2f} of them lost on these images"),
+        ]  # fmt: skip
+        if report.speedup is not None:
+            rows.append(("speed-up", f"{report.speedup:.2f} x as fast as dense, measured here in batches of "
+                                     f"{self._settings.timing_batch_size}"))  # fmt: skip
+        return rows
+
+
+def _status(now: SearchProgress) -> str:
+    if now.best is None:
+        return "trying seeds"
+    agreement = "" if now.best.agreement is None else f", {now.best.agreement:.1f} % agree with dense"
+    return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.damage:.4g}{agreement}"
+
+
+def search_wanted(
+    options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
+    workers: int | None = None, timing_batch_size: int | None = None,
+) -> SearchRun:  # fmt: skip
+    """A search that fits its processes; arguments as `SearchRun`'s.
+
+    Raises:
+        UsageError: There are several processes, which would each find their own.
+    """
+    if processes > 1:
+        raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
+                         "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
+    return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size)

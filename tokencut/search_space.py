@@ -1,0 +1,191 @@
+"""The schedules a search moves among: image tokens leaving each block, all at one price. No torch.
+
+A schedule is `n_1 >= n_2 >= ... >= n_L`; a block where nothing leaves has no stage. It is changed through its
+*removals*, `log(n_before / n)` of each block, since what a removal does to a model goes with the share of the tokens
+that it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tokencut.schedule import Leaving, default_layers, kept_tokens
+
+Counts = tuple[int, ...]
+Price = Callable[[Counts], float]
+
+# Halvings when a price is to be hit: 2^-24 of a removal is less than a token of any image.
+HALVINGS = 24
+# No block takes more than e^-6 of its tokens (one of 403): beyond, only one is left anyway.
+MOST = 6.0
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be reduced, and what it costs.
+
+    Attributes:
+        tokens: Image tokens entering the first block.
+        depth: The number of blocks.
+        blocks: The 1-based blocks that may reduce, ascending.
+        price: The cost of a schedule, in any unit: a search holds it at or below a target.
+        leaving: How many tokens leave a stage with a budget (`Reduction.leaving`).
+    """
+
+    tokens: int
+    depth: int
+    blocks: Counts
+    price: Price
+    leaving: Leaving = lambda tokens, budget: budget
+
+    @property
+    def dense(self) -> Counts:
+        """Nothing is reduced."""
+        return (self.tokens,) * self.depth
+
+    @property
+    def barest(self) -> Counts:
+        """As much as can be is reduced, as early as can be."""
+        return self.made(dict.fromkeys(self.blocks, MOST))
+
+    def made(self, removals: dict[int, float]) -> Counts:
+        """The schedule with these removals, by 1-based block; those of blocks that are not there are 0."""
+        counts, exact, now = [], float(self.tokens), self.tokens
+        for block in range(1, self.depth + 1):
+            exact *= math.exp(-removals.get(block, 0.0))
+            budget = max(1, round(exact))
+            if block in removals and budget < now:
+                now = min(now, self.leaving(now, budget))
+            counts.append(now)
+        return tuple(counts)
+
+    def removals(self, counts: Counts) -> dict[int, float]:
+        """What each block that may reduce removes, as `log(before / after)`."""
+        entering = (self.tokens, *counts)
+        return {block: math.log(entering[block - 1] / entering[block]) for block in self.blocks}
+
+    def within(self, target: float, make: Callable[[float], Counts], most: float) -> Counts | None:
+        """The dearest of a family of schedules that costs no more than `target`.
+
+        Args:
+            target: The highest price.
+            make: A schedule for a number from 0 to `most`, cheaper the larger it is.
+            most: The largest number.
+
+        Returns:
+            A schedule, or None where the cheapest is too dear.
+        """
+        if self.price(make(most)) > target:
+            return None
+        low, high = 0.0, most
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.price(make(middle)) > target else (low, middle)
+        return make(high)
+
+    def scaled(self, counts: Counts, target: float) -> Counts | None:
+        """The schedule with all removals multiplied so that it costs `target`, and filled up."""
+        removals = self.removals(counts)
+        found = self.within(target, lambda by: self.made({b: min(MOST, by * r) for b, r in removals.items()}), 64.0)
+        return None if found is None else self.filled(found, target)
+
+    def exchanged(self, counts: Counts, block: int, by: float, other: int, target: float) -> Counts | None:
+        """The schedule with one block's removal changed, and another's set so that the price is `target` again.
+
+        Args:
+            counts: A schedule of about that price.
+            block: The block whose removal changes.
+            by: By how much, in `log(before / after)`; it falls to 0 at the lowest.
+            other: The block that makes up for it.
+            target: The highest price.
+
+        Returns:
+            A schedule, or None where the other block cannot make up for it.
+        """
+        removals = self.removals(counts)
+        removals[block] = min(MOST, max(0.0, removals[block] + by))
+        found = self.within(target, lambda now: self.made({**removals, other: now}), MOST)
+        if found is None or self.price(found) < 0.97 * target:  # the other block would have to add tokens
+            return None
+        return self.filled(found, target)
+
+    def filled(self, counts: Counts, target: float) -> Counts:
+        """The schedule with single tokens added where they fit best under `target`, which rounding left unspent."""
+        while True:
+            offers = [offer for block in self.blocks if (offer := self._one_more(counts, block)) is not None]
+            affordable = [(price, offer) for offer in offers if (price := self.price(offer)) <= target]
+            # A token kept may save a stage: only what is spent on tokens counts as an offer.
+            dearer = [pair for pair in affordable if pair[0] > self.price(counts)]
+            if not dearer:
+                return counts
+            counts = max(dearer)[1]
+
+    def _one_more(self, counts: Counts, block: int) -> Counts | None:
+        entering = self.tokens if block == 1 else counts[block - 2]
+        if counts[block - 1] >= entering or self.leaving(entering, entering - 1) != entering - 1:
+            return None
+        # Blocks that may not reduce take what enters, so the run of them behind this block changes along.
+        until = next((b for b in range(block + 1, self.depth + 1) if b in self.blocks), self.depth + 1)
+        more = counts[block - 1] + 1
+        return (*counts[: block - 1], *(more,) * (until - block), *counts[until - 1 :])
+
+    def seeds(self, target: float) -> tuple[Counts, ...]:
+        """Schedules to begin with, each as dear as `target` allows.
+
+        A small family: the first block that reduces, how many blocks lie between stages, and whether tokens go early
+        or late; and one rate at the default blocks, where those may reduce.
+        """
+        unit, shapes = max(1, round(len(self.blocks) / 12)), [self.blocks]
+        for first in range(3):
+            for stride in (1, 2):
+                shapes.append(self.blocks[first * unit :: stride * unit])
+        profiles = [
+            {block: ((place + 1) / len(shape)) ** power - (place / len(shape)) ** power
+             for place, block in enumerate(shape)}
+            for shape in dict.fromkeys(shapes) if shape for power in (0.6, 1.0, 1.6)
+        ]  # fmt: skip
+        usual = [block for block in default_layers(self.depth) if block in self.blocks]
+        profiles += [dict.fromkeys(usual, 1.0)] if usual else []
+        made = (self.within(target, lambda by, p=p: self.made(_times(p, by)), 99.0) for p in profiles)  # type: ignore[misc]
+        return tuple(dict.fromkeys(self.filled(counts, target) for counts in made if counts is not None))
+
+
+def _times(removals: dict[int, float], factor: float) -> dict[int, float]:
+    return {block: min(MOST, factor * removal) for block, removal in removals.items()}
+
+
+def budget_for(tokens: int, count: int, leaving: Leaving) -> int:
+    """The budget of a stage that lets `count` of `tokens` image tokens leave; `count` where no budget does."""
+    return next((budget for budget in range(count, 0, -1) if leaving(tokens, budget) == count), count)
+
+
+def keep_for(tokens: int, budget: int) -> float:
+    """The shortest decimal with `ceil(keep * tokens) == budget`: 45 of 64 is 0.7."""
+    for digits in range(1, 17):
+        power = 10**digits
+        keep = float(Fraction(math.floor(Fraction(budget * power, tokens)), power))
+        if 0 < keep <= 1 and kept_tokens(keep, tokens) == budget:
+            return keep
+    return budget / tokens
+
+
+def keeps(tokens: int, counts: Counts, leaving: Leaving) -> tuple[Counts, tuple[float, ...]]:
+    """A schedule as `--layers` and `--keep` have it.
+
+    Args:
+        tokens: Image tokens entering the first block.
+        counts: Image tokens leaving each block.
+        leaving: How many tokens leave a stage with a budget.
+
+    Returns:
+        The 1-based blocks that reduce, and the keep rate of each.
+    """
+    layers, rates = [], []
+    for block, (before, after) in enumerate(zip((tokens, *counts), counts, strict=False), start=1):
+        if after < before:
+            layers.append(block)
+            rates.append(keep_for(before, budget_for(before, after, leaving)))
+    return tuple(layers), tuple(rates)
