@@ -14,7 +14,7 @@ from timm.data.transforms import MaybePILToTensor
 from torch import Tensor
 
 from tokencut import data
-from tokencut.data import Batch, ImageDataset, Loader, Sample, Unreadable, default_workers, make_loader
+from tokencut.data import Batch, ImageDataset, Loader, Sample, Unreadable, default_workers, load_batches, make_loader
 from tokencut.errors import DataError, UsageError
 from tokencut.sources import Source, open_source
 
@@ -78,28 +78,16 @@ def test_workers_read_a_tar_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(images_of(make_loader(dataset(open_source(folder)), batch_size=5, workers=0)), alone)
 
 
-def test_shuffling_goes_by_the_seed_and_changes_each_time(folder: Path) -> None:
-    def order(seed: int) -> list[list[int]]:
-        loader = make_loader(dataset(open_source(folder)), batch_size=12, workers=0, shuffle=True, seed=seed)
-        return [next(iter(loader)).indices.tolist() for _ in range(2)]
-
-    first, second = order(0)
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
-    assert order(0) == [first, second]
-    assert order(1) != [first, second]
-
-
-def test_a_last_smaller_batch_can_be_left_out(folder: Path) -> None:
-    loader = make_loader(dataset(open_source(folder)), batch_size=5, workers=0, drop_last=True)
-    assert len(loader) == 2
-    assert [len(batch) for batch in loader] == [5, 5]
+def test_batches_go_by_their_keys(folder: Path) -> None:
+    loader = load_batches(dataset(open_source(folder)), [[7, 2], [11], [2]], workers=0)
+    assert len(loader) == 3
+    assert [batch.indices.tolist() for batch in loader] == [[7, 2], [11], [2]]
 
 
 @forks
 def test_the_global_random_numbers_stay_as_they_are(folder: Path) -> None:
     before = torch.get_rng_state()
-    list(make_loader(dataset(open_source(folder)), batch_size=6, workers=1, shuffle=True))
+    list(make_loader(dataset(open_source(folder)), batch_size=6, workers=1))
     assert torch.equal(torch.get_rng_state(), before)
 
 

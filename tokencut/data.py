@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from tokencut.errors import DataError, UsageError
 from tokencut.preprocessing import Transform, UnreadableImageError, decode
@@ -106,6 +107,14 @@ class ImageDataset(Dataset[Sample | Unreadable]):
         return Sample(self.transform(image), self.targets[folder], index)
 
 
+class Batches(Protocol):
+    """The keys of each batch, in order; gone through once by each iteration of a loader."""
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+    def __len__(self) -> int: ...
+
+
 class Loader:
     """An iterable over the batches of a dataset, any number of times."""
 
@@ -128,52 +137,55 @@ class Loader:
 
 
 def make_loader(
-    dataset: ImageDataset,
-    *,
-    batch_size: int,
-    workers: int | None = None,
-    shuffle: bool = False,
-    drop_last: bool = False,
-    seed: int = 0,
-    pin_memory: bool = False,
-    persistent: bool = False,
+    dataset: ImageDataset, *, batch_size: int, workers: int | None = None, pin_memory: bool = False
 ) -> Loader:
-    """Loads a dataset in batches.
+    """Loads a dataset in batches, in its order, the last one smaller.
 
     Args:
         dataset: The images.
         batch_size: Images a batch, before unreadable ones are left out.
-        workers: Processes that decode; 0 for none but this one. By default as many as there are processors, 4 at most.
-        shuffle: Whether to draw the images in another order each time.
-        drop_last: Whether to leave out a last, smaller batch.
-        seed: Decides the order, and the random numbers of the workers. The global generator of torch is left alone.
-        pin_memory: Whether to put batches into page-locked memory.
-        persistent: Whether to keep the workers from one iteration to the next.
-
-    Returns:
-        The batches. An interrupt ends the workers with this process.
+        workers: See `load_batches`.
+        pin_memory: Likewise.
 
     Raises:
         UsageError: The batch size or the number of workers is out of range.
     """
     if batch_size < 1:
         raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; type --batch-size 64")
+    batches = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
+    return load_batches(dataset, batches, workers=workers, pin_memory=pin_memory)
+
+
+def load_batches(
+    dataset: Dataset[Sample | Unreadable], batches: Batches, *, workers: int | None = None, pin_memory: bool = False
+) -> Loader:
+    """Loads the batches that a list of keys names.
+
+    Args:
+        dataset: Gives an image for a key.
+        batches: The keys of each batch. The workers live as long as one iteration over them.
+        workers: Processes that decode; 0 for none but this one. By default as many as there are processors, 4 at most.
+        pin_memory: Whether to put batches into page-locked memory.
+
+    Returns:
+        The batches. An interrupt ends the workers with this process.
+
+    Raises:
+        UsageError: The number of workers is out of range.
+    """
     if workers is not None and workers < 0:
         raise UsageError(f"{workers} workers are too few, expected at least 0; type --workers 0")
-    # A worker without a batch to load would cost its start and do nothing.
-    processes = min(default_workers() if workers is None else workers, -(-len(dataset) // batch_size))
     return Loader(
         DataLoader(
             dataset,  # type: ignore[arg-type]  # torch's type says that collating changes nothing
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=processes,
+            batch_sampler=batches,
+            # A worker without a batch to load would cost its start and do nothing.
+            num_workers=min(default_workers() if workers is None else workers, len(batches)),
             collate_fn=collate,
             pin_memory=pin_memory,
             worker_init_fn=quiet_worker,
-            persistent_workers=persistent and processes > 0,
-            generator=torch.Generator().manual_seed(seed),
+            # Seeds the workers; torch's global generator is left alone.
+            generator=torch.Generator().manual_seed(0),
         )
     )
 

@@ -77,7 +77,7 @@ def finetune(
     home = next(model.parameters()).device
     model.to(group.device)
     try:
-        with random_states_kept():
+        with random_states_kept(group.device):
             source = open_source(data, split="train")
             run = _Run(model, source, recipe, setup, group, state, judge, watcher or Watcher())
             return run.train(resume=resume)
@@ -196,7 +196,7 @@ class _Run:
     def _epochs(self, state: TrainingState) -> bool:
         """Trains until the end, or until told to stop: then it is not finished."""
         prepared = preprocessing_of(self.model)
-        images = ImageDataset(self.source, prepared.transform(is_training=True, **self._augmentation()),
+        images = ImageDataset(self.source, prepared.transform(is_training=True, **self.recipe.augmentation),
                               targets=self.class_map.targets, mode=prepared.mode)  # fmt: skip
         loader = training_loader(
             Augmented(images, self.setup.seed), self.order, epochs=self.epochs, epoch=state.epoch, step=state.step,
@@ -217,15 +217,6 @@ class _Run:
                 saved = time.monotonic()
         return True
 
-    def _augmentation(self) -> dict[str, object]:
-        recipe = self.recipe
-        return {
-            "scale": (recipe.crop_scale, 1.0),
-            "hflip": recipe.hflip,
-            "color_jitter": recipe.color_jitter or None,
-            "auto_augment": recipe.auto_augment or None,
-        }
-
     def _step(self, state: TrainingState, batches: Generator[Batch, None, None]) -> bool:
         """One step; False where the processes that load images went down with a request to stop."""
         began = time.perf_counter()
@@ -238,7 +229,7 @@ class _Run:
         state.step += 1
         for name, value in {**sums, "seconds": time.perf_counter() - began}.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-        self.watcher.on_step(self._progress(state))
+        self.watcher.on_step(self._progress(state, sums))
         return True
 
     def _checked(self, batch: Batch) -> Batch:
@@ -249,12 +240,14 @@ class _Run:
                             f"{', '.join(images)}; mend or remove them and run this again")  # fmt: skip
         return batch
 
-    def _progress(self, state: TrainingState) -> TrainingProgress:
+    def _progress(self, state: TrainingState, latest: dict[str, float]) -> TrainingProgress:
         rate = state.sums["images"] / max(state.sums["seconds"], 1e-9)
         left = (self.epochs - state.epoch) * self.order.steps - state.step
         seconds = left * self.order.per_step / max(rate, 1e-9)
-        losses = term_means(state.sums)
-        return TrainingProgress(state.epoch + 1, self.epochs, state.step, self.order.steps, losses, rate, seconds)
+        return TrainingProgress(
+            state.epoch + 1, self.epochs, state.step, self.order.steps, term_means(state.sums), rate, seconds,
+            updates=state.epoch * self.order.steps + state.step, latest=term_means(latest), lr=self.trainer.lr,
+        )  # fmt: skip
 
     def _end_epoch(self, state: TrainingState) -> None:
         """Judges, logs and saves an epoch."""
@@ -270,8 +263,8 @@ class _Run:
         self.model.train()
         state.history.append(row)
         state.epoch, state.step, state.sums = number, 0, {}
+        self.watcher.on_epoch(state.history)  # first: a run killed before it is saved does, and tells, all of it again
         self._save(state)
-        self.watcher.on_epoch(state.history)
 
     def _judge(self, model: CompressedModel) -> float | None:
         if self.held is None:
@@ -287,6 +280,7 @@ class _Run:
             return
         state.model, state.optimizer = self.model.state_dict(), self.trainer.optimizer.state_dict()
         state.ema = self.trainer.ema.module.state_dict() if self.trainer.ema else None
+        self.watcher.on_save()
         save_state(self.folder, state)
 
     def _take_result(self, state: TrainingState) -> int:

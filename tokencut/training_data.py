@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from tokencut.data import ImageDataset, Loader, Sample, Unreadable, collate, default_workers, quiet_worker
+from tokencut.data import ImageDataset, Loader, Sample, Unreadable, load_batches
 from tokencut.digits import stratified
 from tokencut.errors import DataError
 from tokencut.listing import Layout
@@ -26,7 +26,19 @@ Key = tuple[int, int]  # epoch and image
 
 
 def seed_all(*parts: int) -> None:
-    """Seeds every generator that timm's augmentation, mixup, dropout and drop path draw from.
+    """Seeds every generator that timm's augmentation, mixup, dropout and drop path draw from, on all devices.
+
+    Args:
+        parts: What the seed depends on, in order.
+    """
+    torch.manual_seed(seed_transforms(*parts))
+
+
+def seed_transforms(*parts: int) -> int:
+    """Seeds the generators that the transforms of one image draw from; the seed.
+
+    Not those of GPUs: `torch.manual_seed`, where CUDA is not in use, notes a whole traceback for later, which takes
+    twice as long as to decode a small image.
 
     Args:
         parts: What the seed depends on, in order.
@@ -35,14 +47,19 @@ def seed_all(*parts: int) -> None:
     seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the generator that timm uses)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
 
 
 @contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leaves the global generators behind as they were."""
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Leaves the global generators behind as they were.
+
+    Args:
+        device: Where the model is trained. To ask every GPU of a machine for its state would take memory on each.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         try:
             yield
         finally:
@@ -151,7 +168,7 @@ class Augmented(Dataset[Sample | Unreadable]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> Sample | Unreadable:
-        seed_all(self.seed, 1, *key)
+        seed_transforms(self.seed, 1, *key)
         return self.images[key[1]]
 
 
@@ -181,18 +198,7 @@ def training_loader(
         epochs: Epochs of the whole run.
         epoch: The epoch to start in.
         step: The step to start at.
-        workers: Processes that decode; one a processor, 4 at most, where None.
-        pin_memory: Whether to put batches into page-locked memory.
+        workers: See `load_batches`.
+        pin_memory: Likewise.
     """
-    passes = _Passes(order, epochs, epoch, step)
-    processes = min(default_workers() if workers is None else workers, len(passes))
-    return Loader(
-        DataLoader(
-            dataset,  # type: ignore[arg-type]  # torch's type says that collating changes nothing
-            batch_sampler=passes,
-            num_workers=processes,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            worker_init_fn=quiet_worker,
-        )
-    )
+    return load_batches(dataset, _Passes(order, epochs, epoch, step), workers=workers, pin_memory=pin_memory)

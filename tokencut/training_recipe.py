@@ -99,6 +99,16 @@ class TrainingRecipe:
         """The part that the objective takes."""
         return ObjectiveSettings(**{entry.name: getattr(self, entry.name) for entry in fields(ObjectiveSettings)})
 
+    @property
+    def augmentation(self) -> dict[str, object]:
+        """The part that timm's training transform takes, as `Preprocessing.transform` wants it."""
+        return {
+            "scale": (self.crop_scale, 1.0),
+            "hflip": self.hflip,
+            "color_jitter": self.color_jitter or None,
+            "auto_augment": self.auto_augment or None,
+        }
+
     def changed(self, **values: Any) -> TrainingRecipe:
         """The same with some fields replaced; a number of epochs that was asked for is not raised for small sets."""
         if "epochs" in values:

@@ -60,6 +60,9 @@ class TrainingProgress:
         losses: `loss` and its terms per image, on average over the epoch so far.
         images_per_second: Trained on, over all processes, on average over the epoch so far.
         seconds_left: Estimated, for the whole run without its evaluations.
+        updates: Steps done in the whole run.
+        latest: As `losses`, of the last step alone.
+        lr: The learning rate it has come to.
     """
 
     epoch: int
@@ -69,6 +72,9 @@ class TrainingProgress:
     losses: dict[str, float]
     images_per_second: float
     seconds_left: float
+    updates: int
+    latest: dict[str, float]
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,12 @@ class Watcher:
         on_start: Told the notes, before the first step.
         on_step: Told after each step.
         on_epoch: Told after each epoch, all the rows of the history so far.
+        on_save: Told before the state is written: a run that is killed goes on from here.
         should_stop: Asked after each step.
     """
 
     on_start: Callable[[tuple[str, ...]], None] = lambda notes: None
     on_step: Callable[[TrainingProgress], None] = lambda progress: None
     on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None
+    on_save: Callable[[], None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False

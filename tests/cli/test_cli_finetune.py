@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tokencut import artifact
 from tokencut.cli import render
-from tokencut.cli.finetune_run import duration
+from tokencut.cli.finetune_view import duration
 from tokencut.errors import ArtifactError
 from tokencut.training_state import folder_for
 from tokencut.training_step import Trainer, TrainingDivergedError
@@ -292,31 +292,3 @@ def test_an_earlier_state_that_is_damaged(run: Run, tmp_path: Path, train: Path,
     assert "type --force to start again" in run(*words, "--resume").err.splitlines()[-1]
     assert run(*words, "--force").code == 0
     assert issubclass(ArtifactError, Exception)
-
-
-def test_two_processes_give_what_one_gives_with_the_doubled_batch(
-    run: Run, tmp_path: Path, train: Path, pictures: Path, compressed: Path
-) -> None:
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    words = ("compress", compressed, "-j", "0", "--finetune-epochs", "1", "--train-data", train, "--data", pictures,
-             "--beta", "0.1", "--json", "-o")  # fmt: skip
-    alone = run(*words, one, "-b", "8")
-    assert alone.code == 0, alone.err
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, "-m", "tokencut", *map(str, words), str(two), "-b", "4"],
-        capture_output=True, text=True, env=environment, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, second = load_file(one), load_file(two)
-    before = load_file(compressed)
-    assert not torch.equal(before["head.weight"], second["head.weight"])
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-5)
-    assert done.stdout.count('"output"') == 1  # one process prints
-    assert done.stderr.count("epoch 1:") == 1
-    told, heard = alone.json, type(alone)(0, done.stdout, "").json
-    assert heard["images"] == told["images"] == 12  # no image twice
-    assert heard["dense_top1"] == told["dense_top1"]
-    assert float(log_of(two)[0]["loss"]) == pytest.approx(float(log_of(one)[0]["loss"]), rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +28,7 @@ RECIPE_HELP = (
 LR_HELP = "Learning rate, at a batch of 256 (paper: 1024); it grows with the square root of the batch."
 SELECT_HELP = "The epoch to keep: last, or best on a tenth of the training images that is held out."
 RESUME_HELP = "Go on with a run that was stopped; type the options it was started with."
+TENSORBOARD_HELP = "Write losses and top-1 for TensorBoard, into a sub-folder named after the output."
 DISTILL_HELP = (
     "From the uncompressed model: soft (its probabilities), hard (its choice), features (its pooled tokens) or none."
 )
@@ -45,6 +47,7 @@ class FinetuneOptions:
         None
     )
     compile_model: Annotated[bool | None, tuning_option("--compile", help="Train through torch.compile.")] = None
+    tensorboard: Annotated[Path | None, tuning_option("--tensorboard", metavar="DIR", help=TENSORBOARD_HELP)] = None
     distill: Annotated[str | None, tuning_option("--distill", metavar="KIND", help=DISTILL_HELP)] = None
     distill_weight: Annotated[
         float | None, tuning_option("--distill-weight", **FRACTION, help="Share of the task loss that is distillation.")

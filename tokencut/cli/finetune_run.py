@@ -5,10 +5,8 @@ Imports torch: commands import this when they run, not before.
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import nn
 from tokencut import artifact
 from tokencut.cli import render
 from tokencut.cli.finetune_options import FinetuneOptions
+from tokencut.cli.finetune_view import RunView, log_for
 from tokencut.cli.options import DataOptions, RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.subject import Subject, measure_accuracy
@@ -26,30 +25,24 @@ from tokencut.description import description_of
 from tokencut.distributed import Group
 from tokencut.errors import ArtifactError, DataError, TokencutError
 from tokencut.evaluation import EvaluationReport
-from tokencut.files import atomic_write
 from tokencut.finetuning import finetune, training_classes
 from tokencut.labels import label_names, map_classes, quoted
 from tokencut.sources import Source
-from tokencut.training_setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
+from tokencut.tensorboard_log import TensorboardLog, require_tensorboard
+from tokencut.training_setup import FinetuneReport, TrainingSetup
 from tokencut.training_state import folder_for, has_state, remove_state
-from tokencut.training_step import TERMS, TrainingDivergedError
-
-COLUMNS = ("epoch", "updates", "lr", "loss", *TERMS, "top1", "images_per_second", "seconds")
-# Rows of the live table: more would not fit on a screen.
-SHOWN = 12
-
-
-def log_for(output: Path) -> Path:
-    """The log beside an output: `out.log.csv`."""
-    return output.with_suffix(".log.csv")
+from tokencut.training_step import TrainingDivergedError
 
 
 def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
-    """Refuses to lose an earlier run, before any work is done.
+    """Refuses what could not be done or would lose an earlier run, before any work is done.
 
     Raises:
         ArtifactError: There is one that was stopped, and neither `--resume` nor `--force`.
+        TokencutError: `--tensorboard` without tensorboard.
     """
+    if tuning.tensorboard is not None:
+        require_tensorboard()
     folder = folder_for(output)
     if has_state(folder) and not tuning.resume and not force:
         raise ArtifactError(f"{folder} holds a run that was stopped; add --resume to go on with it, or --force to start"
@@ -129,13 +122,13 @@ class FinetuneRun:
             remove_state(folder)
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            view = stack.enter_context(render.live())
-            watcher = _View(self.output, view, self.group).watcher(stop)
+            draw = stack.enter_context(render.live())
+            view = stack.enter_context(closing(RunView(self.output, draw, self.group, self._curves())))
             try:
                 report = finetune(
                     model, self.train, recipe=self.tuning.training_recipe(), setup=self.setup(), group=self.group,
                     state=folder, resume=bool(self.tuning.resume), judge=self._judge() if self.val else None,
-                    watcher=watcher,
+                    watcher=view.watcher(stop),
                 )  # fmt: skip
             except TrainingDivergedError as error:
                 raise self._keep_last_good(model, folder, error) from error
@@ -149,6 +142,12 @@ class FinetuneRun:
         for text in report.notes:
             render.note(text)
         return report
+
+    def _curves(self) -> TensorboardLog | None:
+        """Where the first process writes for TensorBoard: a folder named after the output, to tell runs apart."""
+        if self.tuning.tensorboard is None or not self.group.main:
+            return None
+        return TensorboardLog(self.tuning.tensorboard / self.output.stem)
 
     def _judge(self) -> Any:
         if self.tuning.select == "best":  # epochs are judged by the images held out
@@ -180,70 +179,3 @@ class FinetuneRun:
     def done(self) -> None:
         """Removes what only an unfinished run needs."""
         remove_state(folder_for(self.output))
-
-
-class _View:
-    """The table on a terminal, the lines elsewhere, and the log."""
-
-    def __init__(self, output: Path, draw: Any, group: Group) -> None:
-        self.log = log_for(output)
-        self.draw = draw
-        self.main = group.main
-        self.rows: list[dict[str, float]] = []
-
-    def watcher(self, stop: StopRequest) -> Watcher:
-        return Watcher(
-            on_start=self.on_start,
-            on_step=self.on_step,
-            on_epoch=self.on_epoch,
-            should_stop=lambda: stop.requested,
-        )
-
-    def on_start(self, notes: tuple[str, ...]) -> None:
-        for text in notes:
-            render.note(text)
-
-    def on_step(self, now: TrainingProgress) -> None:
-        if self.main and render.on_terminal():
-            current = {"epoch": now.epoch, **now.losses, "images_per_second": now.images_per_second}
-            left = f"{now.step}/{now.steps}, {duration(now.seconds_left)} left"
-            self.draw(_table([*self.rows, current], now.epochs, left))
-
-    def on_epoch(self, history: list[dict[str, float]]) -> None:
-        self.rows = list(history)
-        if not self.main:
-            return
-        if not render.on_terminal():
-            render.note(_line(history[-1]))
-        with atomic_write(self.log) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, COLUMNS, restval="")
-            table.writeheader()
-            table.writerows(history)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `45 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _line(row: dict[str, float]) -> str:
-    losses = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", *TERMS) if name in row)
-    top1 = f", top-1 {row['top1']:.2f} %" if "top1" in row else ""
-    return f"epoch {row['epoch']:.0f}: {losses}{top1}, {row['images_per_second']:.0f} images/s"
-
-
-def _table(rows: Sequence[dict[str, float]], epochs: int, left: str) -> render.RenderableType:
-    terms = [name for name in ("loss", *TERMS) if name in rows[-1]]
-    cells = [
-        [
-            f"{row['epoch']:.0f}/{epochs}",
-            *(f"{row[name]:.4f}" if name in row else "" for name in terms),
-            f"{row['top1']:.2f} %" if "top1" in row else "",
-            f"{row['images_per_second']:.0f}",
-            duration(row["seconds"]) if "seconds" in row else left,
-        ]
-        for row in rows[-SHOWN:]
-    ]
-    return render.table(("epoch", *terms, "top-1", "images/s", "time"), cells)
