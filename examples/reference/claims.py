@@ -1,0 +1,160 @@
+"""The claims of "Beyond Attentive Tokens" (arXiv 2211.11315) on the models of train.py: measured, and written down.
+
+    python examples/reference/claims.py --model deit_tiny=runs/deit_tiny --model deit_small=runs/deit_small \\
+        --train tin100-train.tar.gz --val tin100-val.tar -o runs/claims --device cuda --jobs 3 --time-limit 540
+    python examples/reference/claims.py ... -o runs/claims --list        # what is done and what is left
+    python examples/reference/claims.py ... -o runs/claims --time-limit 0   # only write the page again
+
+Off the shelf all methods are swept over keep 0.9 to 0.2; then methods, parts and loss terms are fine-tuned with one
+recipe, beside the dense model fine-tuned alike; see worklist.py for the list, the most telling first. The first --model
+is trained with every seed, others with one. Each result goes into OUTPUT/results.json as soon as it is there: the same
+command goes on where it was cut off. OUTPUT/RESULTS.md and its plots are made from that file, of whatever is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shlex
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import page
+import timm
+import torch
+import typer
+from bench import Bench, Results
+from worklist import RECIPE, Plan
+
+from tokencut.cli.app import app
+from tokencut.errors import TokencutError
+from tokencut.runtime import describe_device, resolve_device
+from tokencut.sources import open_source
+
+HERE = Path(__file__).resolve().parent
+PAGE = "RESULTS.md"
+# Seconds kept back from the time limit for the page.
+RESERVE = 12.0
+# A job is begun if it takes no more than so much of the time left, by how long its like took.
+CAUTION = 1.15
+# So often a job may end without a result before it is left out.
+TRIES = 2
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER", help="may be repeated")
+    parser.add_argument("--train", required=True, help="images to fine-tune on")
+    parser.add_argument("--val", required=True, help="images to judge by")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for sweeps under way; default: OUTPUT/work")
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
+    parser.add_argument("--jobs", type=int, default=1, help="how many models are trained or judged at the same time")
+    parser.add_argument("-j", "--workers", type=int, default=4, help="processes that decode images, of each job")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="of training; judging is in fp32")
+    parser.add_argument("-b", "--batch-size", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=3, help="of each fine-tune")
+    parser.add_argument("--lr", type=float, default=RECIPE["lr"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--limit", type=int, help="judge by an evenly spread sample, for a trial")
+    parser.add_argument("--keep", type=float, nargs="+", default=list(Plan.keeps), help="rates of the sweeps")
+    parser.add_argument("--list", action="store_true", help="only say what is done and what is left")
+    return parser.parse_args(words)
+
+
+def conditions_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What all results of a file have in common."""
+    models = {}
+    for text in args.model:
+        name, _, folder = text.partition("=")
+        path = Path(folder) / "model.safetensors"
+        if not path.is_file():
+            raise TokencutError(f"--model {text}: there is no {path}; type --model NAME=FOLDER with the folder that "
+                                "train.py wrote, after shards.py if it came in parts")  # fmt: skip
+        models[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {
+        "models": models, "epochs": args.epochs, "recipe": {**RECIPE, "lr": args.lr}, "batch": args.batch_size,
+        "precision": args.precision, "train": Path(args.train).name, "val": Path(args.val).name, "limit": args.limit,
+    }  # fmt: skip
+
+
+def options_of(command: str) -> set[str]:
+    """The options that a tokencut command has in this version."""
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    return {option for parameter in parameters for option in parameter.opts}
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command line for the page: with the names of files, and not where they lie on this machine."""
+    words = ["python", "examples/reference/claims.py"]
+    for text in args.model:
+        name = text.partition("=")[0]
+        words += ["--model", f"{name}=runs/{name}"]
+    words += ["--train", Path(args.train).name, "--val", Path(args.val).name, "-o", "runs/claims"]
+    for name in ("device", "jobs", "workers", "precision", "batch_size", "epochs", "lr", "time_limit", "limit"):
+        value = getattr(args, name)
+        if value is not None and value != math.inf:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    words += ["--seeds", *map(str, args.seeds)]
+    return shlex.join([*words, "--keep", *map(str, args.keep)])
+
+
+def trained_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What train.py noted of each model's training."""
+    pairs = (text.partition("=") for text in args.model)
+    configs = {
+        name: json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")) for name, _, folder in pairs
+    }
+    return {name: config["training"] for name, config in configs.items() if "training" in config}
+
+
+def say(text: str) -> None:
+    """A line of progress, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Does what is left and there is time for, and writes the page."""
+    args = parse()
+    try:
+        conditions = conditions_of(args)
+        results = Results(args.output, conditions)
+        searches = "--target-gmacs" in options_of("compress")
+        plan = Plan(list(conditions["models"]), args.epochs, args.seeds, searches, tuple(args.keep))
+        jobs = plan.jobs()
+        if args.list:
+            for job in jobs:
+                print("left" if results.open(job) else "done", job.key)
+            return
+        folders = {name: folder for name, _, folder in (text.partition("=") for text in args.model)}
+        setup = {"folders": folders, "train": args.train, "val": args.val, "recipe": conditions["recipe"],
+                 "batch": args.batch_size, "workers": args.workers, "device": args.device, "precision": args.precision,
+                 "limit": args.limit}  # fmt: skip
+        bench = Bench(jobs, results, setup, args.work or args.output / "work", say)
+        if args.time_limit > RESERVE and bench.waiting:
+            device = describe_device(resolve_device(args.device))
+            run = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "device": device, "torch": torch.__version__,
+                   "timm": timm.__version__, "command": command_of(args)}  # fmt: skip
+            if run not in results.data["runs"]:
+                results.data["runs"].append(run)
+            results.data["trained"] = {**results.data.get("trained", {}), **trained_of(args)}
+            open_source(args.train, split="train", on_note=say)  # a .tar.gz is unpacked now, once for all jobs
+            bench.run(args.jobs, STARTED + args.time_limit - RESERVE)
+        text = page.write(results.data, jobs, args.output)
+        say(f"{sum(not results.open(job) for job in jobs)} of {len(jobs)} jobs done; wrote {args.output / PAGE}, "
+            f"{len(text.splitlines())} lines")  # fmt: skip
+    except TokencutError as error:
+        sys.exit(f"error: {error}")
+
+
+STARTED = time.monotonic()
+
+if __name__ == "__main__":
+    main()
