@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from tokencut import runtime
 from tokencut.errors import UsageError
-from tokencut.runtime import autocast, describe_device, inference_state, resolve_device
+from tokencut.runtime import autocast, describe_device, inference_state, precision_dtype, resolve_device
 
 CPU = torch.device("cpu")
 
@@ -103,9 +104,14 @@ def test_autocast_computes_in_a_precision(precision: str, dtype: torch.dtype) ->
     assert layer.weight.dtype == torch.float32
 
 
-def test_an_unknown_precision_is_refused() -> None:
+def test_what_a_precision_casts_to() -> None:
+    assert [precision_dtype(name) for name in ("fp32", "bf16", "fp16")] == [None, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("refuse", [precision_dtype, lambda precision: autocast(CPU, precision)])
+def test_an_unknown_precision_is_refused(refuse: Callable[[str], object]) -> None:
     with pytest.raises(UsageError) as caught:
-        autocast(CPU, "fp8")
+        refuse("fp8")
     assert str(caught.value) == "unknown precision 'fp8', expected fp32, bf16 or fp16; type --precision bf16"
 
 
@@ -135,6 +141,17 @@ def test_a_model_is_left_as_it_was() -> None:
         assert prepared is model
         assert not any(module.training for module in model.modules())
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_that_was_cast_is_left_as_it_was(dtype: torch.dtype) -> None:
+    model = found_model()
+    before, values = snapshot(model), [value.clone() for value in model.state_dict().values()]
+    with inference_state(model, CPU, dtype):
+        assert {value.dtype for value in model.parameters()} == {dtype}
+        assert {value.dtype for value in model.buffers()} == {dtype, torch.int64}  # a counter stays whole
+    assert snapshot(model) == before
+    assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), values, strict=True))
 
 
 def test_a_model_is_left_as_it_was_after_an_error() -> None:

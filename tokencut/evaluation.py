@@ -22,7 +22,7 @@ from tokencut.errors import DataError, ModelError
 from tokencut.files import atomic_write, check_writable
 from tokencut.labels import ClassMap, label_names, map_classes, quoted, require_head
 from tokencut.preprocessing import Preprocessing, preprocessing_of
-from tokencut.runtime import autocast, inference_state, resolve_device
+from tokencut.runtime import inference_state, precision_dtype, resolve_device
 from tokencut.sources import Source, evenly_spread, open_source
 
 # Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
@@ -111,7 +111,7 @@ def evaluate(
         batch_size: Images a batch.
         workers: Processes that decode images; by default one a processor, 4 at most.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        precision: `fp32`, or `bf16` or `fp16` by autocasting.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         compile_mode: Run the model through `torch.compile` in this mode, such as `default`.
         limit: Judge an evenly spread sample of so many images.
         predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
@@ -131,7 +131,7 @@ def evaluate(
     """
     classes = require_head(model)
     target_device = resolve_device(device)
-    precise = autocast(target_device, precision)
+    wanted = precision_dtype(precision)
     if predictions is not None:
         check_writable(predictions, force=True)
     source = open_source(data, on_note=on_note)
@@ -141,8 +141,9 @@ def evaluate(
     dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
     loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=target_device.type == "cuda")
     tally = Tally(source, len(dataset), precision)
-    forward, dtype = _forward(model, compile_mode, min(batch_size, len(dataset))), _dtype(model)
-    with inference_state(model, target_device), torch.no_grad(), precise, closing(iter(loader)) as batches:
+    forward = _forward(model, compile_mode, min(batch_size, len(dataset)))
+    with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loader)) as batches:
+        dtype = _dtype(model)
         for batch in batches:
             tally.add(batch, _logits(forward, batch, prepared, target_device, dtype))
             if on_progress:

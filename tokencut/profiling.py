@@ -20,7 +20,7 @@ from tokencut.errors import ModelError, TokencutError, UsageError
 from tokencut.latency import Forward, Timing, measure, share_of_time, speedup
 from tokencut.preprocessing import preprocessing_of
 from tokencut.profile_report import Figures, ProfileReport
-from tokencut.runtime import autocast, describe_device, inference_state, resolve_device
+from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
 
 # The smallest batch at which two CPU cores and small models are held up by arithmetic rather than by calls; at 1 the
 # figure would say more about Python than about the model.
@@ -53,7 +53,7 @@ def profile(
         latency: Whether to time it.
         batch_size: Images in a forward that is timed.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        precision: `fp32`, or `bf16` or `fp16` by autocasting.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         rounds: How many samples of each to take, at least 3; fewer are taken of large models, that it may end.
         compile_mode: Time both through `torch.compile` in this mode, such as `default`.
         name: What the report calls the model; by default its architecture and tag.
@@ -71,13 +71,13 @@ def profile(
         raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; "
                          f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
-    precise = autocast(target, precision)
+    dtype = precision_dtype(precision)
     recipe = model.recipe if isinstance(model, CompressedModel) else None
     inner = model.model if isinstance(model, CompressedModel) else model
     before, after = count_macs(inner, size), count_macs(model, size)
     timed = _Timed()
     if latency:
-        with _enough_memory(batch_size), inference_state(model, target), precise:
+        with _enough_memory(batch_size), inference_state(model, target, dtype):
             images = random_images(model, (batch_size, *size), target)
             timed = _time(model, inner, images, rounds, compile_mode, on_progress)
     dense, compressed = _figures(inner, before, timed.dense), _figures(model, after, timed.compressed)

@@ -4,8 +4,8 @@
     python examples/benchmarks/precision.py deit_small --data /imagenet/val --device cuda --methods bat evit tome
 
 Selection is made in fp32 whatever a model computes in, so on the same features it is the same. End to end the features
-differ by then, as bf16 and fp16 round them in every block before. For each method, keep rate and precision (by
-autocasting) the table says
+differ by then, as bf16 and fp16 round them in every block before. For each method, keep rate and precision (weights and
+images are cast, as models are served) the table says
 
 - `kept`: of the patches that are left behind the last stage in fp32, the share that stands in a token with the same
   first patch in half precision. For methods that drop tokens these are the patches kept in both;
@@ -29,7 +29,7 @@ from tokencut.compression import CompressedModel
 from tokencut.held_images import ImageSet, open_images
 from tokencut.modelzoo import load_model
 from tokencut.reduction import methods
-from tokencut.runtime import autocast, describe_device, inference_state, resolve_device
+from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
 
 HALVES = ["bf16", "fp16"]
 COLUMNS = ["method", "keep", "precision", "kept, %", "together, %", "dense lost", "lost beyond, points"]
@@ -54,12 +54,12 @@ class Judged:
 
 def judge(model: nn.Module, images: ImageSet, device: torch.device, precision: str) -> Judged:
     """Runs a model over all images in a precision."""
-    found = Judged()
-    with inference_state(model, device), autocast(device, precision):
+    found, dtype = Judged(), precision_dtype(precision)
+    with inference_state(model, device, dtype):
         for batch in images.batches:
             if not len(batch):
                 continue
-            pixels = images.prepared.normalise(batch.images, device)
+            pixels = images.prepared.normalise(batch.images, device, dtype or torch.float32)
             if isinstance(model, CompressedModel):
                 logits, traces = model.trace(pixels)
                 source = traces[-1].tokens.source

@@ -1,62 +1,101 @@
-"""Do seconds fall as FLOPs do? Dense, compressed and naive models side by side, in one process.
+"""Do seconds fall as FLOPs do? Dense, compressed and naive models, each timed in turns with timm's dense model.
 
-    python examples/benchmarks/speed.py --model deit_small_patch16_224 --keep 0.7 0.5 --batch-size 16
-    python examples/benchmarks/speed.py --device cuda --precision bf16 --batch-size 256 1 --compile
+    python examples/benchmarks/speed.py --model deit_small_patch16_224 --keep 0.7 0.5 --batch-size 1 16 --processes 5
+    python examples/benchmarks/speed.py --clock process --threads 1 --onnxruntime --no-naive --batch-size 1 16
+    python examples/benchmarks/speed.py --device cuda --precision bf16 --batch-size 256 1 \\
+        --compile --compile-mode default reduce-overhead
 
-Each model is timed in alternating rounds beside timm's dense model with fused attention; figures are medians. The naive
-form is what research code does: attention materialised in every block. `kept` is the speed-up divided by the FLOPs
-ratio: 1.00 means that seconds fall as far as FLOPs. Weights are random: speed does not depend on them.
+The dense side is timm's own forward with fused attention, in the same form: eager beside eager, compiled beside
+compiled, onnxruntime beside onnxruntime. `kept` is the speed-up divided by the FLOPs ratio: 1.00 means that seconds
+fall as far as FLOPs. `spread` holds the quartiles of the speed-up over rounds or, with `--processes`, its lowest and
+highest over the processes, and `±` half of the same for the milliseconds. The naive form is what research code does:
+attention materialised in every block that timm runs. Weights are random: speed does not depend on them. What `topk` and
+`random` reach is about the most that any method could, since their stages cost next to nothing: at batch 1, say,
+reading the weights takes its time however few the tokens are.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import timm
 import torch
+from bench_table import Columns, Row, between, in_processes, percent, plus_minus, publish
+from bench_timing import (
+    TooSlowError,
+    add_run_options,
+    beside_dense,
+    chosen_clock,
+    heading,
+    prepared,
+    time_limit,
+)
+from onnx_forward import onnx_forward
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from tokencut import cost
-from tokencut.compression import CompressedModel, compress, predicted_macs
-from tokencut.latency import Timing, measure, share_of_time, speedup
+from tokencut.compiling import COMPILE_MODES, compile_model
+from tokencut.compression import compress
+from tokencut.errors import TokencutError
+from tokencut.export import export_model
+from tokencut.latency import Forward
+from tokencut.preprocessing import preprocessing_of
+from tokencut.profiling import random_images
 from tokencut.reduction import methods
-from tokencut.runtime import PRECISIONS, describe_device, resolve_device
+from tokencut.runtime import resolve_device
+from tokencut.weights import one_line
 
-COLUMNS = ["model", "form", "batch", "GMACs", "images/s", "ms", "speed-up", "FLOPs-ratio", "kept", "stages"]
-HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+EAGER, ONNX = "eager", "onnxruntime"
+COLUMNS: Columns = {
+    "model": lambda row: row.model,
+    "form": lambda row: row.form,
+    "batch": lambda row: str(row.batch),
+    "GMACs": lambda row: f"{row.gmacs:.3f}",
+    "images/s": lambda row: f"{1000 * row.batch / row.ms:,.0f}",
+    "ms": lambda row: f"{row.ms:.2f}",
+    "±": plus_minus,
+    "speed-up": lambda row: f"{row.speedup:.2f}",
+    "spread": between,
+    "FLOPs ratio": lambda row: f"{row.flops_ratio:.2f}",
+    "kept": lambda row: f"{row.kept:.2f}",
+    "stages": lambda row: percent(row.stage_share),
+}
 
 
 def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224", help="a timm name")
+    parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=NUMBER", help="for timm, as img_size=384")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--methods", nargs="+", default=["bat", "topk", "evit", "tome"], choices=sorted(methods()))
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS), help="the weights are cast to it")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile beside eager")
-    parser.add_argument("--compile-mode", default="default", choices=["default", "reduce-overhead", "max-autotune"])
+    parser.add_argument("--no-eager", action="store_true", help="leave eager out")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive form out")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--max-seconds", type=float, default=60.0, help="per batch size and form")
-    parser.add_argument("-o", "--output", type=Path, help="write the Markdown table to this file as well")
-    return parser.parse_args()
+    parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
+    parser.add_argument("--compile-mode", nargs="+", default=["default"], choices=COMPILE_MODES)
+    parser.add_argument("--onnxruntime", action="store_true", help="export, and time onnxruntime as well, in fp32")
+    parser.add_argument("--onnx-folder", type=Path, help=argparse.SUPPRESS)  # where several processes share files
+    add_run_options(parser, rounds=15, max_seconds=60.0)
+    args = parser.parse_args()
+    if args.onnxruntime and args.precision != "fp32":
+        parser.error(f"exported files compute in fp32, and --precision is {args.precision}; leave out --onnxruntime")
+    return args
 
 
-def candidates(args: argparse.Namespace, device: torch.device) -> dict[str, nn.Module]:
-    """The dense model, and a compressed one for each method and keep rate, cast and in eval mode."""
+def candidates(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The dense model, and a compressed one for each method and keep rate, in fp32 on the CPU."""
     torch.manual_seed(0)
-    dense = timm.create_model(args.model, pretrained=False).eval()
-    models: dict[str, nn.Module] = {"dense": dense}
-    for method in args.methods:
-        for keep in args.keep:
-            models[f"{method} {keep}"] = compress(dense, keep=keep, method=method)
-    return {name: model.to(device, PRECISIONS[args.precision]).eval() for name, model in models.items()}
+    kwargs = {key: int(value) for key, _, value in (pair.partition("=") for pair in args.model_kwargs)}
+    dense = timm.create_model(args.model, pretrained=False, **kwargs).eval()
+    reduced = {f"{method} {keep:g}": (method, keep) for method in args.methods for keep in args.keep}
+    return {"dense": dense} | {name: compress(dense, keep=keep, method=of) for name, (of, keep) in reduced.items()}
 
 
 def naive(model: nn.Module) -> nn.Module:
@@ -68,60 +107,112 @@ def naive(model: nn.Module) -> nn.Module:
     return copied
 
 
-def gmacs(model: nn.Module) -> float:
-    """Billions of multiply-adds per image, by the closed form."""
-    if isinstance(model, CompressedModel):
-        return cost.total(predicted_macs(model)) / 1e9
-    return cost.total(predicted_macs(compress(model, keep=1.0))) / 1e9
+def exported(models: Mapping[str, nn.Module], folder: Path) -> dict[str, Path]:
+    """An .onnx of each model for any batch, unless another process has written it."""
+    files = {name: folder / f"{name.replace(' ', '-')}.onnx" for name in models}
+    for name, path in files.items():
+        if not path.exists():
+            print(f"exporting {name}", file=sys.stderr, flush=True)
+            export_model(models[name], path, batch_size=2, limit=2)  # two images show that it runs
+    return files
 
 
-def rows(
-    form: str, models: dict[str, nn.Module], forwards: dict[str, Callable[[Tensor], object]], images: Tensor,
+def compiled(model: nn.Module, mode: str, images: Tensor, seconds: float) -> Forward:
+    """A model behind `torch.compile`, compiled for these images within a time."""
+    forward = compile_model(model, mode)
+    with torch.no_grad(), time_limit(seconds):
+        forward(images)
+    return forward
+
+
+def timed(
+    form: str,
+    models: Mapping[str, nn.Module],
+    make: Callable[[str], Forward],
+    images: Tensor,
     args: argparse.Namespace,
-) -> list[str]:  # fmt: skip
-    """Times one form of all models; every ratio is to the first of `forwards`, timm's fused dense model."""
-    timings: dict[str, Timing] = measure(forwards, images, rounds=args.rounds, max_seconds=args.max_seconds)
-    reference, dense_gmacs, lines = next(iter(timings.values())), gmacs(models["dense"]), []
-    for name, timing in timings.items():
-        model = models[name.removeprefix("naive ")]
-        faster, flops = speedup(reference, timing)[0], dense_gmacs / gmacs(model)
-        stages = ""
-        if form == "eager" and isinstance(model, CompressedModel) and not name.startswith("naive"):
-            stages = f"{100 * share_of_time(model, model.stages.values(), images):.1f} %"
-        lines.append(
-            f"| {name} | {form} | {images.shape[0]} | {gmacs(model):.3f} | {timing.images_per_second:,.0f} | "
-            f"{timing.median_ms:.2f} | {faster:.2f} | {flops:.2f} | {faster / flops:.2f} | {stages} |"
-        )
-    return lines
+    note: Callable[[str], None],
+) -> Iterator[Row]:
+    """Times the models of one form, one at a time beside the dense one; goes on where one cannot be timed.
+
+    Args:
+        form: What the table calls the form.
+        models: By name, `dense` first.
+        make: What is called for a model of that name.
+        images: A batch.
+        args: The script's options.
+        note: Told what could not be timed, and why.
+
+    Yields:
+        The dense model's row, then the others'.
+    """
+    forwards: dict[str, Forward] = {}
+    told = False
+    for name in models:
+        try:
+            forwards = {"dense": forwards.get("dense") or make("dense")}
+            if name == "dense":
+                continue
+            forwards[name] = make(name)
+            shares = form == EAGER and not name.startswith("naive")
+            dense, row = beside_dense(name, form, models, forwards, images, args, shares=shares)
+        except (TokencutError, TooSlowError, RuntimeError) as error:  # RuntimeError: out of memory, above all
+            text = one_line(str(error).partition("\n")[0])
+            note(f"{name}, {form}, batch {images.shape[0]}: not timed ({text})")
+            if name == "dense":
+                return
+            continue
+        if not told:
+            yield dense
+        told = True
+        yield row
+
+
+def measured(args: argparse.Namespace, folder: Path, note: Callable[[str], None]) -> Iterator[Row]:
+    """All rows: for each batch size each form, for each form each model."""
+    device, models = resolve_device(args.device), candidates(args)
+    size = preprocessing_of(models["dense"]).config["input_size"]
+    files = exported(models, folder) if args.onnxruntime else {}
+    models = {name: prepared(model, args) for name, model in models.items()}
+    eager = models if args.no_naive else models | {f"naive {name}": naive(model) for name, model in models.items()}
+    for batch in args.batch_size:
+        images = random_images(models["dense"], (batch, *size), device)
+        if not args.no_eager:
+            yield from timed(EAGER, eager, eager.__getitem__, images, args, note)
+        for mode in args.compile_mode if args.compile else ():
+
+            def compiling(name: str, mode: str = mode, images: Tensor = images) -> Forward:
+                return compiled(models[name], mode, images, args.max_seconds)
+
+            torch._dynamo.reset()
+            yield from timed(f"compiled ({mode})", models, compiling, images, args, note)
+        if files:
+            yield from timed(ONNX, models, lambda name: onnx_forward(files[name], device), images, args, note)
+
+
+def versions(args: argparse.Namespace) -> dict[str, str]:
+    """The versions of what runs beside torch."""
+    return {ONNX: importlib.import_module(ONNX).__version__} if args.onnxruntime else {}
 
 
 def main() -> None:
+    """Times everything, here or in several processes, and prints the table."""
     args = parse()
-    device = resolve_device(args.device)
-    models = candidates(args, device)
-    lines = [f"{args.model}, {describe_device(device)}, {args.precision}, torch {torch.__version__}, "
-             f"timm {timm.__version__}", "", HEADER]  # fmt: skip
-    size = timm.data.resolve_model_data_config(models["dense"])["input_size"]
-    for batch in args.batch_size:
-        images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)).to(device)
-        images = images.to(PRECISIONS[args.precision] or torch.float32)
-        forwards: dict[str, Callable[[Tensor], object]] = dict(models)
-        if not args.no_naive:
-            forwards |= {f"naive {name}": naive(model) for name, model in models.items()}
-        lines += rows("eager", models, forwards, images, args)
-        if args.compile:
-            torch._dynamo.reset()
-            mode = None if args.compile_mode == "default" else args.compile_mode
-            compiled = {name: torch.compile(model, fullgraph=True, mode=mode) for name, model in models.items()}
-            lines += rows(f"compiled ({args.compile_mode})", models, compiled, images, args)
-    table = "\n".join(lines) + "\n"
-    sys.stdout.write(table)
-    if args.output:
-        args.output.write_text(table, encoding="utf-8")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    chosen_clock(args)
+    title = heading(args, resolve_device(args.device), versions(args))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.onnx_folder or Path(temporary)
+        if args.processes > 1:
+            words = [*sys.argv[1:], "--onnx-folder", str(folder)]
+            publish(args, COLUMNS, title, lambda note: in_processes(args.processes, Path(__file__), words, note))
+        else:
+            publish(args, COLUMNS, title, lambda note: measured(args, folder, note))
 
 
 if __name__ == "__main__":
-    # Compiling one model after another must not run into the limit of recompilations of a single one.
-    torch._dynamo.config.cache_size_limit = 64
     set_fused_attn(True)
-    main()
+    # Compiling one model after another must not run into the limit of recompilations of a single one.
+    with torch._dynamo.config.patch(cache_size_limit=64):
+        main()
