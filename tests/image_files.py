@@ -34,6 +34,15 @@ def write_folder(root: Path, classes: Sequence[str], images: int) -> Path:
     return root
 
 
+def greys(root: Path, levels: dict[str, list[int]]) -> Path:
+    """A folder with one plain grey PNG for each level of each class."""
+    for name, values in levels.items():
+        (root / name).mkdir(parents=True)
+        for number, value in enumerate(values, 1):
+            Image.new("RGB", (8, 8), (value,) * 3).save(root / name / f"{number}.png")
+    return root
+
+
 def write_tar(path: Path, files: Mapping[str, bytes], mode: Literal["w", "w:gz"] = "w") -> Path:
     """A tar archive with the given files, in that order; `mode="w:gz"` compresses it."""
     with tarfile.open(path, mode=mode) as archive:

@@ -6,8 +6,8 @@ import errno
 import io
 import os
 import tarfile
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PureWindowsPath
+from typing import IO, Literal
 
 import pytest
 from image_files import write_tar
@@ -84,6 +84,44 @@ def test_a_path_that_leads_out_is_refused(tmp_path: Path, cache: Path, mode: Lit
     assert mode == "w" or not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("name", ["C:/evil.jpg", "C:evil.jpg", "cat\\..\\..\\evil.jpg"])
+def test_on_windows_drives_and_backslashes_lead_out_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = write_tar(tmp_path / "set.tar", {name: b"x"})
+    assert set(archives.scan(path).files) == {name}
+    monkeypatch.setattr(archives, "PurePath", PureWindowsPath)
+    with pytest.raises(DataError, match="a path that leads out of it; pack the images again"):
+        archives.scan(path)
+
+
+def test_a_python_whose_tarfile_has_no_filters_unpacks_as_well(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python 3.10.0 to 3.10.11 and 3.11.0 to 3.11.3."""
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"meow"}, "w:gz")
+    extract = tarfile.TarFile.extract
+    monkeypatch.setattr(
+        tarfile.TarFile, "extract", lambda self, member, path, set_attrs: extract(self, member, path, set_attrs)
+    )
+    for owner, name in ((tarfile, "data_filter"), (tarfile.TarInfo, "replace")):
+        monkeypatch.delattr(owner, name, raising=False)
+    assert (archives.unpack(path) / "cat/1.jpg").read_bytes() == b"meow"
+
+
+def test_modes_in_the_archive_do_not_count(tmp_path: Path, cache: Path) -> None:
+    """A folder that the archive closes to everybody can be filled, and read, all the same."""
+    path = tmp_path / "set.tar.gz"
+    with tarfile.open(path, mode="w:gz") as archive:
+        folder, file = tarfile.TarInfo("cat"), tarfile.TarInfo("cat/1.jpg")
+        folder.type, folder.mode, file.mode, file.size = tarfile.DIRTYPE, 0, 0, 3
+        archive.addfile(folder)
+        archive.addfile(file, io.BytesIO(b"abc"))
+    unpacked = archives.unpack(path)
+    assert (unpacked / "cat").stat().st_mode & 0o700 == 0o700
+    assert (unpacked / "cat/1.jpg").stat().st_mode & 0o600 == 0o600
+
+
 def test_kinds_are_known_by_content(tmp_path: Path) -> None:
     plain = write_tar(tmp_path / "plain", {"a": b"a"})
     packed = write_tar(tmp_path / "packed", {"a": b"a"}, "w:gz")
@@ -143,16 +181,18 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path, cache: Path, damage: s
 
 def test_an_interrupted_unpacking_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"1", "cat/2.jpg": b"2"}, "w:gz")
-    extract = tarfile.TarFile.extract
+    written: list[bool] = []
 
-    def interrupted(archive: tarfile.TarFile, member: tarfile.TarInfo, *args: object, **options: object) -> None:
-        if member.name == "cat/2.jpg":
+    def interrupted(content: IO[bytes], file: IO[bytes]) -> None:
+        file.write(content.read())
+        written.append(True)
+        if len(written) == 2:
             raise KeyboardInterrupt
-        extract(archive, member, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tarfile.TarFile, "extract", interrupted)
+    monkeypatch.setattr(archives.shutil, "copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
         archives.unpack(path)
+    assert len(written) == 2
     assert not list(cache.iterdir())
 
 
@@ -162,7 +202,7 @@ def test_a_full_disk_is_told_with_a_way_out(tmp_path: Path, cache: Path, monkeyp
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    monkeypatch.setattr(archives.shutil, "copyfileobj", full)
     with pytest.raises(DataError) as caught:
         archives.unpack(path)
     assert str(caught.value) == (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from tokencut.evaluation import evaluate
 from tokencut.profiling import profile
 from tokencut.reduction import methods
 
-# For each family one name of each kind of block, attention, prefix and pooling; all of two blocks.
+# For each family one name of each kind of block, attention, prefix and pooling, beside test_vit, which every method is
+# tried on; all of two blocks.
 NARROW: dict[str, Any] = {"embed_dim": 48, "num_heads": 3}
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "ViT / DeiT": {
-        "test_vit": {},
         "test_vit2": {},
         "test_vit3": {},
         "deit_tiny_distilled_patch16_224": NARROW,
@@ -37,15 +36,6 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 CASES = [(name, options) for family in FAMILIES.values() for name, options in family.items()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads take longer to meet than these models take to run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(name: str = "test_vit", method: str = "bat", prop_attn: bool = True, **options: Any) -> CompressedModel:
@@ -72,14 +62,14 @@ def captured(model: nn.Module, pixels: Tensor) -> Tensor:
 def test_every_method_is_one_graph(method: str) -> None:
     model = small(method=method)
     with torch.no_grad():
-        assert torch.equal(captured(model, images()), model(images()))
+        torch.testing.assert_close(captured(model, images()), model(images()))
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[name for name, _ in CASES])
 def test_every_kind_of_block_is_one_graph(name: str, options: dict[str, Any]) -> None:
     model = small(name, "evit", **options)  # reads class attention, and merges, so that later blocks have a bias
     with torch.no_grad():
-        assert torch.equal(captured(model, images()), model(images()))
+        torch.testing.assert_close(captured(model, images()), model(images()))
 
 
 def test_every_family_has_its_models_above() -> None:
@@ -90,7 +80,7 @@ def test_every_family_has_its_models_above() -> None:
 def test_half_precision_is_one_graph(precision: torch.dtype) -> None:
     model = small()
     with torch.autocast("cpu", dtype=precision), torch.no_grad():
-        assert torch.equal(captured(model, images()), model(images()))
+        torch.testing.assert_close(captured(model, images()), model(images()), rtol=0.1, atol=1e-3)
 
 
 def test_any_batch_is_one_graph() -> None:
@@ -105,7 +95,7 @@ def test_any_batch_is_one_graph() -> None:
     with torch.no_grad():
         compiled = torch.compile(model, backend=counting, fullgraph=True, dynamic=True)
         for batch in (4, 3, 7):
-            assert torch.equal(compiled(images(batch)), model(images(batch)))
+            torch.testing.assert_close(compiled(images(batch)), model(images(batch)))
     assert len(runs) == 1
 
 
@@ -207,6 +197,8 @@ def test_a_dense_model_is_compiled_too(sizes: list[int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own, on import
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores.*:UserWarning")
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_cuda_graphs(method: str) -> None:
     model, pixels = small(method=method).cuda(), images().cuda()

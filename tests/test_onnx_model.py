@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +42,6 @@ def images(batch: int) -> Tensor:
     return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads take longer to meet than these models take to run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class Files:
     """Exported files, to be read only: for any number of images, for 4 of them not normalised, and dense."""
@@ -67,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     made = Files(*(folder / f"{name}.onnx" for name in ("dynamic", "fixed", "dense")))
     model = small()
     export_model(model, made.dynamic, limit=2)
-    export_model(model, made.fixed, limit=2, dynamic_batch=False, batch_size=4, with_preprocessing=True)
+    export_model(model, made.fixed, opset=22, limit=2, dynamic_batch=False, batch_size=4, with_preprocessing=True)
     export_model(model.model, made.dense, limit=2, dynamic_batch=False, batch_size=2)
     return made
 
@@ -88,6 +78,14 @@ def test_the_same_logits_for_any_number_of_images(files: Files, batch: int) -> N
         mean = torch.tensor(model.pretrained_cfg["mean"]).view(1, 3, 1, 1)
         unnormalised = images(batch) * std + mean
         torch.testing.assert_close(OnnxModel(files.fixed)(unnormalised), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_preprocessing_batch_size_and_opset_are_the_files_own(files: Files) -> None:
+    graph = onnx.load(files.fixed)
+    assert [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim] == [4, 3, 64, 64]
+    assert {imported.domain: imported.version for imported in graph.opset_import}[""] == 22
+    info = OnnxModel(files.fixed).info
+    assert (info.batch_size, info.normalises) == (4, True)
 
 
 def test_it_tells_what_images_it_takes(files: Files) -> None:

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 
 from tokencut.errors import DataError
 from tokencut.listing import Listing
@@ -118,11 +118,25 @@ def _extract(path: Path, folder: Path) -> None:
                     f"{path} holds {name!r}, which is a link or a device: only plain files and folders are unpacked; "
                     "unpack it yourself and give the folder"
                 )
-            # set_attrs: owners, modes and times of the archive's maker are of no use in a cache.
-            archive.extract(member.replace(name=name, deep=False), folder, set_attrs=False, filter="data")
+            _write(archive, member, folder / name)
         # What follows the last member is padding; reading it lets gzip find out whether all came through whole.
         while stream.read(1 << 20):
             pass
+
+
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+    """Writes a plain file or folder; owners, modes and times of the archive's maker are of no use in a cache.
+
+    Not by `TarFile.extract`: what makes that safe, its filters, came with Python 3.10.12 and 3.11.4 only.
+    """
+    if member.isdir():
+        place.mkdir(parents=True, exist_ok=True)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    content = archive.extractfile(member)
+    assert content is not None  # as it is for a file
+    with content, place.open("wb") as file:
+        shutil.copyfileobj(content, file)
 
 
 def _rename(partial: Path, target: Path) -> None:
@@ -152,9 +166,10 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _inner_path(path: Path, member: tarfile.TarInfo) -> str:
     """A member's path without a leading `/` or `./`, which mean nothing in an archive."""
-    parts = PurePosixPath(member.name.lstrip("/")).parts
-    if ".." in parts:
+    # As this system reads it: on Windows a drive and a backslash lead out as well.
+    inner = PurePath(member.name.lstrip("/"))
+    if ".." in inner.parts or inner.anchor:
         raise DataError(
             f"{path} holds {member.name!r}, a path that leads out of it; pack the images again without '..'"
         )
-    return "/".join(parts) or "."
+    return inner.as_posix()

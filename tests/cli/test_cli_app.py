@@ -60,6 +60,7 @@ def test_every_option_of_the_contract_is_offered(run: Run, monkeypatch: pytest.M
         "compress": images | {"--output", "--force", "--dtype"},
         "profile": {"--dense", "--no-latency", "--by-block"},
         "eval": images | {"--dense", "--predictions"},
+        "visualize": {"--output", "--force", "--attention", "--compare"},
     }
     for name, options in own.items():
         offered = run(name, "--help").out.replace(",", " ").split()

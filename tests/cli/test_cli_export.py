@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import TINY, Run
+from outcome import TINY, Outcome, Run
 
 from tokencut.cli.app import main
 
@@ -32,18 +32,25 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(artifact: Path) -> Path:
-    """The artifact as .onnx, to be read only."""
-    path = artifact.with_name("tiny.onnx")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert main(["export", str(artifact), "-o", str(path), "--limit", "2"]) == 0
-    return path
-
-
-def test_json_has_its_keys(run: Run, artifact: Path, pictures: Path, tmp_path: Path) -> None:
-    path = tmp_path / "out" / "model.onnx"
+def exporting(artifact: Path, pictures: Path) -> Outcome:
+    """What the command printed that wrote `exported`."""
+    out, err = io.StringIO(), io.StringIO()
+    path = artifact.parent / "onnx" / "model.onnx"
     path.parent.mkdir()
-    done = run("export", artifact, "-o", path, "--data", pictures, "--limit", "6", "-b", "4", "--json")
+    words = ["export", artifact, "-o", path, "--data", pictures, "--limit", "6", "-b", "4", "--json"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(map(str, words)))
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def exported(exporting: Outcome) -> Path:
+    """The artifact as .onnx for any number of images, to be read only."""
+    return Path(exporting.json["output"])
+
+
+def test_json_has_its_keys(exporting: Outcome, artifact: Path, pictures: Path) -> None:
+    done, path = exporting, artifact.parent / "onnx" / "model.onnx"
     assert (done.code, done.notes) == (0, [])
     assert set(done.json) >= KEYS
     assert (done.json["output"], done.json["method"], done.json["keep"]) == (str(path), "topk", 0.5)
@@ -87,6 +94,7 @@ def test_eval_of_the_file_is_eval_of_the_artifact(run: Run, artifact: Path, expo
     assert found["model"] == str(exported)
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_profile_of_the_file(run: Run, artifact: Path, exported: Path, tmp_path: Path) -> None:
     alone = run("profile", exported, "--no-latency", "--json").json
     expected = run("profile", artifact, "--no-latency", "--json").json
@@ -194,6 +202,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return met
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_profile_compiled(run: Run, artifact: Path, modes: list[str]) -> None:
     done = run("profile", artifact, "-b", "1", "--compile-mode", "reduce-overhead")
     assert (done.code, modes) == (0, ["reduce-overhead", "reduce-overhead"])

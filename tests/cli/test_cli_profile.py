@@ -40,6 +40,7 @@ def test_without_a_model_it_is_deit_tiny_and_nothing_is_downloaded(run: Run) -> 
     assert "no reduction options given: taking the default, --method bat --keep 0.7" in done.notes
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_people_get_a_table_with_both_sides(run: Run) -> None:
     done = run("profile", *TINY, "--keep", "0.5", "--batch-size", "2")
     assert done.code == 0
@@ -97,6 +98,7 @@ def test_reduce_by_has_no_keep(run: Run) -> None:
     assert [stage["tokens_out"] for stage in report["stages"]] == [14, 12, 10, 8, 6, 4]
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_no_speed_up_is_said_plainly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "speedup", lambda slow, fast: (0.5, (0.4, 0.6)))
     done = run("profile", *TINY, "--keep", "0.5", "--batch-size", "2")

@@ -1,0 +1,41 @@
+"""The small models that export tests write, and doing without the capture where a test is about something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tokencut import export
+from tokencut.compression import CompressedModel, compress
+from tokencut.preprocessing import preprocessing_of
+
+
+def small(method: str = "bat", keep: float = 0.5, depth: int = 1, **options: Any) -> CompressedModel:
+    """Blocks of which the first reduces 16 image tokens to 8; the same at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", **{"img_size": 64, "num_classes": 5, "depth": depth, **options})
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    return compress(model, keep=keep, layers=(1,), method=method).eval()
+
+
+def pixels(batch: int) -> Tensor:
+    """Bytes, as transforms give them."""
+    return torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+
+
+def normalised(model: nn.Module, images: Tensor) -> Tensor:
+    """The same as a model takes them."""
+    return preprocessing_of(model).normalise(images, torch.device("cpu"))
+
+
+def skip_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the capture, which takes a second, where a test is about what comes before and behind it."""
+    models: list[nn.Module] = []
+    monkeypatch.setattr(export, "captured", lambda model, info: models.append(model))
+    monkeypatch.setattr(export, "write_pt2", lambda program, info, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(export, "read_pt2", lambda path, info: models[-1])
