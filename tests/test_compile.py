@@ -197,8 +197,7 @@ def test_a_dense_model_is_compiled_too(sizes: list[int]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own, on import
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores.*:UserWarning")
+@pytest.mark.filterwarnings("default")  # a compiler's own warnings are none of ours
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_cuda_graphs(method: str) -> None:
     model, pixels = small(method=method).cuda(), images().cuda()

@@ -21,7 +21,7 @@ from tokencut.pairing import CLEAR
 from tokencut.preprocessing import preprocessing_of
 from tokencut.profiling import random_images
 from tokencut.reduction import methods
-from tokencut.runtime import autocast, inference_state, resolve_device
+from tokencut.runtime import inference_state, precision_dtype, resolve_device
 from tokencut.schedule import Layers
 from tokencut.search_climb import Climber
 from tokencut.search_drop import DropRate, fit_rate, lost, metric_of
@@ -92,7 +92,7 @@ def find_schedule(
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", on_note=on_note)
-    with inference_state(reduced, device):
+    with inference_state(reduced, device, precision_dtype(chosen.precision)):
         images = calibration_images(reduced, source, limit=chosen.images, batch_size=chosen.batch_size, device=device,
                                     seed=chosen.seed, workers=chosen.workers)  # fmt: skip
         run = _Run(reduced, target, chosen, device, on_progress, should_stop)
@@ -124,10 +124,9 @@ class _Run:
     def seek(self, batches: tuple[torch.Tensor, ...], targets: torch.Tensor | None) -> None:
         """Searches until the target is met or somebody says stop."""
         if self.target.speedup is not None:
-            with autocast(self.device, self.settings.precision):
-                self.table = latency_table(self.model, batch_size=self.settings.timing_batch_size, device=self.device)
+            self.table = latency_table(self.model, batch_size=self.settings.timing_batch_size, device=self.device)
         try:
-            probe = Probe(self.model, batches, targets, self.settings.precision, self._on_batch)
+            probe = Probe(self.model, batches, targets, self._on_batch)
             table = self.table
             price = self.costs.gmacs if table is None else table.seconds
             shape, recipe = self.costs.shape, self.model.recipe
@@ -174,7 +173,7 @@ class _Run:
                         method_options=recipe.method_options).eval()  # fmt: skip
         size = preprocessing_of(self.model).config["input_size"]
         images = random_images(self.model, (self.settings.timing_batch_size, *size), self.device)
-        with torch.no_grad(), autocast(self.device, self.settings.precision):
+        with torch.no_grad():
             times = measure({"dense": self.model.model, "compressed": made}, images)
         return times["dense"].median_ms / times["compressed"].median_ms
 

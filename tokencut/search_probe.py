@@ -20,7 +20,6 @@ from tokencut.attention import TimmModule, attention_bias
 from tokencut.compression import CompressedModel, Stage
 from tokencut.errors import ModelError
 from tokencut.reduction import Reduction, Scene, StageShape
-from tokencut.runtime import autocast
 from tokencut.search_space import Counts, budget_for
 from tokencut.tokens import Tokens
 
@@ -97,7 +96,7 @@ class Probe:
     """
 
     def __init__(
-        self, model: CompressedModel, batches: Sequence[Tensor], targets: Tensor | None, precision: str = "fp32",
+        self, model: CompressedModel, batches: Sequence[Tensor], targets: Tensor | None,
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Runs the dense model.
@@ -106,7 +105,6 @@ class Probe:
             model: The model, whose method and settings count and whose schedule does not.
             batches: Images as the model takes them, `(B, C, H, W)` each, on its device.
             targets: The class of each image, `(images,)`; None where labels do not map to the head.
-            precision: `fp32`, or `bf16` or `fp16` by autocasting.
             on_batch: Called before each batch; may raise to end a measurement.
 
         Raises:
@@ -119,9 +117,9 @@ class Probe:
         self.costs = Costs(model)
         self.targets = None if targets is None else targets.cpu()
         self.on_batch = on_batch
-        self._device, self._precision = batches[0].device, precision
+        self._device = batches[0].device
         self._stage = Stage(self.method)
-        with torch.no_grad(), autocast(self._device, precision):
+        with torch.no_grad():
             self._embedded = [
                 Tokens(self.adapter.embed(self.model, b), self.adapter.prefix(self.model)) for b in batches
             ]
@@ -195,12 +193,11 @@ class Probe:
     @torch.no_grad()
     def _run(self, number: int, counts: Counts, first: int, fresh: dict[int, list[Tokens]]) -> Tensor:
         tokens = self._kept[first][number] if first else self._embedded[number]
-        with autocast(self._device, self._precision):
-            for block, module in enumerate(self._blocks()[first:], start=first + 1):
-                tokens = self._block(module, tokens, counts[block - 1])
-                if block % self._every == 0:
-                    fresh.setdefault(block, []).append(tokens)
-            return self.adapter.head(self.model, tokens, self._bias(tokens)).float()
+        for block, module in enumerate(self._blocks()[first:], start=first + 1):
+            tokens = self._block(module, tokens, counts[block - 1])
+            if block % self._every == 0:
+                fresh.setdefault(block, []).append(tokens)
+        return self.adapter.head(self.model, tokens, self._bias(tokens)).float()
 
     def _block(self, block: TimmModule, tokens: Tokens, leaving: int) -> Tokens:
         if leaving >= tokens.count:

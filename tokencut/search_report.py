@@ -23,7 +23,7 @@ class SearchSettings:
         timing_batch_size: Images a forward that is timed, for a speed-up.
         workers: Processes that decode images; one a processor, 4 at most, where None.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        precision: `fp32`, or `bf16` or `fp16` by autocasting.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
     """
 
     images: int = 512

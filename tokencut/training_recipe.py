@@ -144,7 +144,7 @@ SHORT = TrainingRecipe(least_updates=300)
 # Learning rate, batch, schedule and epochs as in the published logs; what those leave open is as DeiT is trained.
 PAPER = TrainingRecipe(
     epochs=30, lr=4e-5, lr_batch=1024, min_lr=0.05, weight_decay=1e-6, clip_grad=0.0, mixup=0.8, cutmix=1.0,
-    crop_scale=0.08, hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25,
+    crop_scale=0.08, hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mmax9-mstd0.5-inc1", random_erasing=0.25,
     label_smoothing=0.1,
 )  # fmt: skip
 RECIPES = {"short": SHORT, "paper": PAPER}

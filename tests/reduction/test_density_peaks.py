@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from tokencut.reduction.density_peaks import density_clusters, nearest_centre, peak_scores, squared_distances
+from tokencut.reduction.density_peaks import (
+    density_clusters,
+    nearest_centre,
+    peak_scores,
+    squared_distances,
+    windows,
+)
 
 # Two heaps on a line, {0, 1, 2} and {10, 11}: squared distances are small whole numbers, exact in fp32.
 LINE = torch.tensor([[[0.0], [1.0], [2.0], [10.0], [11.0]]])
@@ -76,3 +82,35 @@ def test_a_centre_joins_itself_and_equal_distances_go_to_the_earlier_centre() ->
     points = torch.tensor([[[0.0], [1.0], [2.0], [2.0]]])
     centres = torch.tensor([[0, 2, 3]])
     assert nearest_centre(squared_distances(points), centres).tolist() == [[0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("count", "clusters", "window", "parts"),
+    [
+        (196, 98, 1024, 1),
+        (1024, 512, 1024, 1),
+        (4096, 2048, 1024, 4),
+        (2868, 1434, 1024, 3),
+        (1026, 500, 1024, 2),
+        (1031, 500, 1024, 1),  # a prime
+        (4096, 3, 1024, 1),  # fewer clusters than windows
+    ],
+)
+def test_windows_are_the_fewest_of_equal_size(count: int, clusters: int, window: int, parts: int) -> None:
+    assert windows(count, clusters, window) == parts
+
+
+def test_tokens_are_clustered_within_their_window() -> None:
+    # Two windows. In the first 0 and 1, and 10 and 10.5 are near; in the second 0 and 0.1, and 50: the 0s of both
+    # windows would be one cluster without windows.
+    points = torch.tensor([[[0.0], [1.0], [10.0], [10.5], [0.0], [0.1], [50.0], [50.2]]])
+    assert density_clusters(points, 4, 2, parts=2).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    assert density_clusters(points, 3, 2).tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
+
+
+def test_each_window_has_a_centre_and_the_rest_go_where_tokens_are_far_apart() -> None:
+    # The first window's points lie close together; the second's far apart: it gets all centres but one.
+    near, far = torch.linspace(0, 0.1, 6), torch.tensor([0.0, 1.0, 2.2, 3.5, 5.0, 7.0])
+    points = torch.cat((near, far)).view(1, 12, 1)
+    assert density_clusters(points, 4, 2, parts=2)[0, :6].tolist() == [0] * 6
+    assert set(density_clusters(points, 4, 2, parts=2)[0, 6:].tolist()) == {1, 2, 3}

@@ -6,6 +6,8 @@ fp32, so only the order of summation differs from an fp32 product. Another does 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -46,30 +48,69 @@ def _distances(points, distances, count, batch_stride, row_stride,
              mask=(rows[:, None] < count) & (columns[None, :] < count))  # fmt: skip
 
 
-def _run(
-    first: int, last: int, group: Tensor, clusters: int, groups: int, weight: Tensor, sizes: Tensor, *,
-    distances: Tensor | None = None, integers: Tensor | None = None, mass: float = 0.0, width: int = 1,
-    neighbours: int = 3,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Runs phases `first` to `last`: group of each token, coefficients and sizes, as the last two write them."""
-    batch, count = group.shape
-    plane = batch * count
-    floats = torch.empty(4 * plane, dtype=torch.float32, device=group.device)
-    if integers is None:
-        integers = torch.empty(2 * plane, dtype=torch.int32, device=group.device)
-    share = torch.empty((batch, count), dtype=torch.float32, device=group.device)
-    ordered = torch.empty((batch, count), dtype=torch.int64, device=group.device)
-    leaving = torch.empty((batch, clusters), dtype=torch.float32, device=group.device)
-    whole = count <= WHOLE
-    own = min(OWN, max(64, triton.next_power_of_2(count)))
-    spans = [(first, last)] if whole else [(phase, phase) for phase in range(first, last + 1)]
-    for start, end in spans:
-        run_phases[1 if whole else triton.cdiv(count, own), batch](
-            floats if distances is None else distances, group, weight, sizes, floats, integers, share, ordered, leaving,
-            count, plane, clusters, groups, mass, WIDTH=width, NEIGHBOURS=neighbours, SIZED=mass != 0.0,
-            OWN=own, OTHERS=OTHERS, FIRST=start, LAST=end, WHOLE=whole, num_warps=8 if whole else 4,
+@dataclass(frozen=True)
+class _Work:
+    """What the phases of one decision read and write; `plane` numbers for each kind of scratch."""
+
+    group: Tensor
+    weight: Tensor
+    sizes: Tensor
+    floats: Tensor
+    integers: Tensor
+    share: Tensor
+    ordered: Tensor
+    leaving: Tensor
+
+    @classmethod
+    def of(cls, group: Tensor, weight: Tensor, sizes: Tensor, clusters: int) -> _Work:
+        """Allocates scratch and results for a grouping of `clusters` groups."""
+        plane = group.numel()
+        return cls(
+            group, weight.contiguous(), sizes.contiguous(),
+            floats=torch.empty(4 * plane, dtype=torch.float32, device=group.device),
+            integers=torch.empty(2 * plane, dtype=torch.int32, device=group.device),
+            share=torch.empty(group.shape, dtype=torch.float32, device=group.device),
+            ordered=torch.empty(group.shape, dtype=torch.int64, device=group.device),
+            leaving=torch.empty((group.shape[0], clusters), dtype=torch.float32, device=group.device),
         )  # fmt: skip
-    return ordered, share, leaving
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Group of each token in order, coefficients, and sizes of the groups."""
+        return self.ordered, self.share, self.leaving
+
+    def run(
+        self, first: int, last: int, shape: tuple[int, int], clusters: int, groups: int,
+        distances: Tensor | None = None, mass: float = 0.0, width: int = 1, neighbours: int = 3,
+    ) -> None:  # fmt: skip
+        """Phases `first` to `last` for `shape[0]` images, or windows, of `shape[1]` tokens."""
+        batch, count = shape
+        whole = count <= WHOLE
+        own = min(OWN, max(64, triton.next_power_of_2(count)))
+        for start, end in [(first, last)] if whole else [(phase, phase) for phase in range(first, last + 1)]:
+            run_phases[1 if whole else triton.cdiv(count, own), batch](
+                self.floats if distances is None else distances, self.group, self.weight, self.sizes, self.floats,
+                self.integers, self.share, self.ordered, self.leaving, count, self.group.numel(), clusters, groups,
+                mass, WIDTH=width, NEIGHBOURS=neighbours, SIZED=mass != 0.0, OWN=own, OTHERS=OTHERS, FIRST=start,
+                LAST=end, WHOLE=whole, num_warps=8 if whole else 4,
+            )  # fmt: skip
+
+    def cluster(self, points: Tensor, clusters: int, neighbours: int, mass: float, parts: int) -> None:
+        """Phases 0 to 3: names each token's cluster by its centre's number, in `group`."""
+        batch, count, width = points.shape
+        window = (batch * parts, count // parts)
+        distances = squared_distances(points.reshape(*window, width))
+        if parts == 1:
+            self.run(0, 3, window, clusters, count, distances, mass, width, neighbours)
+            return
+        self.run(0, 1, window, clusters, count, distances, mass, width, neighbours)
+        scores = self.floats[2 * self.group.numel() : 3 * self.group.numel()].view(window)
+        scores.scatter_(1, scores.argmax(1, keepdim=True), torch.inf)  # one centre a window at least
+        self.run(2, 2, (batch, count), clusters, count)
+        self.run(3, 3, window, clusters, count, distances)
+        self.group.view(batch, parts, -1).add_(
+            torch.arange(0, count, window[1], dtype=torch.int32, device=points.device).unsqueeze(1)
+        )
 
 
 def squared_distances(points: Tensor) -> Tensor:
@@ -92,12 +133,12 @@ def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @opaque(
-    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int neighbours, float mass)"
+    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int neighbours, float mass, int parts)"
     " -> (Tensor, Tensor, Tensor)",
-    lambda points, weight, sizes, clusters, neighbours, mass: _three_empty(weight, clusters),
+    lambda points, weight, sizes, clusters, neighbours, mass, parts: _three_empty(weight, clusters),
 )
 def density_average(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float
+    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clusters the points of each image around its density peaks and averages each cluster.
 
@@ -106,8 +147,9 @@ def density_average(
         weight: Raw weight of each point, fp32 `(B, n)`, not negative.
         sizes: Patches that each point holds, fp32 `(B, n)`.
         clusters: `C`, at most `n`.
-        neighbours: How many nearest count for the density, the point itself among them: 3 or 4, at most `n`.
+        neighbours: How many nearest count for the density, the point itself among them: 3 or 4, at most `n / parts`.
         mass: Power of its size by which a point is denser.
+        parts: Windows within which points are compared, a divisor of `n`, at most `C`.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the smallest member; coefficients, fp32 `(B, n)`; patches
@@ -115,29 +157,34 @@ def density_average(
     """
     batch, count, width = points.shape
     joined = torch.empty((batch, count), dtype=torch.int32, device=points.device)
+    work = _Work.of(joined, weight, sizes, clusters)
     # Clusters are named by their centre until the last phase: `count` names are possible, and none is for "dropped".
-    return _run(0, 5, joined, clusters, count, weight.contiguous(), sizes.contiguous(), mass=float(mass), width=width,
-                neighbours=neighbours, distances=squared_distances(points))  # fmt: skip
+    if parts == 1:
+        distances = squared_distances(points)
+        work.run(0, 5, (batch, count), clusters, count, distances, float(mass), width, neighbours)
+    else:
+        work.cluster(points, clusters, neighbours, float(mass), parts)
+        work.run(4, 5, (batch, count), clusters, count)
+    return work.results
 
 
 @opaque(
-    "(Tensor points, int clusters, int neighbours, Tensor? sizes, float mass) -> Tensor",
-    lambda points, clusters, neighbours, sizes, mass: points.new_empty(points.shape[:2], dtype=torch.int64),
+    "(Tensor points, int clusters, int neighbours, Tensor? sizes, float mass, int parts) -> Tensor",
+    lambda points, clusters, neighbours, sizes, mass, parts: points.new_empty(points.shape[:2], dtype=torch.int64),
 )
-def density_clusters(points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None, mass: float) -> Tensor:
+def density_clusters(
+    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None, mass: float, parts: int
+) -> Tensor:
     """As `density_average`, without the average.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
-    batch, count, width = points.shape
-    joined = torch.empty((batch, count), dtype=torch.int32, device=points.device)
-    integers = torch.empty(2 * batch * count, dtype=torch.int32, device=points.device)
-    distances = squared_distances(points)
-    known = distances if sizes is None else sizes.contiguous()
-    _run(0, 3, joined, clusters, count, known, known, mass=0.0 if sizes is None else float(mass), width=width,
-         neighbours=neighbours, distances=distances, integers=integers)  # fmt: skip
-    centres = integers[: batch * count].view(batch, count)
+    joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
+    known = torch.empty(0, device=points.device) if sizes is None else sizes
+    work = _Work.of(joined, known, known, clusters)
+    work.cluster(points, clusters, neighbours, 0.0 if sizes is None else float(mass), parts)
+    centres = work.integers[: joined.numel()].view(joined.shape)
     return centres.cumsum(1).gather(1, joined.long()) - 1
 
 
@@ -158,4 +205,6 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
         Group of each token in that order, int64 `(B, N)`; coefficients, fp32 `(B, N)`; patches held by each group, fp32
         `(B, M)`.
     """
-    return _run(4, 5, group.contiguous(), count, count, weight.contiguous(), sizes.contiguous())
+    work = _Work.of(group.contiguous(), weight, sizes, count)
+    work.run(4, 5, (group.shape[0], group.shape[1]), count, count)
+    return work.results

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokencut.reduction.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
 from tokencut.reduction.decouple import ascending, by_attention, take
-from tokencut.reduction.density_peaks import density_average, density_clusters
+from tokencut.reduction.density_peaks import density_average, density_clusters, windows
 from tokencut.reduction.matching import match_pairs
 from tokencut.reduction.merge_weights import WEIGHT_KINDS, raw_weights
 from tokencut.schedule import Split, split_budget
@@ -42,6 +42,7 @@ class Bat(Reduction):
     inattentive: str = option("cluster", "what becomes of inattentive tokens", choices=("cluster", "drop"))
     neighbours: int = option(3, "nearest tokens that count for a density, the token itself among them", low=1)
     mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
+    window: int = option(256, "tokens that are compared with each other; more are clustered in equal windows", low=4)
     features: str = option("normed", "what clusters compare", choices=FEATURE_KINDS)
     match_features: str = option("normed", "what pairs compare", choices=FEATURE_KINDS)
     weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)
@@ -51,7 +52,8 @@ class Bat(Reduction):
         attention = scene.evidence.class_attention() if self.reads_attention() else None
         if attention is None or split.attentive == 0:
             weight, points = raw_weights(self.weights, sizes, attention), scene.features(self.features)
-            return density_average(points, weight, sizes, split.clusters, self.neighbours, self.mass)
+            parts = windows(scene.tokens.count, split.clusters, self.window)
+            return density_average(points, weight, sizes, split.clusters, self.neighbours, self.mass, parts)
         attentive, inattentive = by_attention(attention, split.attentive)
         if not self.merges():
             return Selection(ascending(attentive))
@@ -59,7 +61,8 @@ class Bat(Reduction):
         group = self._pair(scene, group, attentive, split)
         if split.clusters:
             points, held = take(scene.features(self.features), inattentive), take(sizes, inattentive)
-            clusters = density_clusters(points, split.clusters, self.neighbours, held, self.mass)
+            parts = windows(points.shape[1], split.clusters, self.window)
+            clusters = density_clusters(points, split.clusters, self.neighbours, held, self.mass, parts)
             group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
         return ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
 
@@ -87,7 +90,10 @@ class Bat(Reduction):
         split = self.split(shape.tokens, shape.budget)
         clustered = shape.tokens - split.attentive if split.clusters else 0
         sides = (split.attentive // 2) * (split.attentive - split.attentive // 2) if split.pairs else 0
-        return clustered**2 * shape.feature_width(self.features) + sides * shape.feature_width(self.match_features)
+        parts = windows(clustered, split.clusters, self.window) if clustered else 1
+        return clustered**2 // parts * shape.feature_width(self.features) + sides * shape.feature_width(
+            self.match_features
+        )
 
     def reads_attention(self) -> bool:
         return self.clusters < 1 or self.inattentive == "drop" or self.weights in ("attention", "product")

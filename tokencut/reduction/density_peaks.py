@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokencut import kernels
-from tokencut.reduction.decouple import ascending, ranking
+from tokencut.reduction.decouple import ranking
 from tokencut.tokens import Grouping, ordered_average
 
 
@@ -82,15 +82,37 @@ def nearest_centre(distances: Tensor, centres: Tensor) -> Tensor:
     Returns:
         Position in `centres`, int64 `(B, n)`.
     """
-    apart = torch.full_like(distances[:, 0], torch.finfo(torch.float32).max).scatter(1, centres, 0.0)
+    is_centre = torch.zeros_like(distances[:, 0], dtype=torch.int64).scatter(1, centres, 1)
+    return (is_centre.cumsum(1) - 1).gather(1, _joined(distances, is_centre))
+
+
+def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:
+    """The number of the centre that each point joins, int64 `(B, n)`; `is_centre` holds 1 or 0."""
+    apart = (1 - is_centre) * torch.finfo(torch.float32).max
     # min is documented to return the first of equal minima. Gathering the centres' rows took three times as long.
-    nearest = (distances + apart.unsqueeze(1)).min(2).indices.scatter(1, centres, centres)
-    place = torch.zeros_like(nearest).scatter(1, centres, 1).cumsum(1) - 1
-    return place.gather(1, nearest)
+    nearest = (distances + apart.unsqueeze(1)).min(2).indices
+    itself = torch.arange(distances.shape[1], device=distances.device)
+    return torch.where(is_centre > 0, itself, nearest)
+
+
+def windows(count: int, clusters: int, window: int) -> int:
+    """Into how many windows of equal size the tokens of an image are split, so that none holds more than `window`.
+
+    Args:
+        count: `N`, the number of tokens.
+        clusters: `C`; each window needs one at least.
+        window: The most tokens in a window.
+
+    Returns:
+        The smallest such number that divides `N`; 1 where none of those up to twice the smallest possible does.
+    """
+    fewest = -(-count // window)
+    fitting = (number for number in range(fewest, min(2 * fewest, clusters) + 1) if count % number == 0)
+    return next(fitting, 1)
 
 
 def density_clusters(
-    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None = None, mass: float = 0.0
+    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None = None, mass: float = 0.0, parts: int = 1
 ) -> Tensor:
     """Clusters the points of each image around its density peaks.
 
@@ -100,24 +122,33 @@ def density_clusters(
         neighbours: How many nearest count for the density, the point itself among them.
         sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
         mass: Power of its size by which a point is denser.
+        parts: Windows of consecutive points, a divisor of `n`, at most `C`: points are compared within theirs only, so
+            that time and memory grow with `n^2 / parts`. Centres are the best of the image, one a window at least.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
     sizes = sizes if mass else None
-    if _has_kernel(points, neighbours):
+    if _has_kernel(points, neighbours, parts):
         from tokencut.kernels import clusters as kernel
 
-        return kernel.density_clusters(points, clusters, neighbours, sizes, mass)
-    log_mass = None if sizes is None else mass * sizes.log()
-    distances = squared_distances(points)
-    scores = peak_scores(distances, points.shape[2], neighbours, log_mass)
-    centres = ascending(ranking(scores)[:, :clusters])
-    return nearest_centre(distances, centres)
+        return kernel.density_clusters(points, clusters, neighbours, sizes, mass, parts)
+    batch, count, width = points.shape
+    log_mass = None if sizes is None else mass * sizes.log().unflatten(1, (parts, -1)).flatten(0, 1)
+    distances = squared_distances(points.unflatten(1, (parts, -1)).flatten(0, 1))
+    scores = peak_scores(distances, width, neighbours, log_mass)
+    if parts > 1:
+        # The densest point has the best score of its window anyway: so it comes before all of other windows.
+        scores = scores.scatter(1, scores.argmax(1, keepdim=True), torch.inf)
+    centres = ranking(scores.view(batch, count))[:, :clusters]
+    is_centre = torch.zeros_like(centres[:, :1]).expand(-1, count).scatter(1, centres, 1)
+    joined = _joined(distances, is_centre.view(batch * parts, -1)).view(batch, parts, -1)
+    joined = joined + torch.arange(0, count, count // parts, device=joined.device).unsqueeze(1)
+    return (is_centre.cumsum(1) - 1).gather(1, joined.view(batch, count))
 
 
 def density_average(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float = 0.0
+    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float = 0.0, parts: int = 1
 ) -> Grouping:
     """The decision to average the clusters of each image.
 
@@ -128,17 +159,18 @@ def density_average(
         clusters: `C`, at most `N`.
         neighbours: How many nearest count for the density, the token itself among them.
         mass: Power of its size by which a token is denser.
+        parts: Windows, as in `density_clusters`.
     """
-    if _has_kernel(points, neighbours):
+    if _has_kernel(points, neighbours, parts):
         from tokencut.kernels import clusters as kernel
 
-        group, coefficients, held = kernel.density_average(points, weight, sizes, clusters, neighbours, mass)
+        group, coefficients, held = kernel.density_average(points, weight, sizes, clusters, neighbours, mass, parts)
         return Grouping(group, coefficients, clusters, held)
-    group = density_clusters(points, clusters, neighbours, sizes, mass)
+    group = density_clusters(points, clusters, neighbours, sizes, mass, parts)
     return ordered_average(group, weight, sizes, clusters)
 
 
-def _has_kernel(points: Tensor, neighbours: int) -> bool:
+def _has_kernel(points: Tensor, neighbours: int, parts: int) -> bool:
     """Whether a GPU kernel clusters such points; in fp32, without tensor cores, it is no faster."""
     half = points.dtype in (torch.float16, torch.bfloat16)
-    return half and 3 <= neighbours <= min(4, points.shape[1]) and kernels.usable(points)
+    return half and 3 <= neighbours <= min(4, points.shape[1] // parts) and kernels.usable(points)
