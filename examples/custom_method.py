@@ -42,7 +42,7 @@ class LargestNorm(Reduction):
 
     def decide(self, scene: Scene, budget: int) -> Selection:
         # fp32 and a stable ranking: the same image then gives the same tokens, alone or in any batch.
-        norms = scene.features("tokens").norm(dim=2)
+        norms = scene.features("tokens").float().norm(dim=2)
         kept = ranking(norms if self.largest else -norms)[:, :budget]
         return Selection(kept.sort(dim=1).values)
 

@@ -75,6 +75,13 @@ def test_a_drop_is_held_with_its_error(calibration: Path) -> None:
     assert report.found.gmacs < report.dense_gmacs
 
 
+def test_a_generous_drop_goes_on_down(calibration: Path) -> None:
+    # No schedule can lose more than 100 points, so that the cheapest are within; nothing may stop half way.
+    dense, least = dense_gmacs(), 1e-9 * total(predicted_macs(compress(small_model(), keep=0.01, layers="all")))
+    report = find(calibration, Target(max_drop=10_000.0))
+    assert report.found.gmacs < least + 0.3 * (dense - least)
+
+
 def test_labels_that_do_not_map_leave_agreement(calibration: Path) -> None:
     report = find(calibration, Target(max_drop=80.0), model=small_model(num_classes=5))
     assert report.metric == "agreement"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from timm.models import get_model_traits
@@ -12,13 +11,13 @@ from torch import nn
 
 from tokencut.compression import CompressedModel
 from tokencut.errors import UsageError
-from tokencut.intermediates import Form, block_indices
+from tokencut.intermediates import Form, Indices, block_indices
 
 
 def features_only(
     model: nn.Module,
     *,
-    out_indices: int | Sequence[int] = 3,
+    out_indices: Indices = 3,
     norm: bool = False,
     output_fmt: str = "NCHW",
     prune: bool = True,
@@ -33,7 +32,8 @@ def features_only(
 
     Args:
         model: What `compress` or `load` returned; it is copied and stays as it was.
-        out_indices: So many last blocks, or 0-based blocks (negative ones from the end); 3 as for timm's own.
+        out_indices: So many last blocks, or 0-based blocks (negative ones from the end), or None for all; 3
+            as for timm's own.
         norm: Whether the model's final norm applies to each map.
         output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
         prune: Whether to remove blocks, norm and head that the maps do not need.
@@ -48,8 +48,8 @@ def features_only(
         raise UsageError(f"features_only takes a compressed model, not a {type(model).__name__}; type "
                          "tokencut.features_only(tokencut.compress(model, keep=0.7))")  # fmt: skip
     Form(output_fmt=output_fmt)
-    block_indices(len(model.adapter.blocks(model.model)), out_indices)
-    indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
+    blocks = block_indices(len(model.adapter.blocks(model.model)), out_indices)
+    indices = out_indices if isinstance(out_indices, int) else tuple(blocks)
     backbone: Any = FeatureGetterNet(copy.deepcopy(model), indices, norm=norm, output_fmt=output_fmt, prune=prune)
     # What timm's builder notes on its own: how to preprocess, less what describes a classifier.
     left_out = ("num_classes", "classifier", "global_pool")

@@ -18,6 +18,8 @@ from tokencut.search_space import Counts
 AROUND = (0.8, 0.9, 1.12, 1.25)
 # Prices at which the rate of loss is fitted before one is chosen, as shares of what lies between the least and dense.
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+# Further down only while the last is sure to lose little enough: damage far beyond the limit would govern the fit.
+DEEPER = (0.3, 0.2, 0.1, 0.05)
 MIDDLE = 0.6
 # The share of the effort that goes to the last price, behind which nothing may be left for measuring.
 CLIMBING = 0.88
@@ -150,7 +152,9 @@ def seek_drop(climber: Climber, most: float, effort: float) -> Counts:
     if best is None:
         raise TokencutError(f"--max-drop {most:g} cannot be met cheaper than by the dense model, since stages in these "
                             "blocks take what they save; type --layers all, or another --method")  # fmt: skip
-    for share in LADDER:
+    for share in (*LADDER, *DEEPER):
+        if share in DEEPER and not _cheapest_is_sure(climber, most):
+            break
         counts = space.scaled(best, least + share * (dense - least))
         if counts is not None:
             climber.measured(counts)
@@ -205,6 +209,12 @@ def _front(climber: Climber) -> Sequence[Counts]:
         if not kept or climber.tried[counts].mean < climber.tried[kept[-1]].mean:
             kept.append(counts)
     return kept
+
+
+def _cheapest_is_sure(climber: Climber, most: float) -> bool:
+    """Whether even the cheapest schedule tried is sure to lose no more than so many points."""
+    counts = _front(climber)[0]
+    return _rate(climber).bound(climber.tried[counts].mean) <= most
 
 
 def _price_at(climber: Climber, rate: DropRate, most: float) -> float:

@@ -62,6 +62,14 @@ def test_profile_writes_a_front_only_where_it_is_told(run: Run, pictures: Path, 
     assert json.loads(path.read_text())["target"] == "--max-drop 70"
 
 
+def test_what_is_found_reads_well_for_one_image(run: Run, pictures: Path, gmacs: float) -> None:
+    done = run("profile", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, "--calibration-limit", "1", *QUICK,
+               "--no-latency")  # fmt: skip
+    assert done.code == 0
+    assert f"--target-gmacs {gmacs:g}, searched by 1 image of {pictures}" in done.out
+    assert re.search(r"\d\.\d\d points of \S+ on labels, as expected on other images; \d", done.out)
+
+
 def test_calibration_that_is_also_data_is_told_of(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
     path = tmp_path / "out.safetensors"
     words = ("compress", *TINY, "--target-gmacs", gmacs, "--calibration", f"{pictures}/.", *QUICK, "-o", path)
@@ -124,6 +132,7 @@ SLOWER = "--target-speedup 0.9 is not a number above 1, such as --target-speedup
 NO_NUMBER = "invalid value for '--max-drop': 'much' is not a number; type tokencut compress --help"
 NO_EFFORT = "an effort of 0 leaves nothing to search with; type --search-effort 40"
 NO_SAMPLE = "0 calibration images leave nothing to search by; type --calibration-limit 512"
+NO_JSON = "--front model.safetensors does not end in .json, and a front is written as JSON; type --front model.json"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +147,7 @@ NO_SAMPLE = "0 calibration images leave nothing to search by; type --calibration
         (("--max-drop", "much", *HERE), NO_NUMBER),
         (("--target-gmacs", "0.001", *HERE, "--search-effort", "0"), NO_EFFORT),
         (("--target-gmacs", "0.001", *HERE, "--calibration-limit", "0"), NO_SAMPLE),
+        (("--target-gmacs", "0.001", *HERE, "--front", "model.safetensors"), NO_JSON),
     ],
 )
 def test_wrong_words(run: Run, pictures: Path, tmp_path: Path, words: tuple[str, ...], told: str) -> None:

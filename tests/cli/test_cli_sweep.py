@@ -78,7 +78,7 @@ def test_people_get_tables_with_differences(run: Run, pictures: Path, tmp_path: 
         ["dense", "1.0"], ["bat", "0.9"], ["evit", "0.9"],
     ]  # fmt: skip
     assert ["against", "keep", "0.9", "keep", "0.7", "keep", "0.5", "average"] in lines
-    assert "bat against the others" in done.out
+    assert "\n\nbat against the others\n" in done.out
     assert "± one standard error" in done.out
     assert done.notes[-1] == (
         f"wrote to {folder}: results.csv, results.json, table.md, top1-gmacs.png, top1-gmacs.pdf, tokens.png, "

@@ -139,5 +139,6 @@ def _show(report: SweepReport) -> None:
     render.show(render.table(head, body, left=2))
     if report.comparisons:
         first = report.comparisons[0].first
+        render.write("")
         render.show(render.table(*comparison_table(report.comparisons), title=f"{first} against the others"))
-    render.write(LEGEND)
+    render.write(f"\n{LEGEND}")

@@ -24,7 +24,10 @@ DROP_HELP = (
 )
 CALIBRATION_HELP = f"Images to search by, never those of --data. {DATA_HELP}"
 LIMIT_HELP = "Search by an evenly spread sample of N images. Default 512."
-EFFORT_HELP = "What the search may take, in dense forwards of those images. Default 40."
+EFFORT_HELP = (
+    "What the search may take, in dense forwards of those images. Default 40. Ctrl-C takes the best found so far, if "
+    "anything meets the target by then."
+)
 FRONT_HELP = "Write all schedules that nothing tried beats, as JSON. Default of compress: beside the output."
 
 

@@ -44,11 +44,12 @@ class SearchRun:
             timing_batch_size: Images a forward that is timed.
 
         Raises:
-            TokencutError: The target means nothing, the file could not be written, or the images are not there.
+            TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
+                images are not there.
         """
         self.target = Target(options.target_gmacs, options.target_speedup, options.max_drop)
         self.target.check()
-        self.front = None if front is None else check_writable(front, force=force)
+        self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
         self._source = open_source(options.calibration or "", split="train", on_note=render.note)
         default = SearchSettings()
@@ -104,7 +105,7 @@ class SearchRun:
         if self.front is not None:
             about = {"model": loaded.name, **settings, **self.report.to_dict()}
             write_front(self.front, self.report.front, about)
-            render.note(f"wrote {len(self.report.front)} schedules to choose from to {self.front}")
+            render.note(f"wrote {_counted(len(self.report.front), 'schedule')} to choose from to {self.front}")
         found = self.report.found
         return {**arguments, "keep": list(found.keep), "layers": list(found.layers)}
 
@@ -118,16 +119,28 @@ class SearchRun:
         assert self.report is not None
         report, found = self.report, self.report.found
         rows = [
-            ("asked for", f"{report.target}, searched by {report.images:,} images of {self._source.name}"),
+            ("asked for", f"{report.target}, searched by {_counted(report.images, 'image')} of {self._source.name}"),
             ("found", found.options),
-            ("to lose", f"{report.expected_drop:.2f} {report.metric_name} expected on other images, "
-                        f"{report.sure_drop:.2f} with a standard error"),
+            ("to lose", f"{report.expected_drop:.2f} {report.metric_name}, as expected on other images; "
+                        f"{report.sure_drop:.2f} with one standard error on top"),
             ("calibration", f"{report.drop:+.2f} ± {report.drop_error:.2f} of them lost on these images"),
         ]  # fmt: skip
         if report.speedup is not None:
             rows.append(("speed-up", f"{report.speedup:.2f} x as fast as dense, measured here in batches of "
                                      f"{self._settings.timing_batch_size}"))  # fmt: skip
         return rows
+
+
+def _checked(front: Path, *, force: bool) -> Path:
+    # `profile` replaces fronts unasked, so a model or an image that was typed there by mistake would be lost.
+    if front.suffix != ".json":
+        raise UsageError(f"--front {front} does not end in .json, and a front is written as JSON; type --front "
+                         f"{front.with_suffix('.json')}")  # fmt: skip
+    return check_writable(front, force=force)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def _status(now: SearchProgress) -> str:
