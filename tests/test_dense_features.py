@@ -42,13 +42,13 @@ def test_it_describes_itself_as_timms_does(options: dict[str, Any]) -> None:
     assert [each.shape for each in got(images())] == [each.shape for each in expected(images())]
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("prune", [False, True])
 def test_maps_of_all_blocks() -> None:
     backbone = features_only(compressed_model(), out_indices=None)
     assert len(backbone(images())) == len(backbone.feature_info) == 6
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("prune", [False, True])
 def test_the_maps_are_those_of_the_whole_model(norm: bool, prune: bool) -> None:
     model = compressed_model(method="topk")
     backbone = features_only(model, out_indices=(0, -3), norm=norm, prune=prune)
