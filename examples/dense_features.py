@@ -15,7 +15,7 @@ brighter than their image's average: a stand-in that needs no labels, for your o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -93,11 +93,14 @@ def similarity(maps: Tensor, others: Tensor) -> float:
     return float(F.cosine_similarity(maps, others, dim=1).mean())
 
 
-def at_least_two(text: str) -> int:
-    """A number that is enough to fit by and to judge by."""
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{number} is too few; give 2 or more")
+def at_least(fewest: int) -> Callable[[str], int]:
+    """What reads a whole number that is not too small."""
+
+    def number(text: str) -> int:
+        if int(text) < fewest:
+            raise argparse.ArgumentTypeError(f"{text} is too few; give {fewest} or more")
+        return int(text)
+
     return number
 
 
@@ -111,8 +114,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", choices=untrained, help="bat where MODEL is not a tokencut file")
     parser.add_argument("--blocks", type=int, nargs="+", help="blocks to take maps of, from 0 on; the last three")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
-    parser.add_argument("--limit", type=at_least_two, default=100, help="so many of the digits")
-    parser.add_argument("--steps", type=at_least_two, default=100, help="steps of fitting the head")
+    parser.add_argument("--limit", type=at_least(2), default=100, help="so many of the digits")
+    parser.add_argument("--steps", type=at_least(1), default=100, help="steps of fitting the head")
     parser.add_argument("--seed", type=int, default=0, help="for random weights and the head's first ones")
     return parser.parse_args()
 
