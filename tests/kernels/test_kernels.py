@@ -44,3 +44,34 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
     # The same tokens enter the first stage: it must decide alike, but for ties of rounded sums.
     assert (first[0] == first[1]).float().mean() > 0.98
     torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
+    """Schemas and the shapes that the compiler is told agree with what comes out."""
+    pytest.importorskip("triton")
+    from tokencut.kernels import attention, clusters, merging, sorting
+
+    points, ones = torch.randn(2, 12, 8, device=device), torch.ones(2, 12, device=device)
+    heads, bias = torch.randn(2, 3, 12, 16, device=device), torch.randn(2, 1, 1, 12, device=device)
+    group = torch.arange(12, device=device).expand(2, -1) // 2
+
+    def run() -> list[Any]:
+        return [
+            *clusters.density_average(points, ones, ones, 5, 3, 0.5, 1),
+            *clusters.density_average(points, ones, ones, 5, 3, 0.5, 2),
+            clusters.density_clusters(points, 5, 3, ones, 0.5, 1),
+            clusters.density_clusters(points, 5, 3, None, 0.0, 2),
+            *clusters.ordered_average(group, ones, ones, 6),
+            merging.merge(points, 0, group, ones / 2, 6),
+            sorting.ranking(ones, True),
+            attention.biased_attention(heads, heads, heads, bias),
+            attention.class_rows(heads[:, :, :1], heads, None),
+            attention.class_rows(heads[:, :, :1], heads, bias),
+        ]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)()
+    for got, expected in zip(compiled, run(), strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (expected.shape, expected.dtype, expected.stride())
+        torch.testing.assert_close(got, expected)
