@@ -289,10 +289,20 @@ def predicted_macs(model: CompressedModel) -> tuple[cost.BlockRow, ...]:
         Rows as `cost.predict` gives them; `cost.total` adds them up.
     """
     shape = model.adapter.cost(model.model)
-    stages, method = {}, model.method
-    for plan in model.recipe.stages:
-        stage = StageShape(plan.tokens_in, plan.tokens_out, shape.width, shape.key_width)
-        stages[plan.block] = cost.StageCost(
-            plan.tokens_in, plan.tokens_out, method.macs(stage), method.reads_attention()
-        )
+    stages = {
+        plan.block: stage_cost(model.method, shape, plan.tokens_in, plan.tokens_out) for plan in model.recipe.stages
+    }
     return cost.predict(shape, stages)
+
+
+def stage_cost(method: Reduction, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
+    """What a stage of a method costs in a model, for `cost.predict`.
+
+    Args:
+        method: The reduction.
+        shape: The model's pieces, as its adapter describes them.
+        tokens_in: Image tokens entering.
+        tokens_out: Image tokens leaving.
+    """
+    stage = StageShape(tokens_in, tokens_out, shape.width, shape.key_width)
+    return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention())

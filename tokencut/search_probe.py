@@ -17,9 +17,9 @@ from torch import Tensor
 from tokencut import cost
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
-from tokencut.compression import CompressedModel, Stage
+from tokencut.compression import CompressedModel, Stage, stage_cost
 from tokencut.errors import ModelError
-from tokencut.reduction import Reduction, Scene, StageShape
+from tokencut.reduction import Reduction, Scene
 from tokencut.search_space import Counts, budget_for
 from tokencut.tokens import Tokens
 
@@ -78,9 +78,7 @@ class Costs:
     def _stage(self, before: int, after: int) -> cost.StageCost:
         known = self._stages.get((before, after))
         if known is None:
-            shape = StageShape(before, after, self.shape.width, self.shape.key_width)
-            macs = self.method.macs(shape)
-            known = cost.StageCost(before, after, macs, self.method.reads_attention())
+            known = stage_cost(self.method, self.shape, before, after)
             self._stages[before, after] = known
         return known
 

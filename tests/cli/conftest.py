@@ -42,6 +42,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight images."""
+    return write_folder(tmp_path_factory.mktemp("images") / "train", CLASSES, images=8)
+
+
+@pytest.fixture(scope="session")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokencut file, to be read only: `bat` at keep 0.5."""
     path = tmp_path_factory.mktemp("compressed") / "tiny.safetensors"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import pytest
 # A timm model of 6 blocks and 0.1 M parameters, at 64 px with 16 image tokens.
 TINY = ("test_vit", "--no-pretrained", "--img-size", "64", "--num-classes", "3")
 CLASSES = ("ant", "bee", "cat")
+# A fine-tune of two short epochs.
+FINETUNE = ("-j", "0", "-b", "4", "--finetune-epochs", "2")
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,9 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def log_of(output: Path) -> list[dict[str, str]]:
+    """The rows of the log that a fine-tune leaves beside its output."""
+    with output.with_suffix(".log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

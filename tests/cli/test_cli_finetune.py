@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import subprocess
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from image_files import write_folder
-from outcome import CLASSES, TINY, Run
+from model_files import names_in
+from outcome import CLASSES, FINETUNE, TINY, Run, log_of
 from safetensors.torch import load_file
 
 from tokencut import artifact
@@ -24,22 +24,6 @@ from tokencut.training_state import folder_for
 from tokencut.training_step import Trainer, TrainingDivergedError
 
 REDUCTION = ("--keep", "0.5", "--layers", "2,4")
-FIXED = ("-j", "0", "-b", "4", "--finetune-epochs", "2")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of eight images."""
-    return write_folder(tmp_path_factory.mktemp("images") / "train", CLASSES, images=8)
-
-
-def log_of(output: Path) -> list[dict[str, str]]:
-    with output.with_suffix(".log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_it_trains_judges_logs_and_leaves_a_file_that_loads(
@@ -47,7 +31,7 @@ def test_it_trains_judges_logs_and_leaves_a_file_that_loads(
 ) -> None:
     output = tmp_path / "out.safetensors"
     words = ("--train-data", train, "--data", pictures, "--alpha", "0.1", "-o", output, "--json")
-    done = run("compress", compressed, *FIXED, *words)
+    done = run("compress", compressed, *FINETUNE, *words)
     assert done.code == 0, done.err
     assert done.json["finetune"] == {"epochs": 2, "chosen": 2, "log": str(tmp_path / "out.log.csv")}
     assert {"dense_top1", "top1", "top1_before_finetuning"} <= set(done.json)
@@ -67,7 +51,7 @@ def test_it_trains_judges_logs_and_leaves_a_file_that_loads(
 
 def test_people_see_what_it_did(run: Run, tmp_path: Path, train: Path, pictures: Path, compressed: Path) -> None:
     output = tmp_path / "out.safetensors"
-    done = run("compress", compressed, *FIXED, "--train-data", train, "--data", pictures, "-o", output)
+    done = run("compress", compressed, *FINETUNE, "--train-data", train, "--data", pictures, "-o", output)
     lines = dict(line.split("  ", 1) for line in done.out.splitlines())
     assert lines["fine-tuned"].strip() == "epoch 2 of 2"
     assert "% before fine-tuning on 12 images" in lines["top-1"]
@@ -75,7 +59,7 @@ def test_people_see_what_it_did(run: Run, tmp_path: Path, train: Path, pictures:
 
 def test_a_new_head_is_trained_named_and_announced(run: Run, tmp_path: Path, train: Path) -> None:
     output = tmp_path / "out.safetensors"
-    done = run("compress", *TINY, *REDUCTION, *FIXED, "--train-data", train, "-o", output)
+    done = run("compress", *TINY, *REDUCTION, *FINETUNE, "--train-data", train, "-o", output)
     assert done.code == 0
     assert "test_vit has random weights (seed 0)" in done.notes
     assert any(note.startswith("the head is new, so there are no logits to distil from") for note in done.notes)
@@ -84,7 +68,9 @@ def test_a_new_head_is_trained_named_and_announced(run: Run, tmp_path: Path, tra
 
 def test_the_best_epoch_is_chosen_on_held_out_images(run: Run, tmp_path: Path, train: Path) -> None:
     output = tmp_path / "out.safetensors"
-    done = run("compress", *TINY, *REDUCTION, *FIXED, "--select", "best", "--train-data", train, "-o", output, "--json")
+    done = run(
+        "compress", *TINY, *REDUCTION, *FINETUNE, "--select", "best", "--train-data", train, "-o", output, "--json"
+    )
     rows = log_of(output)
     best = max(rows, key=lambda row: float(row["top1"]))
     assert done.json["finetune"]["chosen"] == int(best["epoch"])
@@ -92,7 +78,7 @@ def test_the_best_epoch_is_chosen_on_held_out_images(run: Run, tmp_path: Path, t
 
 def test_dyvit_trains_through_the_same_loop(run: Run, tmp_path: Path, train: Path) -> None:
     output = tmp_path / "out.safetensors"
-    done = run("compress", *TINY, *REDUCTION, *FIXED, "--method", "dyvit", "--train-data", train, "-o", output)
+    done = run("compress", *TINY, *REDUCTION, *FINETUNE, "--method", "dyvit", "--train-data", train, "-o", output)
     assert done.code == 0
     assert not any("untrained" in note for note in done.notes)
     assert float(log_of(output)[0]["ratio"]) > 0
@@ -123,7 +109,7 @@ def test_a_terminal_gets_a_table(
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(render, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
-    code = run("compress", compressed, *FIXED, "--train-data", train, "-o", tmp_path / "out.safetensors").code
+    code = run("compress", compressed, *FINETUNE, "--train-data", train, "-o", tmp_path / "out.safetensors").code
     assert code == 0
     for word in ("epoch", "distillation", "images/s", "left", "1/2", "2/2"):
         assert word in terminal.text
@@ -136,7 +122,7 @@ def test_durations() -> None:
 def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("compress", compressed, *FIXED, "--train-data", train, "--mixup", "0.8", "-o")
+    words = ("compress", compressed, *FINETUNE, "--train-data", train, "--mixup", "0.8", "-o")
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     assert run(*words, whole).code == 0
     before, step, seen = signal.getsignal(signal.SIGTERM), Trainer.step, []
@@ -184,13 +170,13 @@ def test_a_second_interrupt_ends_it_at_once(
         pytest.fail("went on")
 
     monkeypatch.setattr(Trainer, "step", twice)
-    done = run("compress", compressed, *FIXED, "--train-data", train, "-o", tmp_path / "out.safetensors")
+    done = run("compress", compressed, *FINETUNE, "--train-data", train, "-o", tmp_path / "out.safetensors")
     assert (done.code, done.err.splitlines()[-1]) == (130, "error: interrupted")
     assert names_in(tmp_path) == []
 
 
 def test_a_killed_run_goes_on_from_its_last_epoch(run: Run, tmp_path: Path, train: Path, compressed: Path) -> None:
-    words = ("compress", compressed, *FIXED, "--train-data", train, "-o")
+    words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o")
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     assert run(*words, whole).code == 0
     code = "import os, sys\nfrom tokencut.training_step import Trainer\nstep = Trainer.step\n" \
@@ -208,7 +194,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(run: Run, tmp_path: Path, trai
 
 def test_nothing_to_resume_is_said(run: Run, tmp_path: Path, train: Path, compressed: Path) -> None:
     output = tmp_path / "out.safetensors"
-    done = run("compress", compressed, *FIXED, "--train-data", train, "--resume", "-o", output)
+    done = run("compress", compressed, *FINETUNE, "--train-data", train, "--resume", "-o", output)
     assert done.code == 0
     assert f"there is nothing to resume in {folder_for(output)}: starting at the first epoch" in done.notes
 
@@ -221,7 +207,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_weights(
 
     monkeypatch.setattr(Trainer, "step", diverge)
     output = tmp_path / "out.safetensors"
-    done = run("compress", compressed, *FIXED, "--train-data", train, "-o", output)
+    done = run("compress", compressed, *FINETUNE, "--train-data", train, "-o", output)
     good = folder_for(output) / "last-good.safetensors"
     assert done.code == 1
     assert done.err.splitlines()[-1] == (
@@ -288,7 +274,7 @@ def test_an_earlier_state_that_is_damaged(run: Run, tmp_path: Path, train: Path,
     output = tmp_path / "out.safetensors"
     folder_for(output).mkdir()
     (folder_for(output) / "state.pt").write_bytes(b"damaged")
-    words = ("compress", compressed, *FIXED, "--train-data", train, "-o", output)
+    words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o", output)
     assert "type --force to start again" in run(*words, "--resume").err.splitlines()[-1]
     assert run(*words, "--force").code == 0
     assert issubclass(ArtifactError, Exception)

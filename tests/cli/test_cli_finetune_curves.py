@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -11,30 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import write_folder
-from outcome import CLASSES, Run
+from model_files import names_in
+from outcome import FINETUNE, Run, log_of
 from safetensors.torch import load_file
 
 from tokencut.errors import ArtifactError
 from tokencut.tensorboard_log import TensorboardLog
 from tokencut.training_step import Trainer
-
-FIXED = ("-j", "0", "-b", "4", "--finetune-epochs", "2")
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of eight images."""
-    return write_folder(tmp_path_factory.mktemp("images") / "train", CLASSES, images=8)
-
-
-def log_of(output: Path) -> list[dict[str, str]]:
-    with output.with_suffix(".log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def curves(folder: Path) -> dict[str, list[int]]:
@@ -47,7 +29,17 @@ def curves(folder: Path) -> dict[str, list[int]]:
 def test_curves_for_tensorboard_go_on_where_the_run_does(
     run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("compress", compressed, *FIXED, "--train-data", train, "--data", train, "--tensorboard", tmp_path / "runs")
+    words = (
+        "compress",
+        compressed,
+        *FINETUNE,
+        "--train-data",
+        train,
+        "--data",
+        train,
+        "--tensorboard",
+        tmp_path / "runs",
+    )
     step = Trainer.step
 
     def failing(trainer: Trainer, epoch: int, number: int, batches: Any) -> dict[str, float]:
@@ -78,7 +70,7 @@ def test_curves_that_cannot_be_written_do_not_stop_the_run(
 
     monkeypatch.setattr(TensorboardLog, "add", full)
     output = tmp_path / "out.safetensors"
-    done = run("compress", compressed, *FIXED, "--train-data", train, "--tensorboard", tmp_path, "-o", output)
+    done = run("compress", compressed, *FINETUNE, "--train-data", train, "--tensorboard", tmp_path, "-o", output)
     assert done.code == 0
     said = "no more curves are written: cannot write to runs: No space left on device; free space on its disk"
     assert done.notes.count(said) == 1

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _FOUND = importlib.util.find_spec("triton") is not None and os.environ.get("TOKENCUT_KERNELS", "1") != "0"
 
@@ -41,7 +41,7 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch
     """
 
     def wrap(launch: Launch) -> Launch:
-        operator = torch.library.custom_op(f"tokencut::{launch.__name__}", launch, mutates_args=(), schema=schema)
+        operator = library.custom_op(f"tokencut::{launch.__name__}", launch, mutates_args=(), schema=schema)
         operator.register_fake(shapes)
 
         @functools.wraps(launch)
