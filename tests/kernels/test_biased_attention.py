@@ -36,3 +36,12 @@ def test_class_rows(queries: int, biased: bool, device: str) -> None:
     expected = (logits if bias is None else logits + bias).softmax(3).mean((1, 2))
     got = class_rows(query[:, :, :queries].to(device), key.to(device), None if bias is None else bias.to(device))
     torch.testing.assert_close(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_many_images() -> None:
+    query, key, value = torch.randn(256, 197, 3, 6, 64, device="cuda", dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    bias = torch.randint(1, 9, (256, 1, 1, 197), device="cuda").float().log()
+    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=bias)
+    for _ in range(3):
+        torch.testing.assert_close(biased_attention(query, key, value, bias).float(), expected, rtol=2e-2, atol=2e-2)

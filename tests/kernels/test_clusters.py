@@ -41,11 +41,12 @@ def test_clusters_and_their_averages(neighbours: int, device: str) -> None:
     assert torch.equal(held.cpu(), group_sum(expected.group, sizes, 6))
 
 
-def test_without_sizes_and_from_a_view(device: str) -> None:
-    features = torch.randn(1, 71, 8, device=device)  # more than one tile of distances
-    points = features[:, 1:]
-    got = clusters.density_clusters(points, 30, 3, None, 0.0, 1)
-    assert torch.equal(got.cpu(), density_peaks.density_clusters(points.cpu(), 30, 3))
+@pytest.mark.parametrize(("count", "parts"), [(70, 1), (140, 1), (140, 2), (390, 3)])
+def test_without_sizes_and_from_a_view(count: int, parts: int, device: str) -> None:
+    """One tile of distances or several, in one window or several, of one program's tokens or more."""
+    points = torch.randn(1, count + 1, 8, device=device)[:, 1:]
+    got = clusters.density_clusters(points, 30, 3, None, 0.0, parts)
+    assert torch.equal(got.cpu(), density_peaks.density_clusters(points.cpu(), 30, 3, parts=parts))
 
 
 def test_windows(device: str) -> None:
@@ -87,3 +88,13 @@ def test_features_that_are_no_numbers_stay_inside_their_memory(device: str) -> N
     assert held.shape == (1, 3)
     assert int(group.min()) >= 0
     assert int(group.max()) <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2])
+def test_distances_of_many_images(parts: int) -> None:
+    """At full load, where a product that reads what is being overwritten shows."""
+    points = torch.randn(256, 197, 384, device="cuda", dtype=torch.bfloat16)[:, 1:]
+    expected = density_peaks.squared_distances(points.unflatten(1, (parts, -1)).flatten(0, 1))
+    for _ in range(3):
+        torch.testing.assert_close(clusters.squared_distances(points, parts), expected, rtol=1e-4, atol=1e-2)

@@ -13,17 +13,22 @@ from tokencut.compression import compress
 from tokencut.reduction import methods
 
 
-def test_not_on_a_cpu_and_not_where_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_on_a_cpu_or_an_old_gpu_nor_where_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGPU:
         is_cuda = True
         requires_grad = True
+        device = torch.device("cuda")
 
     tensor: Any = OnGPU()
     monkeypatch.setattr(kernels, "_FOUND", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert not kernels.usable(torch.zeros(1))
     assert not kernels.usable(tensor)
     with torch.no_grad():
         assert kernels.usable(tensor)
+        with monkeypatch.context() as older:
+            older.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+            assert not kernels.usable(tensor)
         monkeypatch.setattr(kernels, "_FOUND", False)
         assert not kernels.usable(tensor)
 

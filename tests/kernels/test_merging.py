@@ -28,3 +28,14 @@ def test_a_token_alone_in_its_group_passes_unchanged(device: str) -> None:
     group = torch.arange(8, device=device).unsqueeze(0)
     got = merging.merge(features, 1, group, torch.ones(1, 8, device=device), 8)
     assert torch.equal(got, features)
+
+
+@pytest.mark.gpu
+def test_many_images() -> None:
+    features = torch.randn(256, 197, 384, device="cuda", dtype=torch.bfloat16)
+    group = in_order(torch.cat((torch.arange(138), torch.randint(0, 138, (58,)))).expand(256, -1), 138).cuda()
+    weight = group_average(group, torch.rand(256, 196, device="cuda"), torch.ones(256, 196, device="cuda"), 138)
+    expected = apply_decision(Tokens(features.float(), 1), Grouping(group, weight, 138)).features
+    for _ in range(3):
+        got = merging.merge(features, 1, group, weight, 138)
+        torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=2e-2)

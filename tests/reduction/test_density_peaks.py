@@ -93,10 +93,13 @@ def test_a_centre_joins_itself_and_equal_distances_go_to_the_earlier_centre() ->
         (2868, 1434, 1024, 3),
         (1026, 500, 1024, 2),
         (1031, 500, 1024, 1),  # a prime
-        (4096, 3, 1024, 1),  # fewer clusters than windows
+        (2062, 1031, 512, 2),  # twice a prime: two larger ones are better than one
+        (196, 64, 98, 2),
+        (196, 63, 98, 1),  # too few clusters for each
+        (4096, 740, 128, 16),  # room for 23 windows, which do not divide
     ],
 )
-def test_windows_are_the_fewest_of_equal_size(count: int, clusters: int, window: int, parts: int) -> None:
+def test_windows_are_equal_and_leave_clusters_to_each(count: int, clusters: int, window: int, parts: int) -> None:
     assert windows(count, clusters, window) == parts
 
 

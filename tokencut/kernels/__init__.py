@@ -1,8 +1,8 @@
 """Triton kernels for what many small operations do slowly on a GPU; the package works the same without them.
 
 Each module says which plain PyTorch function it stands in for. They run for inference and decisions on CUDA only: not
-where a gradient is asked for, not where Triton is missing, and not where the environment variable `TOKENCUT_KERNELS`
-is 0.
+where a gradient is asked for, not where Triton is missing or the GPU is too old for it, and not where the environment
+variable `TOKENCUT_KERNELS` is 0.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, library
 
 _FOUND = importlib.util.find_spec("triton") is not None and os.environ.get("TOKENCUT_KERNELS", "1") != "0"
+# Compute capability from which Triton's compiler supports a GPU.
+_OLDEST = (8, 0)
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
@@ -26,7 +28,12 @@ def usable(*tensors: Tensor) -> bool:
     if not _FOUND:
         return False
     graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not graded and all(tensor.is_cuda for tensor in tensors)
+    return not graded and all(tensor.is_cuda and _recent(tensor.device) for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch]:

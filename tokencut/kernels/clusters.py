@@ -17,40 +17,80 @@ from tokencut.kernels import opaque
 from tokencut.kernels.phases import run_phases
 
 NEIGHBOURS = (3, 4)  # how many nearest can be counted, the point itself among them
-SIDE, CHUNK = 64, 64  # of a tile of distances, and the features it adds up at once
-OWN, OTHERS = 256, 16  # tokens that a program owns, and those it compares them with at once
+TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
+ALONE = 128  # up to so many tokens one tile holds all distances of a window, and reads each token once
+OWN, OTHERS = 256, 8  # tokens that a program owns, and those it compares them with at once
 WHOLE = 512  # up to so many tokens one program does all of an image; beyond, one launch a phase fills the GPU better
 
 
 @triton.jit
-def _distances(points, distances, count, batch_stride, row_stride,
-               WIDTH: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One tile of the squared distances of an image."""
-    image = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
-    columns = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
-    points += image * batch_stride
-    products = tl.zeros((SIDE, SIDE), tl.float32)
-    row_norms = tl.zeros((SIDE,), tl.float32)
-    column_norms = tl.zeros((SIDE,), tl.float32)
+def _distances(points, distances, count, parts, batch_stride, row_stride,
+               WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
+    """One tile of the squared distances of a window, and its mirror image."""
+    window = tl.program_id(2).to(tl.int64)
+    row, column = tl.program_id(1), tl.program_id(0)
+    if row > column:
+        return
+    rows = row * TILE + tl.arange(0, TILE)
+    columns = column * TILE + tl.arange(0, TILE)
+    points += window // parts * batch_stride + window % parts * count * row_stride
+    distances += window * count * count
+    products = tl.zeros((TILE, TILE), tl.float32)
+    row_norms = tl.zeros((TILE,), tl.float32)
+    column_norms = tl.zeros((TILE,), tl.float32)
     for start in range(0, WIDTH, CHUNK):
         features = start + tl.arange(0, CHUNK)
         a = tl.load(points + rows[:, None] * row_stride + features[None, :],
                     mask=(rows[:, None] < count) & (features[None, :] < WIDTH), other=0.0)  # fmt: skip
-        b = tl.load(points + columns[None, :] * row_stride + features[:, None],
-                    mask=(columns[None, :] < count) & (features[:, None] < WIDTH), other=0.0)  # fmt: skip
+        if ALONE:
+            b = tl.trans(a)
+        else:
+            b = tl.load(points + columns[None, :] * row_stride + features[:, None],
+                        mask=(columns[None, :] < count) & (features[:, None] < WIDTH), other=0.0)  # fmt: skip
+            row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+            column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
         products = tl.dot(a, b, products, input_precision="ieee")
-        row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
-        column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
+    if ALONE:
+        diagonal = tl.where(rows[:, None] == columns[None, :], products, 0.0)
+        row_norms, column_norms = tl.sum(diagonal, 1), tl.sum(diagonal, 0)
     squared = tl.maximum(row_norms[:, None] + column_norms[None, :] - 2.0 * products, 0.0)
     squared = tl.where(rows[:, None] == columns[None, :], 0.0, squared)
-    tl.store(distances + (image * count + rows[:, None]) * count + columns[None, :], squared,
+    tl.store(distances + rows[:, None] * count + columns[None, :], squared,
              mask=(rows[:, None] < count) & (columns[None, :] < count))  # fmt: skip
+    if row < column:
+        tl.store(distances + columns[:, None] * count + rows[None, :], tl.trans(squared),
+                 mask=(columns[:, None] < count) & (rows[None, :] < count))  # fmt: skip
+
+
+def squared_distances(points: Tensor, parts: int = 1) -> Tensor:
+    """Squared distances between the points of each window.
+
+    Args:
+        points: `(B, n, F)` in any floating dtype.
+        parts: Windows of consecutive points, a divisor of `n`.
+
+    Returns:
+        fp32 `(B * parts, n / parts, n / parts)`.
+    """
+    batch, count, width = points.shape
+    points = points if points.stride(2) == 1 else points.contiguous()
+    window = count // parts
+    distances = torch.empty((batch * parts, window, window), dtype=torch.float32, device=points.device)
+    alone = window <= ALONE
+    tile = max(16, triton.next_power_of_2(window)) if alone else TILE
+    tiles = triton.cdiv(window, tile)
+    _distances[tiles, tiles, batch * parts](
+        points, distances, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=tile,
+        CHUNK=CHUNK if points.element_size() == 2 else CHUNK // 2, ALONE=alone,
+        # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
+        num_stages=3 if alone else 1,
+    )  # fmt: skip
+    return distances
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What the phases of one decision read and write; `plane` numbers for each kind of scratch."""
+    """What the phases of one decision read and write, for all tokens of a batch."""
 
     group: Tensor
     weight: Tensor
@@ -67,7 +107,7 @@ class _Work:
         plane = group.numel()
         return cls(
             group, weight.contiguous(), sizes.contiguous(),
-            floats=torch.empty(4 * plane, dtype=torch.float32, device=group.device),
+            floats=torch.empty(3 * plane, dtype=torch.float32, device=group.device),
             integers=torch.empty(2 * plane, dtype=torch.int32, device=group.device),
             share=torch.empty(group.shape, dtype=torch.float32, device=group.device),
             ordered=torch.empty(group.shape, dtype=torch.int64, device=group.device),
@@ -80,50 +120,21 @@ class _Work:
         return self.ordered, self.share, self.leaving
 
     def run(
-        self, first: int, last: int, shape: tuple[int, int], clusters: int, groups: int,
+        self, first: int, last: int, groups: int,
         distances: Tensor | None = None, mass: float = 0.0, width: int = 1, neighbours: int = 3,
     ) -> None:  # fmt: skip
-        """Phases `first` to `last` for `shape[0]` images, or windows, of `shape[1]` tokens."""
-        batch, count = shape
+        """Phases `first` to `last`; a group is named by a number below `groups`, and a token of none by `groups`."""
+        batch, count = self.group.shape
         whole = count <= WHOLE
         own = min(OWN, max(64, triton.next_power_of_2(count)))
         for start, end in [(first, last)] if whole else [(phase, phase) for phase in range(first, last + 1)]:
             run_phases[1 if whole else triton.cdiv(count, own), batch](
                 self.floats if distances is None else distances, self.group, self.weight, self.sizes, self.floats,
-                self.integers, self.share, self.ordered, self.leaving, count, self.group.numel(), clusters, groups,
+                self.integers, self.share, self.ordered, self.leaving, count,
+                count if distances is None else distances.shape[1], self.group.numel(), self.leaving.shape[1], groups,
                 mass, WIDTH=width, NEIGHBOURS=neighbours, SIZED=mass != 0.0, OWN=own, OTHERS=OTHERS, FIRST=start,
-                LAST=end, WHOLE=whole, num_warps=8 if whole else 4,
+                LAST=end, WHOLE=whole, num_warps=own // 32 if whole else 8,
             )  # fmt: skip
-
-    def cluster(self, points: Tensor, clusters: int, neighbours: int, mass: float, parts: int) -> None:
-        """Phases 0 to 3: names each token's cluster by its centre's number, in `group`."""
-        batch, count, width = points.shape
-        window = (batch * parts, count // parts)
-        distances = squared_distances(points.reshape(*window, width))
-        if parts == 1:
-            self.run(0, 3, window, clusters, count, distances, mass, width, neighbours)
-            return
-        self.run(0, 1, window, clusters, count, distances, mass, width, neighbours)
-        scores = self.floats[2 * self.group.numel() : 3 * self.group.numel()].view(window)
-        scores.scatter_(1, scores.argmax(1, keepdim=True), torch.inf)  # one centre a window at least
-        self.run(2, 2, (batch, count), clusters, count)
-        self.run(3, 3, window, clusters, count, distances)
-        self.group.view(batch, parts, -1).add_(
-            torch.arange(0, count, window[1], dtype=torch.int32, device=points.device).unsqueeze(1)
-        )
-
-
-def squared_distances(points: Tensor) -> Tensor:
-    """Squared distances between all points, `(B, n, F)` in any floating dtype to fp32 `(B, n, n)`."""
-    batch, count, width = points.shape
-    points = points if points.stride(2) == 1 else points.contiguous()
-    distances = torch.empty((batch, count, count), dtype=torch.float32, device=points.device)
-    tiles = triton.cdiv(count, SIDE)
-    _distances[tiles, tiles, batch](
-        points, distances, count, points.stride(0), points.stride(1), WIDTH=width, SIDE=SIDE,
-        CHUNK=CHUNK if points.element_size() == 2 else CHUNK // 2,
-    )  # fmt: skip
-    return distances
 
 
 def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,16 +166,11 @@ def density_average(
         Cluster of each point, int64 `(B, n)`, numbered by the smallest member; coefficients, fp32 `(B, n)`; patches
         held by each cluster, fp32 `(B, C)`.
     """
-    batch, count, width = points.shape
-    joined = torch.empty((batch, count), dtype=torch.int32, device=points.device)
+    # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
+    joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
     work = _Work.of(joined, weight, sizes, clusters)
-    # Clusters are named by their centre until the last phase: `count` names are possible, and none is for "dropped".
-    if parts == 1:
-        distances = squared_distances(points)
-        work.run(0, 5, (batch, count), clusters, count, distances, float(mass), width, neighbours)
-    else:
-        work.cluster(points, clusters, neighbours, float(mass), parts)
-        work.run(4, 5, (batch, count), clusters, count)
+    count, width = points.shape[1:]
+    work.run(0, 5, count, squared_distances(points, parts), float(mass), width, neighbours)
     return work.results
 
 
@@ -183,7 +189,9 @@ def density_clusters(
     joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
     known = torch.empty(0, device=points.device) if sizes is None else sizes
     work = _Work.of(joined, known, known, clusters)
-    work.cluster(points, clusters, neighbours, 0.0 if sizes is None else float(mass), parts)
+    count, width = points.shape[1:]
+    distances = squared_distances(points, parts)
+    work.run(0, 3, count, distances, 0.0 if sizes is None else float(mass), width, neighbours)
     centres = work.integers[: joined.numel()].view(joined.shape)
     return centres.cumsum(1).gather(1, joined.long()) - 1
 
@@ -206,5 +214,5 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
         `(B, M)`.
     """
     work = _Work.of(group.contiguous(), weight, sizes, count)
-    work.run(4, 5, (group.shape[0], group.shape[1]), count, count)
+    work.run(4, 5, count)
     return work.results

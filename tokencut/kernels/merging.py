@@ -8,23 +8,24 @@ from torch import Tensor
 
 from tokencut.kernels import opaque
 
-BLOCK = 64
+GROUPS, TOKENS = 64, 32  # that a program makes, and that it adds up at once
+CHUNK = 128  # features of them, in half precision
 
 
 @triton.jit
 def _merge(features, group, share, merged, count, groups, batch_stride, row_stride,
-           PREFIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+           PREFIX: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
            CHUNK: tl.constexpr):  # fmt: skip
     """Weighted sums of the groups, behind the prefix tokens."""
     image = tl.program_id(2).to(tl.int64)
-    numbers = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    numbers = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     wide = columns[None, :] < WIDTH
     features += image * batch_stride
     merged += image * (PREFIX + groups) * WIDTH
-    sums = tl.zeros((BLOCK, CHUNK), tl.float32)
-    for start in range(0, count, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
+    sums = tl.zeros((GROUPS, CHUNK), tl.float32)
+    for start in range(0, count, TOKENS):
+        rows = start + tl.arange(0, TOKENS)
         theirs = tl.load(group + image * count + rows, mask=rows < count, other=-1)
         weight = tl.load(share + image * count + rows, mask=rows < count, other=0.0)
         values = tl.load(features + (PREFIX + rows[:, None]) * row_stride + columns[None, :],
@@ -60,10 +61,10 @@ def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: i
     """
     batch, tokens, width = features.shape
     merged = features.new_empty((batch, prefix + count, width))
-    chunk = 128 if features.element_size() == 2 else 64
-    grid = (triton.cdiv(width, chunk), triton.cdiv(count, BLOCK), batch)
+    chunk = CHUNK if features.element_size() == 2 else CHUNK // 2
+    grid = (triton.cdiv(width, chunk), triton.cdiv(count, GROUPS), batch)
     _merge[grid](
         features, group.contiguous(), weight.contiguous(), merged, tokens - prefix, count, features.stride(0),
-        features.stride(1), PREFIX=prefix, WIDTH=width, BLOCK=BLOCK, CHUNK=chunk,
+        features.stride(1), PREFIX=prefix, WIDTH=width, GROUPS=GROUPS, TOKENS=TOKENS, CHUNK=chunk,
     )  # fmt: skip
     return merged

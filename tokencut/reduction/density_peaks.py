@@ -9,6 +9,10 @@ from tokencut import kernels
 from tokencut.reduction.decouple import ranking
 from tokencut.tokens import Grouping, ordered_average
 
+# Clusters that each window gets on average, at least. With 20 a window (DeiT-T of 196 tokens at keep 0.2) two windows
+# cost 1.07 +- 0.45 points of top-1 on 3,000 training images; with 39 (keep 0.4) and more nothing that could be told.
+WINDOW_CLUSTERS = 32
+
 
 def squared_distances(points: Tensor) -> Tensor:
     """Squared Euclidean distances between all points, by one batched product.
@@ -100,15 +104,17 @@ def windows(count: int, clusters: int, window: int) -> int:
 
     Args:
         count: `N`, the number of tokens.
-        clusters: `C`; each window needs one at least.
+        clusters: `C`; each window must leave room for `WINDOW_CLUSTERS` of them.
         window: The most tokens in a window.
 
     Returns:
-        The smallest such number that divides `N`; 1 where none of those up to twice the smallest possible does.
+        The smallest such number that divides `N`; where none of those up to twice the smallest possible does, or too
+        few clusters would be left to each, the largest number below that divides `N`.
     """
     fewest = -(-count // window)
-    fitting = (number for number in range(fewest, min(2 * fewest, clusters) + 1) if count % number == 0)
-    return next(fitting, 1)
+    most = min(2 * fewest, clusters // WINDOW_CLUSTERS)
+    dividing = [number for number in range(1, most + 1) if count % number == 0] or [1]
+    return next((number for number in dividing if number >= fewest), dividing[-1])
 
 
 def density_clusters(

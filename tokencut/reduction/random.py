@@ -46,7 +46,9 @@ def _scramble(numbers: Tensor, seed: int) -> Tensor:
     stages of one model draw differently.
     """
     mask = 0x7FFFFFFF
-    x = (numbers * 0x9E3779B1 + (seed + 1) * 0x85EBCA6B + numbers.shape[0] * 0xC2B2AE35) & mask
+    # Constants of 31 bits too: the compiler writes them as int32.
+    start = ((seed + 1) * 0x85EBCA6B + numbers.shape[0] * 0xC2B2AE35) & mask
+    x = (numbers * 0x1E3779B1 + start) & mask
     for multiplier in (0x2C1B3C6D, 0x297A2D39, 0x45D9F3B):
         x = ((x ^ (x >> 15)) * multiplier) & mask
     return x ^ (x >> 13)
