@@ -16,7 +16,7 @@ from tokencut.errors import ModelError, UsageError
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"embed_dims": 8}, "test_vit takes no argument 'embed_dims', did you mean embed_dim?; its arguments are img"),
+        ({"embed_dims": 8}, "test_vit takes no argument 'embed_dims', did you mean embed_dim? its arguments are img"),
         ({"zzz": 8}, "test_vit takes no argument 'zzz'; its arguments are img_size, "),
         ({"embed_dim": 7}, "timm cannot build test_vit with embed_dim=7: dim should be divisible by num_heads;"),
         ({"depth": "x", "num_heads": 2}, "timm cannot build test_vit with depth=x,num_heads=2: "),

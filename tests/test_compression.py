@@ -71,7 +71,7 @@ def test_a_stage_of_any_method_but_dyvit_has_no_parameter() -> None:
 
 
 def test_unknown_settings_are_refused_before_the_model_is_copied() -> None:
-    with pytest.raises(UsageError, match="unknown method 'bta', did you mean 'bat'"):
+    with pytest.raises(UsageError, match="unknown method 'bta', did you mean bat"):
         compress(fixture_model("test_vit"), method="bta")
 
 

@@ -140,7 +140,7 @@ def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
         ({"img_size": 0}, "--img-size 0 is less than 1; type --img-size 224"),
         ({"img_size": 64, "model_kwargs": {"img_size": 32}}, "img_size is given twice, by --img-size 64 and"),
         ({"model_kwargs": {"pretrained": True}}, "pretrained is not an argument of the architecture"),
-        ({"model_kwargs": {"embed_dims": 8}}, "test_vit takes no argument 'embed_dims', did you mean embed_dim?; its"),
+        ({"model_kwargs": {"embed_dims": 8}}, "test_vit takes no argument 'embed_dims', did you mean embed_dim? its"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

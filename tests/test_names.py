@@ -25,9 +25,9 @@ def test_a_renamed_model_is_followed() -> None:
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
-        ("diet_tiny", UsageError, "unknown model 'diet_tiny', did you mean deit_tiny or vit_tiny?; 'tokencut models'"),
+        ("diet_tiny", UsageError, "unknown model 'diet_tiny', did you mean deit_tiny or vit_tiny? 'tokencut models'"),
         ("DeiT-Tiny", UsageError, "unknown model 'DeiT-Tiny', did you mean deit_tiny"),
-        ("digit", UsageError, "unknown model 'digit', did you mean digits?; 'tokencut models' lists the names"),
+        ("digit", UsageError, "unknown model 'digit', did you mean digits? 'tokencut models' lists the names"),
         ("zzzzzzzz", UsageError, "unknown model 'zzzzzzzz'; 'tokencut models' lists the names"),
         ("deit_tiny.in1k", UsageError, "deit_tiny_patch16_224 has no weights tagged 'in1k'; its tags are fb_in1k"),
         ("vit_gap.x", UsageError, "unknown model 'vit_gap.x'"),

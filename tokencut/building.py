@@ -6,7 +6,6 @@ timm tells users things through warnings and its logger; here they become notes,
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import logging
 import re
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from tokencut.adapters import adapter_for
-from tokencut.errors import ModelError, UsageError
+from tokencut.errors import ModelError, UsageError, nearest_known
 from tokencut.weights import one_line, random_state
 
 
@@ -93,9 +92,8 @@ def _refused(source: str, args: Mapping[str, Any], error: Exception) -> UsageErr
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unknown and unknown[1] in args:
         known = _arguments(source)
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        return UsageError(f"{source} takes no argument {unknown[1]!r}{hint}; its arguments are {', '.join(known)}")
+        hint = nearest_known(unknown[1], known, cutoff=0.6)
+        return UsageError(f"{source} takes no argument {unknown[1]!r}{hint} its arguments are {', '.join(known)}")
     if not args:
         return ModelError(f"timm cannot build {source}: {one_line(error)}; name another model, such as deit_tiny")
     given = ",".join(f"{name}={value}" for name, value in args.items())

@@ -5,7 +5,6 @@ Nothing is built here: names, tags and descriptions come from timm's registry.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, get_pretrained_cfg, is_model, model_entrypoint
 
 from tokencut.adapters import supported_modules
-from tokencut.errors import ModelError, UsageError
+from tokencut.errors import ModelError, UsageError, nearest_known
 
 # What an alias leaves out.
 ALIAS_SUFFIX = "_patch16_224"
@@ -96,7 +95,7 @@ def resolve_name(spec: str) -> ModelName:
         name, _, current_tag = current.partition(".")
         tag = tag or current_tag
     if not is_model(name):
-        raise UsageError(f"unknown model {spec!r}{_nearest(written)}; 'tokencut models' lists the names")
+        raise UsageError(f"unknown model {spec!r}{_nearest(written)} 'tokencut models' lists the names")
     if name not in architectures():
         families = ", ".join(f"{kind} (timm.models.{'/'.join(names)})" for kind, names in supported_modules().items())
         module = model_entrypoint(name).__module__.rpartition(".")[2]
@@ -141,6 +140,4 @@ def _tags(name: str, weights: bool = False) -> tuple[str, ...]:
 
 
 def _nearest(word: str) -> str:
-    known = [*aliases(), *architectures(), "digits"]
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=3, cutoff=0.6)
-    return f", did you mean {' or '.join(close)}?" if close else ""
+    return nearest_known(word.lower().replace("-", "_"), [*aliases(), *architectures(), "digits"], most=3, cutoff=0.6)

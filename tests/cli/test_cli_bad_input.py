@@ -19,7 +19,7 @@ EVAL = ("eval", "{file}", "-j", "0")
 # (words, exit code, the line): {tmp} is an empty folder, {file} a tokencut file, {pictures} a folder of images.
 WRONG = [
     # What the parser finds.
-    (("profle",), 2, "unknown command 'profle', did you mean 'profile'? commands are compress, profile, eval, export, "
+    (("profle",), 2, "unknown command 'profle', did you mean profile? commands are compress, profile, eval, export, "
                      "sweep, visualize, models, info; type tokencut --help"),
     (("xyz",), 2, "unknown command 'xyz'; commands are compress, profile, eval, export, sweep, visualize, models, "
                   "info; type tokencut --help"),
@@ -69,14 +69,14 @@ WRONG = [
      "--reduce-by 8"),
     # Methods.
     ((*DEIT, "--method", "topp"), 2,
-     re.compile(r"unknown method 'topp', did you mean 'topk'\?;? methods are .*bat, .*evit, .*topk")),
+     re.compile(r"unknown method 'topp', did you mean topk\? methods are .*bat, .*evit, .*topk")),
     ((*DEIT, "--method-option", "clusters"), 2,
      "--method-option clusters is not of the form key=value, such as --method-option clusters=0.25"),
     ((*DEIT, "--method-option", "pairs=0", "--method-option", "pairs=1"), 2,
      "--method-option gives pairs twice; type it once, such as --method-option pairs=1"),
     # Models.
     (("profile", "deit_tny"), 2,
-     re.compile(r"unknown model 'deit_tny', did you mean deit_tiny.*\?;? 'tokencut models' lists the names")),
+     re.compile(r"unknown model 'deit_tny', did you mean deit_tiny.*\? 'tokencut models' lists the names")),
     (("profile", "{tmp}/none.safetensors"), 2,
      "no such file: {tmp}/none.safetensors; give a file that 'tokencut compress MODEL -o FILE' wrote"),
     (("models", "xyzzy"), 1, "no supported model matches 'xyzzy'; type tokencut models for all of them"),

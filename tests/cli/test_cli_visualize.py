@@ -108,7 +108,7 @@ WRONG = [
      "3 of 4 images cannot be drawn: 'none.jpg' (does not exist), 'there.png' (not a JPEG, PNG, WEBP, BMP or TIFF "
      "image), '.' (a folder; name the files in it, such as *.jpg); give JPEG, PNG, WEBP, BMP or TIFF files, or the "
      "word digits"),
-    (("deit_tiny", "{photo}", "-o", "t.png", "--compare", "bat,evti"), 2, "unknown method 'evti', did you mean 'evit'"),
+    (("deit_tiny", "{photo}", "-o", "t.png", "--compare", "bat,evti"), 2, "unknown method 'evti', did you mean evit"),
     (("deit_tiny", "{photo}", "-o", "t.png", "--compare", "bat,bat"), 2,
      "method bat is given twice; type --compare bat"),
     (("deit_tiny", "{photo}", "-o", "t.png", "--compare", "dyvit"), 2,

@@ -98,7 +98,7 @@ def test_presets() -> None:
     paper = make_method("bat", {"preset": "paper"}).options()
     assert paper["weights"] == "attention" and paper["features"] == "tokens" and paper["mass"] == 0.0
     assert make_method("bat", {"preset": "paper", "weights": "size"}).options()["weights"] == "size"
-    with pytest.raises(UsageError, match="method bat has no preset 'papr', did you mean 'paper'"):
+    with pytest.raises(UsageError, match="method bat has no preset 'papr', did you mean paper"):
         make_method("bat", {"preset": "papr"})
     with pytest.raises(UsageError, match="method topk has no preset 'paper'; it has none"):
         make_method("topk", {"preset": "paper"})

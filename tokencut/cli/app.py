@@ -5,7 +5,6 @@ A command is a file with a function, and one line in `COMMANDS`. Nothing here im
 
 from __future__ import annotations
 
-import difflib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from tokencut.cli.cmd_profile import profile
 from tokencut.cli.cmd_sweep import sweep
 from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
-from tokencut.errors import TokencutError, UsageError
+from tokencut.errors import TokencutError, UsageError, nearest_known
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,
@@ -47,10 +46,8 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if not name.startswith("-") and name not in self.commands:
-            close = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.5)
-            hint = f", did you mean {close[0]!r}?" if close else ";"
-            known = ", ".join(self.commands)
-            raise UsageError(f"unknown command {name!r}{hint} commands are {known}; type tokencut --help")
+            known = f"commands are {', '.join(self.commands)}; type tokencut --help"
+            raise UsageError(f"unknown command {name!r}{nearest_known(name, self.commands)} {known}")
         return super().resolve_command(ctx, args)
 
 
@@ -157,8 +154,8 @@ def _explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
 
 def _explain_parser(error: Any, words: Sequence[str]) -> str:
     command = "tokencut" if not words or words[0] not in COMMANDS else f"tokencut {words[0]}"
-    nearest = getattr(error, "possibilities", None)
-    if nearest:
-        return f"no such option {error.option_name}, did you mean {nearest[0]}? type {command} --help"
+    possible = getattr(error, "possibilities", None)
+    if possible:
+        return f"no such option {error.option_name}, did you mean {possible[0]}? type {command} --help"
     message = error.format_message().rstrip(".")
     return f"{message[:1].lower()}{message[1:]}; type {command} --help"

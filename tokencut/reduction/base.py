@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokencut.attention import Evidence
-from tokencut.errors import UsageError
+from tokencut.errors import UsageError, nearest_known
 from tokencut.tokens import Decision, Tokens
 
 
@@ -181,7 +180,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reductio
         UsageError: No method or setting of that name (the nearest is offered), or a value that does not fit.
     """
     if name not in _METHODS:
-        raise UsageError(f"unknown method {name!r}{_nearest(name, _METHODS)}; methods are {', '.join(_METHODS)}")
+        raise UsageError(f"unknown method {name!r}{nearest_known(name, _METHODS)} methods are {', '.join(_METHODS)}")
     method = _METHODS[name]
     fields = {field.name: field for field in dataclasses.fields(method)}
     chosen = dict(options or {})
@@ -191,7 +190,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reductio
     for key, value in chosen.items():
         if key not in fields:
             known = f"its settings are {', '.join(fields)}" if fields else "it has no settings"
-            raise UsageError(f"method {name} has no setting {key!r}{_nearest(key, fields)}; {known}")
+            raise UsageError(f"method {name} has no setting {key!r}{nearest_known(key, fields)} {known}")
         values[key] = _read(name, fields[key], value)
     return method(**values)
 
@@ -202,13 +201,8 @@ _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 def _preset(method: type[Reduction], name: str) -> Mapping[str, Any]:
     if name not in method.presets:
         known = f"its presets are {', '.join(method.presets)}" if method.presets else "it has none"
-        raise UsageError(f"method {method.name} has no preset {name!r}{_nearest(name, method.presets)}; {known}")
+        raise UsageError(f"method {method.name} has no preset {name!r}{nearest_known(name, method.presets)} {known}")
     return method.presets[name]
-
-
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _read(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
