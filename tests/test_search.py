@@ -78,7 +78,7 @@ def test_a_drop_is_held_with_its_error(calibration: Path) -> None:
 def test_a_generous_drop_goes_on_down(calibration: Path) -> None:
     # No schedule can lose more than 100 points, so that the cheapest are within; nothing may stop half way.
     dense, least = dense_gmacs(), 1e-9 * total(predicted_macs(compress(small_model(), keep=0.01, layers="all")))
-    report = find(calibration, Target(max_drop=10_000.0))
+    report = find(calibration, Target(max_drop=100.0))
     assert report.found.gmacs < least + 0.3 * (dense - least)
 
 
@@ -245,6 +245,7 @@ def test_progress_shows_the_best(calibration: Path) -> None:
             Target(gmacs=1, max_drop=1),
             "--target-gmacs and --max-drop exclude each other; type one of --target-gmacs 2.6",
         ),
+        (Target(max_drop=101), "--max-drop 101 is not a number above 0 and up to 100, such as --max-drop 0.5"),
         (Target(speedup=1), "--target-speedup 1 is not a number above 1, such as --target-speedup 1.6"),
         (Target(gmacs=float("nan")), "--target-gmacs nan is not a number above 0, such as --target-gmacs 2.6"),
     ],

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
-from tokencut.attention import Evidence, TimmModule, attention_bias
+from tokencut.attention import TimmModule, attention_bias
 from tokencut.errors import ModelError
 from tokencut.intermediates import Form, Indices, Intermediates, block_indices
 from tokencut.recipe import Recipe
 from tokencut.reduction import Reduction, Scene, StageShape, make_method
-from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
+from tokencut.schedule import Keep, Layers, make_schedule
 from tokencut.tokens import Tokens, apply_decision, full_precision
 from tokencut.tracing import Trace, Tracer, Watch
 
@@ -219,20 +219,21 @@ class CompressedModel(nn.Module):
             if plan is None:
                 tokens = tokens.with_features(self.adapter.run(block, tokens.features, bias))
             else:
-                features, evidence = self.adapter.attend(self.model, block, tokens.features, bias)
-                entering = tokens.with_features(features)
-                tokens = self._reduce(plan, block, entering, evidence)
+                scene = before_stage(self.adapter, self.model, block, tokens, bias)
+                tokens = self.stages[str(number)](scene, plan.tokens_out)
                 bias = self._bias(tokens)
                 if watch is not None:
-                    watch.stage(plan, entering, tokens, evidence)
+                    watch.stage(plan, scene.tokens, tokens, scene.evidence)
                 tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
             if watch is not None:
                 watch.block(number, tokens)
         return tokens
 
-    def _reduce(self, plan: StagePlan, block: nn.Module, tokens: Tokens, evidence: Evidence) -> Tokens:
-        scene = Scene(tokens, evidence, lambda image: self.adapter.normed(block, image))
-        return self.stages[str(plan.block)](scene, plan.tokens_out)
+
+def before_stage(adapter: Adapter, model: TimmModule, block: TimmModule, tokens: Tokens, bias: Tensor | None) -> Scene:
+    """Runs the first half of a reducing block: what the stage in its middle sees."""
+    features, evidence = adapter.attend(model, block, tokens.features, bias)
+    return Scene(tokens.with_features(features), evidence, lambda image: adapter.normed(block, image))
 
 
 def compress(

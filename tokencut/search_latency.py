@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
-from tokencut.compression import CompressedModel, Stage
+from tokencut.compression import CompressedModel, Stage, before_stage
 from tokencut.latency import Forward, measure
 from tokencut.preprocessing import preprocessing_of
 from tokencut.profiling import random_images
@@ -145,9 +145,7 @@ class _Parts:
         return self.adapter.run(self.first, tokens.features, self._bias(tokens))
 
     def attend(self, tokens: Tokens) -> Scene:
-        features, evidence = self.adapter.attend(self.model, self.first, tokens.features, self._bias(tokens))
-        entering = tokens.with_features(features)
-        return Scene(entering, evidence, lambda image: self.adapter.normed(self.first, image))
+        return before_stage(self.adapter, self.model, self.first, tokens, self._bias(tokens))
 
     def head(self, tokens: Tokens) -> Tensor:
         return self.adapter.head(self.model, tokens, None)

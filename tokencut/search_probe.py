@@ -17,9 +17,9 @@ from torch import Tensor
 from tokencut import cost
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
-from tokencut.compression import CompressedModel, Stage, stage_cost
+from tokencut.compression import CompressedModel, Stage, before_stage, stage_cost
 from tokencut.errors import ModelError
-from tokencut.reduction import Reduction, Scene
+from tokencut.reduction import Reduction
 from tokencut.search_space import Counts, budget_for
 from tokencut.tokens import Tokens
 
@@ -200,8 +200,7 @@ class Probe:
     def _block(self, block: TimmModule, tokens: Tokens, leaving: int) -> Tokens:
         if leaving >= tokens.count:
             return tokens.with_features(self.adapter.run(block, tokens.features, self._bias(tokens)))
-        features, evidence = self.adapter.attend(self.model, block, tokens.features, self._bias(tokens))
-        scene = Scene(tokens.with_features(features), evidence, lambda image: self.adapter.normed(block, image))
+        scene = before_stage(self.adapter, self.model, block, tokens, self._bias(tokens))
         tokens = self._stage(scene, budget_for(tokens.count, leaving, self.method.leaving))
         return tokens.with_features(self.adapter.proceed(block, tokens.features))
 

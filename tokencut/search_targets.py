@@ -50,15 +50,17 @@ class Target:
         Raises:
             UsageError: None or several are given, or one is out of range.
         """
-        limits = {"--target-gmacs": (self.gmacs, 0.0, "2.6"), "--target-speedup": (self.speedup, 1.0, "1.6"),
-                  "--max-drop": (self.max_drop, 0.0, "0.5")}  # fmt: skip
-        given = [name for name, (value, _, _) in limits.items() if value is not None]
+        limits = {"--target-gmacs": (self.gmacs, 0.0, math.inf, "2.6"),
+                  "--target-speedup": (self.speedup, 1.0, math.inf, "1.6"),
+                  "--max-drop": (self.max_drop, 0.0, 100.0, "0.5")}  # fmt: skip
+        given = [name for name, (value, *_) in limits.items() if value is not None]
         if len(given) != 1:
             what = f"{' and '.join(given)} exclude each other" if given else "no target is given"
             raise UsageError(f"{what}; type one of --target-gmacs 2.6, --target-speedup 1.6, --max-drop 0.5")
-        value, low, example = limits[given[0]]
-        if value is None or not low < value < math.inf:
-            raise UsageError(f"{given[0]} {value:g} is not a number above {low:g}, such as {given[0]} {example}")
+        value, low, high, example = limits[given[0]]
+        if value is None or not low < value <= high or math.isinf(value):
+            allowed = f"above {low:g}" if math.isinf(high) else f"above {low:g} and up to {high:g}"
+            raise UsageError(f"{given[0]} {value:g} is not a number {allowed}, such as {given[0]} {example}")
 
     @property
     def option(self) -> str:
