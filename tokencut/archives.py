@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
+from filelock import FileLock
+
 from tokencut.errors import DataError
 from tokencut.listing import Listing
 
@@ -68,7 +70,8 @@ def cache_folder() -> Path:
 def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
     """Unpacks a `.tar.gz` into the cache, unless that has been done.
 
-    Only plain files and folders inside the archive are accepted. If it fails or is interrupted, nothing is left behind.
+    Only plain files and folders inside the archive are accepted. If it fails or is interrupted, nothing but an empty
+    lock is left behind. Of several processes one unpacks, and the others wait for it.
 
     Args:
         path: The archive. Its path, size and time of change say whether the cache holds it.
@@ -87,20 +90,26 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
         on_note(f"unpacking {path} into {target}, this once")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        try:
-            _extract(path, partial)
-            # Somebody else may have unpacked the same meanwhile; theirs is as good.
-            with contextlib.suppress(FileExistsError):
-                _rename(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.is_dir():  # somebody else may have unpacked the same meanwhile
+                _unpack(path, target)
+    except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"cannot unpack {path} into {target.parent}: {error.strerror or error}; set {CACHE_VARIABLE} to a folder "
+            f"cannot unpack {path} into {target.parent}: {reason}; set {CACHE_VARIABLE} to a folder "
             "with room for it, or unpack it yourself and give the folder"
         ) from error
     return target
+
+
+def _unpack(path: Path, target: Path) -> None:
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        _extract(path, partial)
+        partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _cache_name(path: Path) -> str:
@@ -137,16 +146,6 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> No
     assert content is not None  # as it is for a file
     with content, place.open("wb") as file:
         shutil.copyfileobj(content, file)
-
-
-def _rename(partial: Path, target: Path) -> None:
-    partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        raise FileExistsError(target) from None
 
 
 @contextlib.contextmanager
