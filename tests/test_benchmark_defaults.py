@@ -45,5 +45,9 @@ def test_a_small_grid_on_the_training_digits(
     probabilities = wanted.softmax(dim=1)
     divergence = (probabilities * (wanted.log_softmax(dim=1) - F.log_softmax(found, dim=1))).sum(dim=1).mean()
     assert float(rows["topk"]["kl"]) == pytest.approx(1000 * float(divergence), abs=0.06)
+    ahead = re.search(r"^\| topk \|.*\| (\S+) ± \S+ \| (\S+) ± \S+ \|$", printed, re.MULTILINE)
+    assert ahead
+    assert float(ahead[1]) == pytest.approx(float(rows["topk"]["top1"]) - float(rows["bat"]["top1"]), abs=0.011)
+    assert float(ahead[2]) == pytest.approx(float(rows["topk"]["kl"]) - float(rows["bat"]["kl"]), abs=0.11)
     right = (found.argmax(dim=1) == batch.targets).float().mean()
     assert float(rows["topk"]["top1"]) == pytest.approx(100 * float(right))

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 
 from tokencut.cli.options import read_keep
 from tokencut.errors import TokencutError, UsageError
@@ -113,13 +114,15 @@ def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) 
     assert rows["dense at 1, seed 1"]["history"][0]["distillation"] == pytest.approx(0.0, abs=0.1)
     assert list(tmp_path.glob("results.json.resume/*")) == []
 
-    # One row lost: only that is done again, to the same result.
+    # One row lost: only that is done again, to the same result; the versions that made the others stay named.
     lost = rows.pop("evit at 0.1, seed 1")
-    output.write_text(json.dumps({**json.loads(output.read_text()), "rows": rows}))
+    content = json.loads(output.read_text())
+    output.write_text(json.dumps({**content, "rows": rows, "versions": {**content["versions"], "timm": "1.0"}}))
     again, said = script(*words)
     assert said.splitlines()[-1].startswith("4 of 4") and len(said.splitlines()) == 1
     assert json.loads(output.read_text())["rows"]["evit at 0.1, seed 1"]["correct"] == lost["correct"]
     assert again.splitlines()[:4] == printed.splitlines()[:4]
+    assert f"timm 1.0 and {timm.__version__}" in again
     with pytest.raises(SystemExit) as caught:
         script(*words, "--precision", "bf16")
     assert caught.value.code == f"error: {output} holds results of another --precision (fp32); give another -o"

@@ -44,8 +44,8 @@ def test_front_of_speeds() -> None:
 
 
 def test_many_lines_are_told_apart() -> None:
-    pairs = {(COLOURS[line % len(COLOURS)], MARKERS[line % len(MARKERS)]) for line in range(56)}
-    assert len(pairs) == 56
+    pairs = {(COLOURS[line % len(COLOURS)], MARKERS[line % len(MARKERS)]) for line in range(72)}
+    assert len(pairs) == 72
 
 
 @pytest.mark.usefixtures("_drawn")

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
-# Okabe and Ito's colours, told apart by the colour-blind and in grey; their yellow, too pale for lines, darker.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A89000")
-# 8 of them to 7 colours: 56 lines before a pair repeats.
+# Okabe and Ito's colours, told apart by the colour-blind and in grey; their yellow, too pale for lines, darker; and two
+# dark ones for an eighth and ninth line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A89000", "#7F4F24", "#5D3A9B")
+# 8 of them to 9 colours: 72 lines before a pair repeats.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 # A paper's column is 3.3 in wide and its page 6.9; this is legible in the page's width and, reduced, in a column.
 SIZE_IN = (5.6, 3.5)

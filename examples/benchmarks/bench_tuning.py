@@ -165,12 +165,14 @@ class Results:
         """
         self.path = path
         versions = {"torch": torch.__version__, "timm": timm.__version__, "tokencut": tokencut.__version__}
-        self.content: dict[str, Any] = {"settings": asdict(settings), "versions": versions, "rows": {}}
+        self._versions = versions
+        self.content: dict[str, Any] = {"settings": asdict(settings), "versions": dict(versions), "rows": {}}
         if not path.exists():
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             held, self.content["rows"] = found["settings"], dict(found["rows"])
+            self.content["versions"] = dict(found["versions"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise TokencutError(f"cannot read {path}: {error}; give another -o") from error
         others = [name for name, value in asdict(settings).items() if held.get(name) != value]
@@ -187,6 +189,10 @@ class Results:
     def add(self, task: Task, found: dict[str, Any]) -> None:
         """Keeps a result, and lets go of the training's state."""
         self.rows[task.key] = found
+        held = self.content["versions"]
+        for name, version in self._versions.items():
+            if version not in held[name].split(" and "):
+                held[name] += f" and {version}"
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(self.content, indent=1) + os.linesep, encoding="utf-8")
         remove_state(task.state)

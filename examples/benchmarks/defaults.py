@@ -7,6 +7,8 @@ Nothing is fine-tuned. For each setting and keep rate it prints top-1 in percent
 Kullback-Leibler divergence KL(dense || compressed) of the predicted classes, in thousandths of a nat. Top-1 on images
 that a model was trained on says little, as it knows most of them; the divergence needs no labels, and sees changes that
 leave the first class in its place. Lines come in the order of the divergence averaged over the keep rates, best first.
+The last two columns hold both less those of `bat` as it is, averaged over the keep rates image by image and paired over
+the images, with their standard errors.
 
 `--data` takes a folder with one sub-folder a class, a `.tar` or `.tar.gz` of one, or `digits`, the training part of the
 bundled digits. Never point it at images that results will be reported on.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from tokencut import compress
 from tokencut.held_images import open_images
 from tokencut.modelzoo import load_model
+from tokencut.pairing import paired_difference
 from tokencut.reduction import methods
 from tokencut.runtime import inference_state, resolve_device
 from tokencut.sources import open_source
@@ -44,13 +48,21 @@ KEEPS = [0.7, 0.5, 0.3, 0.2]
 
 @dataclass
 class Setting:
-    """A line of the table: a method with settings, and for each keep rate its top-1 (percent) and divergence (nats)."""
+    """A line of the table: a method with settings, and what each image gave at each keep rate.
+
+    Attributes:
+        method: Its name.
+        options: Its settings.
+        prop_attn: Whether attention is proportional; the method's default where None.
+        right: Whether top-1 is right, `(images,)` for each keep rate.
+        divergence: From the dense model, in thousandths of a nat, `(images,)` for each keep rate.
+    """
 
     method: str
     options: dict[str, str]
     prop_attn: bool | None = None
-    top1: list[float] = field(default_factory=list)
-    divergence: list[float] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+    divergence: list[Tensor] = field(default_factory=list)
 
     def __str__(self) -> str:
         words = [f"{key}={value}" for key, value in self.options.items()]
@@ -84,17 +96,28 @@ def judge(
         dense, keep=keep, method=setting.method, method_options=setting.options, prop_attn=setting.prop_attn
     )
     found = log_probabilities(model, batches)
-    setting.top1.append(100 * (found.argmax(dim=1) == truth).float().mean().item())
-    setting.divergence.append(F.kl_div(found, wanted, log_target=True, reduction="batchmean").item())
+    setting.right.append((found.argmax(dim=1) == truth).cpu())
+    setting.divergence.append(1000 * F.kl_div(found, wanted, log_target=True, reduction="none").sum(dim=1).cpu())
 
 
 def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
-    """The table in Markdown, the smallest mean divergence first."""
-    lines = [f"| setting | {' | '.join(f'keep {keep:g}' for keep in keeps)} | mean |", "|---" * (len(keeps) + 2) + "|"]
-    for row in sorted(table, key=lambda row: sum(row.divergence)):
-        means = sum(row.top1) / len(keeps), sum(row.divergence) / len(keeps)
-        pairs = [*zip(row.top1, row.divergence, strict=True), means]
-        lines.append(f"| {row} | {' | '.join(f'{top1:.2f} ({1000 * kl:.1f})' for top1, kl in pairs)} |")
+    """The table in Markdown, the smallest mean divergence first; differences are to its first line as given."""
+    rates = " | ".join(f"keep {keep:g}" for keep in keeps)
+    lines = [f"| setting | {rates} | mean | top-1 less {table[0]} | divergence less |", "|---" * (len(keeps) + 4) + "|"]
+    first = table[0]
+    for row in sorted(table, key=lambda row: float(torch.stack(row.divergence).mean())):
+        right, divergence = torch.stack(row.right), torch.stack(row.divergence)
+        pairs = [*zip(100 * right.float().mean(1), divergence.mean(1), strict=True)]
+        pairs.append((100 * right.float().mean(), divergence.mean()))
+        cells = [f"{top1:.2f} ({kl:.1f})" for top1, kl in pairs]
+        if row is not first:
+            more = (divergence - torch.stack(first.divergence)).mean(0)
+            error = more.std() / math.sqrt(len(more))
+            cells += [str(paired_difference(right.tolist(), torch.stack(first.right).tolist())),
+                      f"{more.mean():+.2f} ± {error:.2f}"]  # fmt: skip
+        else:
+            cells += ["", ""]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

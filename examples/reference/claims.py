@@ -65,6 +65,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--limit", type=int, help="judge by an evenly spread sample, for a trial")
     parser.add_argument("--keep", type=float, nargs="+", default=list(Plan.keeps), help="rates of the sweeps")
+    parser.add_argument("--note", action="append", default=[], help="a remark on the models for the page; it is kept")
     parser.add_argument("--list", action="store_true", help="only say what is done and what is left")
     return parser.parse_args(words)
 
@@ -147,6 +148,10 @@ def main() -> None:
             results.data["trained"] = {**results.data.get("trained", {}), **trained_of(args)}
             open_source(args.train, split="train", on_note=say)  # a .tar.gz is unpacked now, once for all jobs
             bench.run(args.jobs, STARTED + args.time_limit - RESERVE)
+        notes = dict.fromkeys([*results.data.get("notes", []), *args.note])
+        if args.note:
+            results.data["notes"] = list(notes)
+            results.save()
         text = page.write(results.data, jobs, args.output)
         say(f"{sum(not results.open(job) for job in jobs)} of {len(jobs)} jobs done; wrote {args.output / PAGE}, "
             f"{len(text.splitlines())} lines")  # fmt: skip

@@ -66,8 +66,8 @@ class Page:
     def intro(self) -> str:
         dense = self.book.found[Task(self.labels[0]).key]
         judged = f"{dense['images']:,} validation images"
-        runs = "; ".join(f"{run['device']}, torch {run['torch']}, timm {run['timm']}, {run['date']}"
-                         for run in self.book.data["runs"])  # fmt: skip
+        runs = "; ".join(dict.fromkeys(f"{run['device']}, torch {run['torch']}, timm {run['timm']}, {run['date']}"
+                                       for run in self.book.data["runs"]))  # fmt: skip
         said = INTRO.format(classes=dense["classes"], images=f"{dense['train_images']:,} rather", paper=PAPER)
         return f"{said}\nJudged in fp32 on {judged}. Machine: {runs}."
 
@@ -77,10 +77,11 @@ class Page:
         for label in self.labels:
             dense = self.book.found[Task(label).key]
             control = self.book.difference(self.control(label), Task(label))
-            epochs = trained[label]["epochs"] if label in trained else ""
+            epochs = trained[label]["epochs"] if label in trained else "not noted"
             rows.append((label, f"{dense['gmacs']:.4f}", epochs, f"{dense['top1']:.2f}", control or "not measured"))
         said = [f"{label}, as trained: {_settings(told['recipe'])}; {_settings(told['augmentation'])}"
                 for label, told in trained.items()]  # fmt: skip
+        said += self.book.data.get("notes", [])
         return table(head, rows) + ("\n\n" + lines(said) if said else "")
 
     def control(self, label: str) -> Task:
@@ -212,7 +213,7 @@ class Page:
         blocks = [f"```\n{command}\n```" for command in shown]
         return "\n\n".join(
             [
-                "All of it, in pieces; the models come from train.py in the same folder:",
+                "All of it, in pieces; the models come from train.py beside it, but for what is said above:",
                 blocks[0],
                 "Single rows, as one would type them: a sweep, fine-tunes of `bat` and the paper's rule, the control:",
                 *blocks[1:],
@@ -224,7 +225,7 @@ def negatives(claims: Sequence[Verdict]) -> str:
     """What fails, what cannot be told, what was not measured."""
     failing = [claim for claim in claims if claim.fails]
     no = [f"{claim.letter} {claim.what}: {claim.found}. **{claim.verdict}**" for claim in failing if claim.refuted]
-    open_ = [f"{claim.letter} {claim.what}: {claim.verdict}" for claim in failing if not claim.refuted]
+    open_ = [f"{claim.letter} {claim.what}: {claim.found}; {claim.verdict}" for claim in failing if not claim.refuted]
     missing = [f"{claim.letter} {claim.what}" for claim in claims if claim.verdict == verdicts.MISSING]
     said = [lines(no) if no else "Of what was measured, nothing is clearly otherwise."]
     said += ["Neither shown nor refuted, within two standard errors:", lines(open_)] if open_ else []

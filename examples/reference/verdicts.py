@@ -197,7 +197,7 @@ def parts(book: Book, label: str) -> list[Verdict]:
             difference = book.difference(task, replace(task, method=method))
             if difference is not None:
                 differences[f"fine-tuned, keep {keep:g}"] = difference
-        what = f"{label}, the whole rule over it {name}"
+        what = f"{label}, the whole rule over {f'it {name}' if name.startswith('without') else name}"
         if not differences:
             found.append(Verdict("(d)", what, said, "", MISSING))
         for where, difference in differences.items():
