@@ -229,9 +229,11 @@ def test_of_several_at_once_one_unpacks(tmp_path: Path, cache: Path, monkeypatch
         extract(archive, folder)
 
     monkeypatch.setattr(archives, "_extract", counted)
+    notes: list[str] = []
     with ThreadPoolExecutor(3) as pool:
-        folders = list(pool.map(lambda _: archives.unpack(path), range(3)))
+        folders = list(pool.map(lambda _: archives.unpack(path, notes.append), range(3)))
     assert len(calls) == 1
+    assert sorted(note.split(" ")[0] for note in notes) == ["another", "another", "unpacking"]
     assert set(folders) == set(left_in(cache))
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tokencut.errors import DataError
 from tokencut.listing import Listing
@@ -86,12 +86,12 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
     target = cache_folder() / _cache_name(path)
     if target.is_dir():
         return target
-    if on_note:
-        on_note(f"unpacking {path} into {target}, this once")
+    note = on_note or (lambda text: None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.is_dir():  # somebody else may have unpacked the same meanwhile
+        with _alone(target.with_name(f".{target.name}.lock"), lambda: note(f"another process unpacks {path}; waiting")):
+            if not target.is_dir():
+                note(f"unpacking {path} into {target}, this once")
                 _unpack(path, target)
     except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
         reason = getattr(error, "strerror", None) or error
@@ -100,6 +100,20 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
             "with room for it, or unpack it yourself and give the folder"
         ) from error
     return target
+
+
+@contextlib.contextmanager
+def _alone(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    lock = FileLock(place, mode=0o666)  # a cache may be shared with other users
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _unpack(path: Path, target: Path) -> None:

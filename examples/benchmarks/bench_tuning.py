@@ -172,7 +172,7 @@ class Results:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             held, self.content["rows"] = found["settings"], dict(found["rows"])
-            self.content["versions"] = dict(found["versions"])
+            self.content["versions"] = {**versions, **found["versions"]}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise TokencutError(f"cannot read {path}: {error}; give another -o") from error
         others = [name for name, value in asdict(settings).items() if held.get(name) != value]

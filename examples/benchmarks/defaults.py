@@ -7,8 +7,8 @@ Nothing is fine-tuned. For each setting and keep rate it prints top-1 in percent
 Kullback-Leibler divergence KL(dense || compressed) of the predicted classes, in thousandths of a nat. Top-1 on images
 that a model was trained on says little, as it knows most of them; the divergence needs no labels, and sees changes that
 leave the first class in its place. Lines come in the order of the divergence averaged over the keep rates, best first.
-The last two columns hold both less those of `bat` as it is, averaged over the keep rates image by image and paired over
-the images, with their standard errors.
+The last two columns hold both minus those of `bat` as it is, averaged over the keep rates image by image and paired
+over the images, with their standard errors.
 
 `--data` takes a folder with one sub-folder a class, a `.tar` or `.tar.gz` of one, or `digits`, the training part of the
 bundled digits. Never point it at images that results will be reported on.
@@ -103,7 +103,10 @@ def judge(
 def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
     """The table in Markdown, the smallest mean divergence first; differences are to its first line as given."""
     rates = " | ".join(f"keep {keep:g}" for keep in keeps)
-    lines = [f"| setting | {rates} | mean | top-1 less {table[0]} | divergence less |", "|---" * (len(keeps) + 4) + "|"]
+    lines = [
+        f"| setting | {rates} | mean | top-1 minus {table[0]} | divergence minus {table[0]} |",
+        "|---" * (len(keeps) + 4) + "|",
+    ]
     first = table[0]
     for row in sorted(table, key=lambda row: float(torch.stack(row.divergence).mean())):
         right, divergence = torch.stack(row.right), torch.stack(row.divergence)

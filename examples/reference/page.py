@@ -72,7 +72,7 @@ class Page:
         return f"{said}\nJudged in fp32 on {judged}. Machine: {runs}."
 
     def models(self) -> str:
-        head = ("model", "GMACs", "trained, epochs", "top-1, %", "fine-tuned alike, less as trained")
+        head = ("model", "GMACs", "trained, epochs", "top-1, %", "fine-tuned alike, minus as trained")
         rows, trained = [], self.book.data.get("trained", {})
         for label in self.labels:
             dense = self.book.found[Task(label).key]
@@ -102,7 +102,7 @@ class Page:
             lines.append((f"`{method}`", *(f"{cell['top1']:.2f}" if cell else "" for cell in cells)))
         first = [by_key.get((methods[0], keep)) for keep in keeps]
         lines.append((f"`{methods[0]}`, GMACs", *(f"{cell['gmacs']:.3f}" if cell else "" for cell in first)))
-        lines.append((f"`{methods[0]}` less dense",
+        lines.append((f"`{methods[0]}` minus dense",
                       *(str(verdicts.of_rows(cell, dense)) if cell else "" for cell in first)))  # fmt: skip
         head = (f"{label} (dense {dense['top1']:.2f})", *(f"keep {keep:g}" for keep in keeps))
         picture = f"\n\n![Top-1 against multiply-adds, {label}]({plot})" if plot else ""
@@ -112,7 +112,7 @@ class Page:
         held = self.book.data["conditions"]
         words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in held["recipe"].items())
         return (f"One recipe for all: epochs {held['epochs']}, batch {held['batch']}, {held['precision']}, {words}, "
-                "half of the loss distilled from the dense model. *Less control*: against the dense model fine-tuned "
+                "half of the loss distilled from the dense model. *Minus control*: against the dense model fine-tuned "
                 "alike, seed by seed.")  # fmt: skip
 
     def tuned(self, label: str) -> str:
@@ -125,13 +125,14 @@ class Page:
             if not found:
                 continue
             tops, sample = [entry["top1"] for entry in found.values()], next(iter(found.values()))
-            spread = f" (seeds: {stdev(tops):.2f})" if len(tops) > 1 else ""
+            spread = f" ± {stdev(tops):.2f}" if len(tops) > 1 else ""
             saved = 100 * (1 - sample["gmacs"] / sample["dense_gmacs"])
             keep = "" if task.method == DENSE else f"{sample['keep']:g}"
             control = "" if task.method == DENSE else self.book.difference(task, self.control(label)) or "no control"
             rows.append((f"`{task.method}`", keep, f"{saved:.1f}", str(len(tops)), f"{mean(tops):.2f}{spread}",
                          self.book.difference(task, Task(label)), control))  # fmt: skip
-        head = (label, "keep", "fewer GMACs, %", "seeds", "top-1, %", "less dense as trained", "less control")
+        head = (label, "keep", "fewer GMACs, %", "seeds", "top-1, % (± over seeds)", "minus dense as trained",
+                "minus control")  # fmt: skip
         return table(head, rows) if rows else f"{label}: not measured."
 
     def parts(self) -> str:
@@ -168,7 +169,7 @@ class Page:
         rows = [(f"{task.label}, `{task.method}`, keep {task.keep}", f"{task.alpha:g}", f"{task.beta:g}", difference)
                 for task in tasks
                 if (difference := self.book.difference(task, replace(task, alpha=0.0, beta=0.0)))]  # fmt: skip
-        head = ("model", "alpha (importance)", "beta (diversity)", "less the same without")
+        head = ("model", "alpha (importance)", "beta (diversity)", "minus the same without")
         return table(head, rows) if rows else "Not measured."
 
     def searched(self) -> str:
@@ -184,8 +185,8 @@ class Page:
                          ",".join(map(str, found["layers"])), verdicts.of_rows(found["shelf"], dense),
                          verdicts.of_rows(tuned, dense), verdicts.of_rows(tuned, control) if control else "",
                          f"{found['searching']:.0f} s"))  # fmt: skip
-        head = ("model", "fewer GMACs, %", "keep", "layers", "off the shelf, less dense", "fine-tuned, less dense",
-                "less control", "search")  # fmt: skip
+        head = ("model", "fewer GMACs, %", "keep", "layers", "off the shelf, minus dense", "fine-tuned, minus dense",
+                "minus control", "search")  # fmt: skip
         return table(head, rows) if rows else "Not measured."
 
     def cut(self) -> str:

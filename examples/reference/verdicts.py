@@ -138,7 +138,8 @@ def headline(book: Book, letter: str, label: str) -> list[Verdict]:
 def importance(book: Book, label: str) -> list[Verdict]:
     """(c): ahead of importance only at every keep, most at a low one."""
     said = "ahead at every keep; against EViT +0.1 at keep 0.7, +0.5 at 0.5 (DeiT-S)"
-    found = [_every_keep(book.rows(f"{label} parts"), PAPER, IMPORTANCE[0], f"{label}, off the shelf", said)]
+    plain = f"{label}, off the shelf, both without proportional attention"
+    found = [_every_keep(book.rows(f"{label} parts"), PAPER, IMPORTANCE[0], plain, said)]
     found += [_every_keep(book.rows(f"{label} methods"), "bat", other, f"{label}, off the shelf", said)
               for other in IMPORTANCE[1:]]  # fmt: skip
     for method in (PAPER, "bat"):

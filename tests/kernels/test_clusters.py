@@ -23,7 +23,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(clusters, "WHOLE", 0)
 
 
-@pytest.mark.parametrize("neighbours", clusters.NEIGHBOURS)
+@pytest.mark.parametrize("neighbours", density_peaks.KERNEL_NEIGHBOURS)
 def test_clusters_and_their_averages(neighbours: int, device: str) -> None:
     points = torch.randn(2, 19, 24)
     sizes = torch.randint(1, 5, (2, 19)).float()

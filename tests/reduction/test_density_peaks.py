@@ -36,7 +36,7 @@ def test_scores_by_hand() -> None:
     # dense and the lower number is the denser one. Separation: 0 is densest, so the largest squared distance, 121; then
     # 1 from 0, 1 from 1, 64 from 2, 1 from 3.
     scores = peak_scores(squared_distances(LINE), width=1, neighbours=2)
-    expected = [-0.5 + 0.5 * math.log(square) for square in (121, 1, 1, 64, 1)]
+    expected = [-0.5 + 0.5 * math.log(square) for square in (math.inf, 1, 1, 64, 1)]
     assert scores[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -44,7 +44,7 @@ def test_density_counts_the_nearest_and_divides_by_the_width() -> None:
     # Three nearest: mean squared distances are 5/3, 2/3, 5/3, (0+1+64)/3, (0+1+81)/3; the point 1 is densest.
     scores = peak_scores(squared_distances(LINE), width=1, neighbours=3)
     means = (5 / 3, 2 / 3, 5 / 3, 65 / 3, 82 / 3)
-    separations = (1, 121, 1, 64, 1)
+    separations = (1, math.inf, 1, 64, 1)
     expected = [-mean + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
     assert scores[0].tolist() == pytest.approx(expected, abs=1e-5)
     wide = peak_scores(squared_distances(LINE), width=10, neighbours=3)
@@ -109,6 +109,17 @@ def test_tokens_are_clustered_within_their_window() -> None:
     points = torch.tensor([[[0.0], [1.0], [10.0], [10.5], [0.0], [0.1], [50.0], [50.2]]])
     assert density_clusters(points, 4, 2, parts=2).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
     assert density_clusters(points, 3, 2).tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_image_with_features_that_are_no_numbers_leaves_the_others_alone(odd: float, parts: int) -> None:
+    points = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
+    sound = density_clusters(points, 6, 3, parts=parts)
+    points[0, 3, 1] = odd
+    found = density_clusters(points, 6, 3, parts=parts)
+    assert torch.equal(found[1], sound[1])
+    assert found[0].unique().tolist() == list(range(6))
 
 
 def test_each_window_has_a_centre_and_the_rest_go_where_tokens_are_far_apart() -> None:

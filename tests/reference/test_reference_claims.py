@@ -231,9 +231,9 @@ def test_the_script_goes_on_where_it_was_and_writes_no_paths_of_this_machine(
     assert str(tmp_path) not in text and str(data) not in text
     assert "python examples/reference/claims.py --model deit_tiny=runs/deit_tiny --train train --val val" in text
     assert "deit_tiny, as trained: epochs 3, batch 8" in text
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--time-limit", "0"])
+    typed = [*sys.argv, "--time-limit", "0"]
     for extra in (["--note", "Trained on a Sunday."], []):
-        monkeypatch.setattr(sys, "argv", [*sys.argv, *extra])
+        monkeypatch.setattr(sys, "argv", [*typed, *extra])
         claims.main()
         assert "- Trained on a Sunday." in (tmp_path / "out" / "RESULTS.md").read_text()
     capsys.readouterr()

@@ -16,7 +16,6 @@ from torch import Tensor
 from tokencut.kernels import opaque
 from tokencut.kernels.phases import run_phases
 
-NEIGHBOURS = (3, 4)  # how many nearest can be counted, the point itself among them
 TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
 ALONE = 128  # up to so many tokens one tile holds all distances of a window, and reads each token once
 OWN, OTHERS = 256, 8  # tokens that a program owns, and those it compares them with at once

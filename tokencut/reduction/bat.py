@@ -42,7 +42,9 @@ class Bat(Reduction):
     inattentive: str = option("cluster", "what becomes of inattentive tokens", choices=("cluster", "drop"))
     neighbours: int = option(3, "nearest tokens that count for a density, the token itself among them", low=1)
     mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
-    window: int = option(128, "tokens that are compared with each other; more are clustered in equal windows", low=4)
+    window: int = option(
+        128, "about how many tokens are compared with each other; an image of more is clustered in equal windows", low=4
+    )
     features: str = option("normed", "what clusters compare", choices=FEATURE_KINDS)
     match_features: str = option("normed", "what pairs compare", choices=FEATURE_KINDS)
     weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)

@@ -9,8 +9,9 @@ from tokencut import kernels
 from tokencut.reduction.decouple import ranking
 from tokencut.tokens import Grouping, ordered_average
 
-# Clusters that each window gets on average, at least. With 20 a window (DeiT-T of 196 tokens at keep 0.2) two windows
-# cost 1.07 +- 0.45 points of top-1 on 3,000 training images; with 39 (keep 0.4) and more nothing that could be told.
+# Numbers of nearest that the GPU kernel can count.
+KERNEL_NEIGHBOURS = (3, 4)
+# Clusters that each window gets on average, at least: with 20 accuracy suffers, see examples/benchmarks/defaults.md.
 WINDOW_CLUSTERS = 32
 
 
@@ -35,8 +36,8 @@ def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor
     """How much each point is a centre: log density plus log separation.
 
     Density is `mass * exp(-mean squared distance to the nearest / width)`; separation the distance to the nearest
-    denser point, for the densest the largest distance of its image. Logarithms, since the density underflows on tokens
-    of large norm.
+    denser point. The densest, whose separation is published as the largest distance, and so its score as the highest,
+    has an infinite one. Logarithms, since the density underflows on tokens of large norm.
 
     Args:
         distances: Squared distances, fp32 `(B, n, n)`.
@@ -45,7 +46,7 @@ def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor
         log_mass: Logarithm of each point's mass, fp32 `(B, n)`; every mass is 1 where None, as published.
 
     Returns:
-        fp32 `(B, n)`; higher is more of a centre, `-inf` for a point that coincides with a denser one.
+        fp32 `(B, n)`; higher is more of a centre, `-inf` for a point that coincides with a denser one or is no number.
     """
     count = distances.shape[1]
     log_density = -_mean_of_nearest(distances, min(neighbours, count)) / width
@@ -57,8 +58,8 @@ def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor
     # Added rather than filled in: a masked fill took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
     not_denser = rank.unsqueeze(1) >= rank.unsqueeze(2)
     to_denser = torch.add(distances, not_denser, alpha=torch.finfo(torch.float32).max).amin(2)
-    separation = torch.where(rank == 0, distances.amax((1, 2)).unsqueeze(1), to_denser)
-    return log_density + 0.5 * separation.log()
+    scores = log_density + 0.5 * to_denser.log()
+    return scores.masked_fill(scores.isnan(), -torch.inf).masked_fill(rank == 0, torch.inf)
 
 
 def _mean_of_nearest(distances: Tensor, neighbours: int) -> Tensor:
@@ -100,16 +101,19 @@ def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:
 
 
 def windows(count: int, clusters: int, window: int) -> int:
-    """Into how many windows of equal size the tokens of an image are split, so that none holds more than `window`.
+    """Into how many windows of equal size the tokens of an image are split.
+
+    As many as hold `window` tokens or a little fewer; fewer and larger ones where each would get less than
+    `WINDOW_CLUSTERS` clusters, or where the number of tokens divides by nothing near (a prime by nothing at all). So a
+    slightly lower keep rate can cost slightly more, where it takes windows away.
 
     Args:
         count: `N`, the number of tokens.
-        clusters: `C`; each window must leave room for `WINDOW_CLUSTERS` of them.
-        window: The most tokens in a window.
+        clusters: `C`, for the whole image.
+        window: The tokens wanted in a window.
 
     Returns:
-        The smallest such number that divides `N`; where none of those up to twice the smallest possible does, or too
-        few clusters would be left to each, the largest number below that divides `N`.
+        A divisor of `N`, at least 1.
     """
     fewest = -(-count // window)
     most = min(2 * fewest, clusters // WINDOW_CLUSTERS)
@@ -143,9 +147,6 @@ def density_clusters(
     log_mass = None if sizes is None else mass * sizes.log().unflatten(1, (parts, -1)).flatten(0, 1)
     distances = squared_distances(points.unflatten(1, (parts, -1)).flatten(0, 1))
     scores = peak_scores(distances, width, neighbours, log_mass)
-    if parts > 1:
-        # The densest point has the best score of its window anyway: so it comes before all of other windows.
-        scores = scores.scatter(1, scores.argmax(1, keepdim=True), torch.inf)
     centres = ranking(scores.view(batch, count))[:, :clusters]
     is_centre = torch.zeros_like(centres[:, :1]).expand(-1, count).scatter(1, centres, 1)
     joined = _joined(distances, is_centre.view(batch * parts, -1)).view(batch, parts, -1)
@@ -179,4 +180,6 @@ def density_average(
 def _has_kernel(points: Tensor, neighbours: int, parts: int) -> bool:
     """Whether a GPU kernel clusters such points; in fp32, without tensor cores, it is no faster."""
     half = points.dtype in (torch.float16, torch.bfloat16)
-    return half and 3 <= neighbours <= min(4, points.shape[1] // parts) and kernels.usable(points)
+    return (
+        half and neighbours in KERNEL_NEIGHBOURS and neighbours <= points.shape[1] // parts and kernels.usable(points)
+    )

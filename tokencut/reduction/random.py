@@ -42,8 +42,8 @@ class Random(Reduction):
 def _scramble(numbers: Tensor, seed: int) -> Tensor:
     """A pseudo-random number for each number, by integer arithmetic alone: it compiles, exports and repeats anywhere.
 
-    Three rounds of multiply and shift on 31 bits; the second multiplier mixes in how many numbers there are, so that
-    stages of one model draw differently.
+    Three rounds of multiply and shift on 31 bits. The start mixes in how many numbers there are, so that stages of one
+    model draw differently.
     """
     mask = 0x7FFFFFFF
     # Constants of 31 bits too: the compiler writes them as int32.
