@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import given_scene
+from scenes import given_scene, grouping
 
 from tokencut.errors import UsageError
 from tokencut.reduction import StageShape, make_method
@@ -102,3 +102,16 @@ def test_presets() -> None:
         make_method("bat", {"preset": "papr"})
     with pytest.raises(UsageError, match="method topk has no preset 'paper'; it has none"):
         make_method("topk", {"preset": "paper"})
+
+
+def test_tokens_of_different_windows_are_never_joined() -> None:
+    # 128 tokens of which each stands twice, in the first half and in the second: 64 clusters join the copies, unless
+    # they stand in different windows. Windows of 64 need 32 clusters each.
+    points = torch.arange(64.0).repeat(2).unsqueeze(1).tolist()
+    scene = given_scene(points)
+    everywhere = grouping(make_method("bat"), scene, 64).group[0]
+    assert torch.equal(everywhere[:64], everywhere[64:])
+    apart = grouping(make_method("bat", {"window": 64}), scene, 64).group[0]
+    assert not set(apart[:64].tolist()) & set(apart[64:].tolist())
+    too_few = grouping(make_method("bat", {"window": 64}), scene, 63).group[0]
+    assert set(too_few[:64].tolist()) & set(too_few[64:].tolist())
