@@ -180,7 +180,8 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reductio
         UsageError: No method or setting of that name (the nearest is offered), or a value that does not fit.
     """
     if name not in _METHODS:
-        raise UsageError(f"unknown method {name!r}{nearest_known(name, _METHODS)} methods are {', '.join(sorted(_METHODS))}")
+        known = ", ".join(sorted(_METHODS))
+        raise UsageError(f"unknown method {name!r}{nearest_known(name, _METHODS)} methods are {known}")
     method = _METHODS[name]
     fields = {field.name: field for field in dataclasses.fields(method)}
     chosen = dict(options or {})
