@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +43,19 @@ def shared() -> Path:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Folders run in two processes; named files and tests in this one, since each takes seconds to import torch."""
     return 0 if all(".py" in name for name in config.args) else 2
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Runs a script as typed, `run_script(path, *words)`: what it printed, and what it said on stderr."""
+
+    def run(path: Path, *words: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
+        runpy.run_path(str(path), run_name="__main__")
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,10 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "defa
 ROW = re.compile(r"\| (?P<setting>[^|]+) \| (?P<top1>[\d.]+) \((?P<kl>[\d.]+)\) \| [\d.]+ \((?P<mean>[\d.]+)\) \|")
 
 
-def test_a_small_grid_on_the_training_digits(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_small_grid_on_the_training_digits(run_script: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --data digits --limit 20 --grid pairs=0,0.25 neighbours=5 --methods topk --keep 0.2 --device cpu"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed, _ = run_script(SCRIPT, *words.split())
     assert printed.startswith("digits, 20 training images of digits: dense top-1 ")
     rows = {found["setting"]: found for found in ROW.finditer(printed)}
     assert list(rows) == sorted(rows, key=lambda name: float(rows[name]["mean"]))

@@ -6,9 +6,8 @@ import json
 import math
 import operator
 import os
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,16 +41,9 @@ def tables() -> ModuleType:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+def script(run_script: Script) -> Script:
     """Runs the script with the words given: what it printed, and what it said on stderr."""
-
-    def call(*words: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
-        runpy.run_path(str(FOLDER / "finetune.py"), run_name="__main__")
-        printed = capsys.readouterr()
-        return printed.out, printed.err
-
-    return call
+    return partial(run_script, FOLDER / "finetune.py")
 
 
 def test_jobs_share_the_tasks_and_end_in_time() -> None:

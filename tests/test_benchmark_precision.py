@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,10 @@ def test_loss_beyond_the_dense_models_by_hand(script: dict[str, Any]) -> None:
     assert error == pytest.approx(50 / 4**0.5)
 
 
-def test_the_script_on_the_digits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_on_the_digits(run_script: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --data digits --limit 8 --keep 0.5 --methods topk --precision bf16 --device cpu"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed, _ = run_script(SCRIPT, *words.split())
     assert printed.startswith("digits, 8 images of digits: dense top-1 ")
     found = ROW.search(printed)
     assert found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,10 @@ from tokencut.compression import predicted_macs
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "schedules.py"
 
 
-def test_a_row_beside_the_fixed_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_beside_the_fixed_stages(run_script: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --keep 0.2 --images 16 --effort 3 --limit 30"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed, _ = run_script(SCRIPT, *words.split())
     head, _, row = (line.strip("| ").split(" | ") for line in printed.splitlines()[:3])
     cells = dict(zip(head, row, strict=True))
     dense = digits.create()

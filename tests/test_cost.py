@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokencut import cost
-from tokencut.adapters import adapter_for
-from tokencut.compression import CompressedModel, compress, predicted_macs
+from tokencut.compression import compress, predicted_macs
 from tokencut.cost import BlockCost, BlockRow, Macs, ModelCost, StageCost
 from tokencut.counting import count_macs
 from tokencut.reduction import methods
@@ -52,9 +51,7 @@ def build(fixture: str) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def closed_form(model: nn.Module) -> int:
-    if isinstance(model, CompressedModel):
-        return cost.total(predicted_macs(model))
-    return cost.total(cost.predict(adapter_for(model).cost(model), {}))
+    return cost.total(predicted_macs(model))
 
 
 def weightless(name: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,10 @@ def test_a_model_that_is_not_compressed_is_refused() -> None:
     )
 
 
-def run_example(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """Runs the example as from the command line."""
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *words])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-
-
-def test_the_example_on_the_digits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_on_the_digits(run_script: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --limit 20 --keep 0.5 --method topk --blocks 3 11 --steps 20"
-    run_example(monkeypatch, *words.split())
-    printed = capsys.readouterr().out
+    printed, _ = run_script(EXAMPLE, *words.split())
     assert re.match(r"digits, topk, keep 0.5: 0.0\d+ of 0.0\d+ GMACs; 20 images\n", printed)
     rows = [match.groupdict() for match in ROW.finditer(printed)]
     assert [(row["block"], row["map"], row["patch"]) for row in rows] == [("3", "48x8x8", "4"), ("11", "48x8x8", "4")]
@@ -131,14 +124,11 @@ def test_the_example_on_the_digits(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert right and all(60 < float(share) <= 100 for share in right.groups())
 
 
-def test_the_example_on_a_file_and_a_picture(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_example_on_a_file_and_a_picture(run_script: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     file, photo = tmp_path / "out.safetensors", tmp_path / "photo.png"
     tokencut.save(compressed_model(), file)
     Image.linear_gradient("L").save(photo)
-    run_example(monkeypatch, str(file), str(photo), "--steps", "1")
-    printed = capsys.readouterr().out
+    printed, _ = run_script(EXAMPLE, file, photo, "--steps", "1")
     assert printed.startswith(f"{file}, bat, keep 0.5: ") and "; 1 images\n" in printed
     assert [match["map"] for match in ROW.finditer(printed)] == ["64x4x4"] * 3
 
@@ -151,9 +141,11 @@ def test_the_example_on_a_file_and_a_picture(
                                 "photo.jpg"),
     ],
 )  # fmt: skip
-def test_the_example_without_an_image(monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:
+def test_the_example_without_an_image(
+    run_script: Callable[..., tuple[str, str]], words: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_example(monkeypatch, *words)
+        run_script(EXAMPLE, *words)
     assert caught.value.code == f"error: {message}"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import runpy
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,16 +117,16 @@ def test_dense_accuracy_on_the_test_images() -> None:
     assert abs(correct - 591) <= 1
 
 
-def test_training_script_gives_the_same_bytes_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_training_script_gives_the_same_bytes_again(
+    monkeypatch: pytest.MonkeyPatch, run_script: Callable[..., tuple[str, str]], tmp_path: Path
+) -> None:
     script = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
     images, labels = digits.images("train")
     monkeypatch.setattr(digits, "images", lambda split: (images[::6], labels[::6]))
     threads = torch.get_num_threads()
     try:
         for name in ("one", "two"):
-            options = ["--hold-out", "100", "--epochs", "1", "-o", str(tmp_path / name)]
-            monkeypatch.setattr(sys, "argv", [str(script), *options])
-            runpy.run_path(str(script), run_name="__main__")
+            run_script(script, "--hold-out", "100", "--epochs", "1", "-o", tmp_path / name)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)

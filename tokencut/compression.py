@@ -280,15 +280,20 @@ def compress(
     return CompressedModel(copy.deepcopy(model), recipe).train(model.training)
 
 
-def predicted_macs(model: CompressedModel) -> tuple[cost.BlockRow, ...]:
+def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     """Multiply-adds per image by the closed form, row by row, without running anything.
 
     Args:
-        model: A compressed model, at its recipe's input size.
+        model: A compressed model, at its recipe's input size, or a dense one.
 
     Returns:
         Rows as `cost.predict` gives them; `cost.total` adds them up.
+
+    Raises:
+        ModelError: A dense model's family is not supported.
     """
+    if not isinstance(model, CompressedModel):
+        return cost.predict(adapter_for(model).cost(model), {})
     shape = model.adapter.cost(model.model)
     stages = {
         plan.block: stage_cost(model.method, shape, plan.tokens_in, plan.tokens_out) for plan in model.recipe.stages

@@ -116,7 +116,6 @@ def describe_export(
     compressed = model if isinstance(model, CompressedModel) else None
     inner = compressed.model if compressed else model
     adapter = adapter_for(inner)
-    dense = cost.total(cost.predict(adapter.cost(inner), {}))
     prepared = preprocessing_of(model).config
     labels = fitting_label_names(inner)
     return ExportInfo(
@@ -129,8 +128,8 @@ def describe_export(
         num_classes=int(getattr(inner, "num_classes", 0)),
         label_names=labels,
         origin=origin_of(inner),
-        gmacs=(cost.total(predicted_macs(compressed)) if compressed else dense) / 1e9,
-        dense_gmacs=dense / 1e9,
+        gmacs=cost.total(predicted_macs(model)) / 1e9,
+        dense_gmacs=cost.total(predicted_macs(inner)) / 1e9,
         params=_parameters(model),
         dense_params=_parameters(inner),
     )

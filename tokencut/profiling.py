@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import __version__, cost
-from tokencut.adapters import adapter_for
 from tokencut.compiling import compile_model
 from tokencut.compression import CompressedModel, predicted_macs
 from tokencut.counting import MacCount, count_macs
@@ -146,10 +145,8 @@ def _figures(model: nn.Module, count: MacCount, timing: Timing | None) -> Figure
 
 
 def _blocks(model: nn.Module) -> tuple[cost.BlockRow, ...]:
-    if isinstance(model, CompressedModel):
-        return predicted_macs(model)
     try:
-        return cost.predict(adapter_for(model).cost(model), {})
+        return predicted_macs(model)
     except ModelError:
         return ()
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.adapters import adapter_for
 from tokencut.compression import CompressedModel, compress, predicted_macs
 from tokencut.description import description_of
 from tokencut.errors import UsageError
@@ -209,8 +208,8 @@ class _Run:
         left = self.left()
         for position, key in enumerate(left):
             report = self._judge(models[key], key, position, len(left))
-            row = Row(*key, _gmacs(models[key]), report.top1, report.top5, None, report.images, report.loss,
-                      report.correct)  # fmt: skip
+            gmacs = cost.total(predicted_macs(models[key])) / 1e9
+            row = Row(*key, gmacs, report.top1, report.top5, None, report.images, report.loss, report.correct)
             self.state.notes = report.notes
             self.state.add(row, self.recipes[key].to_json() if key in self.recipes else None)
             self.state.save(self.folder)
@@ -286,12 +285,6 @@ def _layers(recipes: Mapping[Key, Recipe]) -> tuple[int, ...]:
 def _dtype(model: nn.Module) -> torch.dtype:
     floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
     return next(floating, torch.float32)
-
-
-def _gmacs(model: nn.Module) -> float:
-    if isinstance(model, CompressedModel):
-        return cost.total(predicted_macs(model)) / 1e9
-    return cost.total(cost.predict(adapter_for(model).cost(model), {})) / 1e9
 
 
 def _speed(timing: Timing, batch: int) -> Speed:

@@ -78,6 +78,15 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
+# What a model is beside the dense one.
+BESIDE_DENSE: Columns = {
+    "speed-up": lambda row: f"{row.speedup:.2f}",
+    "spread": between,
+    "FLOPs ratio": lambda row: f"{row.flops_ratio:.2f}",
+    "kept": lambda row: f"{row.kept:.2f}",
+    "stages": lambda row: percent(row.stage_share),
+}
+
 Measured = Callable[[Callable[[str], None]], Iterable[Row]]
 
 

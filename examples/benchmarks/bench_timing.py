@@ -19,7 +19,6 @@ from bench_table import Row
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.adapters import adapter_for
 from tokencut.compression import CompressedModel, predicted_macs
 from tokencut.errors import UsageError
 from tokencut.latency import Clock, Forward, Timing, clock_for, measure, share_of_time, speedup
@@ -75,13 +74,6 @@ def chosen_clock(args: argparse.Namespace) -> Clock:
 def prepared(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """A model in eval mode on its device, its weights cast, as it would be served."""
     return model.to(resolve_device(args.device), PRECISIONS[args.precision]).eval()
-
-
-def blocks_of(model: nn.Module) -> tuple[cost.BlockRow, ...]:
-    """A model's multiply-adds row by row, by the closed form."""
-    if isinstance(model, CompressedModel):
-        return predicted_macs(model)
-    return cost.predict(adapter_for(model).cost(model), {})
 
 
 class TooSlowError(Exception):
@@ -144,7 +136,7 @@ def beside_dense(
 
 
 def _row(name: str, form: str, model: nn.Module, images: Tensor, timing: Timing, share: float | None) -> Row:
-    blocks = blocks_of(model)
+    blocks = predicted_macs(model)
     return Row(
         model=name,
         form=form,

@@ -103,15 +103,15 @@ def judge(
 def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
     """The table in Markdown, the smallest mean divergence first; differences are to its first line as given."""
     rates = " | ".join(f"keep {keep:g}" for keep in keeps)
+    first = table[0]
     lines = [
-        f"| setting | {rates} | mean | top-1 minus {table[0]} | divergence minus {table[0]} |",
+        f"| setting | {rates} | mean | top-1 minus {first} | divergence minus {first} |",
         "|---" * (len(keeps) + 4) + "|",
     ]
-    first = table[0]
     for row in sorted(table, key=lambda row: float(torch.stack(row.divergence).mean())):
         right, divergence = torch.stack(row.right), torch.stack(row.divergence)
-        pairs = [*zip(100 * right.float().mean(1), divergence.mean(1), strict=True)]
-        pairs.append((100 * right.float().mean(), divergence.mean()))
+        means = (100 * right.float().mean(), divergence.mean())
+        pairs = [*zip(100 * right.float().mean(1), divergence.mean(1), strict=True), means]
         cells = [f"{top1:.2f} ({kl:.1f})" for top1, kl in pairs]
         if row is not first:
             more = (divergence - torch.stack(first.divergence)).mean(0)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
-from bench_table import Columns, Row, between, in_processes, percent, plus_minus, publish
+from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, publish
 from bench_timing import add_run_options, beside_dense, chosen_clock, heading, prepared
 from torch import nn
 
@@ -40,11 +40,7 @@ COLUMNS: Columns = {
     "stage GMACs": lambda row: "" if row.stage_share is None else f"{row.stage_gmacs:.3f}",
     "ms an image": lambda row: f"{row.ms / row.batch:.2f}",
     "±": plus_minus,
-    "speed-up": lambda row: f"{row.speedup:.2f}",
-    "spread": between,
-    "FLOPs ratio": lambda row: f"{row.flops_ratio:.2f}",
-    "kept": lambda row: f"{row.kept:.2f}",
-    "stages": lambda row: percent(row.stage_share),
+    **BESIDE_DENSE,
     "peak, MiB": lambda row: "" if row.memory_mib is None else f"{row.memory_mib:,.0f}",
 }
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import timm
 import torch
-from bench_table import Columns, Row, between, in_processes, percent, plus_minus, publish
+from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, publish
 from bench_timing import (
     TooSlowError,
     add_run_options,
@@ -60,11 +60,7 @@ COLUMNS: Columns = {
     "images/s": lambda row: f"{1000 * row.batch / row.ms:,.0f}",
     "ms": lambda row: f"{row.ms:.2f}",
     "±": plus_minus,
-    "speed-up": lambda row: f"{row.speedup:.2f}",
-    "spread": between,
-    "FLOPs ratio": lambda row: f"{row.flops_ratio:.2f}",
-    "kept": lambda row: f"{row.kept:.2f}",
-    "stages": lambda row: percent(row.stage_share),
+    **BESIDE_DENSE,
 }
 
 

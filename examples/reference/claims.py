@@ -148,9 +148,8 @@ def main() -> None:
             results.data["trained"] = {**results.data.get("trained", {}), **trained_of(args)}
             open_source(args.train, split="train", on_note=say)  # a .tar.gz is unpacked now, once for all jobs
             bench.run(args.jobs, STARTED + args.time_limit - RESERVE)
-        notes = dict.fromkeys([*results.data.get("notes", []), *args.note])
         if args.note:
-            results.data["notes"] = list(notes)
+            results.data["notes"] = list(dict.fromkeys([*results.data.get("notes", []), *args.note]))
             results.save()
         text = page.write(results.data, jobs, args.output)
         say(f"{sum(not results.open(job) for job in jobs)} of {len(jobs)} jobs done; wrote {args.output / PAGE}, "

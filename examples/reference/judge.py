@@ -16,8 +16,7 @@ from torch import nn
 from worklist import DENSE, Task
 
 from tokencut import cost
-from tokencut.adapters import adapter_for
-from tokencut.compression import CompressedModel, compress, predicted_macs
+from tokencut.compression import compress, predicted_macs
 from tokencut.distributed import alone
 from tokencut.errors import TokencutError
 from tokencut.evaluation import evaluate
@@ -31,9 +30,7 @@ from tokencut.training_setup import TrainingSetup
 
 def macs(model: nn.Module) -> int:
     """Multiply-adds an image, by the closed form."""
-    if isinstance(model, CompressedModel):
-        return cost.total(predicted_macs(model))
-    return cost.total(cost.predict(adapter_for(model).cost(model), {}))
+    return cost.total(predicted_macs(model))
 
 
 def keep_for(dense: nn.Module, reduction: dict[str, Any], percent: float) -> float:

@@ -21,13 +21,13 @@ def test_neither_on_a_cpu_or_an_old_gpu_nor_where_a_gradient_is_asked_for(monkey
 
     tensor: Any = OnGPU()
     monkeypatch.setattr(kernels, "_FOUND", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "_capability", lambda device: (9, 0))
     assert not kernels.usable(torch.zeros(1))
     assert not kernels.usable(tensor)
     with torch.no_grad():
         assert kernels.usable(tensor)
         with monkeypatch.context() as older:
-            older.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+            older.setattr(kernels, "_capability", lambda device: (7, 5))
             assert not kernels.usable(tensor)
         monkeypatch.setattr(kernels, "_FOUND", False)
         assert not kernels.usable(tensor)

@@ -60,7 +60,7 @@ def sweep(
     from tokencut.plots import require_matplotlib
 
     require_matplotlib()
-    from tokencut.cli.subject import prepare
+    from tokencut.cli.subject import mind_recipe, prepare
     from tokencut.runtime import resolve_device
     from tokencut.sources import open_source
     from tokencut.sweep_report import check_folder
@@ -80,7 +80,8 @@ def sweep(
     plan.pairs()
     check_folder(output, force=force)
     images = open_source(data.data, on_note=render.note)
-    _mind_recipe(model)
+    instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
+    mind_recipe(model, taken_by="a sweep", instead=instead)
     subject = prepare(model, source, ReductionOptions(), seed=run.seed, dense=True)
     try:
         with render.progress(f"sweep of {subject.name}") as advance:
@@ -105,21 +106,6 @@ def sweep(
         return
     _show(report)
     render.note(f"wrote to {output}: {', '.join(report.files)}")
-
-
-def _mind_recipe(model: str) -> None:
-    """Says what becomes of the recipe of a tokencut file; refuses one that the weights were trained for."""
-    if not Path(model).is_file():
-        return
-    from tokencut.artifact import read_info
-    from tokencut.cli.subject import describe
-    from tokencut.reduction import methods
-
-    recipe = read_info(model).recipe
-    if methods()[recipe.method].needs_training:
-        raise UsageError(f"{model} was trained for its recipe ({describe(recipe)}), which a sweep cannot replace; type "
-                         f"tokencut eval {model} --data DIR, or sweep the original model")  # fmt: skip
-    render.note(f"the recipe of {model} ({describe(recipe)}) does not count: a sweep starts from its dense model")
 
 
 def _status(now: SweepProgress) -> str:

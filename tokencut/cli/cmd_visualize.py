@@ -119,7 +119,7 @@ def _models(
     variants: dict[str, ReductionOptions] | None,
 ) -> tuple[str, dict[str, CompressedModel]]:
     """The model's name, and what is drawn of it by row name; one without a name where nothing is compared."""
-    from tokencut.cli.subject import prepare
+    from tokencut.cli.subject import mind_recipe, prepare
     from tokencut.compression import CompressedModel, compress
 
     if variants is None:
@@ -127,26 +127,11 @@ def _models(
         assert isinstance(subject.model, CompressedModel)
         return subject.name, {"": subject.model}
     arguments = {label: options.arguments() for label, options in variants.items()}
-    _mind_recipe(spec)
+    mind_recipe(spec, taken_by="--compare", instead="leave --compare out, or name the original model")
     subject = prepare(spec, source, ReductionOptions(), seed=run.seed, dense=True)
     made = {label: compress(subject.dense, **values) for label, values in arguments.items()}
     # One set of weights for all, as in a sweep.
     return subject.name, {label: CompressedModel(subject.dense, one.recipe).eval() for label, one in made.items()}
-
-
-def _mind_recipe(spec: str) -> None:
-    """Says what becomes of the recipe of a tokencut file; refuses one that the weights were trained for."""
-    if not Path(spec).is_file():
-        return
-    from tokencut.artifact import read_info
-    from tokencut.cli.subject import describe
-    from tokencut.reduction import methods
-
-    recipe = read_info(spec).recipe
-    if methods()[recipe.method].needs_training:
-        raise UsageError(f"{spec} was trained for its recipe ({describe(recipe)}), which --compare cannot replace; "
-                         "leave --compare out, or name the original model")  # fmt: skip
-    render.note(f"the recipe of {spec} ({describe(recipe)}) does not count: --compare starts from its dense model")
 
 
 def _json(output: str, name: str, models: dict[str, CompressedModel], picture: Picture) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
 from tokencut import cost
-from tokencut.adapters import adapter_for
+from tokencut.artifact import read_info
 from tokencut.cli import render
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
 from tokencut.compression import CompressedModel, compress, predicted_macs
@@ -140,6 +140,27 @@ def _reduced(
     return Subject(loaded.name, model, loaded.dense, loaded.new_head)
 
 
+def mind_recipe(spec: str, *, taken_by: str, instead: str) -> None:
+    """Says what becomes of the recipe of a tokencut file where several others take its place.
+
+    Args:
+        spec: MODEL; nothing is said unless it is a file.
+        taken_by: What starts from the dense model, such as `a sweep`.
+        instead: What to type where the recipe cannot be replaced.
+
+    Raises:
+        UsageError: The weights were trained for the recipe.
+    """
+    if not Path(spec).is_file():
+        return
+    recipe = read_info(spec).recipe
+    if methods()[recipe.method].needs_training:
+        raise UsageError(
+            f"{spec} was trained for its recipe ({describe(recipe)}), which {taken_by} cannot replace; {instead}"
+        )
+    render.note(f"the recipe of {spec} ({describe(recipe)}) does not count: {taken_by} starts from its dense model")
+
+
 def describe(recipe: Recipe) -> str:
     """A recipe in words."""
     keep = render.keep_text(recipe.keep, recipe.schedule.reduce_by)
@@ -151,9 +172,7 @@ def gmacs(model: nn.Module) -> float:
     """Multiply-adds per image by the closed form, in units of 1e9; as it was exported, for a file."""
     if isinstance(model, OnnxModel):
         return model.info.gmacs
-    if isinstance(model, CompressedModel):
-        return cost.total(predicted_macs(model)) / 1e9
-    return cost.total(cost.predict(adapter_for(model).cost(model), {})) / 1e9
+    return cost.total(predicted_macs(model)) / 1e9
 
 
 def measure_accuracy(

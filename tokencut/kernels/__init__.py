@@ -28,12 +28,17 @@ def usable(*tensors: Tensor) -> bool:
     if not _FOUND:
         return False
     graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not graded and all(tensor.is_cuda and _recent(tensor.device) for tensor in tensors)
+    return not graded and all(tensor.is_cuda for tensor in tensors) and _recent(tensors[0].device)
 
 
 @torch.compiler.assume_constant_result
 def _recent(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= _OLDEST
+    return _capability(device) >= _OLDEST
+
+
+@functools.cache  # asked before every launch
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch]:
