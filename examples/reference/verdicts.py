@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from worklist import DENSE, HEADLINE, PAPER, PARTS, TUNED_KEEPS, Task
+from worklist import DENSE, HEADLINE, OURS, PAPER, PARTS, TUNED_KEEPS, Task
 
 from tokencut.pairing import CLEAR, Difference, paired_difference
 
@@ -120,7 +120,7 @@ def headline(book: Book, letter: str, label: str) -> list[Verdict]:
     saved, change = HEADLINE[label]
     said = "top-1 79.8, at most 0.2 lost" if change < 0 else "top-1 72.2, 0.1 gained"
     found = []
-    for method in (PAPER, "bat"):
+    for method in (PAPER, OURS):
         task = Task(label, method, f"-{saved}%", epochs=book.epochs)
         for name, other in (("as trained", Task(label)), ("fine-tuned alike", Task(label, epochs=book.epochs))):
             difference = book.difference(task, other)
@@ -140,10 +140,10 @@ def importance(book: Book, label: str) -> list[Verdict]:
     said = "ahead at every keep; against EViT +0.1 at keep 0.7, +0.5 at 0.5 (DeiT-S)"
     plain = f"{label}, off the shelf, both without proportional attention"
     found = [_every_keep(book.rows(f"{label} parts"), PAPER, IMPORTANCE[0], plain, said)]
-    found += [_every_keep(book.rows(f"{label} methods"), "bat", other, f"{label}, off the shelf", said)
+    found += [_every_keep(book.rows(f"{label} methods"), OURS, other, f"{label}, off the shelf", said)
               for other in IMPORTANCE[1:]]  # fmt: skip
-    for method in (PAPER, "bat"):
-        for other in IMPORTANCE[1:] if method == "bat" else IMPORTANCE:
+    for method in (PAPER, OURS):
+        for other in IMPORTANCE[1:] if method == OURS else IMPORTANCE:
             tasks = [(Task(label, method, keep, epochs=book.epochs), Task(label, other, keep, epochs=book.epochs))
                      for keep in TUNED_KEEPS]  # fmt: skip
             differences = {keep: difference for keep, pair in zip(TUNED_KEEPS, tasks, strict=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 # Off the shelf: every keep rate, every method that needs no training, and the paper's own rule with its parts.
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-METHODS = ("bat", "bat:preset=paper", "evit", "topk", "dpc", "kmedoids", "tome", "random")
-PAPER = "bat:preset=paper"
+OURS, PAPER = "bat", "bat:preset=paper"
+METHODS = (OURS, PAPER, "evit", "topk", "dpc", "kmedoids", "tome", "random")
 PARTS = {
     "the whole rule": PAPER,
     "without matching": f"{PAPER}:pairs=0",
@@ -19,7 +19,7 @@ PARTS = {
     "diversity only": f"{PAPER}:clusters=1",
 }
 # Fine-tuned.
-TUNED = ("bat", PAPER, "evit", "topk", "dpc", "dyvit", "tome")
+TUNED = (OURS, PAPER, "evit", "topk", "dpc", "dyvit", "tome")
 TUNED_KEEPS = (0.7, 0.5)
 WEIGHTS = ((0.1, 0.0), (1.0, 0.0), (0.0, 0.1), (0.0, 1.0), (0.1, 0.1))
 # The paper's headline: how much cheaper, in percent of the multiply-adds, and the change of top-1 in points.
@@ -191,7 +191,7 @@ class Plan:
         control = [Task(label, seed=seed, epochs=self.epochs)]
         if label not in HEADLINE:
             return control
-        return control + self._tuned(label, ("bat", PAPER), (f"-{HEADLINE[label][0]}%",), seed)
+        return control + self._tuned(label, (OURS, PAPER), (f"-{HEADLINE[label][0]}%",), seed)
 
     def methods_tuned(self, label: str, seed: int) -> list[Task]:
         """Every method with the one recipe."""
