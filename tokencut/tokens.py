@@ -86,12 +86,14 @@ class Grouping:
             a group add up to 1 for an average (`group_average`).
         count: `M`, the number of tokens that leave.
         sizes: How many patches each group holds, fp32 `(B, M)`, where that is known already.
+        ordered: Whether groups are known to be numbered by `in_order`.
     """
 
     group: Tensor
     weight: Tensor
     count: int
     sizes: Tensor | None = None
+    ordered: bool = False
 
 
 Decision = Selection | Grouping
@@ -182,9 +184,9 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
         from tokencut.kernels import clusters
 
         ordered, coefficients, held = clusters.ordered_average(group, weight, sizes, count)
-        return Grouping(ordered, coefficients, count, held)
+        return Grouping(ordered, coefficients, count, held, ordered=True)
     group = in_order(group, count)
-    return Grouping(group, group_average(group, weight, sizes, count), count)
+    return Grouping(group, group_average(group, weight, sizes, count), count, ordered=True)
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
@@ -227,7 +229,9 @@ def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
     if kernels.usable(tokens.features, decision.weight):
         from tokencut.kernels import merging
 
-        return merging.merge(tokens.features, tokens.prefix, decision.group, decision.weight, decision.count)
+        return merging.merge(
+            tokens.features, tokens.prefix, decision.group, decision.weight, decision.count, decision.ordered
+        )
     # A token alone in its group has weight 1, so it passes unchanged in any precision.
     if tokens.features.is_cuda or torch.compiler.is_compiling():
         return _merged_by_product(tokens, decision)

@@ -41,6 +41,14 @@ def test_clusters_and_their_averages(neighbours: int, device: str) -> None:
     assert torch.equal(held.cpu(), group_sum(expected.group, sizes, 6))
 
 
+@pytest.mark.parametrize("neighbours", density_peaks.KERNEL_NEIGHBOURS)
+def test_points_that_coincide(neighbours: int, device: str) -> None:
+    """Several neighbours at the same distance, 0 among them, count as often as there are."""
+    points = torch.tensor([[[0.0], [0.0], [0.0], [3.0], [4.0], [4.0], [9.0], [9.0], [9.0], [9.0]]])
+    got = clusters.density_clusters(points.to(device), 4, neighbours, None, 0.0, 1)
+    assert torch.equal(got.cpu(), density_peaks.density_clusters(points, 4, neighbours))
+
+
 @pytest.mark.parametrize(("count", "parts"), [(70, 1), (140, 1), (140, 2), (390, 3)])
 def test_without_sizes_and_from_a_view(count: int, parts: int, device: str) -> None:
     """One tile of distances or several, in one window or several, of one program's tokens or more."""
@@ -88,6 +96,17 @@ def test_features_that_are_no_numbers_stay_inside_their_memory(device: str) -> N
     assert held.shape == (1, 3)
     assert int(group.min()) >= 0
     assert int(group.max()) <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("count", "parts"), [(196, 1), (196, 2), (138, 2), (97, 1)])
+def test_clusters_of_many_images(count: int, parts: int) -> None:
+    """At full load, but for what the order of summation decides: half of a hundred is within an image or two."""
+    points = torch.randn(256, count + 1, 384, device="cuda", dtype=torch.bfloat16)[:, 1:]
+    expected = density_peaks.density_clusters(points.cpu(), count // 2, 3, parts=parts)
+    for _ in range(3):
+        got = clusters.density_clusters(points, count // 2, 3, None, 0.0, parts).cpu()
+        assert (got == expected).float().mean() > 0.99
 
 
 @pytest.mark.gpu

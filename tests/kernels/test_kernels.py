@@ -68,7 +68,7 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             clusters.density_clusters(points, 5, 3, ones, 0.5, 1),
             clusters.density_clusters(points, 5, 3, None, 0.0, 2),
             *clusters.ordered_average(group, ones, ones, 6),
-            merging.merge(points, 0, group, ones / 2, 6),
+            merging.merge(points, 0, group, ones / 2, 6, True),
             sorting.ranking(ones, True),
             attention.biased_attention(heads, heads, heads, bias),
             attention.class_rows(heads[:, :, :1], heads, None),

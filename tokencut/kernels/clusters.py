@@ -1,7 +1,8 @@
 """Density-peak clusters, and their averages, on a GPU: `reduction.density_peaks` in two launches instead of sixty.
 
 One kernel makes the distances, on tensor cores in half precision: the products of half-precision numbers are exact in
-fp32, so only the order of summation differs from an fp32 product. Another does all the rest (`kernels.phases`).
+fp32, so only the order of summation differs from an fp32 product. Where a window fits into one tile it goes on to how
+much each point is a centre. Another kernel does all the rest (`kernels.phases`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,57 @@ from tokencut.kernels import opaque
 from tokencut.kernels.phases import run_phases
 
 TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
-ALONE = 128  # up to so many tokens one tile holds all distances of a window, and reads each token once
-OWN, OTHERS = 256, 8  # tokens that a program owns, and those it compares them with at once
+ALONE = 128  # up to so many tokens one tile holds all distances of a window, and what follows from them is done there
+# Two such programs fit into a multiprocessor then; the compiler's own choice leaves room for one. A matter of NVIDIA's.
+SHARED_BY_TWO = {"maxnreg": 128} if torch.version.hip is None else {}
+OWN, OTHERS = 256, 4  # tokens that a program owns, and those it compares them with at once
+LANES = 2  # threads for each token owned
 WHOLE = 512  # up to so many tokens one program does all of an image; beyond, one launch a phase fills the GPU better
 
 
 @triton.jit
+def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_stride, mass,
+           WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
+           SIZED: tl.constexpr):  # fmt: skip
+    """The squared distances of a window that fits into one tile, and how much each of its points is a centre."""
+    window = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, TILE)
+    points += window // parts * batch_stride + window % parts * count * row_stride
+    distances += window * count * count
+    products = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        features = start + tl.arange(0, CHUNK)
+        a = tl.load(points + rows[:, None] * row_stride + features[None, :],
+                    mask=(rows[:, None] < count) & (features[None, :] < WIDTH), other=0.0)  # fmt: skip
+        products = tl.dot(a, tl.trans(a), products, input_precision="ieee")
+    itself = rows[:, None] == rows[None, :]
+    norms = tl.where(itself, products, 0.0)
+    squared = tl.maximum(tl.sum(norms, 1)[:, None] + tl.sum(norms, 0)[None, :] - 2.0 * products, 0.0)
+    inside = (rows[:, None] < count) & (rows[None, :] < count)
+    tl.store(distances + rows[:, None] * count + rows[None, :], tl.where(itself, 0.0, squared), mask=inside)
+    squared = tl.where(inside & (rows[:, None] != rows[None, :]), squared, float("inf"))
+    # The nearest, then the nearest of those farther off, each as often as it occurs: no other array in registers.
+    total = tl.zeros((TILE,), tl.float32)
+    nearest = tl.full((TILE,), -1.0, tl.float32)
+    left = tl.full((TILE,), NEIGHBOURS - 1, tl.int32)
+    for _ in tl.static_range(NEIGHBOURS - 1):
+        nearest = tl.min(tl.where(squared > nearest[:, None], squared, float("inf")), 1)
+        taken = tl.minimum(tl.sum((squared == nearest[:, None]).to(tl.int32), 1), left)
+        total += tl.where(taken > 0, nearest * taken, 0.0)
+        left -= taken
+    density = -(total / NEIGHBOURS) / WIDTH
+    if SIZED:
+        density += mass * tl.log(tl.load(sizes + window * count + rows, mask=rows < count, other=1.0))
+    earlier = (density[None, :] == density[:, None]) & (rows[None, :] < rows[:, None])
+    denser = (density[None, :] > density[:, None]) | earlier
+    apart = tl.min(tl.where(denser, squared, float("inf")), 1)
+    score = tl.where(apart == float("inf"), float("inf"), density + 0.5 * tl.log(apart))
+    tl.store(scores + window * count + rows, score, mask=rows < count)
+
+
+@triton.jit
 def _distances(points, distances, count, parts, batch_stride, row_stride,
-               WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr):  # fmt: skip
+               WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """One tile of the squared distances of a window, and its mirror image."""
     window = tl.program_id(2).to(tl.int64)
     row, column = tl.program_id(1), tl.program_id(0)
@@ -41,17 +85,11 @@ def _distances(points, distances, count, parts, batch_stride, row_stride,
         features = start + tl.arange(0, CHUNK)
         a = tl.load(points + rows[:, None] * row_stride + features[None, :],
                     mask=(rows[:, None] < count) & (features[None, :] < WIDTH), other=0.0)  # fmt: skip
-        if ALONE:
-            b = tl.trans(a)
-        else:
-            b = tl.load(points + columns[None, :] * row_stride + features[:, None],
-                        mask=(columns[None, :] < count) & (features[:, None] < WIDTH), other=0.0)  # fmt: skip
-            row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
-            column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
+        b = tl.load(points + columns[None, :] * row_stride + features[:, None],
+                    mask=(columns[None, :] < count) & (features[:, None] < WIDTH), other=0.0)  # fmt: skip
+        row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+        column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
         products = tl.dot(a, b, products, input_precision="ieee")
-    if ALONE:
-        diagonal = tl.where(rows[:, None] == columns[None, :], products, 0.0)
-        row_norms, column_norms = tl.sum(diagonal, 1), tl.sum(diagonal, 0)
     squared = tl.maximum(row_norms[:, None] + column_norms[None, :] - 2.0 * products, 0.0)
     squared = tl.where(rows[:, None] == columns[None, :], 0.0, squared)
     tl.store(distances + rows[:, None] * count + columns[None, :], squared,
@@ -62,29 +100,37 @@ def _distances(points, distances, count, parts, batch_stride, row_stride,
 
 
 def squared_distances(points: Tensor, parts: int = 1) -> Tensor:
-    """Squared distances between the points of each window.
+    """Squared distances between the points of each window, tile by tile.
 
     Args:
-        points: `(B, n, F)` in any floating dtype.
+        points: `(B, n, F)` in any floating dtype, the last dimension contiguous.
         parts: Windows of consecutive points, a divisor of `n`.
 
     Returns:
         fp32 `(B * parts, n / parts, n / parts)`.
     """
     batch, count, width = points.shape
-    points = points if points.stride(2) == 1 else points.contiguous()
+    distances = _empty_distances(points, parts)
     window = count // parts
-    distances = torch.empty((batch * parts, window, window), dtype=torch.float32, device=points.device)
-    alone = window <= ALONE
-    tile = max(16, triton.next_power_of_2(window)) if alone else TILE
-    tiles = triton.cdiv(window, tile)
+    tiles = triton.cdiv(window, TILE)
     _distances[tiles, tiles, batch * parts](
-        points, distances, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=tile,
-        CHUNK=CHUNK if points.element_size() == 2 else CHUNK // 2, ALONE=alone,
+        points, distances, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=TILE,
+        CHUNK=_chunk(points),
         # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
-        num_stages=3 if alone else 1,
+        num_stages=1,
     )  # fmt: skip
     return distances
+
+
+def _empty_distances(points: Tensor, parts: int) -> Tensor:
+    """Room for the distances within each window."""
+    window = points.shape[1] // parts
+    return torch.empty((points.shape[0] * parts, window, window), dtype=torch.float32, device=points.device)
+
+
+def _chunk(points: Tensor) -> int:
+    """Features that a product takes at once: as many bytes in any precision."""
+    return 2 * CHUNK // points.element_size()
 
 
 @dataclass(frozen=True)
@@ -118,6 +164,11 @@ class _Work:
         """Group of each token in order, coefficients, and sizes of the groups."""
         return self.ordered, self.share, self.leaving
 
+    @property
+    def scores(self) -> Tensor:
+        """What phase 1 writes, and `_peaks`."""
+        return self.floats[self.group.numel() :]
+
     def run(
         self, first: int, last: int, groups: int,
         distances: Tensor | None = None, mass: float = 0.0, width: int = 1, neighbours: int = 3,
@@ -132,8 +183,24 @@ class _Work:
                 self.integers, self.share, self.ordered, self.leaving, count,
                 count if distances is None else distances.shape[1], self.group.numel(), self.leaving.shape[1], groups,
                 mass, WIDTH=width, NEIGHBOURS=neighbours, SIZED=mass != 0.0, OWN=own, OTHERS=OTHERS, FIRST=start,
-                LAST=end, WHOLE=whole, num_warps=own // 32 if whole else 8,
+                LAST=end, WHOLE=whole, ALL=whole and count <= own, num_warps=LANES * own // 32,
             )  # fmt: skip
+
+    def cluster(self, points: Tensor, mass: float, neighbours: int, parts: int, last: int) -> None:
+        """Phases 0 to `last`, the first two along with the distances where a window fits into one tile."""
+        batch, count, width = points.shape
+        points = points if points.stride(2) == 1 else points.contiguous()
+        window = count // parts
+        if window > ALONE:
+            self.run(0, last, count, squared_distances(points, parts), mass, width, neighbours)
+            return
+        distances = _empty_distances(points, parts)
+        _peaks[(batch * parts,)](
+            points, self.sizes, distances, self.scores, window, parts, points.stride(0), points.stride(1), mass,
+            WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(points), NEIGHBOURS=neighbours,
+            SIZED=mass != 0.0, num_warps=8, num_stages=4, **SHARED_BY_TWO,
+        )  # fmt: skip
+        self.run(2, last, count, distances)
 
 
 def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,8 +235,7 @@ def density_average(
     # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
     joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
     work = _Work.of(joined, weight, sizes, clusters)
-    count, width = points.shape[1:]
-    work.run(0, 5, count, squared_distances(points, parts), float(mass), width, neighbours)
+    work.cluster(points, float(mass), neighbours, parts, 5)
     return work.results
 
 
@@ -188,9 +254,7 @@ def density_clusters(
     joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
     known = torch.empty(0, device=points.device) if sizes is None else sizes
     work = _Work.of(joined, known, known, clusters)
-    count, width = points.shape[1:]
-    distances = squared_distances(points, parts)
-    work.run(0, 3, count, distances, 0.0 if sizes is None else float(mass), width, neighbours)
+    work.cluster(points, 0.0 if sizes is None else float(mass), neighbours, parts, 3)
     centres = work.integers[: joined.numel()].view(joined.shape)
     return centres.cumsum(1).gather(1, joined.long()) - 1
 

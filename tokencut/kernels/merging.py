@@ -15,7 +15,7 @@ CHUNK = 128  # features of them, in half precision
 @triton.jit
 def _merge(features, group, share, merged, count, groups, batch_stride, row_stride,
            PREFIX: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
-           CHUNK: tl.constexpr):  # fmt: skip
+           CHUNK: tl.constexpr, ORDERED: tl.constexpr):  # fmt: skip
     """Weighted sums of the groups, behind the prefix tokens."""
     image = tl.program_id(2).to(tl.int64)
     numbers = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -24,7 +24,8 @@ def _merge(features, group, share, merged, count, groups, batch_stride, row_stri
     features += image * batch_stride
     merged += image * (PREFIX + groups) * WIDTH
     sums = tl.zeros((GROUPS, CHUNK), tl.float32)
-    for start in range(0, count, TOKENS):
+    # Groups numbered by their smallest member begin at their number or later.
+    for start in range(tl.program_id(1) * GROUPS if ORDERED else 0, count, TOKENS):
         rows = start + tl.arange(0, TOKENS)
         theirs = tl.load(group + image * count + rows, mask=rows < count, other=-1)
         weight = tl.load(share + image * count + rows, mask=rows < count, other=0.0)
@@ -41,12 +42,12 @@ def _merge(features, group, share, merged, count, groups, batch_stride, row_stri
 
 
 @opaque(
-    "(Tensor features, int prefix, Tensor group, Tensor weight, int count) -> Tensor",
-    lambda features, prefix, group, weight, count: features.new_empty(
+    "(Tensor features, int prefix, Tensor group, Tensor weight, int count, bool ordered) -> Tensor",
+    lambda features, prefix, group, weight, count, ordered: features.new_empty(
         (features.shape[0], prefix + count, features.shape[2])
     ),
 )
-def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: int) -> Tensor:
+def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: int, ordered: bool) -> Tensor:
     """Weighted sums of each group's features, behind the untouched prefix tokens.
 
     Args:
@@ -55,6 +56,7 @@ def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: i
         group: Group of each image token, int64 `(B, N)`.
         weight: Coefficients, fp32 `(B, N)`, used in the features' dtype.
         count: `M`, the number of groups.
+        ordered: Whether they are numbered by their smallest member (`tokens.in_order`), which takes less reading.
 
     Returns:
         `(B, P + M, D)`.
@@ -66,5 +68,6 @@ def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: i
     _merge[grid](
         features, group.contiguous(), weight.contiguous(), merged, tokens - prefix, count, features.stride(0),
         features.stride(1), PREFIX=prefix, WIDTH=width, GROUPS=GROUPS, TOKENS=TOKENS, CHUNK=chunk,
+        ORDERED=ordered,
     )  # fmt: skip
     return merged

@@ -109,24 +109,21 @@ def _join(image, own, distances, centres, joined, count, window, OTHERS: tl.cons
 
 
 @triton.jit
-def _average(image, own, group, weight, sizes, first, share, held, count, groups,
+def _average(image, own, group, weight, sizes, first, share, held, count, window, groups,
              OTHERS: tl.constexpr):  # fmt: skip
-    """The first member of each owned token's group, the token's coefficient, and the patches that the group holds."""
+    """First member of each owned token's group (all are in its window), its coefficient, and what the group holds."""
     here = image * count + own
     mine = tl.load(group + here, mask=own < count, other=-1)
     begins = tl.full((OTHERS, own.shape[0]), 0, tl.int32) + count
     weights = tl.zeros((OTHERS, own.shape[0]), tl.float32)
     patches = tl.zeros((OTHERS, own.shape[0]), tl.float32)
-    for start in range(0, count, OTHERS):
-        others = start + tl.arange(0, OTHERS)
+    for start in range(0, window, OTHERS):
+        others, _, inside = _seen(image, own, start, count, window, OTHERS)
         there = image * count + others
-        theirs = tl.load(group + there, mask=others < count, other=-2)
-        heavy = tl.load(weight + there, mask=others < count, other=0.0)
-        size = tl.load(sizes + there, mask=others < count, other=0.0)
-        fellow = theirs[:, None] == mine[None, :]
-        begins = tl.minimum(begins, tl.where(fellow, others[:, None], count))
-        weights += tl.where(fellow, heavy[:, None], 0.0)
-        patches += tl.where(fellow, size[:, None], 0.0)
+        fellow = tl.load(group + there, mask=inside, other=-2) == mine[None, :]
+        begins = tl.minimum(begins, tl.where(fellow, others, count))
+        weights += tl.where(fellow, tl.load(weight + there, mask=inside, other=0.0), 0.0)
+        patches += tl.where(fellow, tl.load(sizes + there, mask=inside, other=0.0), 0.0)
     total, together = tl.sum(weights, 0), tl.sum(patches, 0)
     heavy = tl.load(weight + here, mask=own < count, other=0.0)
     size = tl.load(sizes + here, mask=own < count, other=0.0)
@@ -139,16 +136,23 @@ def _average(image, own, group, weight, sizes, first, share, held, count, groups
 
 
 @triton.jit
-def _number(image, own, first, held, ordered, leaving, count, groups, OTHERS: tl.constexpr):
+def _number(image, own, first, begun, held, ordered, leaving, count, groups, ALL: tl.constexpr,
+            OTHERS: tl.constexpr):  # fmt: skip
     """The number of each owned token's group by the order of first members, and the groups' sizes in that order."""
-    begins = tl.load(first + image * count + own, mask=own < count, other=0)
-    begun = tl.zeros((OTHERS, own.shape[0]), tl.int32)
-    for start in range(0, count, OTHERS):
-        others = start + tl.arange(0, OTHERS)
-        theirs = tl.load(first + image * count + others, mask=others < count, other=-1)
-        begun += ((theirs == others)[:, None] & (others[:, None] <= begins[None, :])).to(tl.int32)
+    begins = tl.load(first + image * count + own, mask=own < count, other=-1)
+    if ALL:  # all tokens of the image are owned
+        tl.store(begun + image * count + own, tl.cumsum((begins == own).to(tl.int32), 0), mask=own < count)
+        tl.debug_barrier()
+        number = tl.load(begun + image * count + begins, mask=(begins >= 0) & (begins < count), other=1) - 1
+    else:
+        before = tl.zeros((OTHERS, own.shape[0]), tl.int32)
+        for start in range(0, count, OTHERS):
+            others = start + tl.arange(0, OTHERS)
+            theirs = tl.load(first + image * count + others, mask=others < count, other=-1)
+            before += ((theirs == others)[:, None] & (others[:, None] <= begins[None, :])).to(tl.int32)
+        number = tl.sum(before, 0) - 1
     # No more groups than there is room for, even where features are not numbers.
-    number = tl.where(begins < count, tl.minimum(tl.sum(begun, 0) - 1, groups - 1), groups)
+    number = tl.where(begins < count, tl.minimum(number, groups - 1), groups)
     tl.store(ordered + image * count + own, number.to(tl.int64), mask=own < count)
     patches = tl.load(held + image * count + own, mask=own < count, other=0.0)
     tl.store(leaving + image * groups + number, patches, mask=(own < count) & (begins == own))
@@ -158,7 +162,7 @@ def _number(image, own, first, held, ordered, leaving, count, groups, OTHERS: tl
 def _phase(
     image, own, distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane,
     clusters, groups, mass, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, OTHERS: tl.constexpr,
-    PHASE: tl.constexpr,
+    ALL: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """One phase for the owned tokens of an image; the next one needs it done for all of its tokens."""
     densities, scores, held = floats, floats + plane, floats + 2 * plane
@@ -172,16 +176,16 @@ def _phase(
     if PHASE == 3:
         _join(image, own, distances, centres, group, count, window, OTHERS)
     if PHASE == 4:
-        _average(image, own, group, weight, sizes, first, share, held, count, groups, OTHERS)
+        _average(image, own, group, weight, sizes, first, share, held, count, window, groups, OTHERS)
     if PHASE == 5:
-        _number(image, own, first, held, ordered, leaving, count, clusters, OTHERS)
+        _number(image, own, first, centres, held, ordered, leaving, count, clusters, ALL, OTHERS)
 
 
 @triton.jit
 def run_phases(
     distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane, clusters, groups,
     mass, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Phases `FIRST` to `LAST`: all of an image by one program, or one phase of a part of it."""
     image = tl.program_id(1).to(tl.int64)
@@ -190,9 +194,9 @@ def run_phases(
             for start in range(0, count, OWN):
                 _phase(image, start + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers, share,
                        ordered, leaving, count, window, plane, clusters, groups, mass, WIDTH, NEIGHBOURS, SIZED, OTHERS,
-                       phase)  # fmt: skip
+                       ALL, phase)  # fmt: skip
             tl.debug_barrier()  # what one thread has written another will read
         else:
             _phase(image, tl.program_id(0) * OWN + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers,
                    share, ordered, leaving, count, window, plane, clusters, groups, mass, WIDTH, NEIGHBOURS, SIZED,
-                   OTHERS, phase)  # fmt: skip
+                   OTHERS, False, phase)  # fmt: skip

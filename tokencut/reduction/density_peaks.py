@@ -172,7 +172,7 @@ def density_average(
         from tokencut.kernels import clusters as kernel
 
         group, coefficients, held = kernel.density_average(points, weight, sizes, clusters, neighbours, mass, parts)
-        return Grouping(group, coefficients, clusters, held)
+        return Grouping(group, coefficients, clusters, held, ordered=True)
     group = density_clusters(points, clusters, neighbours, sizes, mass, parts)
     return ordered_average(group, weight, sizes, clusters)
 
