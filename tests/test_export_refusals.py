@@ -61,8 +61,8 @@ def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(TokencutError) as raised:
         export_model(small(), tmp_path / "m.onnx")
     assert str(raised.value) == (
-        f"writing {tmp_path / 'm.onnx'} needs onnx and onnxruntime and onnxscript, not installed here; type pip "
-        "install 'tokencut[onnx]'"
+        f"writing {tmp_path / 'm.onnx'} needs onnx and onnxruntime and onnxscript, which are not installed; type "
+        "pip install 'tokencut[onnx]'"
     )
 
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # A module imports only from lower layers, or from its own. A package's name stands for all its modules.
 LAYERS = {
     "errors": 1,
+    "extras": 2,
     "tokens": 2,
     "cost": 2,
     "schedule": 2,

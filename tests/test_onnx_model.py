@@ -197,7 +197,7 @@ def test_without_onnxruntime(files: Files, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(TokencutError) as raised:
         OnnxModel(files.dynamic)
     assert str(raised.value) == (
-        f"running {files.dynamic} needs onnxruntime, not installed here; type pip install 'tokencut[onnx]'"
+        f"running {files.dynamic} needs onnxruntime, which is not installed; type pip install 'tokencut[onnx]'"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokencut.errors import ArtifactError, TokencutError
+from tokencut.errors import ArtifactError
 from tokencut.plots import (
     COLOURS,
     MARKERS,
@@ -19,7 +18,6 @@ from tokencut.plots import (
     accuracy_plot,
     heat_colours,
     pareto_front,
-    require_matplotlib,
     save_figure,
     save_picture,
 )
@@ -98,13 +96,6 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     figure = accuracy_plot((), DENSE, "GMACs", less_is_better=True)
     with pytest.raises(ArtifactError, match="does not exist"):
         save_figure(figure, tmp_path / "no" / "plot")
-
-
-def test_without_matplotlib_one_line_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(TokencutError) as caught:
-        require_matplotlib()
-    assert str(caught.value) == "the plots need matplotlib, which is not installed; type pip install 'tokencut[plot]'"
 
 
 @pytest.mark.usefixtures("_drawn")

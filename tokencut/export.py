@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokencut import extras
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.export_check import Agreement, check_images, compare
 from tokencut.export_formats import Normalised, captured, read_pt2, write_onnx, write_pt2
 from tokencut.export_info import ExportInfo, describe_export
 from tokencut.files import atomic_write, check_writable
-from tokencut.onnx_model import ONNX_SUFFIX, OnnxModel, require_packages
+from tokencut.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.runtime import inference_state
 from tokencut.sources import Source
 
@@ -93,7 +94,7 @@ def check_export(path: str | os.PathLike[str], *, force: bool = False, opset: in
         raise UsageError(f"opset {opset} is not one of {OPSETS[0]} to {OPSETS[-1]}, which tokencut can write; "
                          f"type --opset {DEFAULT_OPSET}")  # fmt: skip
     if target.suffix == ONNX_SUFFIX:
-        require_packages(PACKAGES, f"writing {target}")
+        extras.require(f"writing {target} needs", *PACKAGES, extra="onnx")
     return check_writable(target, force=force)
 
 

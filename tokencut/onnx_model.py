@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencut import extras
 from tokencut.compiling import in_batches
-from tokencut.errors import ArtifactError, TokencutError
+from tokencut.errors import ArtifactError
 from tokencut.export_info import KEY, ExportInfo, export_info_from_text
 from tokencut.weights import one_line
 
 ONNX_SUFFIX = ".onnx"
 INPUT, OUTPUT = "images", "logits"
-
-
-def require_packages(names: Iterable[str], purpose: str) -> None:
-    """Refuses what cannot be done without packages of the extra `onnx`.
-
-    Args:
-        names: The packages' import names.
-        purpose: What needs them, as a sentence begins.
-
-    Raises:
-        TokencutError: Some are missing, with the command that installs them.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise TokencutError(f"{purpose} needs {' and '.join(missing)}, not installed here; type "
-                            "pip install 'tokencut[onnx]'")  # fmt: skip
 
 
 class OnnxModel(nn.Module):
@@ -58,7 +41,7 @@ class OnnxModel(nn.Module):
         """
         super().__init__()
         self.path = Path(path)
-        require_packages(("onnxruntime",), f"running {path}")
+        extras.require(f"running {path} needs", "onnxruntime", extra="onnx")
         runtime = importlib.import_module("onnxruntime")
         self.runtime = f"onnxruntime {runtime.__version__}"
         self._session: Any = _open(runtime, self.path)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokencut.errors import TokencutError
 from tokencut.files import atomic_write
 
 if TYPE_CHECKING:
@@ -81,23 +80,6 @@ class Label:
     y: float
     size: float
     upright: bool = False
-
-
-def require_matplotlib(what: str = "the plots") -> None:
-    """Refuses to go on without matplotlib, before any work is done.
-
-    Args:
-        what: What needs it, in the plural.
-
-    Raises:
-        TokencutError: It is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise TokencutError(
-            f"{what} need matplotlib, which is not installed; type pip install 'tokencut[plot]'"
-        ) from error
 
 
 def pareto_front(points: Iterable[Point], *, less_is_better: bool) -> list[Point]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokencut import cost
+from tokencut import cost, extras
 from tokencut.compression import CompressedModel, compress, predicted_macs
 from tokencut.description import description_of
 from tokencut.errors import UsageError
@@ -19,7 +19,6 @@ from tokencut.evaluation import EvaluationReport, Tally, image_notes
 from tokencut.held_images import HELD_BYTES, ImageSet, open_images
 from tokencut.latency import Timing, measure
 from tokencut.pairing import paired_difference
-from tokencut.plots import require_matplotlib
 from tokencut.profiling import BUSY
 from tokencut.recipe import Recipe
 from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
@@ -137,7 +136,7 @@ def sweep(
         TokencutError: matplotlib is missing; a setting is out of range; the model, the images or the folder won't do;
             or the folder holds rows that were made for something else.
     """
-    require_matplotlib()
+    extras.require("the plots need", "matplotlib", extra="plot")
     plan, into = plan or SweepPlan(), check_folder(folder, force=force)
     device = resolve_device(plan.device)
     dtype = precision_dtype(plan.precision)

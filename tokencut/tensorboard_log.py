@@ -6,24 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokencut.errors import ArtifactError, TokencutError
+from tokencut import extras
+from tokencut.errors import ArtifactError
 
 # Written out at least this often, in seconds, for whoever watches.
 FLUSH_EVERY = 10
-
-
-def require_tensorboard() -> None:
-    """Refuses to go on without tensorboard, before any work is done.
-
-    Raises:
-        TokencutError: It is not installed.
-    """
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise TokencutError(
-            "--tensorboard needs tensorboard, which is not installed; type pip install 'tokencut[tensorboard]'"
-        ) from error
 
 
 class TensorboardLog:
@@ -40,7 +27,7 @@ class TensorboardLog:
             TokencutError: tensorboard is not installed.
             ArtifactError: The folder cannot be made.
         """
-        require_tensorboard()
+        extras.require("--tensorboard needs", "tensorboard", extra="tensorboard")
         self.folder = folder
         self._writer: Any = None
         try:

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokencut import extras
 from tokencut.compression import CompressedModel
 from tokencut.errors import UsageError
 from tokencut.files import check_writable
 from tokencut.photos import Photo, PhotoLike, find_photos, read_photos
 from tokencut.picture_grid import Canvas, Layout, Panel, Strip, fit
-from tokencut.plots import PICTURE_FORMATS, Label, heat_colours, require_matplotlib, save_picture
+from tokencut.plots import PICTURE_FORMATS, Label, heat_colours, save_picture
 from tokencut.preprocessing import Preprocessing, preprocessing_of
 from tokencut.region_pictures import Grid, Pixels, draw_tokens, enlarge
 from tokencut.runtime import resolve_device
@@ -119,7 +120,7 @@ def draw(
         TokencutError: matplotlib is missing, an image cannot be read, the models take different images, or the
             picture would be too large.
     """
-    require_matplotlib("pictures")
+    extras.require("pictures need", "matplotlib", extra="plot")
     named = dict(models) if isinstance(models, Mapping) else {"": models}
     target, prepared = resolve_device(device), _shared_preprocessing(named)
     names, pixels = _pixels(images, prepared)

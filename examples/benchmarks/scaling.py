@@ -25,8 +25,9 @@ from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, pu
 from bench_timing import add_run_options, beside_dense, chosen_clock, heading, prepared
 from torch import nn
 
+from tokencut import extras
 from tokencut.compression import compress
-from tokencut.plots import COLOURS, MARKERS, PNG_DPI, SIZE_IN, STYLE, require_matplotlib
+from tokencut.plots import COLOURS, MARKERS, PNG_DPI, SIZE_IN, STYLE
 from tokencut.profiling import random_images
 from tokencut.reduction import methods
 from tokencut.runtime import resolve_device
@@ -118,7 +119,7 @@ def main() -> None:
     """Times everything, here or in several processes; prints the table and draws the plot."""
     args = parse()
     if args.plot:
-        require_matplotlib()
+        extras.require("the plots need", "matplotlib", extra="plot")
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen_clock(args)

@@ -174,7 +174,7 @@ def test_missing_packages_are_one_line(run: Run, tmp_path: Path, monkeypatch: py
     done = run("export", *TINY, "-o", tmp_path / "m.onnx")
     assert (done.code, done.err) == (
         1,
-        f"error: writing {tmp_path / 'm.onnx'} needs onnxscript, not installed here; type pip install "
+        f"error: writing {tmp_path / 'm.onnx'} needs onnxscript, which is not installed; type pip install "
         "'tokencut[onnx]'\n",
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokencut import extras
 from tokencut.cli import render
 from tokencut.cli.options import (
     DataOptions,
@@ -57,9 +58,7 @@ def sweep(
             f"sweep needs images; type tokencut sweep {model} -o {output} --data DIR, a folder with one sub-folder a "
             "class or a .tar of one, or try it with tokencut sweep digits -o report --data digits"
         )
-    from tokencut.plots import require_matplotlib
-
-    require_matplotlib()
+    extras.require("the plots need", "matplotlib", extra="plot")
     from tokencut.cli.subject import mind_recipe, prepare
     from tokencut.runtime import resolve_device
     from tokencut.sources import open_source

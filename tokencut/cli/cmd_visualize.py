@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokencut import extras
 from tokencut.cli import render
 from tokencut.cli.options import (
     JsonFlag,
@@ -60,10 +61,9 @@ def visualize(
       tokencut visualize deit_small photo.jpg --keep 0.5 --attention -o a.png
       tokencut visualize digits digits --compare bat,evit,tome -o digits.pdf
     """
-    from tokencut.plots import require_matplotlib
     from tokencut.visualization import check_output
 
-    require_matplotlib("pictures")
+    extras.require("pictures need", "matplotlib", extra="plot")
     check_output(output, force=force)
     from tokencut.photos import check_photos, find_photos
     from tokencut.runtime import resolve_device

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from tokencut import artifact
+from tokencut import artifact, extras
 from tokencut.cli import render
 from tokencut.cli.finetune_options import FinetuneOptions
 from tokencut.cli.finetune_view import RunView, log_for
@@ -28,7 +28,7 @@ from tokencut.evaluation import EvaluationReport
 from tokencut.finetuning import finetune, training_classes
 from tokencut.labels import label_names, map_classes, quoted
 from tokencut.sources import Source
-from tokencut.tensorboard_log import TensorboardLog, require_tensorboard
+from tokencut.tensorboard_log import TensorboardLog
 from tokencut.training_setup import FinetuneReport, TrainingSetup
 from tokencut.training_state import folder_for, has_state, remove_state
 from tokencut.training_step import TrainingDivergedError
@@ -42,7 +42,7 @@ def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
         TokencutError: `--tensorboard` without tensorboard.
     """
     if tuning.tensorboard is not None:
-        require_tensorboard()
+        extras.require("--tensorboard needs", "tensorboard", extra="tensorboard")
     folder = folder_for(output)
     if has_state(folder) and not tuning.resume and not force:
         raise ArtifactError(f"{folder} holds a run that was stopped; add --resume to go on with it, or --force to start"
