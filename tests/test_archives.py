@@ -70,6 +70,21 @@ def test_scan_lists_folders_and_sets_links_apart(tmp_path: Path) -> None:
     assert set(listing.files) == {"cat/1.jpg"}
 
 
+def test_scan_of_an_archive_cut_between_two_members_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a/1.png", "b/2.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 700
+            archive.addfile(member, io.BytesIO(bytes(range(250)) * 3))
+    whole = path.read_bytes()
+    assert set(archives.scan(path).files) == {"a/1.png", "b/2.png"}
+    for length in (3 * 512, 3 * 512 + 100, 6 * 512):  # behind a member, inside a header, before the end
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="is not a whole tar archive"):
+            archives.scan(path)
+
+
 def test_scan_of_a_truncated_archive_says_so(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"cat/1.jpg": bytes(5000), "cat/2.jpg": bytes(5000)})
     path.write_bytes(path.read_bytes()[:8000])

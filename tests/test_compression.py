@@ -12,9 +12,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tokencut.compression import CompressedModel, compress
-from tokencut.errors import UsageError
+from tokencut.adapters import vit
+from tokencut.compression import CompressedModel, compress, predicted_macs
+from tokencut.cost import total
+from tokencut.counting import count_macs
+from tokencut.errors import ModelError, UsageError
 from tokencut.reduction import methods
 from tokencut.schedule import StagePlan
 
@@ -168,3 +172,59 @@ def test_the_cifar_checkpoint_at_keep_07_is_within_a_point_of_dense(shared: Path
     dense, reduced = (100 * float(answers.float().mean()) for answers in right)
     # 74.7 % of these either way; of 5,000 images 72.5 % and 72.4 %.
     assert dense > 70 and reduced > dense - 1
+
+
+def test_the_closed_form_follows_a_model_to_another_size() -> None:
+    model = compress(timm.create_model("test_vit", img_size=64), keep=0.5)
+    model.model.set_input_size(img_size=128)
+    assert total(predicted_macs(model)) == count_macs(model, (3, 128, 128)).total
+
+
+def test_the_closed_form_counts_patches_that_padding_adds() -> None:
+    kwargs = {"img_size": 70, "dynamic_img_size": True, "dynamic_img_pad": True}
+    model = compress(timm.create_model("test_vit", **kwargs), keep=0.5)
+    assert model.recipe.tokens == 25
+    assert total(predicted_macs(model)) == count_macs(model, (3, 70, 70)).total
+    with pytest.raises(ModelError, match="dynamic_img_pad works with dynamic_img_size only"):
+        compress(timm.create_model("test_vit", img_size=70, dynamic_img_size=False, dynamic_img_pad=True))
+
+
+def test_parts_keep_their_modes() -> None:
+    model = timm.create_model("test_vit").train()
+    model.blocks[0].eval()
+    compressed = compress(model, keep=0.5)
+    assert compressed.training
+    assert all(stage.training for stage in compressed.stages.values())
+    assert [block.training for block in compressed.model.blocks] == [block.training for block in model.blocks]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compress(fixture_model("test_vit"), keep=0.5, layers=[2])
+    images = fixture_images(model.model)
+    calls: list[object] = []
+    monkeypatch.setattr("tokencut.compression.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(images).square().sum().backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    plain = gradients()
+    assert not calls
+    model.set_grad_checkpointing()
+    kept = gradients()
+    assert len(calls) == len(model.model.blocks) - 1
+    torch.testing.assert_close(kept, plain)
+    with torch.no_grad():
+        model(images)
+    assert len(calls) == len(model.model.blocks) - 1
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
+def test_average_pooling_does_not_overflow_in_half_precision(name: str) -> None:
+    model = timm.create_model(name, img_size=64, patch_size=4, global_pool="avg", num_classes=0)
+    features = torch.full((1, model.num_prefix_tokens + 100, model.embed_dim), 600.0, dtype=torch.float16)
+    counts = torch.full((1, 100), 2.56)
+    pooled = vit._average_pool(model, features, counts)
+    assert pooled.dtype == torch.float16
+    assert torch.equal(pooled, torch.full_like(pooled, 600.0))

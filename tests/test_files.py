@@ -22,6 +22,32 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    with pytest.raises(ArtifactError, match=r"pipe.csv: it is no file; give another name$"), atomic_write(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_and_leads_to_the_new_content(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    real, link = tmp_path / "elsewhere" / "real.txt", tmp_path / "link.txt"
+    real.write_text("old")
+    link.symlink_to(real)
+    with atomic_write(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert names(real.parent) == ["real.txt"]
+
+
+def test_a_folder_without_permission_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # as root may write anywhere
+    with pytest.raises(ArtifactError, match=f"no permission in {tmp_path}; give another folder"):
+        check_writable(tmp_path / "out.txt", force=False)
+
+
 def test_writes_the_whole_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "out.txt"
     with atomic_write(target) as temporary:

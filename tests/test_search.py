@@ -90,6 +90,14 @@ def test_labels_that_do_not_map_leave_agreement(calibration: Path) -> None:
     assert "calibration labels are not used: 3 class folders for the model's 5 classes" in report.notes[0]
 
 
+def test_a_model_that_answers_the_same_to_everything_can_lose_nothing(calibration: Path) -> None:
+    model = small_model()
+    torch.nn.init.zeros_(model.head.weight)
+    report = find(calibration, Target(max_drop=1.0), model=model)
+    assert report.drop == 0
+    assert report.found.gmacs < 0.7 * report.dense_gmacs
+
+
 def test_a_model_without_a_head_is_compared_by_features(calibration: Path) -> None:
     report = find(calibration, Target(max_drop=5.0), model=small_model(num_classes=0))
     assert report.metric == "cosine"

@@ -45,6 +45,20 @@ def test_damage_is_that_of_the_compressed_model(method: str) -> None:
     assert outcome.agrees.tolist() == (logits.argmax(1) == dense().argmax(1)).tolist()
 
 
+def test_a_method_that_lets_more_leave_than_its_budget_is_judged_as_it_runs() -> None:
+    options = {"extra_token": True}
+    model = reduced(method="evit", method_options=options)
+    layers, keep = keeps(16, (16, 9, 9, 6, 6, 6), model.method.leaving)
+    compressed = compress(small_model(), keep=keep, layers=layers, method="evit", method_options=options).eval()
+    assert [plan.tokens_out for plan in compressed.recipe.stages] == [9, 6]
+    outcome = Probe(model, images(), None).measure((16, 9, 9, 6, 6, 6))
+    with torch.no_grad():
+        logits = torch.cat([compressed(batch) for batch in images()])
+    expected = F.kl_div(logits.log_softmax(1), dense().log_softmax(1), log_target=True, reduction="none").sum(1)
+    assert outcome is not None
+    assert torch.allclose(outcome.damage, expected.double(), atol=1e-6)
+
+
 def test_the_dense_model_harms_nothing() -> None:
     probe = Probe(reduced(), images(), None)
     assert probe.dense.mean == 0

@@ -100,9 +100,9 @@ def test_a_folder_called_digits_can_be_named(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "made", "message"),
     [
-        ("missing", None, "no images at 'missing': it does not exist; expected {expected}, such as --data digits"),
-        ("set.zip", b"PK\3\4", "'set.zip' is a file of an unknown kind: expected {expected}, such as --data digits"),
-        ("empty.tar", b"", "'empty.tar' is a file of an unknown kind: expected {expected}, such as --data digits"),
+        ("missing", None, "no images at 'missing': it does not exist; expected {expected}"),
+        ("set.zip", b"PK\3\4", "'set.zip' is a file of an unknown kind: expected {expected}"),
+        ("empty.tar", b"", "'empty.tar' is a file of an unknown kind: expected {expected}"),
     ],
 )
 def test_what_is_no_source(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -40,3 +42,23 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_Dealt, "collect", lambda self, value: [parts[0], value])
     with pytest.raises(DataError, match="a batch size of 0 is too small"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0, batch_size=0)
+
+
+def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number}.png" for number in range(3)]
+    evaluation.mind_unreadable("images", names, 300)
+    with pytest.raises(DataError, match="at least 3 of 299 images in 'images' cannot be decoded"):
+        evaluation.mind_unreadable("images", names, 299)
+    judged, source = digits.create(), Part(open_source("digits"), range(30))
+    asked: list[int | None] = []
+    report = evaluation.evaluate(judged, source, workers=0, device="cpu")
+
+    def evaluate(*args: object, of: int | None = None, **options: object) -> evaluation.EvaluationReport:
+        asked.append(of)
+        return dataclasses.replace(report, unreadable=("a.png",))
+
+    monkeypatch.setattr("tokencut.spread_evaluation.evaluate", evaluate)
+    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    with pytest.raises(DataError, match="at least 1 of 30 images in 'digits'"):
+        evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0)
+    assert asked == [30]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import os
@@ -55,8 +56,16 @@ def scan(path: Path) -> Listing:
                 listing.files[name] = (member.offset_data, member.size)
             else:
                 listing.others.append(name)
+        _mind_end(path, archive.offset)  # tarfile takes a cut between two members for the end
     listing.folders.discard(".")
     return listing
+
+
+def _mind_end(path: Path, offset: int) -> None:
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
 
 
 def cache_folder() -> Path:
@@ -95,9 +104,11 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
                 _unpack(path, target)
     except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
         reason = getattr(error, "strerror", None) or error
+        # Names that clash or are too long for a file system would be no better elsewhere.
+        elsewhere = getattr(error, "errno", None) not in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+        other = f"set {CACHE_VARIABLE} to a folder with room for it, or " if elsewhere else ""
         raise DataError(
-            f"cannot unpack {path} into {target.parent}: {reason}; set {CACHE_VARIABLE} to a folder "
-            "with room for it, or unpack it yourself and give the folder"
+            f"cannot unpack {path} into {target.parent}: {reason}; {other}unpack it yourself and give the folder"
         ) from error
     return target
 

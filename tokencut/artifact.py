@@ -171,7 +171,8 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
 
 def _open(path: Path) -> Any:
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist; type 'tokencut compress MODEL -o {path}' to make it")
+        made = path.with_suffix(SUFFIX)
+        raise ArtifactError(f"{path} does not exist; type 'tokencut compress MODEL -o {made}' to make it")
     return open_safetensors(path)
 
 

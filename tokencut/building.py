@@ -19,6 +19,7 @@ from torch import nn
 
 from tokencut.adapters import adapter_for
 from tokencut.errors import ModelError, UsageError, nearest_known
+from tokencut.model_args import RESERVED
 from tokencut.weights import one_line, random_state
 
 
@@ -106,4 +107,4 @@ def _arguments(source: str) -> list[str]:
         model = timm.create_model(source, pretrained=False)
     classes = [kind for kind in type(model).__mro__ if kind.__module__.startswith("timm.")]
     names = {name: None for kind in classes for name in inspect.signature(kind).parameters}
-    return [name for name in names if name not in ("args", "kwargs")]
+    return [name for name in names if name not in {"args", "kwargs", *RESERVED}]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
@@ -104,6 +105,10 @@ class CompressedModel(nn.Module):
     def pretrained_cfg(self) -> dict[str, Any]:
         """timm's description of weights and preprocessing."""
         return self.model.pretrained_cfg
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps no activations of blocks without a stage, and computes them again; as timm's."""
+        self.model.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
@@ -214,10 +219,13 @@ class CompressedModel(nn.Module):
         """The loop over the first `depth` blocks, all where None, with their stages."""
         plans = {plan.block: plan for plan in self.recipe.stages_for(tokens.count)}
         bias = self._bias(tokens)
+        run = self.adapter.run
+        if getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
         for number, block in enumerate(islice(self.adapter.blocks(self.model), depth), start=1):
             plan = plans.get(number)
             if plan is None:
-                tokens = tokens.with_features(self.adapter.run(block, tokens.features, bias))
+                tokens = tokens.with_features(run(block, tokens.features, bias))
             else:
                 scene = before_stage(self.adapter, self.model, block, tokens, bias)
                 tokens = self.stages[str(number)](scene, plan.tokens_out)
@@ -277,14 +285,17 @@ def compress(
         stages=schedule.resolve(tokens, built.leaving),
         method_options=built.options(),
     )
-    return CompressedModel(copy.deepcopy(model), recipe).train(model.training)
+    compressed = CompressedModel(copy.deepcopy(model), recipe)
+    compressed.training = model.training  # the model's own parts may be in modes of their own
+    compressed.stages.train(model.training)
+    return compressed
 
 
 def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     """Multiply-adds per image by the closed form, row by row, without running anything.
 
     Args:
-        model: A compressed model, at its recipe's input size, or a dense one.
+        model: A compressed or a dense one, at its present input size.
 
     Returns:
         Rows as `cost.predict` gives them; `cost.total` adds them up.
@@ -296,7 +307,8 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
         return cost.predict(adapter_for(model).cost(model), {})
     shape = model.adapter.cost(model.model)
     stages = {
-        plan.block: stage_cost(model.method, shape, plan.tokens_in, plan.tokens_out) for plan in model.recipe.stages
+        plan.block: stage_cost(model.method, shape, plan.tokens_in, plan.tokens_out)
+        for plan in model.recipe.stages_for(shape.patches)
     }
     return cost.predict(shape, stages)
 

@@ -38,7 +38,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> MacCount:
     """Counts the multiply-adds of one image.
 
     The model is neither run nor changed: a copy without weights is traced on the meta device, so that even a giant
-    costs no memory and no time. Where an operator does not run there, a copy is traced where the model is.
+    costs no memory and no time. Where an operator does not run there, a copy is traced on the CPU.
 
     Args:
         model: Any model that takes one batch of images.
@@ -51,8 +51,8 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> MacCount:
     try:
         return _trace(_weightless(model), torch.zeros(1, *input_size, dtype=dtype, device="meta"))
     except (RuntimeError, NotImplementedError, TypeError):
-        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-        return _trace(copy.deepcopy(model).eval(), torch.zeros(1, *input_size, dtype=dtype, device=device))
+        # Not on a GPU, whose kernels of ours the tracer would not see.
+        return _trace(copy.deepcopy(model).cpu().eval(), torch.zeros(1, *input_size, dtype=dtype))
 
 
 def _trace(model: nn.Module, images: Tensor) -> MacCount:

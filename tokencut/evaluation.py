@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tokencut.compiling import compile_model, in_batches
 from tokencut.data import Batch, ImageDataset, Unreadable, make_loader
 from tokencut.description import name_of
-from tokencut.errors import DataError, ModelError
+from tokencut.errors import DataError, ModelError, UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.labels import ClassMap, label_names, map_classes, quoted, require_head
 from tokencut.preprocessing import Preprocessing, preprocessing_of
@@ -97,6 +98,7 @@ def evaluate(
     precision: str = "fp32",
     compile_mode: str | None = None,
     limit: int | None = None,
+    of: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     gmacs: float | None = None,
     name: str | None = None,
@@ -114,6 +116,7 @@ def evaluate(
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         compile_mode: Run the model through `torch.compile` in this mode, such as `default`.
         limit: Judge an evenly spread sample of so many images.
+        of: How many images there are in all, where these are a part: 1 % of them may be unreadable.
         predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
         gmacs: Multiply-adds per image to put into the report, in units of 1e9.
         name: What the report calls the model; by default its architecture and tag.
@@ -133,14 +136,14 @@ def evaluate(
     target_device = resolve_device(device)
     wanted = precision_dtype(precision)
     if predictions is not None:
-        check_writable(predictions, force=True)
+        check_predictions(predictions)
     source = open_source(data, on_note=on_note)
     class_map = map_classes(source.classes, label_names(model), classes)
     prepared = preprocessing_of(model)
     indices = evenly_spread(len(source), limit)
     dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
     loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=target_device.type == "cuda")
-    tally = Tally(source, len(dataset), precision)
+    tally = Tally(source, len(dataset), precision, of)
     forward = _forward(model, compile_mode, min(batch_size, len(dataset)))
     with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loader)) as batches:
         dtype = _dtype(model)
@@ -154,12 +157,33 @@ def evaluate(
     return report
 
 
+def check_predictions(path: str | os.PathLike[str]) -> None:
+    """Refuses a place for predictions, before any work is done. What is there is replaced, so only a CSV file may be.
+
+    Args:
+        path: The file to be written.
+
+    Raises:
+        UsageError: Its name does not end in .csv.
+        ArtifactError: It could not be written.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".csv":
+        example = target.with_suffix(".csv") if target.name else "predictions.csv"
+        raise UsageError(
+            f"--predictions {target} does not end in .csv, and predictions are written as CSV; type --predictions "
+            f"{example}"
+        )
+    check_writable(target, force=True)
+
+
 class Tally:
     """What is known so far of each image."""
 
-    def __init__(self, source: Source, total: int, precision: str) -> None:
+    def __init__(self, source: Source, total: int, precision: str, of: int | None = None) -> None:
         self.source = source
         self.total = total
+        self.of = of or total
         self.precision = precision
         self.unreadable: list[Unreadable] = []
         self.indices: list[int] = []
@@ -172,14 +196,17 @@ class Tally:
     def add(self, batch: Batch, logits: Tensor | None) -> None:
         """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
         self.unreadable += batch.unreadable
-        if len(self.unreadable) > UNREADABLE_SHARE * self.total:
-            raise DataError(self._too_many_unreadable())
+        mind_unreadable(
+            self.source.name,
+            [f"{self.source.filename(image.index)!r} ({image.reason})" for image in self.unreadable],
+            self.of,
+        )
         if logits is None:
             return
         if not logits.isfinite().all():
             raise ModelError(
                 f"the model gives logits that are not finite numbers in {self.precision}; "
-                + ("check its weights with tokencut info FILE" if self.precision == "fp32" else "type --precision fp32")
+                + ("give it other weights" if self.precision == "fp32" else "type --precision fp32")
             )
         losses = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
         # A stable sort: of equal logits the lower class comes first, alone or in any batch.
@@ -214,11 +241,22 @@ class Tally:
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
         )
 
-    def _too_many_unreadable(self) -> str:
-        reasons = [f"{self.source.filename(image.index)!r} ({image.reason})" for image in self.unreadable[:3]]
-        return (
-            f"at least {len(self.unreadable)} of {self.total} images in {self.source.name!r} cannot be decoded, and at "
-            f"most 1 % may be: {', '.join(reasons)}; mend or remove them and run this again"
+
+def mind_unreadable(data: str, unreadable: Sequence[str], total: int) -> None:
+    """Refuses images of which too many could not be read.
+
+    Args:
+        data: What they are called.
+        unreadable: Those images.
+        total: How many there are in all.
+
+    Raises:
+        DataError: More than 1 % are unreadable.
+    """
+    if len(unreadable) > UNREADABLE_SHARE * total:
+        raise DataError(
+            f"at least {len(unreadable)} of {total} images in {data!r} cannot be decoded, and at most 1 % may be: "
+            f"{', '.join(unreadable[:3])}; mend or remove them and run this again"
         )
 
 

@@ -22,7 +22,8 @@ def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
         The path.
 
     Raises:
-        ArtifactError: The folder does not exist, the path is a folder, or the file exists and `force` is off.
+        ArtifactError: The folder does not exist or may not be written to, the path is a folder or a device, or the file
+            exists and `force` is off.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -30,6 +31,10 @@ def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
     if target.is_dir():
         example = target / "out.safetensors"
         raise ArtifactError(f"cannot write {target}: it is a folder; name a file in it, such as {example}")
+    if target.exists() and not target.is_file():  # a device, which the file would take the place of
+        raise ArtifactError(f"cannot write {target}: it is no file; give another name")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write {target}: no permission in {target.parent}; give another folder")
     if target.exists() and not force:
         raise ArtifactError(f"{target} exists; add --force to replace it, or give another -o")
     return target
@@ -49,9 +54,10 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterato
         part.
 
     Raises:
-        ArtifactError: The file cannot be written, with the system's reason (disk full, no permission).
+        ArtifactError: The file cannot be written, with the system's reason (disk full, say).
     """
     target = check_writable(path, force=force)
+    target = target.resolve() if target.is_symlink() else target  # the link stays, and points to the new content
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
         os.close(handle)

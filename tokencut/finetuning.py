@@ -163,8 +163,8 @@ class _Run:
     def train(self, *, resume: bool) -> FinetuneReport:
         """Runs to the end, or until told to stop."""
         state = self._start(resume=resume)
-        self.watcher.on_start(tuple(self.notes))
         try:
+            self.watcher.on_start(tuple(self.notes))
             finished = self._epochs(state)
         except TrainingDivergedError:
             self._save(state)
@@ -172,7 +172,7 @@ class _Run:
         finally:
             self.trainer.objective.close()
         chosen = self._take_result(state) if finished else state.epoch
-        skipped = len(self.unreadable)
+        skipped = len(set().union(*self.group.collect(self.unreadable)))
         notes = (f"training images skipped, since they could not be decoded: {skipped}",) if skipped else ()
         return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, notes)
 
@@ -189,7 +189,11 @@ class _Run:
         if found is None:
             return TrainingState(self.conditions, 0, 0, {}, {})
         updates = found.epoch * self.order.steps + found.step
-        self.trainer.restore(found.model, found.optimizer, found.ema, updates)
+        try:
+            self.trainer.restore(found.model, found.optimizer, found.ema, updates)
+        except BaseException:
+            self.trainer.objective.close()
+            raise
         self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
         return found
 

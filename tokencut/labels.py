@@ -69,9 +69,9 @@ def require_head(model: nn.Module) -> int:
     if classes < 1:
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
         raise ModelError(
-            f"{name} has no classification head (num_classes=0), so there is no accuracy to measure: type "
-            f"tokencut profile {name} for its cost, or give it a head with --num-classes N and a --checkpoint FILE "
-            "that has one, or by fine-tuning (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+            f"{name} has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
+            "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE "
+            "that has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
         )
     return classes
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -208,6 +210,10 @@ def _from_name(name: ModelName, request: Request) -> Loaded:
 
 def _from_hub(repository: str, request: Request) -> Loaded:
     spec = f"hf-hub:{repository}"
+    try:
+        validate_repo_id(repository.partition("@")[0])
+    except HFValidationError as error:
+        raise UsageError(f"{spec!r} names no repository of the hub; type hf-hub:OWNER/NAME") from error
     folder = hub.cached_repository(repository, weights=request.fetches)
     if folder is None and not request.weights_needed:
         owner, _, name = repository.partition("/")

@@ -109,6 +109,8 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
 
 
 def _checked_layers(layers: Sequence[int | str], depth: int) -> tuple[int, ...]:
+    if isinstance(layers, (int, str)):
+        raise UsageError(f"layers {layers!r} is no list of block numbers; give one, such as [4, 7, 10], or 'all'")
     chosen = tuple(layer for layer in layers if isinstance(layer, int))
     for layer in layers:
         if not isinstance(layer, int):
@@ -135,6 +137,8 @@ def _checked_keep(keep: Keep | None, count: int) -> float | tuple[float, ...]:
     if isinstance(keep, (int, float)):
         _check_rate(keep)
         return float(keep)
+    if isinstance(keep, str):
+        raise UsageError(f"keep {keep!r} is a text; give a number, such as keep=0.7, or one a layer")
     rates = tuple(keep or ())
     for rate in rates:
         _check_rate(rate)

@@ -126,7 +126,7 @@ class _Parts:
         self.model: TimmModule = model.model
         self.proportional = model.recipe.prop_attn
         self.method = model.method
-        self.stage = Stage(model.method)
+        self.stage = Stage(model.method).eval()
         self.first: TimmModule = next(iter(self.adapter.blocks(self.model)))
 
     def timed(self, whole: Tokens, count: int) -> dict[str, Forward]:

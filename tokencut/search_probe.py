@@ -20,7 +20,7 @@ from tokencut.attention import TimmModule, attention_bias
 from tokencut.compression import CompressedModel, Stage, before_stage, stage_cost
 from tokencut.errors import ModelError
 from tokencut.reduction import Reduction
-from tokencut.search_space import Counts, budget_for
+from tokencut.search_space import Counts
 from tokencut.tokens import Tokens
 
 # What the kept tokens may take, in bytes: those of 512 images in all blocks of a DeiT-S are 1.9 GB.
@@ -116,7 +116,7 @@ class Probe:
         self.targets = None if targets is None else targets.cpu()
         self.on_batch = on_batch
         self._device = batches[0].device
-        self._stage = Stage(self.method)
+        self._stage = Stage(self.method).eval()
         with torch.no_grad():
             self._embedded = [
                 Tokens(self.adapter.embed(self.model, b), self.adapter.prefix(self.model)) for b in batches
@@ -201,7 +201,7 @@ class Probe:
         if leaving >= tokens.count:
             return tokens.with_features(self.adapter.run(block, tokens.features, self._bias(tokens)))
         scene = before_stage(self.adapter, self.model, block, tokens, self._bias(tokens))
-        tokens = self._stage(scene, budget_for(tokens.count, leaving, self.method.leaving))
+        tokens = self._stage(scene, leaving)
         return tokens.with_features(self.adapter.proceed(block, tokens.features))
 
     def _bias(self, tokens: Tokens) -> Tensor | None:

@@ -223,7 +223,10 @@ def _price_at(climber: Climber, rate: DropRate, most: float) -> float:
     """The price at which the front does the damage that loses `most` points: a line through it, both in logarithms."""
     front = _front(climber)
     points = [(climber.tried[counts].mean, climber.space.price(counts)) for counts in reversed(front)]
-    damages, prices = zip(*[(d, p) for d, p in points if d > 0], strict=True)
+    points = [(damage, price) for damage, price in points if damage > 0]
+    if not points:  # nothing tried changes the outputs
+        return climber.space.price(front[0])
+    damages, prices = zip(*points, strict=True)
     wanted = min(max(rate.damage_at(most), damages[0]), damages[-1])
     return float(math.exp(np.interp(math.log(wanted), np.log(damages), np.log(prices))))
 

@@ -130,7 +130,7 @@ def open_source(
     if path.is_dir():
         return FolderSource(name, path)
     if not path.is_file():
-        raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}, such as --data digits")
+        raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}")
     try:
         if archives.is_gzip(path):
             return FolderSource(name, archives.unpack(path, on_note))
@@ -138,7 +138,7 @@ def open_source(
             return TarSource(name, path)
     except OSError as error:
         raise DataError(f"cannot read {name!r}: {error.strerror or error}; give a file that you may read") from error
-    raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}, such as --data digits")
+    raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}")
 
 
 def evenly_spread(total: int, limit: int | None) -> list[int]:

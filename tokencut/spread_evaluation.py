@@ -10,7 +10,7 @@ from torch import nn
 
 from tokencut.distributed import Group
 from tokencut.errors import DataError, TokencutError
-from tokencut.evaluation import EvaluationReport, evaluate
+from tokencut.evaluation import EvaluationReport, evaluate, mind_unreadable
 from tokencut.sources import Source, evenly_spread
 from tokencut.training_data import Part
 
@@ -39,14 +39,17 @@ def evaluate_spread(
     options.pop("predictions", None)
     mine: EvaluationReport | str
     try:
-        mine = evaluate(model, Part(source, indices[group.rank :: group.size]), device=group.device, **options)
+        part = Part(source, indices[group.rank :: group.size])
+        mine = evaluate(model, part, of=len(indices), device=group.device, **options)
     except TokencutError as error:  # the others are waiting for a report
         mine = str(error)
     reports = group.collect(mine)
     for found in reports:
         if isinstance(found, str):
             raise DataError(found)
-    return _merged(reports)
+    report = _merged(reports)
+    mind_unreadable(source.name, [repr(name) for name in report.unreadable], len(indices))
+    return report
 
 
 def _merged(reports: Sequence[EvaluationReport]) -> EvaluationReport:

@@ -53,7 +53,7 @@ def seed_transforms(*parts: int) -> int:
 
 @contextlib.contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Leaves the global generators behind as they were.
+    """Leaves the global generators behind as they were; of GPUs, that of the one the model is trained on.
 
     Args:
         device: Where the model is trained. To ask every GPU of a machine for its state would take memory on each.

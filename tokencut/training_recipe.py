@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from timm.data import create_transform
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -91,6 +92,7 @@ class TrainingRecipe:
                 raise UsageError(
                     f"{option_of(name)} {value} is not a number {expected}; type {option_of(name)} {default}"
                 )
+        _check_policy(self.auto_augment)
         if self.distill not in DISTILL_KINDS:
             raise UsageError(f"--distill {self.distill} is not one of {', '.join(DISTILL_KINDS)}; type --distill soft")
 
@@ -122,6 +124,15 @@ class TrainingRecipe:
     def lr_for(self, batch: int) -> float:
         """The learning rate for the images of one update."""
         return self.lr * math.sqrt(batch / self.lr_batch)
+
+
+def _check_policy(name: str) -> None:
+    """Refuses a name that timm does not know for a policy of augmentation."""
+    try:
+        create_transform(32, is_training=True, auto_augment=name or None)
+    except Exception as error:  # timm asserts, and looks names up
+        raise UsageError(f"--auto-augment {name} is none of timm's policies; type --auto-augment rand-m9-mstd0.5-inc1, "
+                         "or leave it out") from error  # fmt: skip
 
 
 _INF = math.inf

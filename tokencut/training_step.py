@@ -28,8 +28,9 @@ from tokencut.training_recipe import TrainingRecipe, make_optimizer, make_schedu
 
 # The losses that there can be, each reported by name where it counts.
 TERMS = ("task", "distillation", "importance", "diversity", "ratio", "tokens")
-# In how many equal steps a warm-up lowers the keep rate: each has shapes of its own, which costs a compiler time.
-WARMUP_LEVELS = 10
+# In how many equal steps a warm-up lowers the keep rate: each has shapes of its own, which costs a compiler time, and
+# some versions of torch compile a function for no more than eight.
+WARMUP_LEVELS = 6
 
 
 class TrainingDivergedError(ModelError):

@@ -56,6 +56,8 @@ WRONG = [
      "3 keep rates for 2 layers; give one number for all, or one per layer joined by /, such as --keep 0.7/0.7"),
     ((*DEIT, "--keep", "0.7", "--reduce-by", "8"), 2, "--keep and --reduce-by exclude each other; type one of them"),
     ((*DEIT, "--reduce-by", "0"), 2, "--reduce-by 0 is not a whole number of at least 1, such as --reduce-by 13"),
+    ((*DEIT, "--keep", "0,5"), 2, "--keep 0,5 has a comma; type --keep 0.5"),
+    ((*DEIT, "--keep", ""), 2, "there is an empty argument behind --keep; is a variable of your shell not set?"),
     # Layers.
     ((*DEIT, "--layers", "0,4"), 2,
      "layer 0 does not exist: this model has blocks 1 to 12, such as --layers 4,7,10"),
@@ -111,10 +113,10 @@ WRONG = [
      "or try it with tokencut eval digits --data digits"),
     ((*EVAL, "--data", "{tmp}/none"), 1,
      "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
-     "of one, or the word digits, such as --data digits"),
+     "of one, or the word digits"),
     ((*EVAL, "--data", "{file}"), 1,
      "'{file}' is a file of an unknown kind: expected a folder with one sub-folder a class, a .tar or .tar.gz of one, "
-     "or the word digits, such as --data digits"),
+     "or the word digits"),
     ((*EVAL, "--data", "{pictures}", "--limit", "0"), 2,
      "a limit of 0 leaves no images, expected at least 1; type --limit 1000"),
     ((*EVAL, "--data", "{pictures}", "--batch-size", "0"), 2,
@@ -123,8 +125,16 @@ WRONG = [
      "-1 workers are too few, expected at least 0; type --workers 0"),
     ((*COMPRESS, "--data", "{tmp}/none"), 1,
      "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
-     "of one, or the word digits, such as --data digits"),
+     "of one, or the word digits"),
     # Devices.
+    ((*EVAL, "--data", "digits", "--predictions", "{file}"), 2,
+     re.compile(r"--predictions \S+ does not end in .csv, and predictions are written as CSV; type --predictions \S+")),
+    ((*EVAL, "--data", "digits", "--seed", "9" * 30), 2, re.compile(r".*is larger than any number that counts here.*")),
+    (("profile", "deit_tiny", "--img-size", "8"), 1, re.compile(r"the model has no patches of 16 px.*")),
+    (("profile", "deit_tiny", "--model-kwargs", "depth=0"), 1, re.compile(r".*no blocks.*")),
+    (("profile", "hf-hub:"), 2, "'hf-hub:' names no repository of the hub; type hf-hub:OWNER/NAME"),
+    (("profile", "hf-hub:a/b/c"), 2, "'hf-hub:a/b/c' names no repository of the hub; type hf-hub:OWNER/NAME"),
+    ((*DEIT, "--method-option", "mass=inf"), 2, re.compile(r".*mass.*a number of at least 0.*")),
     ((*DEIT, "--device", "tpu"), 2,
      "unknown device 'tpu', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
     (("profile", *TINY, "--batch-size", "0"), 2,

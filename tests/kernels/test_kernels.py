@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +34,24 @@ def test_neither_on_a_cpu_or_an_old_gpu_nor_where_a_gradient_is_asked_for(monkey
             assert not kernels.usable(tensor)
         monkeypatch.setattr(kernels, "_FOUND", False)
         assert not kernels.usable(tensor)
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+
+    @contextmanager
+    def device(chosen: Any) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launched = kernels.opaque("(Tensor given) -> Tensor", torch.empty_like)(torch.neg)
+    tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:1")
+    with pytest.raises(TypeError):  # it is no tensor
+        launched(tensor)
+    assert entered == ["cuda:1"]
+    assert launched(torch.ones(1)).item() == -1
+    assert entered == ["cuda:1"]
 
 
 @pytest.mark.gpu

@@ -31,6 +31,16 @@ class ViTAdapter(Adapter):
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def check(self, model: TimmModule) -> None:
+        embed = model.patch_embed
+        if not len(model.blocks) or not embed.num_patches:
+            what = "blocks" if embed.num_patches else f"patches of {embed.patch_size[0]} px in images of its size"
+            raise ModelError(
+                f"the model has no {what}, so there is nothing to reduce; change --img-size or --model-kwargs"
+            )
+        if embed.dynamic_img_pad and not model.dynamic_img_size and self._patches(model) != embed.num_patches:
+            raise ModelError(
+                "dynamic_img_pad works with dynamic_img_size only; add --model-kwargs dynamic_img_size=true"
+            )
         for block in model.blocks:
             vit_blocks.handler(block).check(block)
         pool = getattr(model, "attn_pool", None)
@@ -44,6 +54,11 @@ class ViTAdapter(Adapter):
     def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
+
+    def _patches(self, model: TimmModule) -> int:
+        """Patches of an image of the model's size, with those that padding adds."""
+        rows, columns = self.grid(model, *model.patch_embed.img_size)
+        return rows * columns
 
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         return model.blocks
@@ -86,14 +101,14 @@ class ViTAdapter(Adapter):
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
     def cost(self, model: TimmModule) -> ModelCost:
-        embed = model.patch_embed
+        weight, patches = model.patch_embed.proj.weight, self._patches(model)
         pooled, head_prefix = _pool_macs(model)
         return ModelCost(
-            embed=embed.proj.weight.numel() * embed.num_patches,
+            embed=weight.numel() * patches,
             blocks=tuple(vit_blocks.handler(b).cost(b, max(1, len(_class_rows(model)))) for b in model.blocks),
             head=pooled,
             prefix=self.prefix(model),
-            patches=embed.num_patches,
+            patches=patches,
             head_prefix=head_prefix,
             width=model.embed_dim,
             key_width=vit_blocks.handler(model.blocks[0]).key_width(model.blocks[0]),
@@ -106,7 +121,8 @@ def _patches(embed: TimmModule, images: Tensor) -> Tensor:
     In half precision on a GPU as one matrix product: the convolution of 16 x 16 patches alone took 1.6 of DeiT-S's
     11 ms there (H100, bf16, batch 256).
     """
-    plain = type(embed) is PatchEmbed and embed.flatten and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
+    plain = type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad
+    plain = plain and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
     if not (plain and images.is_cuda and images.dtype in (torch.float16, torch.bfloat16)):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
@@ -128,9 +144,10 @@ def _average_pool(model: TimmModule, features: Tensor, counts: Tensor) -> Tensor
     """timm's `avg` and `avgmax` pooling with each token counted as often as it holds patches."""
     skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
     seen, prefix = features[:, skipped:], model.num_prefix_tokens - skipped
-    counts = nn.functional.pad(counts, (prefix, 0), value=1.0).to(features.dtype).unsqueeze(2)
+    counts = nn.functional.pad(counts, (prefix, 0), value=1.0)
     # While training all tokens of an image may be hidden; nothing is then averaged to 0.
-    mean = (seen * counts).sum(1) / counts.sum(1).clamp(min=1.0)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+    mean = (seen.float() * share.unsqueeze(2)).sum(1).to(features.dtype)  # half precision cannot hold the sum
     return mean if model.global_pool == "avg" else 0.5 * (seen.amax(1) + mean)
 
 

@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
     with Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks():
         try:
+            _refuse_empty(words)
             _invoke(words or ["--help"])
             return DONE
         except render.ReaderGoneError:
@@ -125,6 +126,13 @@ def _take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
     end = words.index("--") if "--" in words else len(words)
     kept = [word for word in words[:end] if word != "--debug"]
     return [*kept, *words[end:]], len(kept) < end
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """An empty word comes from a shell variable that is not set; as a path it would be the folder one is in."""
+    for before, word in zip(("tokencut", *words), words, strict=False):
+        if not word and before != "--auto-augment":  # where it means none
+            raise UsageError(f"there is an empty argument behind {before}; is a variable of your shell not set?")
 
 
 def _invoke(words: list[str]) -> None:

@@ -106,7 +106,8 @@ def compress(
         return
     found = [] if search is None else search.facts()
     render.show(render.facts(_facts(str(output), subject.name, subject.describe(), measured, report) + found))
-    render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
+    judge = f", or tokencut eval {output} --data DIR" if subject.model.num_classes else ""
+    render.note(f"next: tokencut profile {output}{judge}")
 
 
 def _train_and_measure(work: FinetuneRun) -> tuple[FinetuneReport | None, dict[str, Any]]:

@@ -60,12 +60,12 @@ def evaluate(
         )
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import measure_accuracy, prepare
-    from tokencut.files import check_writable
+    from tokencut.evaluation import check_predictions
     from tokencut.runtime import resolve_device
     from tokencut.sources import open_source
 
     if predictions is not None:
-        check_writable(predictions, force=True)
+        check_predictions(predictions)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
     images = open_source(data.data, on_note=render.note)

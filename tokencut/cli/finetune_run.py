@@ -131,7 +131,7 @@ class FinetuneRun:
                     watcher=view.watcher(stop),
                 )  # fmt: skip
             except TrainingDivergedError as error:
-                raise self._keep_last_good(model, folder, error) from error
+                raise self._keep_last_good(model, error) from error
             except TokencutError as error:
                 if not self.group.main and sys.__stderr__ is not None:  # else nobody would say it
                     sys.__stderr__.write(f"error: process {self.group.rank}: {error}\n")
@@ -170,8 +170,8 @@ class FinetuneRun:
         """What `--json` tells of the fine-tune."""
         return {"epochs": report.epochs, "chosen": report.chosen, "log": str(log_for(self.output))}
 
-    def _keep_last_good(self, model: CompressedModel, folder: Path, error: TokencutError) -> TokencutError:
-        path = folder / "last-good.safetensors"
+    def _keep_last_good(self, model: CompressedModel, error: TokencutError) -> TokencutError:
+        path = self.output.with_name(f"{self.output.stem}-last-good.safetensors")  # --force removes the run's folder
         if self.group.main:
             artifact.save(model, path, force=True)
         return type(error)(f"{error}, and --force; the weights before that step are in {path}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -38,9 +39,12 @@ def whole_number(text: str) -> int:
         typer.BadParameter: It is not a whole number.
     """
     try:
-        return int(text)
+        read = int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a whole number") from None
+    if abs(read) >= 2**63:
+        raise typer.BadParameter(f"{text} is larger than any number that counts here")
+    return read
 
 
 def number(text: str) -> float:
@@ -223,6 +227,8 @@ def read_keep(text: str) -> float | list[float]:
     Raises:
         UsageError: It holds commas, a word, or a number outside (0, 1].
     """
+    if re.fullmatch(r"0,\d+", text):
+        raise UsageError(f"--keep {text} has a comma; type --keep {text.replace(',', '.')}")
     if "," in text:
         raise UsageError(
             f"--keep {text} has commas, which only sweep takes; for one rate per layer join them by /: "

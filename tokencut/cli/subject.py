@@ -23,7 +23,7 @@ from tokencut.errors import UsageError
 from tokencut.evaluation import EvaluationReport
 from tokencut.model_args import parse_model_kwargs
 from tokencut.modelzoo import Loaded, load_model
-from tokencut.onnx_model import OnnxModel
+from tokencut.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.recipe import Recipe
 from tokencut.reduction import make_method, methods
 from tokencut.sources import Source
@@ -151,7 +151,7 @@ def mind_recipe(spec: str, *, taken_by: str, instead: str) -> None:
     Raises:
         UsageError: The weights were trained for the recipe.
     """
-    if not Path(spec).is_file():
+    if not Path(spec).is_file() or Path(spec).suffix.lower() == ONNX_SUFFIX:  # refused where it is opened
         return
     recipe = read_info(spec).recipe
     if methods()[recipe.method].needs_training:

@@ -45,7 +45,8 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch
     """Decorator: makes a function that launches kernels an operator of its own while `torch.compile` traces.
 
     The compiler's own analysis of user-written kernels crashed on some of ours (torch 2.11). Elsewhere the function is
-    called as it is, without the dispatcher's detour.
+    called as it is, without the dispatcher's detour. Either way on the GPU of its first argument, which Triton would
+    not ask for.
 
     Args:
         schema: Arguments and results in PyTorch's notation.
@@ -53,12 +54,19 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch
     """
 
     def wrap(launch: Launch) -> Launch:
-        operator = library.custom_op(f"tokencut::{launch.__name__}", launch, mutates_args=(), schema=schema)
+        @functools.wraps(launch)
+        def there(*args: Any) -> Any:
+            if not args[0].is_cuda:  # Triton's interpreter
+                return launch(*args)
+            with torch.cuda.device(args[0].device):
+                return launch(*args)
+
+        operator = library.custom_op(f"tokencut::{launch.__name__}", there, mutates_args=(), schema=schema)
         operator.register_fake(shapes)
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            return operator(*args) if torch.compiler.is_compiling() else launch(*args)
+            return operator(*args) if torch.compiler.is_compiling() else there(*args)
 
         return call  # type: ignore[return-value]
 

@@ -23,9 +23,9 @@ def _attend(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head, against all keys, with the running softmax of arXiv 2205.14135."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     numbers = tl.arange(0, PADDED)
     wide = numbers < WIDTH
@@ -74,7 +74,7 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
     """
     batch, heads, count, width = query.shape
     result = query.new_empty((batch, count, heads, width))
-    grid = (triton.cdiv(count, ROWS), batch * heads)
+    grid = (batch * heads, triton.cdiv(count, ROWS))  # only the first may exceed 65,535
     _attend[grid](
         query, key, value, bias, result, count, width**-0.5, *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], bias.stride(0), heads, WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
