@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from tokencut.flop_handles import COUNTED, MOVES, UNCOUNTED, Handle, plain_name
+from tokencut.runtime import weights_dtype
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> MacCount:
     Returns:
         The count, as in evaluation mode.
     """
-    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    dtype = weights_dtype(model)
     try:
         return _trace(_weightless(model), torch.zeros(1, *input_size, dtype=dtype, device="meta"))
     except (RuntimeError, NotImplementedError, TypeError):

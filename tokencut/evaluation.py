@@ -23,7 +23,7 @@ from tokencut.errors import DataError, ModelError, UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.labels import ClassMap, label_names, map_classes, quoted, require_head
 from tokencut.preprocessing import Preprocessing, preprocessing_of
-from tokencut.runtime import inference_state, precision_dtype, resolve_device
+from tokencut.runtime import inference_state, precision_dtype, resolve_device, weights_dtype
 from tokencut.sources import Source, evenly_spread, open_source
 
 # Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
@@ -146,7 +146,7 @@ def evaluate(
     tally = Tally(source, len(dataset), precision, of)
     forward = _forward(model, compile_mode, min(batch_size, len(dataset)))
     with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loader)) as batches:
-        dtype = _dtype(model)
+        dtype = weights_dtype(model)
         for batch in batches:
             tally.add(batch, _logits(forward, batch, prepared, target_device, dtype))
             if on_progress:
@@ -266,11 +266,6 @@ def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
         return model
     compiled = compile_model(model, compile_mode)
     return lambda images: in_batches(compiled, images, size)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    return next(floating, torch.float32)
 
 
 def _logits(

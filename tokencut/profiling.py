@@ -19,7 +19,14 @@ from tokencut.errors import ModelError, TokencutError, UsageError
 from tokencut.latency import Forward, Timing, measure, share_of_time, speedup
 from tokencut.preprocessing import preprocessing_of
 from tokencut.profile_report import Figures, ProfileReport
-from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
+from tokencut.runtime import (
+    describe_device,
+    inference_state,
+    lacks_memory,
+    precision_dtype,
+    resolve_device,
+    weights_dtype,
+)
 
 # The smallest batch at which two CPU cores and small models are held up by arithmetic rather than by calls; at 1 the
 # figure would say more about Python than about the model.
@@ -180,18 +187,17 @@ def _count_notes(count: MacCount, blocks: tuple[cost.BlockRow, ...]) -> tuple[st
 
 def random_images(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Noise, the same in every run: what a forward costs does not depend on what is in the pictures."""
-    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return images.to(device, next(floating, torch.float32))
+    return images.to(device, weights_dtype(model))
 
 
 @contextlib.contextmanager
 def _enough_memory(batch_size: int) -> Iterator[None]:
-    """Turns running out of memory, for which every device has its own error, into one that says what to do."""
+    """Turns running out of memory into an error that says what to do."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         smaller = f"type --batch-size {batch_size // 2}" if batch_size > 1 else "take a smaller model or --device cpu"
         raise TokencutError(f"a batch of {batch_size} does not fit into memory; {smaller}") from error

@@ -47,6 +47,20 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return torch.device(wanted)
 
 
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the dtype of its first floating-point weight, fp32 where there is none."""
+    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error means that memory has run out, for which every device has its own."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 def describe_device(device: torch.device) -> str:
     """What a measurement ran on, in words: the processor and its threads, or the GPU."""
     if device.type == "cuda":

@@ -14,6 +14,7 @@ from tokencut.data import ImageDataset, make_loader
 from tokencut.errors import DataError
 from tokencut.labels import label_names, map_classes, quoted
 from tokencut.preprocessing import preprocessing_of
+from tokencut.runtime import weights_dtype
 from tokencut.sources import Source, evenly_spread
 
 
@@ -65,7 +66,7 @@ def calibration_images(
     prepared = preprocessing_of(model)
     dataset = ImageDataset(source, prepared.transform(), targets=targets or [0] * len(source.classes), indices=indices,
                            mode=prepared.mode)  # fmt: skip
-    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    dtype = weights_dtype(model)
     images, labels, unreadable = [], [], []
     with closing(iter(make_loader(dataset, batch_size=batch_size, workers=workers))) as batches:
         for batch in batches:

@@ -21,7 +21,7 @@ from tokencut.latency import Timing, measure
 from tokencut.pairing import paired_difference
 from tokencut.profiling import BUSY
 from tokencut.recipe import Recipe
-from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
+from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device, weights_dtype
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
 from tokencut.sources import Source
@@ -227,7 +227,7 @@ class _Run:
         return tally.report(name, None, image_notes(source, self.images.class_map, tally.unreadable, count))
 
     def _logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        images = self.images.prepared.normalise(pixels, self.device, _dtype(model))
+        images = self.images.prepared.normalise(pixels, self.device, weights_dtype(model))
         logits: Tensor = model(images)
         return logits.float()
 
@@ -248,7 +248,7 @@ class _Run:
         noise = torch.randn((self.plan.batch_size, *size), generator=torch.Generator().manual_seed(0))
         return measure(
             {pair_name(*key): model for key, model in models.items()},
-            noise.to(self.device, _dtype(models[DENSE_KEY])),
+            noise.to(self.device, weights_dtype(models[DENSE_KEY])),
             max_seconds=TIMING_SECONDS * len(models),
             on_round=lambda done, total: self.tell(SweepProgress("timing all models in turn", done, total)),
         )
@@ -279,11 +279,6 @@ class _Run:
 def _layers(recipes: Mapping[Key, Recipe]) -> tuple[int, ...]:
     """The blocks that reduce, the same in all rows."""
     return tuple(next(iter(recipes.values())).layers)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    return next(floating, torch.float32)
 
 
 def _speed(timing: Timing, batch: int) -> Speed:

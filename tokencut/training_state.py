@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
+from tokencut.weights import one_line
 
 FILE = "state.pt"
 FORMAT = 1
@@ -86,7 +87,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
         try:
             torch.save({"format": FORMAT, **values}, temporary)
         except RuntimeError as error:  # torch's writer hides the system's error
-            raise ArtifactError(f"cannot write {folder / FILE}: {_one_line(error)}; free space on its disk") from error
+            raise ArtifactError(f"cannot write {folder / FILE}: {one_line(error)}; free space on its disk") from error
 
 
 def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
@@ -110,7 +111,7 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
         state = TrainingState(**values)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, LookupError, TypeError,
             ValueError) as error:  # fmt: skip
-        raise ArtifactError(f"cannot read {path} ({_one_line(error)}); type --force to start again") from error
+        raise ArtifactError(f"cannot read {path} ({one_line(error)}); type --force to start again") from error
     changed = [name for name in conditions if state.conditions.get(name) != conditions[name]]
     if changed:
         before, now = (_shown(held.get(changed[0], "nothing")) for held in (state.conditions, conditions))
@@ -141,8 +142,3 @@ def copy_of(weights: Weights) -> Weights:
 
 def _shown(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -22,7 +22,7 @@ from tokencut.objective import Losses, Objective, ObjectiveSettings
 from tokencut.preprocessing import preprocessing_of
 from tokencut.recipe import Recipe
 from tokencut.reduction import make_method, methods
-from tokencut.runtime import autocast
+from tokencut.runtime import autocast, lacks_memory
 from tokencut.training_data import Order, seed_all
 from tokencut.training_recipe import TrainingRecipe, make_optimizer, make_scheduler
 
@@ -187,8 +187,7 @@ class Trainer:
         try:
             yield
         except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-            lacks = ("out of memory", "not enough memory", "can't allocate memory")
-            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in lacks):
+            if not lacks_memory(error):
                 raise
             batch, passes = self.order.batch, self.order.accumulate
             advice = f"--batch-size {batch // 2} --accumulate {passes * 2}" if batch > 1 else "--device cpu"
