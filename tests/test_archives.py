@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import os
 import tarfile
@@ -70,7 +71,8 @@ def test_scan_lists_folders_and_sets_links_apart(tmp_path: Path) -> None:
     assert set(listing.files) == {"cat/1.jpg"}
 
 
-def test_scan_of_an_archive_cut_between_two_members_says_so(tmp_path: Path) -> None:
+def test_an_archive_cut_between_two_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(archives.CACHE_VARIABLE, str(tmp_path / "cache"))
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w") as archive:
         for name in ("a/1.png", "b/2.png"):
@@ -79,10 +81,14 @@ def test_scan_of_an_archive_cut_between_two_members_says_so(tmp_path: Path) -> N
             archive.addfile(member, io.BytesIO(bytes(range(250)) * 3))
     whole = path.read_bytes()
     assert set(archives.scan(path).files) == {"a/1.png", "b/2.png"}
+    packed = tmp_path / "set.tar.gz"
     for length in (3 * 512, 3 * 512 + 100, 6 * 512):  # behind a member, inside a header, before the end
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="is not a whole tar archive"):
             archives.scan(path)
+        packed.write_bytes(gzip.compress(whole[:length]))  # a whole gzip of it
+        with pytest.raises(DataError, match="is not a whole tar archive"):
+            archives.unpack(packed)
 
 
 def test_scan_of_a_truncated_archive_says_so(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tokencut import digits, evaluation
 from tokencut.distributed import Group, process_group
-from tokencut.errors import DataError
+from tokencut.errors import DataError, UsageError
 from tokencut.sources import open_source
 from tokencut.spread_evaluation import _merged, evaluate_spread
 from tokencut.training_data import Part
@@ -40,7 +40,7 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
     with pytest.raises(DataError, match="2 images in 'digits' are too few for 3 processes"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Part(source, [0, 1]), workers=0)
     monkeypatch.setattr(_Dealt, "collect", lambda self, value: [parts[0], value])
-    with pytest.raises(DataError, match="a batch size of 0 is too small"):
+    with pytest.raises(UsageError, match="a batch size of 0 is too small"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0, batch_size=0)
 
 

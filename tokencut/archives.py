@@ -23,6 +23,19 @@ CACHE_VARIABLE = "TOKENCUT_CACHE"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
+class _Member(tarfile.TarInfo):
+    """A member of an archive that must end as archives do: tarfile takes a cut between two members for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # public, though the stubs leave it out
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
 def is_tar(path: Path) -> bool:
     """Whether a file is an uncompressed tar archive, by its content."""
     try:
@@ -47,7 +60,7 @@ def scan(path: Path) -> Listing:
         DataError: The archive is truncated or damaged, or holds a path that leads out of it.
     """
     listing = Listing()
-    with _reading(path), tarfile.open(path, "r:") as archive:
+    with _reading(path), tarfile.open(path, "r:", tarinfo=_Member) as archive:
         for member in _members(archive):
             name = _inner_path(path, member)
             if member.isdir():
@@ -56,16 +69,8 @@ def scan(path: Path) -> Listing:
                 listing.files[name] = (member.offset_data, member.size)
             else:
                 listing.others.append(name)
-        _mind_end(path, archive.offset)  # tarfile takes a cut between two members for the end
     listing.folders.discard(".")
     return listing
-
-
-def _mind_end(path: Path, offset: int) -> None:
-    with path.open("rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("its end is missing")
 
 
 def cache_folder() -> Path:
@@ -144,7 +149,7 @@ def _cache_name(path: Path) -> str:
 
 
 def _extract(path: Path, folder: Path) -> None:
-    with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+    with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
         for member in _members(archive):
             name = _inner_path(path, member)
             if not (member.isdir() or member.isreg()):

@@ -276,10 +276,15 @@ def _logits(
     return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
+def sample_note(sampled: int, total: int) -> str:
+    """What is said where not all images are judged."""
+    return f"an evenly spread sample of {sampled} of {total} images"
+
+
 def image_notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int) -> tuple[str, ...]:
     """What has to be said of the images judged: their classes, a sample, those that could not be decoded."""
     names = [source.filename(image.index) for image in unreadable]
-    sample = f"an evenly spread sample of {sampled} of {len(source)} images" if sampled < len(source) else ""
+    sample = sample_note(sampled, len(source)) if sampled < len(source) else ""
     skipped = (
         f"images skipped, since they could not be decoded: {len(names)} of {sampled} ({quoted(names)})" if names else ""
     )

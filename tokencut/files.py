@@ -66,12 +66,12 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterato
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files private; the result gets the permissions any new file would have.
+        # mkstemp makes files private; the result gets those of the file it replaces, or of any new file.
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
         temporary.replace(target)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was written") from error

@@ -87,8 +87,10 @@ class HeldBatches:
         with closing(iter(self._loader)) as batches:
             for batch in batches:
                 if self._hold:
-                    # A copy: what a worker process hands over lies in shared memory, of which there may be little.
-                    kept.append(replace(batch, images=batch.images.clone()))
+                    # Copies: what a worker process hands over lies in shared memory, of which there may be little, each
+                    # tensor in an open file of its own.
+                    kept.append(replace(batch, images=batch.images.clone(), targets=batch.targets.clone(),
+                                        indices=batch.indices.clone()))  # fmt: skip
                 yield batch
         if self._hold:
             self._kept = kept

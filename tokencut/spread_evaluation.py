@@ -10,7 +10,7 @@ from torch import nn
 
 from tokencut.distributed import Group
 from tokencut.errors import DataError, TokencutError
-from tokencut.evaluation import EvaluationReport, evaluate, mind_unreadable
+from tokencut.evaluation import EvaluationReport, evaluate, mind_unreadable, sample_note
 from tokencut.sources import Source, evenly_spread
 from tokencut.training_data import Part
 
@@ -37,17 +37,19 @@ def evaluate_spread(
         raise DataError(f"{len(indices)} images in {source.name!r} are too few for {group.size} processes; give more, "
                         "or run it without torchrun")  # fmt: skip
     options.pop("predictions", None)
-    mine: EvaluationReport | str
+    mine: EvaluationReport | TokencutError
     try:
         part = Part(source, indices[group.rank :: group.size])
         mine = evaluate(model, part, of=len(indices), device=group.device, **options)
     except TokencutError as error:  # the others are waiting for a report
-        mine = str(error)
+        mine = error
     reports = group.collect(mine)
     for found in reports:
-        if isinstance(found, str):
-            raise DataError(found)
+        if isinstance(found, TokencutError):
+            raise found
     report = _merged(reports)
+    if len(indices) < len(source):
+        report = dataclasses.replace(report, notes=(*report.notes, sample_note(len(indices), len(source))))
     mind_unreadable(source.name, [repr(name) for name in report.unreadable], len(indices))
     return report
 

@@ -129,7 +129,7 @@ def write_report(report: SweepReport, folder: Path, pictured: SweepPicture | Non
     with atomic_write(folder / JSON) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_write(folder / TABLE) as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
+        temporary.write_text(markdown(report), encoding="utf-8", errors="surrogateescape")  # names of images
     _plot(report, folder / COST_PLOT, "gmacs", "GMACs per image", less_is_better=True)
     if report.timed:
         axis = f"images/s\n{report.device}, {report.precision}, batches of {report.batch_size}"

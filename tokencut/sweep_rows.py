@@ -58,11 +58,6 @@ class Row:
     to_dense: Difference | None = None
     images_per_second_quartiles: tuple[float, float] | None = None
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return pair_name(self.method, self.keep)
-
     def to_dict(self) -> dict[str, Any]:
         """The row for JSON and CSV, without the image-by-image results."""
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self)[:8]}

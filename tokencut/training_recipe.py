@@ -28,7 +28,7 @@ NEW_WEIGHTS_LR = 10.0
 class TrainingRecipe:
     """Everything that decides a fine-tune beside the model, the images, the batch and the seed.
 
-    `alpha` and `beta` are 0, as the paper has it; what they bring was not measured.
+    `alpha` and `beta` are 0: neither term helped where it was measured (README, "Fine-tuning").
 
     Attributes:
         epochs: Passes over the training images.

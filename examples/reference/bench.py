@@ -51,7 +51,8 @@ class Results:
     def add(self, key: str, value: dict[str, Any]) -> None:
         """Notes a result."""
         with self.lock:
-            self.data["failed"].pop(key, None)
+            if value.get("whole", True):
+                self.data["failed"].pop(key, None)
             self.data["found"][key] = value
             self.save()
 
@@ -66,6 +67,9 @@ class Results:
         """Whether a job is still to be done."""
         tries = self.data["failed"].get(job.key, {"tries": 0})["tries"]
         done = self.data["found"].get(job.key)
+        if done is not None and isinstance(job, Sweep):
+            rows = {(row["method"], row["keep"]) for row in done["rows"]}
+            done = done if rows >= {(method, keep) for method in job.methods for keep in job.keeps} else None
         return tries < TRIES and (done is None or not done.get("whole", True))
 
     def save(self) -> None:

@@ -36,14 +36,9 @@ from tokencut.errors import TokencutError
 from tokencut.runtime import describe_device, resolve_device
 from tokencut.sources import open_source
 
-HERE = Path(__file__).resolve().parent
 PAGE = "RESULTS.md"
 # Seconds kept back from the time limit for the page.
 RESERVE = 12.0
-# A job is begun if it takes no more than so much of the time left, by how long its like took.
-CAUTION = 1.15
-# So often a job may end without a result before it is left out.
-TRIES = 2
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -152,18 +152,29 @@ class Page:
             if lines:
                 said.append(table((f"{label}, off the shelf", *(f"keep {keep:g}" for keep in keeps)), lines))
             tuned: list[tuple[Any, ...]] = []
+            every = [self.book.seeds(Task(label, method, keep, epochs=self.book.epochs))
+                     for method in PARTS.values() for keep in TUNED_KEEPS]  # fmt: skip
+            common = set.intersection(*(set(found) for found in every if found)) if any(every) else set()
             for name, method in PARTS.items():
                 cells = []
                 for keep in TUNED_KEEPS:
                     task = Task(label, method, keep, epochs=self.book.epochs)
                     found = self.book.seeds(task)
                     against = self.book.difference(task, replace(task, method=PAPER))
-                    tops = [entry["top1"] for entry in found.values()]
+                    tops = [entry["top1"] for seed, entry in found.items() if seed in common]
                     cells.append(f"{mean(tops):.2f}" if tops and method == PAPER else against or "")
                 if any(cells):
                     tuned.append((name, *cells))
             if len(tuned) > 1:
-                said.append(table((f"{label}, fine-tuned", *(f"keep {keep:g}" for keep in TUNED_KEEPS)), tuned))
+                said.append(
+                    table(
+                        (
+                            f"{label}, fine-tuned, {len(common)} seed{'s' * (len(common) > 1)}",
+                            *(f"keep {keep:g}" for keep in TUNED_KEEPS),
+                        ),
+                        tuned,
+                    )
+                )
         return "\n\n".join(said) if said else "Not measured."
 
     def weights(self) -> str:

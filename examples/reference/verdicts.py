@@ -36,7 +36,7 @@ class Verdict:
     @property
     def fails(self) -> bool:
         """Whether it was measured and does not clearly hold."""
-        return not self.verdict.startswith("yes") and self.verdict != MISSING
+        return (not self.verdict.startswith("yes") or "though" in self.verdict) and self.verdict != MISSING
 
     @property
     def refuted(self) -> bool:

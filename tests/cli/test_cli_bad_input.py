@@ -58,6 +58,8 @@ WRONG = [
     ((*DEIT, "--reduce-by", "0"), 2, "--reduce-by 0 is not a whole number of at least 1, such as --reduce-by 13"),
     ((*DEIT, "--keep", "0,5"), 2, "--keep 0,5 has a comma; type --keep 0.5"),
     ((*DEIT, "--keep", ""), 2, "there is an empty argument behind --keep; is a variable of your shell not set?"),
+    (("eval", "digits", "--data="), 2,
+     "there is an empty argument behind --data; is a variable of your shell not set?"),
     # Layers.
     ((*DEIT, "--layers", "0,4"), 2,
      "layer 0 does not exist: this model has blocks 1 to 12, such as --layers 4,7,10"),

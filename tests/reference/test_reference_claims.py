@@ -203,6 +203,19 @@ def _impatient(join: Any) -> Any:
     return lambda thread, timeout=None: join(thread, None if timeout is None else min(timeout, 0.5))
 
 
+def test_a_sweep_is_done_when_it_has_every_row_and_given_up_when_it_fails(tmp_path: Path) -> None:
+    results = bench.Results(tmp_path, CONDITIONS)
+    sweep = Sweep("deit_tiny", "methods", ("bat",), (0.9, 0.5))
+    for number in range(bench.TRIES):
+        assert results.open(sweep)
+        results.add(sweep.key, {"rows": [{"method": "bat", "keep": 0.9}], "whole": False})  # what there was until then
+        results.failed(sweep.key, f"the {number}th time")
+    assert not results.open(sweep)
+    results.add(sweep.key, {"rows": [{"method": "bat", "keep": keep} for keep in (0.9, 0.5)], "whole": True})
+    assert not results.open(sweep)
+    assert results.open(replace(sweep, keeps=(0.9, 0.3)))
+
+
 def test_results_of_other_weights_are_refused(tmp_path: Path) -> None:
     bench.Results(tmp_path, CONDITIONS).save()
     more = {**CONDITIONS, "models": {"deit_tiny": "a", "deit_small": "b"}}

@@ -131,6 +131,8 @@ def _take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
 def _refuse_empty(words: Sequence[str]) -> None:
     """An empty word comes from a shell variable that is not set; as a path it would be the folder one is in."""
     for before, word in zip(("tokencut", *words), words, strict=False):
+        if word.startswith("--") and "=" in word:
+            before, _, word = word.partition("=")
         if not word and before != "--auto-augment":  # where it means none
             raise UsageError(f"there is an empty argument behind {before}; is a variable of your shell not set?")
 
@@ -152,12 +154,20 @@ def _explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         return INTERRUPTED, "interrupted"
     if hasattr(error, "format_message"):  # the parser's own; typer moved its class between releases
         return WRONG_USAGE, _explain_parser(error, words)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _lacks_memory(error):
         return FAILED, "out of memory; type a smaller --batch-size, such as --batch-size 8"
     if isinstance(error, OSError) and error.strerror:
         where = f": {str(error.filename)!r}" if error.filename else ""
         return FAILED, f"{error.strerror}{where}; add --debug to see where that came from"
     return FAILED, f"unexpected {type(error).__name__}: {error}; add --debug for a traceback to report"
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # importing it takes a second and more
+        return isinstance(error, MemoryError)
+    from tokencut.runtime import lacks_memory
+
+    return lacks_memory(error)
 
 
 def _explain_parser(error: Any, words: Sequence[str]) -> str:

@@ -81,7 +81,9 @@ def compress(
             from tokencut.cli.search_run import search_wanted
 
             front = wish.front or output.with_suffix(".front.json")
-            search = search_wanted(wish, run, front=front, force=force, processes=group.size, workers=data.workers)
+            search = search_wanted(
+                wish, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers
+            )
             search.mind(data.data)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)

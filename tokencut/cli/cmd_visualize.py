@@ -91,7 +91,8 @@ def visualize(
 
 def _mind_input(output: Path, images: list[str]) -> None:
     """Refuses to replace an image by its own picture, as `*.png` beside `--force` would."""
-    same = next((image for image in images if output.exists() and output.resolve() == Path(image).resolve()), None)
+    replaced = output.resolve() if output.exists() else None
+    same = next((image for image in images if Path(image).expanduser().resolve() == replaced), None)
     if same:
         raise UsageError(f"{output} is one of the images; give another -o, or leave that image out")
 

@@ -25,6 +25,7 @@ from tokencut.description import description_of
 from tokencut.distributed import Group
 from tokencut.errors import ArtifactError, DataError, TokencutError
 from tokencut.evaluation import EvaluationReport
+from tokencut.files import check_writable
 from tokencut.finetuning import finetune, training_classes
 from tokencut.labels import label_names, map_classes, quoted
 from tokencut.sources import Source
@@ -38,7 +39,7 @@ def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
     """Refuses what could not be done or would lose an earlier run, before any work is done.
 
     Raises:
-        ArtifactError: There is one that was stopped, and neither `--resume` nor `--force`.
+        ArtifactError: There is one that was stopped, or its log, and neither `--resume` nor `--force`.
         TokencutError: `--tensorboard` without tensorboard.
     """
     if tuning.tensorboard is not None:
@@ -47,6 +48,7 @@ def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
     if has_state(folder) and not tuning.resume and not force:
         raise ArtifactError(f"{folder} holds a run that was stopped; add --resume to go on with it, or --force to start"
                             " again")  # fmt: skip
+    check_writable(log_for(output), force=force or bool(tuning.resume))
     if tuning.resume and not has_state(folder):
         render.note(f"there is nothing to resume in {folder}: starting at the first epoch")
 
