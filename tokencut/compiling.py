@@ -15,6 +15,17 @@ from tokencut.weights import one_line
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
+def check_mode(mode: str) -> None:
+    """Refuses a mode of `torch.compile` that there is not.
+
+    Raises:
+        UsageError: With those there are.
+    """
+    if mode not in COMPILE_MODES:
+        raise UsageError(f"unknown compile mode {mode!r}, expected one of {', '.join(COMPILE_MODES)}; type "
+                         "--compile-mode default")  # fmt: skip
+
+
 def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
     """Compiles a model, for batches of one size: another size, mode or precision compiles it once more.
 
@@ -33,9 +44,7 @@ def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor],
     """
     from torch._dynamo.exc import TorchDynamoException  # a second and more, which only this needs
 
-    if mode not in COMPILE_MODES:
-        raise UsageError(f"unknown compile mode {mode!r}, expected one of {', '.join(COMPILE_MODES)}; type "
-                         "--compile-mode default")  # fmt: skip
+    check_mode(mode)
     compiled = torch.compile(model, fullgraph=isinstance(model, CompressedModel), dynamic=False, mode=mode)
 
     def forward(images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import __version__, cost
-from tokencut.compiling import compile_model
+from tokencut.compiling import check_mode, compile_model
 from tokencut.compression import CompressedModel, predicted_macs
 from tokencut.counting import MacCount, count_macs
 from tokencut.description import name_of
@@ -78,6 +78,8 @@ def profile(
                          f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
     dtype = precision_dtype(precision)
+    if compile_mode is not None:
+        check_mode(compile_mode)
     recipe = model.recipe if isinstance(model, CompressedModel) else None
     inner = model.model if isinstance(model, CompressedModel) else model
     before, after = count_macs(inner, size), count_macs(model, size)

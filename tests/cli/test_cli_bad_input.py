@@ -134,6 +134,7 @@ WRONG = [
     ((*EVAL, "--data", "digits", "--seed", "9" * 30), 2, re.compile(r".*is larger than any number that counts here.*")),
     (("profile", "deit_tiny", "--img-size", "8"), 1, re.compile(r"the model has no patches of 16 px.*")),
     (("profile", "deit_tiny", "--model-kwargs", "depth=0"), 1, re.compile(r".*no blocks.*")),
+    ((*DEIT, "--no-latency", "--compile-mode", "foo"), 2, re.compile(r"unknown compile mode 'foo', expected .*")),
     (("profile", "hf-hub:"), 2, "'hf-hub:' names no repository of the hub; type hf-hub:OWNER/NAME"),
     (("profile", "hf-hub:a/b/c"), 2, "'hf-hub:a/b/c' names no repository of the hub; type hf-hub:OWNER/NAME"),
     ((*DEIT, "--method-option", "mass=inf"), 2, re.compile(r".*mass.*a number of at least 0.*")),

@@ -23,9 +23,11 @@ def _attend(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head, against all keys, with the running softmax of arXiv 2205.14135."""
-    image = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # One dimension, since only the first may exceed 65,535; the blocks of a head side by side, as they share its keys.
+    blocks = tl.cdiv(count, ROWS)
+    number = tl.program_id(0) // blocks
+    image, head = (number // heads).to(tl.int64), number % heads
+    rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     numbers = tl.arange(0, PADDED)
     wide = numbers < WIDTH
@@ -74,8 +76,7 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
     """
     batch, heads, count, width = query.shape
     result = query.new_empty((batch, count, heads, width))
-    grid = (batch * heads, triton.cdiv(count, ROWS))  # only the first may exceed 65,535
-    _attend[grid](
+    _attend[(batch * heads * triton.cdiv(count, ROWS),)](
         query, key, value, bias, result, count, width**-0.5, *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], bias.stride(0), heads, WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
         ROWS=ROWS, COLUMNS=COLUMNS,
