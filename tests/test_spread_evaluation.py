@@ -46,9 +46,9 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
 
 def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{number}.png" for number in range(3)]
-    evaluation.mind_unreadable("images", names, 300)
+    evaluation.mind_unreadable("images", names, 300, repr)
     with pytest.raises(DataError, match="at least 3 of 299 images in 'images' cannot be decoded"):
-        evaluation.mind_unreadable("images", names, 299)
+        evaluation.mind_unreadable("images", names, 299, repr)
     judged, source = digits.create(), Part(open_source("digits"), range(30))
     asked: list[int | None] = []
     report = evaluation.evaluate(judged, source, workers=0, device="cpu")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from tokencut.labels import ClassMap, label_names, map_classes, quoted, require_
 from tokencut.preprocessing import Preprocessing, preprocessing_of
 from tokencut.runtime import inference_state, precision_dtype, resolve_device, weights_dtype
 from tokencut.sources import Source, evenly_spread, open_source
+
+Failed = TypeVar("Failed")
 
 # Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
 UNREADABLE_SHARE = 0.01
@@ -196,11 +198,7 @@ class Tally:
     def add(self, batch: Batch, logits: Tensor | None) -> None:
         """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
         self.unreadable += batch.unreadable
-        mind_unreadable(
-            self.source.name,
-            [f"{self.source.filename(image.index)!r} ({image.reason})" for image in self.unreadable],
-            self.of,
-        )
+        mind_unreadable(self.source.name, self.unreadable, self.of, self._told)
         if logits is None:
             return
         if not logits.isfinite().all():
@@ -241,14 +239,18 @@ class Tally:
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
         )
 
+    def _told(self, image: Unreadable) -> str:
+        return f"{self.source.filename(image.index)!r} ({image.reason})"
 
-def mind_unreadable(data: str, unreadable: Sequence[str], total: int) -> None:
+
+def mind_unreadable(data: str, unreadable: Sequence[Failed], total: int, told: Callable[[Failed], str]) -> None:
     """Refuses images of which too many could not be read.
 
     Args:
         data: What they are called.
         unreadable: Those images.
         total: How many there are in all.
+        told: What the message calls one of them.
 
     Raises:
         DataError: More than 1 % are unreadable.
@@ -256,7 +258,7 @@ def mind_unreadable(data: str, unreadable: Sequence[str], total: int) -> None:
     if len(unreadable) > UNREADABLE_SHARE * total:
         raise DataError(
             f"at least {len(unreadable)} of {total} images in {data!r} cannot be decoded, and at most 1 % may be: "
-            f"{', '.join(unreadable[:3])}; mend or remove them and run this again"
+            f"{', '.join(map(told, unreadable[:3]))}; mend or remove them and run this again"
         )
 
 

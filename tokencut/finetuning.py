@@ -162,8 +162,13 @@ class _Run:
 
     def train(self, *, resume: bool) -> FinetuneReport:
         """Runs to the end, or until told to stop."""
-        state = self._start(resume=resume)
+        found = self._found() if resume else None
+        self.trainer = Trainer(
+            self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
+            precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
+        )  # fmt: skip
         try:
+            state = self._start(found)
             self.watcher.on_start(tuple(self.notes))
             finished = self._epochs(state)
         except TrainingDivergedError:
@@ -176,24 +181,19 @@ class _Run:
         notes = (f"training images skipped, since they could not be decoded: {skipped}",) if skipped else ()
         return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, notes)
 
-    def _start(self, *, resume: bool) -> TrainingState:
-        """Builds the trainer, and the state to begin with: that of the folder, or a new one."""
-        found = None
-        if resume and self.folder is not None and self.group.share(has_state(self.folder)):
-            found = self.group.share(load_state(self.folder, self.conditions) if self.group.main else None)
-        self.trainer = Trainer(
-            self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
-            precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
-        )  # fmt: skip
+    def _found(self) -> TrainingState | None:
+        """The state in the folder, if there is one."""
+        if self.folder is None or not self.group.share(has_state(self.folder)):
+            return None
+        return self.group.share(load_state(self.folder, self.conditions) if self.group.main else None)
+
+    def _start(self, found: TrainingState | None) -> TrainingState:
+        """The state to begin with: the one found, with which the trainer goes on, or a new one."""
         self.model.train()
         if found is None:
             return TrainingState(self.conditions, 0, 0, {}, {})
         updates = found.epoch * self.order.steps + found.step
-        try:
-            self.trainer.restore(found.model, found.optimizer, found.ema, updates)
-        except BaseException:
-            self.trainer.objective.close()
-            raise
+        self.trainer.restore(found.model, found.optimizer, found.ema, updates)
         self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
         return found
 

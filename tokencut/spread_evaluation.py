@@ -50,7 +50,7 @@ def evaluate_spread(
     report = _merged(reports)
     if len(indices) < len(source):
         report = dataclasses.replace(report, notes=(*report.notes, sample_note(len(indices), len(source))))
-    mind_unreadable(source.name, [repr(name) for name in report.unreadable], len(indices))
+    mind_unreadable(source.name, report.unreadable, len(indices), repr)
     return report
 
 

@@ -92,7 +92,8 @@ class TrainingRecipe:
                 raise UsageError(
                     f"{option_of(name)} {value} is not a number {expected}; type {option_of(name)} {default}"
                 )
-        _check_policy(self.auto_augment)
+        if self.auto_augment:
+            _check_policy(self.auto_augment)
         if self.distill not in DISTILL_KINDS:
             raise UsageError(f"--distill {self.distill} is not one of {', '.join(DISTILL_KINDS)}; type --distill soft")
 
@@ -129,7 +130,7 @@ class TrainingRecipe:
 def _check_policy(name: str) -> None:
     """Refuses a name that timm does not know for a policy of augmentation."""
     try:
-        create_transform(32, is_training=True, auto_augment=name or None)
+        create_transform(32, is_training=True, auto_augment=name)
     except Exception as error:  # timm asserts, and looks names up
         raise UsageError(f"--auto-augment {name} is none of timm's policies; type --auto-augment rand-m9-mstd0.5-inc1, "
                          "or leave it out") from error  # fmt: skip

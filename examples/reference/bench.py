@@ -67,10 +67,8 @@ class Results:
         """Whether a job is still to be done."""
         tries = self.data["failed"].get(job.key, {"tries": 0})["tries"]
         done = self.data["found"].get(job.key)
-        if done is not None and isinstance(job, Sweep):
-            rows = {(row["method"], row["keep"]) for row in done["rows"]}
-            done = done if rows >= {(method, keep) for method in job.methods for keep in job.keeps} else None
-        return tries < TRIES and (done is None or not done.get("whole", True))
+        whole = done is not None and (not isinstance(job, Sweep) or job.complete(done["rows"]))
+        return tries < TRIES and not whole
 
     def save(self) -> None:
         """Writes the file."""
@@ -240,8 +238,9 @@ class Bench:
                     {"method": row.method, "keep": row.keep, "gmacs": row.gmacs, "top1": row.top1,
                      "correct": "".join("01"[right] for right in row.correct)} for row in state.rows.values()
                 ]  # fmt: skip
-                whole = len(rows) == 1 + len(job.methods) * len(job.keeps)
-                self.results.add(job.key, {"rows": rows, "whole": whole, "seconds": time.monotonic() - began})
+                self.results.add(
+                    job.key, {"rows": rows, "whole": job.complete(rows), "seconds": time.monotonic() - began}
+                )
 
     def _search(self, slot: Slot, job: Search) -> None:
         """Searches, and has what was found judged as it is and fine-tuned."""

@@ -152,29 +152,23 @@ class Page:
             if lines:
                 said.append(table((f"{label}, off the shelf", *(f"keep {keep:g}" for keep in keeps)), lines))
             tuned: list[tuple[Any, ...]] = []
-            every = [self.book.seeds(Task(label, method, keep, epochs=self.book.epochs))
-                     for method in PARTS.values() for keep in TUNED_KEEPS]  # fmt: skip
-            common = set.intersection(*(set(found) for found in every if found)) if any(every) else set()
+            tasks = {(method, keep): Task(label, method, keep, epochs=self.book.epochs)
+                     for method in PARTS.values() for keep in TUNED_KEEPS}  # fmt: skip
+            found = {cell: seeds for cell, task in tasks.items() if (seeds := self.book.seeds(task))}
+            # What all have: the whole rule has more seeds than its parts.
+            common = set.intersection(*map(set, found.values())) if found else set()
             for name, method in PARTS.items():
                 cells = []
                 for keep in TUNED_KEEPS:
-                    task = Task(label, method, keep, epochs=self.book.epochs)
-                    found = self.book.seeds(task)
-                    against = self.book.difference(task, replace(task, method=PAPER))
-                    tops = [entry["top1"] for seed, entry in found.items() if seed in common]
+                    against = self.book.difference(tasks[method, keep], tasks[PAPER, keep])
+                    tops = [found[method, keep][seed]["top1"] for seed in common if (method, keep) in found]
                     cells.append(f"{mean(tops):.2f}" if tops and method == PAPER else against or "")
                 if any(cells):
                     tuned.append((name, *cells))
             if len(tuned) > 1:
-                said.append(
-                    table(
-                        (
-                            f"{label}, fine-tuned, {len(common)} seed{'s' * (len(common) > 1)}",
-                            *(f"keep {keep:g}" for keep in TUNED_KEEPS),
-                        ),
-                        tuned,
-                    )
-                )
+                counted = f"{len(common)} seed{'s' * (len(common) > 1)}"
+                rates = (f"keep {keep:g}" for keep in TUNED_KEEPS)
+                said.append(table((f"{label}, fine-tuned, {counted}", *rates), tuned))
         return "\n\n".join(said) if said else "Not measured."
 
     def weights(self) -> str:

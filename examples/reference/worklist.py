@@ -112,6 +112,11 @@ class Sweep:
         """Its name among the results."""
         return f"{self.label} {self.name}"
 
+    def complete(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether rows hold every method at every rate."""
+        there = {(row["method"], row["keep"]) for row in rows}
+        return there >= {(method, keep) for method in self.methods for keep in self.keeps}
+
     def words(self, folder: str, val: str, output: str) -> list[str]:
         """What to type."""
         keeps, methods = ",".join(map(str, self.keeps)), ",".join(self.methods)

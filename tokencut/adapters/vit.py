@@ -37,7 +37,7 @@ class ViTAdapter(Adapter):
             raise ModelError(
                 f"the model has no {what}, so there is nothing to reduce; change --img-size or --model-kwargs"
             )
-        if embed.dynamic_img_pad and not model.dynamic_img_size and self._patches(model) != embed.num_patches:
+        if embed.dynamic_img_pad and not model.dynamic_img_size and _patch_count(embed) != embed.num_patches:
             raise ModelError(
                 "dynamic_img_pad works with dynamic_img_size only; add --model-kwargs dynamic_img_size=true"
             )
@@ -54,11 +54,6 @@ class ViTAdapter(Adapter):
     def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
-
-    def _patches(self, model: TimmModule) -> int:
-        """Patches of an image of the model's size, with those that padding adds."""
-        rows, columns = self.grid(model, *model.patch_embed.img_size)
-        return rows * columns
 
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         return model.blocks
@@ -101,10 +96,11 @@ class ViTAdapter(Adapter):
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
     def cost(self, model: TimmModule) -> ModelCost:
-        weight, patches = model.patch_embed.proj.weight, self._patches(model)
+        embed = model.patch_embed
+        patches = _patch_count(embed)
         pooled, head_prefix = _pool_macs(model)
         return ModelCost(
-            embed=weight.numel() * patches,
+            embed=embed.proj.weight.numel() * patches,
             blocks=tuple(vit_blocks.handler(b).cost(b, max(1, len(_class_rows(model)))) for b in model.blocks),
             head=pooled,
             prefix=self.prefix(model),
@@ -113,6 +109,12 @@ class ViTAdapter(Adapter):
             width=model.embed_dim,
             key_width=vit_blocks.handler(model.blocks[0]).key_width(model.blocks[0]),
         )
+
+
+def _patch_count(embed: TimmModule) -> int:
+    """Patches of an image of the size that the model is built for, with those that padding adds."""
+    rows, columns = embed.dynamic_feat_size(embed.img_size)
+    return int(rows * columns)
 
 
 def _patches(embed: TimmModule, images: Tensor) -> Tensor:

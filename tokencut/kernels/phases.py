@@ -177,7 +177,7 @@ def _phase(
         _join(image, own, distances, centres, group, count, window, OTHERS)
     if PHASE == 4:
         _average(image, own, group, weight, sizes, first, share, held, count, window, groups, OTHERS)
-    if PHASE == 5:
+    if PHASE == 5:  # which centres there are is known by now: their place is free
         _number(image, own, first, centres, held, ordered, leaving, count, clusters, ALL, OTHERS)
 
 

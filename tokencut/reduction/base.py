@@ -228,7 +228,7 @@ def _read(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
     if kind in (int, float):
         low = float("-inf") if limits["low"] is None else limits["low"]
         high = float("inf") if limits["high"] is None else limits["high"]
-        if not (low <= read <= high and math.isfinite(read)) or (kind is int and float(value) != read):
+        if not (low <= read <= high and abs(read) < math.inf) or (kind is int and float(value) != read):
             raise wrong
     return read
 
