@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import timm
 
 import tokencut
-from tokencut.compression import predicted_macs
 from tokencut.cost import total
-from tokencut.reduction import Reduction, Scene, StageShape, option, register
-from tokencut.reduction.decouple import ranking
+from tokencut.methods import Reduction, Scene, StageShape, option, register
+from tokencut.model import predicted_macs
+from tokencut.ops.ranking import ranking
 from tokencut.tokens import Selection
 
 

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokencut
-from tokencut import digits
-from tokencut.compression import CompressedModel, predicted_macs
 from tokencut.cost import total
+from tokencut.data.preprocessing import UnreadableImageError, decode, preprocessing_of
 from tokencut.errors import DataError, TokencutError
-from tokencut.modelzoo import load_model
-from tokencut.preprocessing import UnreadableImageError, decode, preprocessing_of
-from tokencut.reduction import methods
+from tokencut.methods import methods
+from tokencut.model import CompressedModel, predicted_macs
+from tokencut.models import digits
+from tokencut.models.loading import load_model
 
 
 class SegmentationHead(nn.Module):

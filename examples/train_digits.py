@@ -24,8 +24,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokencut import digits
 from tokencut.files import atomic_write, check_writable
+from tokencut.models import digits
 
 # Only for drawing the held-out images; the test images are drawn with digits.SEED.
 HOLD_OUT_SEED = 1

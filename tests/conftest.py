@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tokencut.sources import Source
+    from tokencut.data.sources import Source
 
 # Before anything imports torch, and for the processes that tests start: on models this small threads take longer to
 # meet than to work, and the cores have other tests to run.
@@ -61,8 +61,8 @@ def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.fixture(scope="session")
 def few() -> Source:
     """Forty training digits."""
-    from tokencut.sources import open_source
-    from tokencut.training_data import Part
+    from tokencut.data.sources import open_source
+    from tokencut.training.order import Part
 
     return Part(open_source("digits", split="train"), range(40))
 

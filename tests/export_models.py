@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tokencut import export
-from tokencut.compression import CompressedModel, compress
-from tokencut.preprocessing import preprocessing_of
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.export import run as export
+from tokencut.model import CompressedModel, compress
 
 
 def small(method: str = "bat", keep: float = 0.5, depth: int = 1, **options: Any) -> CompressedModel:

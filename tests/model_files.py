@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokencut.compression import CompressedModel, compress
+from tokencut.model import CompressedModel, compress
 
 SIZE = 64  # px: 16 image tokens for the small models' patches of 16 px
 

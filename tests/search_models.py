@@ -12,7 +12,7 @@ from image_files import write_folder
 from torch import nn
 
 from tokencut import compress
-from tokencut.compression import CompressedModel
+from tokencut.model import CompressedModel
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokencut import cost
-from tokencut.compression import compress, predicted_macs
 from tokencut.cost import BlockCost, BlockRow, Macs, ModelCost, StageCost
-from tokencut.counting import count_macs
-from tokencut.reduction import methods
+from tokencut.methods import methods
+from tokencut.model import compress, predicted_macs
+from tokencut.profiling.counting import count_macs
 
 SIZE = {"img_size": 64, "depth": 3}
 SMALL = {**SIZE, "embed_dim": 48, "num_heads": 3, "num_classes": 5}

@@ -8,11 +8,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tokencut.compression import CompressedModel, compress
-from tokencut.distributed import alone
-from tokencut.finetuning import finetune
-from tokencut.training_recipe import TrainingRecipe
-from tokencut.training_setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
+from tokencut.model import CompressedModel, compress
+from tokencut.runtime.distributed import alone
+from tokencut.training.recipe import TrainingRecipe
+from tokencut.training.run import finetune
+from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
 
 CPU = alone(torch.device("cpu"))
 # Everything random that there is.

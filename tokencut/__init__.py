@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from tokencut.errors import TokencutError
 
 if TYPE_CHECKING:
-    from tokencut.artifact import load, save
-    from tokencut.compression import CompressedModel, compress
-    from tokencut.dense_features import features_only
-    from tokencut.evaluation import EvaluationReport, evaluate
-    from tokencut.profiling import ProfileReport, profile
+    from tokencut.backbone import features_only
+    from tokencut.evaluation.accuracy import EvaluationReport, evaluate
+    from tokencut.model import CompressedModel, compress
+    from tokencut.models.artifact import load, save
+    from tokencut.profiling.measuring import ProfileReport, profile
 
 __version__ = "0.1.0"
 
@@ -37,15 +37,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "CompressedModel": "compression",
-    "EvaluationReport": "evaluation",
-    "ProfileReport": "profiling",
-    "compress": "compression",
-    "evaluate": "evaluation",
-    "features_only": "dense_features",
-    "load": "artifact",
-    "profile": "profiling",
-    "save": "artifact",
+    "CompressedModel": "model",
+    "EvaluationReport": "evaluation.accuracy",
+    "ProfileReport": "profiling.measuring",
+    "compress": "model",
+    "evaluate": "evaluation.accuracy",
+    "features_only": "backbone",
+    "load": "models.artifact",
+    "profile": "profiling.measuring",
+    "save": "models.artifact",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokencut import kernels
+from tokencut.ops import kernels
 from tokencut.tokens import Tokens, full_precision
 
 # A module of timm's, whose parts nn.Module's own annotations cannot know.
@@ -81,7 +81,7 @@ def _class_row(heads: Heads, evidence: Evidence) -> Tensor:
     else:
         query = heads.query[:, :, evidence.prefix :].float().mean(2, keepdim=True)
     if not isinstance(heads.factor, Tensor) and kernels.usable(query, heads.key):
-        from tokencut.kernels.attention import class_rows
+        from tokencut.ops.kernels.attention import class_rows
 
         return class_rows(query, heads.key, evidence.bias)[:, evidence.prefix :]
     query = query.float()
@@ -144,7 +144,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         `(B, H, P + N, d)`.
     """
     if bias is not None and not dropout and has_biased_kernel(query, key, value):
-        from tokencut.kernels.attention import biased_attention
+        from tokencut.ops.kernels.attention import biased_attention
 
         return biased_attention(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)

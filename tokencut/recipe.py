@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
-from tokencut.reduction import make_method
+from tokencut.methods import make_method
 from tokencut.schedule import Schedule, StagePlan, make_schedule
 
 Setting = bool | int | float | str

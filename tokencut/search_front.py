@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tokencut.files import atomic_write
-from tokencut.search_space import Counts
+from tokencut.search.space import Counts
 
 
 @dataclass(frozen=True)

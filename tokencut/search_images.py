@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokencut.data import ImageDataset, make_loader
+from tokencut.data.labels import label_names, map_classes, quoted
+from tokencut.data.loading import ImageDataset, make_loader
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.data.sources import Source, evenly_spread
 from tokencut.errors import DataError
-from tokencut.labels import label_names, map_classes, quoted
-from tokencut.preprocessing import preprocessing_of
-from tokencut.runtime import weights_dtype
-from tokencut.sources import Source, evenly_spread
+from tokencut.runtime.devices import weights_dtype
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokencut import kernels
+from tokencut.ops import kernels
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
         count: `M`, the number of groups.
     """
     if kernels.usable(group, weight, sizes):
-        from tokencut.kernels import clusters
+        from tokencut.ops.kernels import clusters
 
         ordered, coefficients, held = clusters.ordered_average(group, weight, sizes, count)
         return Grouping(ordered, coefficients, count, held, ordered=True)
@@ -227,7 +227,7 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
     """Features after merging, `(B, P + M, D)`."""
     if kernels.usable(tokens.features, decision.weight):
-        from tokencut.kernels import merging
+        from tokencut.ops.kernels import merging
 
         return merging.merge(
             tokens.features, tokens.prefix, decision.group, decision.weight, decision.count, decision.ordered

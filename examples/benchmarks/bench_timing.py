@@ -19,10 +19,10 @@ from bench_table import Row
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.compression import CompressedModel, predicted_macs
 from tokencut.errors import UsageError
-from tokencut.latency import Clock, Forward, Timing, clock_for, measure, share_of_time, speedup
-from tokencut.runtime import PRECISIONS, describe_device, resolve_device
+from tokencut.model import CompressedModel, predicted_macs
+from tokencut.profiling.latency import Clock, Forward, Timing, clock_for, measure, share_of_time, speedup
+from tokencut.runtime.devices import PRECISIONS, describe_device, resolve_device
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, rounds: int, max_seconds: float) -> None:

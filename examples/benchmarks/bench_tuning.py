@@ -16,18 +16,18 @@ from torch import nn
 
 import tokencut
 from tokencut import compress, cost, evaluate
-from tokencut.compression import predicted_macs
-from tokencut.distributed import alone
+from tokencut.data.sources import Source, evenly_spread, open_source
 from tokencut.errors import TokencutError, UsageError
 from tokencut.files import atomic_write
-from tokencut.finetuning import finetune
-from tokencut.modelzoo import load_model
-from tokencut.runtime import describe_device, resolve_device
-from tokencut.sources import Source, evenly_spread, open_source
-from tokencut.training_data import Part, hold_out
-from tokencut.training_recipe import TrainingRecipe, recipe_named
-from tokencut.training_setup import TrainingSetup
-from tokencut.training_state import remove_state
+from tokencut.model import predicted_macs
+from tokencut.models.loading import load_model
+from tokencut.runtime.devices import describe_device, resolve_device
+from tokencut.runtime.distributed import alone
+from tokencut.training.order import Part, hold_out
+from tokencut.training.recipe import TrainingRecipe, recipe_named
+from tokencut.training.run import finetune
+from tokencut.training.setup import TrainingSetup
+from tokencut.training.state import remove_state
 
 DENSE = "dense"
 HOLD_OUT_SEED = 0

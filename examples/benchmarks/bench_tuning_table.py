@@ -10,7 +10,7 @@ import numpy as np
 from bench_tuning import DENSE, Results, Task
 from numpy.typing import NDArray
 
-from tokencut.pairing import Difference, paired_difference
+from tokencut.evaluation.statistics import Difference, paired_difference
 
 COLUMNS = ("keep", "method", "GMACs", "off the shelf", "fine-tuned", "against dense", "against dense fine-tuned",
            "recovered")  # fmt: skip

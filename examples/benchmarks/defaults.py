@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencut import compress
-from tokencut.held_images import open_images
-from tokencut.modelzoo import load_model
-from tokencut.pairing import paired_difference
-from tokencut.reduction import methods
-from tokencut.runtime import inference_state, resolve_device
-from tokencut.sources import open_source
+from tokencut.data.image_set import open_images
+from tokencut.data.sources import open_source
+from tokencut.evaluation.statistics import paired_difference
+from tokencut.methods import methods
+from tokencut.models.loading import load_model
+from tokencut.runtime.devices import inference_state, resolve_device
 
 GRID = [
     "clusters=0.25,0.5,1",

@@ -33,11 +33,11 @@ from bench_jobs import carried_out
 from bench_tuning import DENSE, Resources, Results, Settings, Task, carry_out, recipe_of
 from bench_tuning_table import report
 
+from tokencut.data.sources import open_source
 from tokencut.errors import TokencutError
-from tokencut.reduction import methods
-from tokencut.runtime import resolve_device
-from tokencut.sources import open_source
-from tokencut.training_recipe import RECIPES
+from tokencut.methods import methods
+from tokencut.runtime.devices import resolve_device
+from tokencut.training.recipe import RECIPES
 
 
 def parse() -> argparse.Namespace:

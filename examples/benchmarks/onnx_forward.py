@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokencut.errors import TokencutError
-from tokencut.latency import Forward
-from tokencut.onnx_model import INPUT, OUTPUT, OnnxModel
+from tokencut.export.onnx_model import INPUT, OUTPUT, OnnxModel
+from tokencut.profiling.latency import Forward
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import compress
-from tokencut.compression import CompressedModel
-from tokencut.held_images import ImageSet, open_images
-from tokencut.modelzoo import load_model
-from tokencut.reduction import methods
-from tokencut.runtime import describe_device, inference_state, precision_dtype, resolve_device
+from tokencut.data.image_set import ImageSet, open_images
+from tokencut.methods import methods
+from tokencut.model import CompressedModel
+from tokencut.models.loading import load_model
+from tokencut.runtime.devices import describe_device, inference_state, precision_dtype, resolve_device
 
 HALVES = ["bf16", "fp16"]
 COLUMNS = ["method", "keep", "precision", "kept, %", "together, %", "dense lost", "lost beyond, points"]

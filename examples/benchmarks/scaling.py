@@ -25,13 +25,13 @@ from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, pu
 from bench_timing import add_run_options, beside_dense, chosen_clock, heading, prepared
 from torch import nn
 
-from tokencut import extras
-from tokencut.compression import compress
-from tokencut.plots import COLOURS, MARKERS, PNG_DPI, SIZE_IN, STYLE
-from tokencut.profiling import random_images
-from tokencut.reduction import methods
-from tokencut.runtime import resolve_device
-from tokencut.weights import one_line
+from tokencut.methods import methods
+from tokencut.model import compress
+from tokencut.models.checkpoints import one_line
+from tokencut.profiling.measuring import random_images
+from tokencut.runtime import extras
+from tokencut.runtime.devices import resolve_device
+from tokencut.visualization.plots import COLOURS, MARKERS, PNG_DPI, SIZE_IN, STYLE
 
 SIZES = [224, 384, 512, 768, 1024]
 COLUMNS: Columns = {

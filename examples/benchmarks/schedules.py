@@ -19,13 +19,13 @@ from torch import nn
 
 import tokencut
 from tokencut import cost
-from tokencut.compression import predicted_macs
-from tokencut.evaluation import EvaluationReport
-from tokencut.modelzoo import load_model
-from tokencut.pairing import Difference, paired_difference
-from tokencut.search import SearchReport, SearchSettings, find_schedule
-from tokencut.search_targets import Target
-from tokencut.sources import open_source
+from tokencut.data.sources import open_source
+from tokencut.evaluation.accuracy import EvaluationReport
+from tokencut.evaluation.statistics import Difference, paired_difference
+from tokencut.model import predicted_macs
+from tokencut.models.loading import load_model
+from tokencut.search.run import SearchReport, SearchSettings, find_schedule
+from tokencut.search.targets import Target
 
 HEAD = (
     "budget",

@@ -40,16 +40,16 @@ from onnx_forward import onnx_forward
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from tokencut.compiling import COMPILE_MODES, compile_model
-from tokencut.compression import compress
+from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import TokencutError
-from tokencut.export import export_model
-from tokencut.latency import Forward
-from tokencut.preprocessing import preprocessing_of
-from tokencut.profiling import random_images
-from tokencut.reduction import methods
-from tokencut.runtime import resolve_device
-from tokencut.weights import one_line
+from tokencut.export.run import export_model
+from tokencut.methods import methods
+from tokencut.model import compress
+from tokencut.models.checkpoints import one_line
+from tokencut.profiling.latency import Forward
+from tokencut.profiling.measuring import random_images
+from tokencut.runtime.compiling import COMPILE_MODES, compile_model
+from tokencut.runtime.devices import resolve_device
 
 EAGER, ONNX = "eager", "onnxruntime"
 COLUMNS: Columns = {

@@ -19,7 +19,7 @@ from worklist import Job, Search, Sweep, Task
 
 from tokencut.errors import ArtifactError, TokencutError
 from tokencut.files import atomic_write
-from tokencut.sweep_state import load_state
+from tokencut.sweep.state import load_state
 
 HERE = Path(__file__).resolve().parent
 RESULTS = "results.json"

@@ -32,9 +32,9 @@ from bench import Bench, Results
 from worklist import RECIPE, Plan
 
 from tokencut.cli.app import app
+from tokencut.data.sources import open_source
 from tokencut.errors import TokencutError
-from tokencut.runtime import describe_device, resolve_device
-from tokencut.sources import open_source
+from tokencut.runtime.devices import describe_device, resolve_device
 
 PAGE = "RESULTS.md"
 # Seconds kept back from the time limit for the page.

@@ -16,16 +16,16 @@ from torch import nn
 from worklist import DENSE, Task
 
 from tokencut import cost
-from tokencut.compression import compress, predicted_macs
-from tokencut.distributed import alone
+from tokencut.data.sources import open_source
 from tokencut.errors import TokencutError
-from tokencut.evaluation import evaluate
-from tokencut.finetuning import finetune
-from tokencut.modelzoo import load_model
-from tokencut.runtime import describe_device, resolve_device
-from tokencut.sources import open_source
-from tokencut.training_recipe import TrainingRecipe
-from tokencut.training_setup import TrainingSetup
+from tokencut.evaluation.accuracy import evaluate
+from tokencut.model import compress, predicted_macs
+from tokencut.models.loading import load_model
+from tokencut.runtime.devices import describe_device, resolve_device
+from tokencut.runtime.distributed import alone
+from tokencut.training.recipe import TrainingRecipe
+from tokencut.training.run import finetune
+from tokencut.training.setup import TrainingSetup
 
 
 def macs(model: nn.Module) -> int:

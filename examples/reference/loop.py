@@ -22,7 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from tokencut.runtime import autocast
+from tokencut.runtime.devices import autocast
 
 # To measure how long a step takes: steps to compile and warm up by, and steps to time, in each phase.
 WARM_STEPS, TIMED_STEPS = 5, 20

@@ -14,7 +14,7 @@ from verdicts import Book, Verdict
 from worklist import DENSE, OURS, PAPER, PARTS, TUNED_KEEPS, Job, Search, Sweep, Task
 
 from tokencut.files import atomic_write
-from tokencut.plots import Series, accuracy_plot
+from tokencut.visualization.plots import Series, accuracy_plot
 
 TITLE = "# The paper's claims, measured on a stand-in"
 INTRO = """\

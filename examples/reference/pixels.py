@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokencut.data import ImageDataset, make_loader
+from tokencut.data.loading import ImageDataset, make_loader
+from tokencut.data.sources import open_source
 from tokencut.errors import DataError
-from tokencut.sources import open_source
 
 # Images a worker hands over at once.
 CHUNK = 250

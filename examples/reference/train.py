@@ -40,9 +40,9 @@ from torch import nn  # noqa: E402
 
 from tokencut.errors import TokencutError  # noqa: E402
 from tokencut.files import atomic_write  # noqa: E402
-from tokencut.model_args import parse_model_kwargs  # noqa: E402
-from tokencut.names import resolve_name  # noqa: E402
-from tokencut.runtime import describe_device, resolve_device  # noqa: E402
+from tokencut.models.model_args import parse_model_kwargs  # noqa: E402
+from tokencut.models.names import resolve_name  # noqa: E402
+from tokencut.runtime.devices import describe_device, resolve_device  # noqa: E402
 
 # What differs between the two: the larger one learns 45,000 images by heart unless it is held back more. At a learning
 # rate of 1e-3 DeiT-S stalled at 41 % where DeiT-T came to 46 %.

@@ -8,7 +8,7 @@ from typing import Any
 
 from worklist import DENSE, HEADLINE, OURS, PAPER, PARTS, TUNED_KEEPS, Task
 
-from tokencut.pairing import CLEAR, Difference, paired_difference
+from tokencut.evaluation.statistics import CLEAR, Difference, paired_difference
 
 MISSING = "not measured"
 # Importance only: the paper's rule without its parts, and the two methods by others that keep the attentive tokens.

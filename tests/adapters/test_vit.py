@@ -12,8 +12,8 @@ from torch import nn
 
 from tokencut.adapters import adapter_for, supported_modules
 from tokencut.attention import attention_bias
-from tokencut.compression import CompressedModel, compress
 from tokencut.errors import ModelError
+from tokencut.model import CompressedModel, compress
 from tokencut.tokens import Tokens
 
 MODULES = [module for modules in supported_modules().values() for module in modules]

@@ -10,8 +10,8 @@ import pytest
 from image_files import write_folder
 from outcome import CLASSES, TINY, Outcome, Run
 
-from tokencut import latency
 from tokencut.cli.app import main
+from tokencut.profiling import latency
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_whatever_goes_wrong_is_one_line(
     def fail(pattern: str | None) -> None:
         raise failure
 
-    monkeypatch.setattr("tokencut.names.list_supported", fail)
+    monkeypatch.setattr("tokencut.models.names.list_supported", fail)
     done = run("models")
     assert (done.code, done.out, done.err) == (code, "", f"error: {line}\n")
 
@@ -139,7 +139,7 @@ def test_what_libraries_fail_at_while_they_clean_up_is_not_shown(run: Run, monke
         return []
 
     hook = sys.unraisablehook
-    monkeypatch.setattr("tokencut.names.list_supported", leave)
+    monkeypatch.setattr("tokencut.models.names.list_supported", leave)
     assert len(run("models").err.splitlines()) == 1
     assert sys.unraisablehook is hook
 
@@ -153,7 +153,7 @@ def test_warnings_of_libraries_are_shown_with_debug_only(run: Run, monkeypatch: 
         logging.getLogger("timm").warning("an odd name")
         return []
 
-    monkeypatch.setattr("tokencut.names.list_supported", complain)
+    monkeypatch.setattr("tokencut.models.names.list_supported", complain)
     assert len(run("models").err.splitlines()) == 1
     with pytest.warns(UserWarning, match="an old habit"):
         run("models", "--debug")

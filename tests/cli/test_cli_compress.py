@@ -14,7 +14,7 @@ import pytest
 import timm
 from outcome import TINY, Run
 
-from tokencut import artifact
+from tokencut.models import artifact
 
 WRITTEN = {"output", "model", "method", "keep", "layers", "dense_gmacs", "gmacs"}
 
@@ -150,8 +150,8 @@ INTERRUPTED = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from pathlib import Path
-from tokencut import artifact
 from tokencut.cli.app import main
+from tokencut.models import artifact
 
 def write_half(tensors, path, metadata):
     Path(path).write_bytes(b"half")

@@ -180,9 +180,9 @@ def test_missing_packages_are_one_line(run: Run, tmp_path: Path, monkeypatch: py
 
 
 def test_a_file_that_differs_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencut.export.captured", lambda *_: None)
-    monkeypatch.setattr("tokencut.export.write_pt2", lambda program, info, path: path.write_bytes(b"graph"))
-    monkeypatch.setattr("tokencut.export.read_pt2", lambda *_: lambda images: torch.zeros(images.shape[0], 3) + 9)
+    monkeypatch.setattr("tokencut.export.run.captured", lambda *_: None)
+    monkeypatch.setattr("tokencut.export.run.write_pt2", lambda program, info, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr("tokencut.export.run.read_pt2", lambda *_: lambda images: torch.zeros(images.shape[0], 3) + 9)
     done = run("export", *REDUCED, "-o", tmp_path / "m.pt2", "--limit", "2")
     assert (done.code, done.out) == (1, "")
     assert "would not give the model's logits: 2 of 2 images differ" in done.err.splitlines()[-1]

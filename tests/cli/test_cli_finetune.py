@@ -16,12 +16,12 @@ from model_files import names_in
 from outcome import CLASSES, FINETUNE, TINY, Run, log_of
 from safetensors.torch import load_file
 
-from tokencut import artifact
 from tokencut.cli import render
 from tokencut.cli.finetune_view import duration
 from tokencut.errors import ArtifactError
-from tokencut.training_state import folder_for
-from tokencut.training_step import Trainer, TrainingDivergedError
+from tokencut.models import artifact
+from tokencut.training.state import folder_for
+from tokencut.training.step import Trainer, TrainingDivergedError
 
 REDUCTION = ("--keep", "0.5", "--layers", "2,4")
 
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(run: Run, tmp_path: Path, trai
     words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o")
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     assert run(*words, whole).code == 0
-    code = "import os, sys\nfrom tokencut.training_step import Trainer\nstep = Trainer.step\n" \
+    code = "import os, sys\nfrom tokencut.training.step import Trainer\nstep = Trainer.step\n" \
            "def dying(trainer, epoch, number, batches):\n" \
            "    if (epoch, number) == (1, 3):\n        os.kill(os.getpid(), 9)\n" \
            "    return step(trainer, epoch, number, batches)\n" \

@@ -15,8 +15,8 @@ from outcome import FINETUNE, Run, log_of
 from safetensors.torch import load_file
 
 from tokencut.errors import ArtifactError
-from tokencut.tensorboard_log import TensorboardLog
-from tokencut.training_step import Trainer
+from tokencut.training.step import Trainer
+from tokencut.training.tensorboard_log import TensorboardLog
 
 
 def curves(folder: Path) -> dict[str, list[int]]:

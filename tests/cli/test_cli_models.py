@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outcome import Run
 
-from tokencut.reduction import methods
+from tokencut.methods import methods
 
 
 def test_models_lists_names_by_pattern(run: Run) -> None:

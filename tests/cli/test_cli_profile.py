@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from outcome import TINY, Run
 
-from tokencut import evaluation, profiling
 from tokencut.cli.options import RunOptions, TimingOptions
+from tokencut.evaluation import accuracy
+from tokencut.profiling import measuring
 
 KEYS = {
     "model", "method", "keep", "dense", "compressed", "flops_reduction", "speedup", "stages", "device", "precision",
@@ -100,7 +101,7 @@ def test_reduce_by_has_no_keep(run: Run) -> None:
 
 @pytest.mark.usefixtures("short_samples")
 def test_no_speed_up_is_said_plainly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "speedup", lambda slow, fast: (0.5, (0.4, 0.6)))
+    monkeypatch.setattr(measuring, "speedup", lambda slow, fast: (0.5, (0.4, 0.6)))
     done = run("profile", *TINY, "--keep", "0.5", "--batch-size", "2")
     assert "no speed-up on this machine" in done.out
     assert "0.50 x as fast" in done.out
@@ -112,5 +113,5 @@ def test_untrained_stages_are_named(run: Run) -> None:
 
 
 def test_batch_sizes_are_the_librarys() -> None:
-    assert TimingOptions().batch_size == profiling.DEFAULT_BATCH_SIZE
-    assert RunOptions().batch_size == inspect.signature(evaluation.evaluate).parameters["batch_size"].default
+    assert TimingOptions().batch_size == measuring.DEFAULT_BATCH_SIZE
+    assert RunOptions().batch_size == inspect.signature(accuracy.evaluate).parameters["batch_size"].default

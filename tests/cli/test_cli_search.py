@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from outcome import TINY, Run
 
-from tokencut import search
 from tokencut.cli import search_run
-from tokencut.search import find_schedule
+from tokencut.search import run as search
+from tokencut.search.run import find_schedule
 
 # 12 images, all in one batch but for the seeds' quarter; the dense model has 0.0019 GMACs.
 QUICK = ("--search-effort", "6", "--device", "cpu")

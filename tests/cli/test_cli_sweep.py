@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from outcome import TINY, Run
 
-from tokencut import evaluation, sweeping
 from tokencut.cli.options import RunOptions, SweepOptions
-from tokencut.sweeping import SweepPlan
+from tokencut.evaluation import accuracy
+from tokencut.sweep import run as sweep
+from tokencut.sweep.run import SweepPlan
 
 needs_matplotlib = pytest.mark.usefixtures("_matplotlib")
 KEYS = {"method", "keep", "gmacs", "top1", "top5", "images_per_second"}
@@ -25,15 +26,15 @@ QUICK = ("-j", "0", "--no-latency")
 @pytest.fixture
 def _matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("tokencut.plots.PNG_DPI", 30)
-    monkeypatch.setattr("tokencut.picture_grid.PANEL", 64)
+    monkeypatch.setattr("tokencut.visualization.plots.PNG_DPI", 30)
+    monkeypatch.setattr("tokencut.visualization.grid.PANEL", 64)
 
 
 @needs_matplotlib
 def test_json_and_files_have_the_contracts_keys(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeping, "TIMING_SECONDS", 0.01)
+    monkeypatch.setattr(sweep, "TIMING_SECONDS", 0.01)
     folder = tmp_path / "report"
     done = run("sweep", *TINY, "--keep", "0.5/0.5/0.25,0.5", "--methods", "bat,topk", "--data", pictures, "-j", "0",
                "-b", "4", "-o", f"{folder}/", "--json")  # fmt: skip
@@ -94,16 +95,16 @@ def test_an_interrupted_sweep_says_how_to_go_on(
 ) -> None:
     words = ("sweep", *TINY, "--methods", "topk", "--keep", "0.5", "--data", pictures, *QUICK, "-o", tmp_path / "r")
     judged = 0
-    real = evaluation.Tally.add
+    real = accuracy.Tally.add
 
-    def add(tally: evaluation.Tally, *batch: object) -> None:
+    def add(tally: accuracy.Tally, *batch: object) -> None:
         nonlocal judged
         judged += 1
         if judged == 2:
             raise KeyboardInterrupt
         real(tally, *batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation.Tally, "add", add)
+    monkeypatch.setattr(accuracy.Tally, "add", add)
     done = run(*words)
     assert (done.code, done.out) == (130, "")
     assert done.err.splitlines()[-2:] == [

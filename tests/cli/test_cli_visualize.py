@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(autouse=True)
 def _small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencut.picture_grid.PANEL", 64)
+    monkeypatch.setattr("tokencut.visualization.grid.PANEL", 64)
 
 
 @pytest.fixture

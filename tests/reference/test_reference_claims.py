@@ -291,6 +291,6 @@ def test_the_commands_for_imagenet_are_spelt_right(line: str, monkeypatch: pytes
     context = parsed(words)
     assert context.params
     if words[1] == "sweep":
-        from tokencut.sweep_rows import read_variants
+        from tokencut.sweep.rows import read_variants
 
         assert len(read_variants(context.params["methods"].split(","))) in (5, 8)

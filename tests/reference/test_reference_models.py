@@ -17,11 +17,11 @@ import train
 from image_files import greys, write_folder
 from reference_runs import CLASSES, STILL, arguments
 
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.data.sources import open_source
 from tokencut.errors import ArtifactError, TokencutError
-from tokencut.evaluation import evaluate
-from tokencut.modelzoo import load_model
-from tokencut.preprocessing import preprocessing_of
-from tokencut.sources import open_source
+from tokencut.evaluation.accuracy import evaluate
+from tokencut.models.loading import load_model
 
 # Images in memory, and what is done to them.
 
@@ -116,7 +116,7 @@ def test_a_written_model_is_one_for_tokencut_with_the_same_accuracy(
     prepared = preprocessing_of(loaded)
     source = open_source(data / "val")
     with source.open(5) as file:
-        from tokencut.preprocessing import decode
+        from tokencut.data.preprocessing import decode
 
         theirs = prepared.normalise(prepared.transform()(decode(file))[None], torch.device("cpu"))
     mean, std = (torch.tensor(prepared.config[name]) for name in ("mean", "std"))

@@ -165,7 +165,7 @@ def _explain(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
 def _lacks_memory(error: BaseException) -> bool:
     if "torch" not in sys.modules:  # importing it takes a second and more
         return isinstance(error, MemoryError)
-    from tokencut.runtime import lacks_memory
+    from tokencut.runtime.devices import lacks_memory
 
     return lacks_memory(error)
 

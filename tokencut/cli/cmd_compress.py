@@ -24,7 +24,7 @@ from tokencut.cli.search_options import TargetOptions
 
 if TYPE_CHECKING:
     from tokencut.cli.finetune_run import FinetuneRun
-    from tokencut.training_setup import FinetuneReport
+    from tokencut.training.setup import FinetuneReport
 
 
 @with_groups
@@ -58,13 +58,13 @@ def compress(
       tokencut compress vit_small_patch16_224 --checkpoint weights.pth \\
           --num-classes 10 --keep 0.9/0.7/0.5 -o out.safetensors
     """
-    from tokencut.artifact import check_output, save
     from tokencut.cli.finetune_run import FinetuneRun, check_run, fit_classes
     from tokencut.cli.subject import gmacs, prepare
-    from tokencut.compression import CompressedModel
-    from tokencut.distributed import process_group
-    from tokencut.runtime import resolve_device
-    from tokencut.sources import open_source
+    from tokencut.data.sources import open_source
+    from tokencut.model import CompressedModel
+    from tokencut.models.artifact import check_output, save
+    from tokencut.runtime.devices import resolve_device
+    from tokencut.runtime.distributed import process_group
 
     sought = wish.wanted(reduction)
     check_output(output, force=force)

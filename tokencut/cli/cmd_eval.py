@@ -23,7 +23,7 @@ from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
-    from tokencut.evaluation import EvaluationReport
+    from tokencut.evaluation.accuracy import EvaluationReport
 
 
 @with_groups
@@ -60,9 +60,9 @@ def evaluate(
         )
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import measure_accuracy, prepare
-    from tokencut.evaluation import check_predictions
-    from tokencut.runtime import resolve_device
-    from tokencut.sources import open_source
+    from tokencut.data.sources import open_source
+    from tokencut.evaluation.accuracy import check_predictions
+    from tokencut.runtime.devices import resolve_device
 
     if predictions is not None:
         check_predictions(predictions)

@@ -23,7 +23,7 @@ from tokencut.cli.options import (
 
 if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
-    from tokencut.export import ExportReport
+    from tokencut.export.run import ExportReport
 
 OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load."
 OPSET_HELP = "ONNX opset, 18 to 22. Default 18."
@@ -62,11 +62,11 @@ def export_file(
           --data /imagenet/val
       tokencut export digits --keep 0.5 -o digits.pt2
     """
-    from tokencut.export import check_export, export_model
+    from tokencut.export.run import check_export, export_model
 
     check_export(output, force=force, opset=opset)
     from tokencut.cli.subject import prepare
-    from tokencut.sources import open_source
+    from tokencut.data.sources import open_source
 
     images = None if data is None else open_source(data, on_note=render.note)
     subject = prepare(model, source, reduction, seed=seed, dense=dense)

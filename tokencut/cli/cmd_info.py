@@ -12,7 +12,7 @@ from tokencut.cli import render
 from tokencut.cli.options import JsonFlag
 
 if TYPE_CHECKING:
-    from tokencut.metadata import ArtifactInfo
+    from tokencut.models.metadata import ArtifactInfo
 
 
 def info(
@@ -25,7 +25,7 @@ def info(
     Example:
       tokencut info out.safetensors
     """
-    from tokencut.artifact import read_info
+    from tokencut.models.artifact import read_info
 
     found = read_info(file)
     size = file.stat().st_size

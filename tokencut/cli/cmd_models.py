@@ -37,7 +37,7 @@ def models(
 
 
 def _list_models(pattern: str | None, as_json: bool) -> None:
-    from tokencut.names import list_supported
+    from tokencut.models.names import list_supported
 
     found = list_supported(pattern)
     if not found:
@@ -60,7 +60,7 @@ def _list_models(pattern: str | None, as_json: bool) -> None:
 
 
 def _list_methods(as_json: bool) -> None:
-    from tokencut.reduction import methods
+    from tokencut.methods import methods
 
     described = [_describe_method(method) for method in methods().values()]
     if as_json:

@@ -25,7 +25,7 @@ from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
-    from tokencut.profile_report import Figures, ProfileReport
+    from tokencut.profiling.report import Figures, ProfileReport
 
 DENSE_ONNX_HELP = "The same model exported with --dense: timed in turns with MODEL, where that is an .onnx."
 
@@ -65,7 +65,7 @@ def profile(
     """
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import prepare
-    from tokencut.runtime import resolve_device
+    from tokencut.runtime.devices import resolve_device
 
     search = None
     if wish.wanted(reduction):
@@ -104,7 +104,7 @@ def profile(
 
 
 def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *, latency: bool) -> ProfileReport:
-    from tokencut.profiling import profile as measure
+    from tokencut.profiling.measuring import profile as measure
 
     with render.progress(f"timing {subject.name}") as advance:
         return measure(
@@ -120,8 +120,8 @@ def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *,
 
 
 def _measure_onnx(subject: Subject, run: TimingOptions, dense: Path | None, *, latency: bool) -> ProfileReport:
-    from tokencut.onnx_model import OnnxModel
-    from tokencut.onnx_profiling import profile_onnx
+    from tokencut.export.onnx_model import OnnxModel
+    from tokencut.export.onnx_profiling import profile_onnx
 
     assert isinstance(subject.model, OnnxModel)
     with render.progress(f"timing {subject.name}") as advance:

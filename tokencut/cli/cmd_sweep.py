@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokencut import extras
 from tokencut.cli import render
 from tokencut.cli.options import (
     DataOptions,
@@ -20,10 +19,11 @@ from tokencut.cli.options import (
     with_groups,
 )
 from tokencut.errors import UsageError
+from tokencut.runtime import extras
 
 if TYPE_CHECKING:
-    from tokencut.sweep_report import SweepReport
-    from tokencut.sweeping import SweepProgress
+    from tokencut.sweep.report import SweepReport
+    from tokencut.sweep.run import SweepProgress
 
 
 @with_groups
@@ -60,12 +60,12 @@ def sweep(
         )
     extras.require("the plots need", "matplotlib", extra="plot")
     from tokencut.cli.subject import mind_recipe, prepare
-    from tokencut.runtime import resolve_device
-    from tokencut.sources import open_source
-    from tokencut.sweep_report import check_folder
-    from tokencut.sweep_state import FILE as STATE
-    from tokencut.sweeping import SweepPlan
-    from tokencut.sweeping import sweep as run_sweep
+    from tokencut.data.sources import open_source
+    from tokencut.runtime.devices import resolve_device
+    from tokencut.sweep.report import check_folder
+    from tokencut.sweep.run import SweepPlan
+    from tokencut.sweep.run import sweep as run_sweep
+    from tokencut.sweep.state import FILE as STATE
 
     plan = SweepPlan(
         **reduction.arguments(),
@@ -115,7 +115,7 @@ def _status(now: SweepProgress) -> str:
 
 
 def _show(report: SweepReport) -> None:
-    from tokencut.sweep_report import LEGEND, comparison_table, result_table
+    from tokencut.sweep.report import LEGEND, comparison_table, result_table
 
     head, body = result_table(report)
     facts = [("model", report.model), ("data", report.data), ("images", f"{report.images:,}")]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokencut import extras
 from tokencut.cli import render
 from tokencut.cli.options import (
     JsonFlag,
@@ -20,10 +19,11 @@ from tokencut.cli.options import (
     with_groups,
 )
 from tokencut.errors import UsageError
+from tokencut.runtime import extras
 
 if TYPE_CHECKING:
-    from tokencut.compression import CompressedModel
-    from tokencut.visualization import Picture, View
+    from tokencut.model import CompressedModel
+    from tokencut.visualization.drawing import Picture, View
 
 IMAGES_HELP = "Image files (JPEG, PNG, WebP, BMP, TIFF), or digits for the first of its test images."
 OUTPUT_HELP = "The file to write: *.png, *.pdf or *.svg."
@@ -61,13 +61,13 @@ def visualize(
       tokencut visualize deit_small photo.jpg --keep 0.5 --attention -o a.png
       tokencut visualize digits digits --compare bat,evit,tome -o digits.pdf
     """
-    from tokencut.visualization import check_output
+    from tokencut.visualization.drawing import check_output
 
     extras.require("pictures need", "matplotlib", extra="plot")
     check_output(output, force=force)
-    from tokencut.photos import check_photos, find_photos
-    from tokencut.runtime import resolve_device
-    from tokencut.visualization import draw
+    from tokencut.data.photos import check_photos, find_photos
+    from tokencut.runtime.devices import resolve_device
+    from tokencut.visualization.drawing import draw
 
     _mind_input(output, images)
     device = resolve_device(run.device)
@@ -99,7 +99,7 @@ def _mind_input(output: Path, images: list[str]) -> None:
 
 def _variants(compare: str, reduction: ReductionOptions) -> dict[str, ReductionOptions]:
     """The reductions to compare, by the names that their rows get."""
-    from tokencut.sweep_rows import read_variants
+    from tokencut.sweep.rows import read_variants
 
     given = [option for option in reduction.given() if option in ("--method", "--method-option")]
     if given:
@@ -121,7 +121,7 @@ def _models(
 ) -> tuple[str, dict[str, CompressedModel]]:
     """The model's name, and what is drawn of it by row name; one without a name where nothing is compared."""
     from tokencut.cli.subject import mind_recipe, prepare
-    from tokencut.compression import CompressedModel, compress
+    from tokencut.model import CompressedModel, compress
 
     if variants is None:
         subject = prepare(spec, source, reduction, seed=run.seed)

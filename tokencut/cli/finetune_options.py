@@ -13,8 +13,8 @@ from tokencut.cli.options import NUMBER, number
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
-    from tokencut.training_recipe import TrainingRecipe
-    from tokencut.training_setup import TrainingSetup
+    from tokencut.training.recipe import TrainingRecipe
+    from tokencut.training.setup import TrainingSetup
 
 tuning_option = functools.partial(typer.Option, rich_help_panel="Fine-tuning")
 
@@ -120,7 +120,7 @@ class FinetuneOptions:
         Raises:
             UsageError: A value is out of range.
         """
-        from tokencut.training_recipe import TrainingRecipe, recipe_named
+        from tokencut.training.recipe import TrainingRecipe, recipe_named
 
         known = {entry.name for entry in fields(TrainingRecipe)}
         typed = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name in known}
@@ -136,7 +136,7 @@ class FinetuneOptions:
         Raises:
             UsageError: A value is out of range.
         """
-        from tokencut.training_setup import TrainingSetup
+        from tokencut.training.setup import TrainingSetup
 
         return TrainingSetup(
             batch_size=batch_size, accumulate=1 if self.accumulate is None else self.accumulate, workers=workers,

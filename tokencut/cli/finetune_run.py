@@ -13,26 +13,27 @@ from typing import Any
 
 from torch import nn
 
-from tokencut import artifact, extras
 from tokencut.cli import render
 from tokencut.cli.finetune_options import FinetuneOptions
 from tokencut.cli.finetune_view import RunView, log_for
 from tokencut.cli.options import DataOptions, RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.subject import Subject, measure_accuracy
-from tokencut.compression import CompressedModel
-from tokencut.description import description_of
-from tokencut.distributed import Group
+from tokencut.data.labels import label_names, map_classes, quoted
+from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, DataError, TokencutError
-from tokencut.evaluation import EvaluationReport
+from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.files import check_writable
-from tokencut.finetuning import finetune, training_classes
-from tokencut.labels import label_names, map_classes, quoted
-from tokencut.sources import Source
-from tokencut.tensorboard_log import TensorboardLog
-from tokencut.training_setup import FinetuneReport, TrainingSetup
-from tokencut.training_state import folder_for, has_state, remove_state
-from tokencut.training_step import TrainingDivergedError
+from tokencut.model import CompressedModel
+from tokencut.models import artifact
+from tokencut.models.pretrained_cfg import description_of
+from tokencut.runtime import extras
+from tokencut.runtime.distributed import Group
+from tokencut.training.run import finetune, training_classes
+from tokencut.training.setup import FinetuneReport, TrainingSetup
+from tokencut.training.state import folder_for, has_state, remove_state
+from tokencut.training.step import TrainingDivergedError
+from tokencut.training.tensorboard_log import TensorboardLog
 
 
 def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:

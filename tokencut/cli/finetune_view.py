@@ -12,12 +12,12 @@ from typing import Any
 
 from tokencut.cli import render
 from tokencut.cli.process import StopRequest
-from tokencut.distributed import Group
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
-from tokencut.tensorboard_log import TensorboardLog
-from tokencut.training_setup import TrainingProgress, Watcher
-from tokencut.training_step import TERMS
+from tokencut.runtime.distributed import Group
+from tokencut.training.setup import TrainingProgress, Watcher
+from tokencut.training.step import TERMS
+from tokencut.training.tensorboard_log import TensorboardLog
 
 COLUMNS = ("epoch", "updates", "lr", "loss", *TERMS, "top1", "images_per_second", "seconds")
 # Rows of the live table: more would not fit on a screen.

@@ -8,7 +8,7 @@ from tokencut.cli.compile_options import CompileOptions
 from tokencut.cli.options import ModelOptions, ReductionOptions, RunOptions
 from tokencut.cli.subject import Subject
 from tokencut.errors import UsageError
-from tokencut.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 
 
 def is_onnx(spec: str) -> bool:

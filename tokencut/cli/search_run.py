@@ -12,13 +12,13 @@ from tokencut.cli import render
 from tokencut.cli.options import RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
+from tokencut.data.sources import DIGITS, open_source
 from tokencut.errors import UsageError
 from tokencut.files import check_writable
-from tokencut.modelzoo import Loaded
-from tokencut.search import SearchProgress, SearchReport, SearchSettings, find_schedule
+from tokencut.models.loading import Loaded
+from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule
+from tokencut.search.targets import Target
 from tokencut.search_front import write_front
-from tokencut.search_targets import Target
-from tokencut.sources import DIGITS, open_source
 
 
 class SearchRun:

@@ -14,20 +14,20 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
 from tokencut import cost
-from tokencut.artifact import read_info
 from tokencut.cli import render
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
-from tokencut.compression import CompressedModel, compress, predicted_macs
-from tokencut.distributed import Group, alone
+from tokencut.data.sources import Source
 from tokencut.errors import UsageError
-from tokencut.evaluation import EvaluationReport
-from tokencut.model_args import parse_model_kwargs
-from tokencut.modelzoo import Loaded, load_model
-from tokencut.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.evaluation.accuracy import EvaluationReport
+from tokencut.evaluation.distributed import evaluate_spread
+from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.methods import make_method, methods
+from tokencut.model import CompressedModel, compress, predicted_macs
+from tokencut.models.artifact import read_info
+from tokencut.models.loading import Loaded, load_model
+from tokencut.models.model_args import parse_model_kwargs
 from tokencut.recipe import Recipe
-from tokencut.reduction import make_method, methods
-from tokencut.sources import Source
-from tokencut.spread_evaluation import evaluate_spread
+from tokencut.runtime.distributed import Group, alone
 
 if TYPE_CHECKING:
     from tokencut.cli.search_run import SearchRun

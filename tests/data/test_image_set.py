@@ -1,0 +1,130 @@
+"""The images of a sweep: decoded once where they fit, the same each time, and known again by their content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from image_files import encoded, picture, tar_of, write_folder
+
+from tokencut.data import loading
+from tokencut.data.image_set import ImageSet, open_images
+from tokencut.data.loading import Batch
+from tokencut.errors import ModelError, UsageError
+
+CPU = torch.device("cpu")
+CLASSES = ["ant", "bee", "cow"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of four images."""
+    return write_folder(tmp_path / "set", CLASSES, 4)
+
+
+def images_of(where: Path, classes: int = 3, **options: Any) -> ImageSet:
+    model = timm.create_model("test_vit", img_size=32, num_classes=classes)
+    return open_images(model, str(where), **{"device": CPU, "batch_size": 5, "workers": 0, **options})
+
+
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by one for every image decoded."""
+    log: list[str] = []
+    real = loading.decode
+    monkeypatch.setattr(loading, "decode", lambda file, mode: log.append(mode) or real(file, mode))
+    return log
+
+
+def pixels(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([batch.images for batch in batches])
+
+
+def test_what_fits_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, images = decodings(monkeypatch), images_of(folder, held_bytes=12 * 3 * 32 * 32)
+    first, second = list(images.batches), list(images.batches)
+    assert len(log) == 12
+    assert images.batches.held
+    assert pixels(first).dtype == torch.uint8
+    assert torch.equal(pixels(first), pixels(second))
+    assert [len(batch) for batch in first] == [5, 5, 2]
+
+
+def test_what_does_not_fit_is_decoded_each_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, images = decodings(monkeypatch), images_of(folder, held_bytes=12 * 3 * 32 * 32 - 1)
+    assert torch.equal(pixels(list(images.batches)), pixels(list(images.batches)))
+    assert len(log) == 24
+    assert not images.batches.held
+
+
+def test_a_pass_that_was_cut_short_holds_nothing(folder: Path) -> None:
+    images = images_of(folder)
+    going = iter(images.batches)
+    next(going)
+    going.close()
+    assert not images.batches.held
+    assert sum(map(len, images.batches)) == 12
+    assert images.batches.held
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_what_workers_decoded_is_held_outside_shared_memory(folder: Path) -> None:
+    images = images_of(folder, workers=1)
+    handed = list(images.batches)
+    held = list(images.batches)
+    assert torch.equal(pixels(handed), pixels(held))
+    assert handed[0].images.is_shared()
+    for batch in held:  # each tensor there takes an open file
+        assert not any(tensor.is_shared() for tensor in (batch.images, batch.targets, batch.indices))
+
+
+def test_a_limit_takes_an_evenly_spread_sample(folder: Path) -> None:
+    images = images_of(folder, limit=3)
+    assert images.indices == [0, 4, 8]
+    assert [batch.targets.tolist() for batch in images.batches] == [[0, 1, 2]]
+
+
+def test_the_digest_knows_the_same_images_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    digest = images_of(folder).digest(seen.append)
+    assert seen == list(range(1, 13))
+    assert images_of(tar_of(folder, tmp_path / "set.tar")).digest() == digest
+    assert images_of(folder, limit=6).digest() != digest
+
+
+@pytest.mark.parametrize("change", ["content", "name", "unreadable"])
+def test_the_digest_tells_other_images(folder: Path, change: str) -> None:
+    before = images_of(folder).digest()
+    path = folder / "bee" / "2.jpg"
+    if change == "content":
+        path.write_bytes(encoded(picture(77)))
+        assert images_of(folder).digest() != before
+    elif change == "name":
+        path.rename(path.with_name("2b.jpg"))
+        assert images_of(folder).digest() != before
+    else:
+        images = images_of(folder)
+        path.unlink()
+        assert images.digest() != before
+
+
+def test_the_digest_tells_other_classes(folder: Path) -> None:
+    model = timm.create_model("test_vit", img_size=32, num_classes=3)
+    digests = []
+    for names in (["ant", "bee", "cow"], ["cow", "bee", "ant"]):
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+        digests.append(open_images(model, folder, device=CPU, batch_size=5, workers=0).digest())
+    assert digests[0] != digests[1]
+
+
+def test_a_model_without_a_head_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="has no classification head"):
+        images_of(folder, classes=0)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"limit": 0}, {"workers": -1}])
+def test_options_out_of_range(folder: Path, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        images_of(folder, **options)

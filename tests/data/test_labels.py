@@ -1,0 +1,147 @@
+"""Which class a folder stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tokencut.data.labels import ClassMap, label_names, map_classes, quoted, require_head
+from tokencut.errors import DataError, ModelError
+
+ANIMALS = ("cat", "polar bear", "Dog", "horse")
+
+
+class Head(nn.Module):
+    """As much of a timm model as its labels need."""
+
+    def __init__(self, num_classes: int, **pretrained_cfg: Any) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.pretrained_cfg = pretrained_cfg
+
+
+def test_folders_match_label_names_whatever_their_case_and_underscores() -> None:
+    folders = ["Polar_Bear", "cat", "dog", "HORSE"]
+    assert map_classes(folders, ANIMALS, 4) == ClassMap((1, 0, 2, 3), ANIMALS, ())
+
+
+def test_a_name_matches_however_its_accents_are_encoded() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert map_classes([decomposed], [composed, "tea"], 2).targets == (0,)
+
+
+def test_a_subset_is_fine_and_said_so() -> None:
+    assert map_classes(["horse", "cat"], ANIMALS, 4) == ClassMap(
+        (3, 0), ANIMALS, ("2 of the model's 4 classes are present",)
+    )
+
+
+def test_a_single_class_is_a_subset_too() -> None:
+    assert map_classes(["cat"], ANIMALS, 4).notes == ("1 of the model's 4 classes is present",)
+
+
+def test_sparse_label_names_match_by_their_index() -> None:
+    mapped = map_classes(["cat", "dog"], {7: "dog", 2: "cat"}, 9)
+    assert mapped.targets == (2, 7)
+    assert mapped.class_names == ("0", "1", "cat", "3", "4", "5", "6", "dog", "8")
+
+
+@pytest.mark.parametrize(
+    ("folders", "targets"),
+    [
+        (["n01440764", "n15075141"], (0, 999)),
+        (["tench", "toilet tissue, toilet paper, bathroom tissue"], (0, 999)),
+        (["Tinca_tinca", "bathroom_tissue"], (0, 999)),
+        # A whole description goes before a synonym: 264 is `Cardigan, Cardigan Welsh corgi`, 474 is `cardigan`.
+        (["cardigan", "Cardigan_Welsh_corgi"], (474, 264)),
+    ],
+)
+def test_a_head_of_1000_classes_knows_imagenet(folders: list[str], targets: tuple[int, ...]) -> None:
+    mapped = map_classes(folders, None, 1000)
+    assert mapped.targets == targets
+    assert mapped.notes == ("2 of the model's 1000 classes are present",)
+
+
+def test_a_name_that_two_classes_share_does_not_match() -> None:
+    # ImageNet has the bird (134) and the machine (517), both described as `crane`.
+    with pytest.raises(DataError, match="'crane' match none of its label names"):
+        map_classes(["crane"], None, 1000)
+
+
+def test_a_model_with_other_classes_is_no_imagenet_model() -> None:
+    shop = [f"article {number}" for number in range(1000)]
+    with pytest.raises(DataError, match="'cup' match none"):
+        map_classes(["cup"], shop, 1000)
+    assert map_classes(["n01440764"], shop, 1000).targets == (0,)  # wnids are ImageNet's beyond doubt
+
+
+def test_as_many_folders_as_classes_map_in_natural_order() -> None:
+    mapped = map_classes(["class10", "class9", "Class1"], None, 3)
+    assert mapped.targets == (2, 1, 0)
+    assert mapped.class_names == ("Class1", "class9", "class10")
+    assert mapped.notes == (
+        "the model has no label names: the 3 folders stand for the model's classes in natural order",
+    )
+
+
+def test_natural_order_against_the_label_names_is_warned_of() -> None:
+    mapped = map_classes(["cat", "dog", "horse", "ice bear"], ANIMALS, 4)
+    assert mapped.targets == (0, 1, 2, 3)
+    assert mapped.notes == (
+        "folders 'ice bear' match no label name: the 4 folders stand for the model's classes in natural order",
+        "the natural order contradicts the model's label names: it puts folder 'dog' on class 'polar bear'; rename the "
+        "folders to the label names for a true accuracy",
+    )
+
+
+def test_natural_order_in_line_with_the_label_names_is_not_warned_of() -> None:
+    assert len(map_classes(["a", "b", "plane"], ["a", "b", "airplane"], 3).notes) == 1
+
+
+def test_folders_that_match_nothing_are_named_with_what_was_expected() -> None:
+    with pytest.raises(DataError) as caught:
+        map_classes(["x10", "x9", "cat", "w\n1", "x2"], ANIMALS, 4)
+    assert str(caught.value) == (
+        "5 class folders for the model's 4 classes, and 'w\\n1', 'x2', 'x9' and 1 more match none of its label names: "
+        "rename the folders to label names (such as 'cat', 'polar bear', 'Dog'), or give one folder for each of "
+        "the 4 classes"
+    )
+
+
+def test_a_wrong_number_of_folders_for_a_model_without_label_names() -> None:
+    with pytest.raises(DataError) as caught:
+        map_classes(["left"], None, 2)
+    assert str(caught.value) == (
+        "1 class folder for the model's 2 classes, such as 'left': the model has no label names to match, so exactly "
+        "2 folders are expected, in the order of its classes"
+    )
+
+
+def test_label_names_of_a_model() -> None:
+    assert label_names(Head(2, label_names=["a", "b"])) == ("a", "b")
+    assert label_names(Head(9, label_names={"3": "a", "8": "b"})) == {3: "a", 8: "b"}
+    assert label_names(Head(2)) is None
+    assert label_names(nn.Identity()) is None
+
+
+@pytest.mark.parametrize("stale", [["a", "b", "c"], {"0": "a", "2": "c"}, {}, []])
+def test_label_names_of_another_head_are_not_used(stale: Any) -> None:
+    assert label_names(Head(2, label_names=stale)) is None
+
+
+def test_a_model_without_a_head_has_no_accuracy() -> None:
+    assert require_head(Head(2)) == 2
+    with pytest.raises(ModelError) as caught:
+        require_head(Head(0, architecture="vit_tiny"))
+    assert str(caught.value) == (
+        "vit_tiny has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
+        "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE that "
+        "has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+    )
+
+
+def test_quoted_names_the_first_three() -> None:
+    assert quoted(["a"]) == "'a'"
+    assert quoted(["a", "b", "c", "d", "e"]) == "'a', 'b', 'c' and 2 more"

@@ -1,0 +1,143 @@
+"""Opening a source of images by what the user wrote."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from image_files import tar_of, write_folder
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+
+from tokencut.data.sources import FolderSource, Source, TarSource, evenly_spread, open_source
+from tokencut.errors import DataError, UsageError
+
+EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three classes of two images; archives of it are unpacked in this test's own cache."""
+    monkeypatch.setenv("TOKENCUT_CACHE", str(tmp_path / "cache"))
+    return write_folder(tmp_path / "set", ["c2", "c10", "c1"], 2)
+
+
+def content(source: Source) -> list[tuple[str, str, bytes]]:
+    """All that a source gives: class, name and bytes of each image."""
+    listed = []
+    for index in range(len(source)):
+        file, target = source[index]
+        with file:
+            listed.append((source.classes[target], source.filename(index), file.read()))
+    return listed
+
+
+def test_a_folder_a_tar_and_a_tar_gz_give_the_same(folder: Path, tmp_path: Path) -> None:
+    sources = [
+        open_source(folder),
+        open_source(str(tar_of(folder, tmp_path / "set.tar"))),
+        open_source(tar_of(folder, tmp_path / "set.tar.gz", "w:gz")),
+    ]
+    assert [type(source) for source in sources] == [FolderSource, TarSource, FolderSource]
+    expected = [
+        (name, f"{name}/{image}.jpg", (folder / name / f"{image}.jpg").read_bytes())
+        for name in ("c1", "c2", "c10")
+        for image in (1, 2)
+    ]
+    for source in sources:
+        assert source.classes == ("c1", "c2", "c10")
+        assert content(source) == expected
+
+
+def test_a_source_is_called_what_the_user_wrote(folder: Path, tmp_path: Path) -> None:
+    packed = tar_of(folder, tmp_path / "set.tar.gz", "w:gz")
+    assert open_source(str(packed)).name == str(packed)
+
+
+def test_an_open_source_passes_through(folder: Path) -> None:
+    source = open_source(folder)
+    assert open_source(source) is source
+
+
+def test_a_source_crosses_processes(folder: Path, tmp_path: Path) -> None:
+    source = open_source(tar_of(folder, tmp_path / "set.tar"))
+    assert content(pickle.loads(pickle.dumps(source))) == content(source)  # noqa: S301 - its own bytes
+
+
+def test_names_as_timm_gives_them(folder: Path) -> None:
+    source = open_source(folder)
+    assert source.filename(0) == "c1/1.jpg"
+    assert source.filename(0, basename=True) == "1.jpg"
+    assert source.filename(0, absolute=True) == str(folder / "c1/1.jpg")
+    assert source.filenames()[-1] == "c10/2.jpg"
+
+
+def test_timm_keeps_its_own_extensions(folder: Path) -> None:
+    before = get_img_extensions(as_set=True).copy()
+    Image.new("RGB", (4, 4)).save(folder / "c1/3.webp")
+    assert len(open_source(folder)) == 7
+    assert get_img_extensions(as_set=True) == before
+
+
+def test_digits_are_a_source() -> None:
+    pytest.importorskip("sklearn")
+    source = open_source("digits")
+    assert (source.name, source.classes, len(source)) == ("digits", tuple("0123456789"), 600)
+    assert len(open_source("digits", split="train")) == 1197
+    file, target = source[5]
+    with file, Image.open(file) as image:
+        assert image.size == (8, 8)
+    assert source.filename(5) == f"{target}/0005.png"
+
+
+def test_a_folder_called_digits_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "digits", ["a"], 1)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("./digits").classes == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "message"),
+    [
+        ("missing", None, "no images at 'missing': it does not exist; expected {expected}"),
+        ("set.zip", b"PK\3\4", "'set.zip' is a file of an unknown kind: expected {expected}"),
+        ("empty.tar", b"", "'empty.tar' is a file of an unknown kind: expected {expected}"),
+    ],
+)
+def test_what_is_no_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, made: bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if made is not None:
+        Path(name).write_bytes(made)
+    with pytest.raises(DataError) as caught:
+        open_source(name)
+    assert str(caught.value) == message.format(expected=EXPECTED)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "set.tar"
+    path.write_bytes(b"x")
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(DataError) as caught:
+        open_source(path)
+    assert str(caught.value) == f"cannot read '{path}': Permission denied; give a file that you may read"
+
+
+def test_a_sample_is_spread_evenly() -> None:
+    assert evenly_spread(10, None) == list(range(10))
+    assert evenly_spread(10, 10) == evenly_spread(10, 99) == list(range(10))
+    assert evenly_spread(10, 4) == [0, 2, 5, 7]
+    assert evenly_spread(5000, 10) == list(range(0, 5000, 500))
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_sample_of_nothing_is_refused(limit: int) -> None:
+    with pytest.raises(UsageError) as caught:
+        evenly_spread(10, limit)
+    assert str(caught.value) == f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000"

@@ -1,0 +1,65 @@
+"""Evaluation on several processes: every image counts once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tokencut.data.sources import open_source
+from tokencut.errors import DataError, UsageError
+from tokencut.evaluation import accuracy
+from tokencut.evaluation.distributed import _merged, evaluate_spread
+from tokencut.models import digits
+from tokencut.runtime.distributed import Group, process_group
+from tokencut.training.order import Part
+
+
+def test_alone_there_is_nobody_to_tell() -> None:
+    with process_group(torch.device("cpu")) as group:
+        assert (group.rank, group.size, group.main) == (0, 1, True)
+        assert (group.share("a"), group.collect("b"), group.any(True), group.any(False)) == ("a", ["b"], True, False)
+
+
+class _Dealt(Group):
+    """A process of several, whose others are run beside it."""
+
+
+def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, source = digits.create(), Part(open_source("digits"), range(31))
+    whole = accuracy.evaluate(judged, source, workers=0, device="cpu")
+    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    parts = []
+    for rank in range(3):
+        group = _Dealt(rank, 3, torch.device("cpu"))
+        parts.append(evaluate_spread(group, judged, source, workers=0))
+    assert sorted(part.images for part in parts) == [10, 10, 11]
+    merged = _merged(parts)
+    assert (merged.images, merged.top1, merged.top5) == (31, whole.top1, whole.top5)
+    assert merged.loss == pytest.approx(whole.loss, rel=1e-6)
+    with pytest.raises(DataError, match="2 images in 'digits' are too few for 3 processes"):
+        evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Part(source, [0, 1]), workers=0)
+    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [parts[0], value])
+    with pytest.raises(UsageError, match="a batch size of 0 is too small"):
+        evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0, batch_size=0)
+
+
+def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number}.png" for number in range(3)]
+    accuracy.mind_unreadable("images", names, 300, repr)
+    with pytest.raises(DataError, match="at least 3 of 299 images in 'images' cannot be decoded"):
+        accuracy.mind_unreadable("images", names, 299, repr)
+    judged, source = digits.create(), Part(open_source("digits"), range(30))
+    asked: list[int | None] = []
+    report = accuracy.evaluate(judged, source, workers=0, device="cpu")
+
+    def evaluate(*args: object, of: int | None = None, **options: object) -> accuracy.EvaluationReport:
+        asked.append(of)
+        return dataclasses.replace(report, unreadable=("a.png",))
+
+    monkeypatch.setattr("tokencut.evaluation.distributed.evaluate", evaluate)
+    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    with pytest.raises(DataError, match="at least 1 of 30 images in 'digits'"):
+        evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0)
+    assert asked == [30]

@@ -1,0 +1,146 @@
+"""What is not exported: said in one line, and no file, or the old one, is left."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_models import skip_capture, small
+from model_files import names_in
+
+from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
+from tokencut.export import run as export
+from tokencut.export.run import export_model
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_capture(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error", "message"),
+    [
+        ("m.bin", {}, UsageError,
+         "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx"),
+        ("m.onnx", {"opset": 17}, UsageError,
+         "opset 17 is not one of 18 to 22, which tokencut can write; type --opset 18"),
+        ("m.onnx", {"opset": 23}, UsageError,
+         "opset 23 is not one of 18 to 22, which tokencut can write; type --opset 18"),
+        ("m.pt2", {"opset": 18}, UsageError, "--opset is for .onnx files, and m.pt2 is none; leave it out"),
+        ("m.pt2", {"batch_size": 0}, UsageError,
+         "a batch size of 0 is too small, expected at least 1; type --batch-size 16"),
+        ("m.pt2", {"limit": 0}, UsageError, "a limit of 0 leaves no images, expected at least 1; type --limit 1000"),
+        ("nowhere/m.pt2", {}, ArtifactError,
+         "cannot write nowhere/m.pt2: the folder nowhere does not exist; create it first"),
+        ("there.pt2", {}, ArtifactError, "there.pt2 exists; add --force to replace it, or give another -o"),
+    ],
+)  # fmt: skip
+def test_refused_before_any_work(
+    path: str, options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("began"))
+    Path("there.pt2").write_text("before")
+    with pytest.raises(error) as raised:
+        export_model(small(), path, **options)
+    assert str(raised.value) == message
+    assert names_in(tmp_path) == ["there.pt2"]
+    assert Path("there.pt2").read_text() == "before"
+
+
+def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else found(name))
+    with pytest.raises(TokencutError) as raised:
+        export_model(small(), tmp_path / "m.onnx")
+    assert str(raised.value) == (
+        f"writing {tmp_path / 'm.onnx'} needs onnx and onnxruntime and onnxscript, which are not installed; type "
+        "pip install 'tokencut[onnx]'"
+    )
+
+
+def test_weights_of_another_type_or_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UsageError,
+        match="^export takes a model in fp32, and this one has weights in bfloat16; call model.float\\(\\) first$",
+    ):
+        export_model(small().bfloat16(), tmp_path / "m.pt2")
+    monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
+    with pytest.raises(
+        ArtifactError,
+        match=r"^the model has 0\.0 GiB of weights, and an \.onnx file holds less than 2; type -o .*m\.pt2$",
+    ):
+        export_model(small(), tmp_path / "m.onnx")
+
+
+def raises(error: Exception) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_model_that_is_not_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export, "export", raises(RuntimeError("data-dependent\nbranch")))
+    with pytest.raises(
+        ModelError,
+        match=r"^torch.export cannot capture mine as one graph \(data-dependent branch\); please report the model's "
+        "name and options$",
+    ):
+        export_model(small(), tmp_path / "m.pt2", name="mine")
+    assert names_in(tmp_path) == []
+
+
+def test_an_operator_that_onnx_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "export", raises(RuntimeError("no function for it")))
+    with pytest.raises(
+        ModelError,
+        match=r"^torch.onnx cannot translate mine \(no function for it\); type -o FILE\.pt2, and please report the "
+        "model's name and options$",
+    ):
+        export_model(small("topk"), tmp_path / "m.onnx", name="mine")
+    assert names_in(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "captured", lambda model, info: None)
+    for form in ("write_onnx", "write_pt2"):
+        monkeypatch.setattr(export, form, raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        path = tmp_path / f"m.{form.removeprefix('write_')}"
+        with pytest.raises(ArtifactError, match=f"{path}: No space left on device; nothing was written$"):
+            export_model(small("topk"), path, limit=2)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("instant")
+def test_another_models_logits_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = (tmp_path / "m.pt2").write_text("before")
+    read = export.read_pt2
+    monkeypatch.setattr(export, "read_pt2", lambda *given: lambda images: read(*given)(images) + 0.5)
+    with pytest.raises(
+        ArtifactError,
+        match=r"m\.pt2 would not give the model's logits: 4 of 4 images differ by more than 1\.0e-03, at most by "
+        r"5\.0e-01; nothing was written, please report the model's name and options$",
+    ):
+        export_model(small("topk"), tmp_path / "m.pt2", limit=4, force=True)
+    assert (tmp_path / "m.pt2").read_text() == "before"
+    assert kept == len("before")
+    assert names_in(tmp_path) == ["m.pt2"]
+
+
+@pytest.mark.usefixtures("instant")
+def test_logits_that_are_not_finite(tmp_path: Path) -> None:
+    model = small("topk")
+    model.model.head.bias.data[0] = float("nan")
+    with pytest.raises(
+        ModelError, match="^the model gives logits that are not finite numbers, so no file of it can be checked; "
+    ):
+        export_model(model, tmp_path / "m.pt2", limit=2)
+    assert names_in(tmp_path) == []

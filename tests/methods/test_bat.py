@@ -1,0 +1,117 @@
+"""The method of arXiv 2211.11315: its parts by hand, and each part taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scenes import given_scene, grouping
+
+from tokencut.errors import UsageError
+from tokencut.methods import StageShape, make_method
+from tokencut.tokens import Grouping, Selection, apply_decision
+
+# Six image tokens on a line: two attentive look-alikes, two inattentive pairs.
+POINTS = [[0.0, 1.0], [5.0, 0.0], [5.1, 0.0], [0.0, 1.2], [9.0, 0.5], [9.1, 0.5]]
+ATTENTION = [0.30, 0.05, 0.04, 0.28, 0.03, 0.02]
+PAPER = {"preset": "paper", "clusters": 2 / 3, "pairs": 1 / 3, "neighbours": 2}
+
+
+def test_attentive_are_paired_and_inattentive_clustered() -> None:
+    # Of 6 tokens 3 leave: 2 clusters, 1 pair, so 2 attentive (0 and 3), which are the pair.
+    scene = given_scene(POINTS, ATTENTION)
+    decision = make_method("bat", PAPER).decide(scene, 3)
+    assert isinstance(decision, Grouping)
+    assert decision.group.tolist() == [[0, 1, 1, 0, 2, 2]]
+    left = apply_decision(scene.tokens, decision).image[0]
+    # Weighted by class attention: (0.30 * 1.0 + 0.28 * 1.2) / 0.58, (0.05 * 5 + 0.04 * 5.1) / 0.09,
+    # (0.03 * 9 + 0.02 * 9.1) / 0.05
+    expected = torch.tensor([[0.0, 0.636 / 0.58], [0.454 / 0.09, 0.0], [0.452 / 0.05, 0.5]])
+    torch.testing.assert_close(left, expected)
+
+
+def test_without_matching_attentive_tokens_stay_alone() -> None:
+    # No pairs: 2 clusters and 1 attentive token; token 3 must join a cluster.
+    decision = make_method("bat", {**PAPER, "pairs": 0}).decide(given_scene(POINTS, ATTENTION), 3)
+    assert isinstance(decision, Grouping)
+    assert decision.group[0, 0] == 0 and (decision.group[0, 1:] != 0).all()
+
+
+def test_without_clustering_inattentive_tokens_are_dropped() -> None:
+    options = {**PAPER, "inattentive": "drop"}
+    decision = make_method("bat", options).decide(given_scene(POINTS, ATTENTION), 3)
+    # 3 removed, a third of them by pairing: 4 attentive tokens (0, 3, 1, 2) of which one joins another.
+    assert isinstance(decision, Grouping)
+    assert decision.group[0, 4:].tolist() == [3, 3] and decision.group[0, :4].max() == 2
+
+
+def test_importance_only_is_topk() -> None:
+    scene = given_scene(POINTS, ATTENTION)
+    decision = make_method("bat", {"inattentive": "drop", "pairs": 0}).decide(scene, 3)
+    expected = make_method("topk").decide(scene, 3)
+    assert isinstance(decision, Selection) and isinstance(expected, Selection)
+    assert decision.index.tolist() == expected.index.tolist() == [[0, 1, 3]]
+
+
+def test_diversity_only_asks_for_no_class_attention() -> None:
+    method = make_method("bat", {"clusters": 1})
+    assert not method.reads_attention()
+    decision = method.decide(given_scene(POINTS), 3)
+    assert isinstance(decision, Grouping) and decision.group.tolist() == [[0, 1, 1, 0, 2, 2]]
+
+
+def test_a_budget_of_one_is_one_cluster_of_all() -> None:
+    for options in ({}, PAPER):
+        decision = make_method("bat", options).decide(given_scene(POINTS, ATTENTION), 1)
+        assert isinstance(decision, Grouping) and decision.group.tolist() == [[0] * 6]
+
+
+def test_a_heavy_token_is_denser() -> None:
+    # One neighbour, itself: every density is its mass. Without mass the order is that of the tokens, the separations
+    # are 10, 1, 1, 8, and the centres tokens 0 and 3. With sizes squared, log densities are 0, 4.4, 4.4, 0, and so the
+    # scores 0, 6.7, 4.4, 2.1: the centres are tokens 1 and 2.
+    scene = given_scene([[0.0], [1.0], [2.0], [10.0]], sizes=[1.0, 9.0, 9.0, 1.0])
+    groups = []
+    for mass in (0.0, 2.0):
+        decision = make_method("bat", {"mass": mass, "neighbours": 1}).decide(scene, 2)
+        assert isinstance(decision, Grouping)
+        groups.append(decision.group.tolist())
+    assert groups == [[[0, 0, 0, 1]], [[0, 0, 1, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "macs"),
+    [
+        ({"clusters": 1.0, "features": "tokens"}, 10 * 10 * 8),  # all ten tokens against each other
+        ({"clusters": 1.0, "features": "keys"}, 10 * 10 * 4),
+        # Of the budget of 6 three are clusters; 4 removed, half of them by 2 pairs: 5 attentive tokens, 5 inattentive.
+        ({"clusters": 0.5, "pairs": 0.5, "features": "tokens", "match_features": "keys"}, 5 * 5 * 8 + 2 * 3 * 4),
+        ({"inattentive": "drop", "pairs": 0.0}, 0),
+    ],
+)
+def test_multiply_adds_by_hand(options: dict[str, Any], macs: int) -> None:
+    assert make_method("bat", options).macs(StageShape(10, 6, 8, 4)) == macs
+
+
+def test_presets() -> None:
+    paper = make_method("bat", {"preset": "paper"}).options()
+    assert paper["weights"] == "attention" and paper["features"] == "tokens" and paper["mass"] == 0.0
+    assert make_method("bat", {"preset": "paper", "weights": "size"}).options()["weights"] == "size"
+    with pytest.raises(UsageError, match="method bat has no preset 'papr', did you mean paper"):
+        make_method("bat", {"preset": "papr"})
+    with pytest.raises(UsageError, match="method topk has no preset 'paper'; it has none"):
+        make_method("topk", {"preset": "paper"})
+
+
+def test_tokens_of_different_windows_are_never_joined() -> None:
+    # 128 tokens of which each stands twice, in the first half and in the second: 64 clusters join the copies, unless
+    # they stand in different windows. Windows of 64 need 32 clusters each.
+    points = torch.arange(64.0).repeat(2).unsqueeze(1).tolist()
+    scene = given_scene(points)
+    everywhere = grouping(make_method("bat"), scene, 64).group[0]
+    assert torch.equal(everywhere[:64], everywhere[64:])
+    apart = grouping(make_method("bat", {"window": 64}), scene, 64).group[0]
+    assert not set(apart[:64].tolist()) & set(apart[64:].tolist())
+    too_few = grouping(make_method("bat", {"window": 64}), scene, 63).group[0]
+    assert set(too_few[:64].tolist()) & set(too_few[64:].tolist())

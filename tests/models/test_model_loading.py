@@ -1,0 +1,192 @@
+"""MODEL: what a user types, and what comes of it. No network is needed; for the hub see test_hub.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_files import random_weights, same_weights, write_model_folder
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
+from tokencut.model import CompressedModel, compress
+from tokencut.models import artifact
+from tokencut.models.checkpoints import sha256
+from tokencut.models.loading import load_model
+from tokencut.models.metadata import Origin
+from tokencut.models.model_args import parse_model_kwargs
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return random_weights()
+
+
+@pytest.fixture
+def folder(weights: dict[str, Tensor], tmp_path: Path) -> Path:
+    return write_model_folder(tmp_path / "saved", weights)
+
+
+def refusal(kind: type[TokencutError], spec: str, **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        load_model(spec, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("diet_tiny", "unknown model 'diet_tiny', did you mean deit_tiny or vit_tiny?"),
+        ("no/such/file", "no such file: no/such/file; give a file that 'tokencut compress MODEL -o FILE' wrote"),
+        ("timm/deit", "wrote, or type hf-hub:timm/deit for the hub's repository"),
+        ("out.safetensors", "no such file: out.safetensors; give a file that 'tokencut compress MODEL -o FILE' wrote"),
+        ("s3:bucket", "unknown kind of model 's3:bucket'; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that"),
+        ("local-dir:nowhere", "nowhere has no config.json; give a folder as timm saves it, with config.json and model"),
+        ("", "unknown model ''; 'tokencut models' lists the names"),
+    ],
+)
+def test_what_is_not_a_model(spec: str, message: str) -> None:
+    assert message in refusal(UsageError, spec)
+
+
+def test_a_tokencut_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_model("test_vit", pretrained=False, img_size=64)
+    model = compress(source.model, keep=0.5).eval()
+    artifact.save(model, tmp_path / "out.safetensors")
+    (tmp_path / "out.safetensors").rename(tmp_path / "deit_tiny")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model("deit_tiny")
+    assert isinstance(loaded.model, CompressedModel)
+    assert loaded.recipe == model.recipe
+    assert loaded.name == "deit_tiny"
+    assert loaded.origin == Origin("random", seed=0)
+    assert loaded.dense is loaded.model.model
+    assert source.dense is source.model
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded.model(images), model(images))
+    for options, named in (
+        ({"checkpoint": "x.pth"}, "--checkpoint"),
+        ({"pretrained": False}, "--no-pretrained"),
+        ({"num_classes": 3}, "arguments of the architecture"),
+    ):
+        assert f"takes no {named}; leave that out, or name an architecture as MODEL" in refusal(
+            UsageError, "deit_tiny", **options
+        )
+
+
+def test_a_folder_is_pointed_to_its_scheme_unless_it_is_called_like_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refusal(UsageError, str(tmp_path)).endswith(f"type local-dir:{tmp_path}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_vit").mkdir()
+    assert load_model("test_vit", pretrained=False).name == "test_vit"
+
+
+def test_a_file_of_another_kind(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    assert f"name their architecture and type --checkpoint {path}" in refusal(ArtifactError, str(path))
+
+
+def test_the_bundled_model() -> None:
+    random = load_model("digits", pretrained=False, seed=1)
+    assert random.origin == Origin("random", seed=1)
+    bundled = load_model("digits")
+    assert (bundled.name, bundled.origin.kind, bundled.origin.licence) == ("digits", "bundled", "apache-2.0")
+    assert not same_weights(bundled.model, dict(random.model.state_dict()))
+    assert bundled.notes == ()
+    assert "takes no img_size; leave that out, or name an architecture as MODEL" in refusal(
+        UsageError, "digits", img_size=64
+    )
+
+
+def test_a_folder_as_timm_saves_it(folder: Path, weights: dict[str, Tensor]) -> None:
+    loaded = load_model(f"local-dir:{folder}")
+    assert same_weights(loaded.model, weights)
+    assert loaded.name == f"local-dir:{folder}"
+    assert loaded.origin == Origin("local-dir", sha256=sha256(folder / "model.safetensors"), licence="mit")
+    assert str(folder) not in str(loaded.model.pretrained_cfg)
+    assert loaded.model.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    new_head = load_model(f"LOCAL_DIR:{folder}", num_classes=3)
+    assert new_head.notes == ("the head of 3 classes is new: its weights are random (seed 0) until it is trained",)
+    assert torch.equal(new_head.model.norm.weight, weights["norm.weight"])
+    random = load_model(f"local-dir:{folder}", weights_needed=False)
+    assert random.origin.kind == "random"
+
+
+def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
+    spec, config = f"local-dir:{folder}", folder / "config.json"
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    assert f"cannot load weights from {folder} (" in refusal(ModelError, spec)
+    (folder / "model.safetensors").unlink()
+    message = refusal(ModelError, spec)
+    assert "No suitable checkpoints found" in message
+    assert message.endswith("give --checkpoint FILE")
+    for text in ("{", "[]", '{"architecture": 3}', "[" * 100_000):
+        config.write_text(text)
+        assert f"{config} does not name a timm architecture; save the model with" in refusal(ModelError, spec)
+    config.write_text('{"architecture": "resnet18"}')
+    assert "resnet18 is of timm's family resnet, which is not supported" in refusal(ModelError, spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": -1}, "--num-classes -1 is less than 0; type --num-classes 10"),
+        ({"img_size": 0}, "--img-size 0 is less than 1; type --img-size 224"),
+        ({"img_size": 64, "model_kwargs": {"img_size": 32}}, "img_size is given twice, by --img-size 64 and"),
+        ({"model_kwargs": {"pretrained": True}}, "pretrained is not an argument of the architecture"),
+        ({"model_kwargs": {"embed_dims": 8}}, "test_vit takes no argument 'embed_dims', did you mean embed_dim? its"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    assert message in refusal(UsageError, "test_vit", pretrained=False, **options)
+
+
+def test_arguments_reach_timm_and_its_description() -> None:
+    loaded = load_model("test_vit", pretrained=False, num_classes=3, img_size=64, model_kwargs={"depth": 2})
+    assert loaded.model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert len(loaded.model.blocks) == 2
+    assert not loaded.model.training
+    cfg = loaded.model.pretrained_cfg
+    assert (cfg["input_size"], cfg["num_classes"]) == ((3, 64, 64), 3)
+    # The weights are not those that timm describes.
+    assert not {"tag", "license", "hf_hub_id"} & set(cfg)
+
+
+def test_a_model_without_a_head() -> None:
+    loaded = load_model("test_vit", pretrained=False, num_classes=0)
+    assert loaded.model(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
+
+
+def test_random_weights_go_by_their_seed_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, again = (load_model("test_vit", pretrained=False, seed=5) for _ in range(2))
+    other = load_model("test_vit", pretrained=False, seed=6)
+    assert same_weights(first.model, dict(again.model.state_dict()))
+    assert not same_weights(first.model, dict(other.model.state_dict()))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.origin == Origin("random", seed=5)
+    assert first.notes == ("test_vit has random weights (seed 5)",)
+
+
+def test_real_checkpoints(shared: Path) -> None:
+    folder = shared / "checkpoints" / "tin100_deit_tiny"
+    by_folder = load_model(f"local-dir:{folder}")
+    args = parse_model_kwargs(["img_size=56,patch_size=4"])
+    by_file = load_model("deit_tiny", checkpoint=folder / "model.safetensors", num_classes=100, model_kwargs=args)
+    assert same_weights(by_folder.model, dict(by_file.model.state_dict()))
+    assert same_weights(by_file.model, load_file(folder / "model.safetensors"))
+    assert by_folder.model.pretrained_cfg["label_names"][0] == "n01443537"
+    assert "for this model" not in refusal(ModelError, "deit_tiny", checkpoint=folder / "model.safetensors")
+
+
+def test_a_renamed_model_leaves_stderr_clean(capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = load_model("vit_small_patch16_224_dino", weights_needed=False, model_kwargs={"depth": 1})
+    assert loaded.name == "vit_small_patch16_224"
+    assert loaded.notes[0] == "timm calls vit_small_patch16_224_dino vit_small_patch16_224.dino now"
+    assert capfd.readouterr() == ("", "")

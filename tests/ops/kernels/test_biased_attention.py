@@ -1,0 +1,47 @@
+"""The attention kernels against PyTorch's own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from tokencut.ops.kernels.attention import biased_attention, class_rows
+
+
+def heads(width: int, count: int = 70) -> list[torch.Tensor]:
+    """Query, key and value as views of one tensor, `(2, 3, count, width)`."""
+    qkv = torch.randn(2, count, 3, 3, width).permute(2, 0, 3, 1, 4)
+    return list(qkv.unbind(0))
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_biased_attention(width: int, device: str) -> None:
+    query, key, value = heads(width)
+    bias = torch.randint(1, 9, (2, 1, 1, 70)).float().log()
+    got = biased_attention(*(t.to(device) for t in (query, key, value, bias)))
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    torch.testing.assert_close(got.cpu(), expected)
+    assert got.transpose(1, 2).is_contiguous()  # so that the heads stand side by side without a copy
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("biased", [True, False])
+def test_class_rows(queries: int, biased: bool, device: str) -> None:
+    query, key, _ = heads(24)
+    bias = torch.randn(2, 1, 1, 70) if biased else None
+    logits = (query[:, :, :queries] * 24**-0.5) @ key.transpose(2, 3)
+    expected = (logits if bias is None else logits + bias).softmax(3).mean((1, 2))
+    got = class_rows(query[:, :, :queries].to(device), key.to(device), None if bias is None else bias.to(device))
+    torch.testing.assert_close(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_many_images() -> None:
+    query, key, value = torch.randn(256, 197, 3, 6, 64, device="cuda", dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    bias = torch.randint(1, 9, (256, 1, 1, 197), device="cuda").float().log()
+    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=bias)
+    for _ in range(3):
+        torch.testing.assert_close(biased_attention(query, key, value, bias).float(), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,103 @@
+"""When a kernel stands in, and that a whole model with kernels gives what it gives without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from tokencut.methods import methods
+from tokencut.model import compress
+from tokencut.ops import kernels
+
+
+def test_neither_on_a_cpu_or_an_old_gpu_nor_where_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGPU:
+        is_cuda = True
+        requires_grad = True
+        device = torch.device("cuda")
+
+    tensor: Any = OnGPU()
+    monkeypatch.setattr(kernels, "_FOUND", True)
+    monkeypatch.setattr(kernels, "_capability", lambda device: (9, 0))
+    assert not kernels.usable(torch.zeros(1))
+    assert not kernels.usable(tensor)
+    with torch.no_grad():
+        assert kernels.usable(tensor)
+        with monkeypatch.context() as older:
+            older.setattr(kernels, "_capability", lambda device: (7, 5))
+            assert not kernels.usable(tensor)
+        monkeypatch.setattr(kernels, "_FOUND", False)
+        assert not kernels.usable(tensor)
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+
+    @contextmanager
+    def device(chosen: Any) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launched = kernels.opaque("(Tensor given) -> Tensor", torch.empty_like)(torch.neg)
+    tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:1")
+    with pytest.raises(TypeError):  # it is no tensor
+        launched(tensor)
+    assert entered == ["cuda:1"]
+    assert launched(torch.ones(1)).item() == -1
+    assert entered == ["cuda:1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = timm.create_model("deit_tiny_distilled_patch16_224", img_size=160)
+    model = compress(dense, keep=0.6, method=method, prop_attn=True).cuda().to(dtype).eval()
+    pixels = torch.randn(3, 3, 160, 160, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        fast, seen = model.trace(pixels)
+        monkeypatch.setattr(kernels, "_FOUND", False)
+        slow, plain = model.trace(pixels)
+    first = [trace.tokens.source for trace in (seen[0], plain[0])]
+    assert first[0] is not None
+    # The same tokens enter the first stage: it must decide alike, but for ties of rounded sums.
+    assert (first[0] == first[1]).float().mean() > 0.98
+    torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
+    """Schemas and the shapes that the compiler is told agree with what comes out."""
+    pytest.importorskip("triton")
+    from tokencut.ops.kernels import attention, clusters, merging, sorting
+
+    points, ones = torch.randn(2, 12, 8, device=device), torch.ones(2, 12, device=device)
+    heads, bias = torch.randn(2, 3, 12, 16, device=device), torch.randn(2, 1, 1, 12, device=device)
+    group = torch.arange(12, device=device).expand(2, -1) // 2
+
+    def run() -> list[Any]:
+        return [
+            *clusters.density_average(points, ones, ones, 5, 3, 0.5, 1),
+            *clusters.density_average(points, ones, ones, 5, 3, 0.5, 2),
+            clusters.density_clusters(points, 5, 3, ones, 0.5, 1),
+            clusters.density_clusters(points, 5, 3, None, 0.0, 2),
+            *clusters.ordered_average(group, ones, ones, 6),
+            merging.merge(points, 0, group, ones / 2, 6, True),
+            sorting.ranking(ones, True),
+            attention.biased_attention(heads, heads, heads, bias),
+            attention.class_rows(heads[:, :, :1], heads, None),
+            attention.class_rows(heads[:, :, :1], heads, bias),
+        ]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)()
+    for got, expected in zip(compiled, run(), strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (expected.shape, expected.dtype, expected.stride())
+        torch.testing.assert_close(got, expected)

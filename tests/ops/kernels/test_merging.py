@@ -1,0 +1,44 @@
+"""The merging kernel against a batched product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokencut.tokens import Grouping, Tokens, apply_decision, group_average, in_order
+
+pytest.importorskip("triton")
+
+from tokencut.ops.kernels import merging
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_groups_behind_the_prefix_tokens(prefix: int, ordered: bool, device: str) -> None:
+    features = torch.randn(2, prefix + 110, 20)
+    group = torch.cat((torch.randint(0, 71, (40,)), torch.arange(70))).expand(2, -1)  # 70 is dropped
+    group = in_order(group, 70) if ordered else group
+    weight = group_average(group, torch.rand(2, 110), torch.ones(2, 110), 70)
+    got = merging.merge(features.to(device), prefix, group.to(device), weight.to(device), 70, ordered).cpu()
+    expected = apply_decision(Tokens(features, prefix), Grouping(group, weight, 70)).features
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(got[:, :prefix], features[:, :prefix])
+
+
+def test_a_token_alone_in_its_group_passes_unchanged(device: str) -> None:
+    features = torch.randn(1, 9, 24, device=device, dtype=torch.float16)
+    group = torch.arange(8, device=device).unsqueeze(0)
+    got = merging.merge(features, 1, group, torch.ones(1, 8, device=device), 8, True)
+    assert torch.equal(got, features)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ordered", [True, False])
+def test_many_images(ordered: bool) -> None:
+    features = torch.randn(256, 197, 384, device="cuda", dtype=torch.bfloat16)
+    group = in_order(torch.cat((torch.arange(138), torch.randint(0, 138, (58,)))).expand(256, -1), 138).cuda()
+    weight = group_average(group, torch.rand(256, 196, device="cuda"), torch.ones(256, 196, device="cuda"), 138)
+    expected = apply_decision(Tokens(features.float(), 1), Grouping(group, weight, 138)).features
+    for _ in range(3):
+        got = merging.merge(features, 1, group, weight, 138, ordered)
+        torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=2e-2)

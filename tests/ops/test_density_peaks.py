@@ -1,0 +1,130 @@
+"""Density peaks on points whose densities and separations are worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tokencut.ops.density_peaks import (
+    density_clusters,
+    nearest_centre,
+    peak_scores,
+    squared_distances,
+    windows,
+)
+
+# Two heaps on a line, {0, 1, 2} and {10, 11}: squared distances are small whole numbers, exact in fp32.
+LINE = torch.tensor([[[0.0], [1.0], [2.0], [10.0], [11.0]]])
+
+
+def test_squared_distances_by_hand() -> None:
+    points = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]]])
+    assert squared_distances(points).tolist() == [[[0, 25, 9], [25, 0, 16], [9, 16, 0]]]
+
+
+def test_squared_distances_are_never_negative_and_zero_to_itself() -> None:
+    points = 1000.0 + torch.rand(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    distances = squared_distances(points)
+    assert (distances >= 0).all()
+    assert (distances.diagonal(dim1=1, dim2=2) == 0).all()
+
+
+def test_scores_by_hand() -> None:
+    # Two nearest count, the point itself among them: mean squared distance is 1/2 for every point, so all are equally
+    # dense and the lower number is the denser one. Separation: 0 is densest, so the largest squared distance, 121; then
+    # 1 from 0, 1 from 1, 64 from 2, 1 from 3.
+    scores = peak_scores(squared_distances(LINE), width=1, neighbours=2)
+    expected = [-0.5 + 0.5 * math.log(square) for square in (math.inf, 1, 1, 64, 1)]
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_density_counts_the_nearest_and_divides_by_the_width() -> None:
+    # Three nearest: mean squared distances are 5/3, 2/3, 5/3, (0+1+64)/3, (0+1+81)/3; the point 1 is densest.
+    scores = peak_scores(squared_distances(LINE), width=1, neighbours=3)
+    means = (5 / 3, 2 / 3, 5 / 3, 65 / 3, 82 / 3)
+    separations = (1, math.inf, 1, 64, 1)
+    expected = [-mean + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-5)
+    wide = peak_scores(squared_distances(LINE), width=10, neighbours=3)
+    expected = [-mean / 10 + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
+    assert wide[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_more_neighbours_than_points_counts_all() -> None:
+    distances = squared_distances(LINE)
+    assert torch.equal(peak_scores(distances, 1, neighbours=5), peak_scores(distances, 1, neighbours=50))
+
+
+def test_clusters_by_hand() -> None:
+    assert density_clusters(LINE, clusters=2, neighbours=2).tolist() == [[0, 0, 0, 1, 1]]
+    assert density_clusters(LINE, clusters=1, neighbours=2).tolist() == [[0] * 5]
+    assert density_clusters(LINE, clusters=5, neighbours=2).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_clusters_are_numbered_by_their_centres_order() -> None:
+    assert density_clusters(LINE.flip(1), clusters=2, neighbours=2).tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_tokens_of_large_norm_keep_their_densities_apart() -> None:
+    # exp(-squared distance) underflows to 0 for all of these, and centres would fall by number: 0 and 1.
+    assert density_clusters(LINE * 1000, clusters=2, neighbours=2).tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_equal_points_give_the_lowest_numbers_as_centres() -> None:
+    same = torch.ones(1, 6, 4)
+    assert density_clusters(same, clusters=3, neighbours=5).tolist() == [[0, 1, 2, 0, 0, 0]]
+
+
+def test_a_centre_joins_itself_and_equal_distances_go_to_the_earlier_centre() -> None:
+    # Point 1 is as near to centre 0 as to centre 2; centre 3 lies on centre 2 and still has a cluster of its own.
+    points = torch.tensor([[[0.0], [1.0], [2.0], [2.0]]])
+    centres = torch.tensor([[0, 2, 3]])
+    assert nearest_centre(squared_distances(points), centres).tolist() == [[0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("count", "clusters", "window", "parts"),
+    [
+        (196, 98, 1024, 1),
+        (1024, 512, 1024, 1),
+        (4096, 2048, 1024, 4),
+        (2868, 1434, 1024, 3),
+        (1026, 500, 1024, 2),
+        (1031, 500, 1024, 1),  # a prime
+        (2062, 1031, 512, 2),  # twice a prime: two larger ones are better than one
+        (196, 64, 98, 2),
+        (196, 63, 98, 1),  # too few clusters for each
+        (4096, 740, 128, 16),  # room for 23 windows, which do not divide
+    ],
+)
+def test_windows_are_equal_and_leave_clusters_to_each(count: int, clusters: int, window: int, parts: int) -> None:
+    assert windows(count, clusters, window) == parts
+
+
+def test_tokens_are_clustered_within_their_window() -> None:
+    # Two windows. In the first 0 and 1, and 10 and 10.5 are near; in the second 0 and 0.1, and 50: the 0s of both
+    # windows would be one cluster without windows.
+    points = torch.tensor([[[0.0], [1.0], [10.0], [10.5], [0.0], [0.1], [50.0], [50.2]]])
+    assert density_clusters(points, 4, 2, parts=2).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    assert density_clusters(points, 3, 2).tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_image_with_features_that_are_no_numbers_leaves_the_others_alone(odd: float, parts: int) -> None:
+    points = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
+    sound = density_clusters(points, 6, 3, parts=parts)
+    points[0, 3, 1] = odd
+    found = density_clusters(points, 6, 3, parts=parts)
+    assert torch.equal(found[1], sound[1])
+    assert found[0].unique().tolist() == list(range(6))
+
+
+def test_each_window_has_a_centre_and_the_rest_go_where_tokens_are_far_apart() -> None:
+    # The first window's points lie close together; the second's far apart: it gets all centres but one.
+    near, far = torch.linspace(0, 0.1, 6), torch.tensor([0.0, 1.0, 2.2, 3.5, 5.0, 7.0])
+    points = torch.cat((near, far)).view(1, 12, 1)
+    assert density_clusters(points, 4, 2, parts=2)[0, :6].tolist() == [0] * 6
+    assert set(density_clusters(points, 4, 2, parts=2)[0, 6:].tolist()) == {1, 2, 3}

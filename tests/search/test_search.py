@@ -1,0 +1,285 @@
+"""Finding a schedule for a target, on a small model with random weights: what is promised of any model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from search_models import calibration, reduced, small_model
+
+from tokencut import compress
+from tokencut.cost import total
+from tokencut.errors import TokencutError, UsageError
+from tokencut.model import predicted_macs
+from tokencut.profiling.latency import Timing
+from tokencut.search import run as search
+from tokencut.search.latency_table import LatencyTable, latency_table
+from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, told_by_heart
+from tokencut.search.targets import Target
+
+__all__ = ["calibration"]
+
+SETTINGS = SearchSettings(images=12, effort=8, batch_size=4, workers=0, device="cpu")
+
+
+def find(where: Path | str, target: Target, **options: Any) -> SearchReport:
+    return find_schedule(options.pop("model", None) or small_model(), str(where), target,
+                         **{"settings": SETTINGS, **options})  # fmt: skip
+
+
+def dense_gmacs() -> float:
+    return total(predicted_macs(compress(small_model(), keep=1.0))) / 1e9
+
+
+def test_multiply_adds_are_held(calibration: Path) -> None:
+    target = 0.6 * dense_gmacs()
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = find(calibration, Target(gmacs=target), model=model)
+    made = compress(small_model(), keep=report.found.keep, layers=report.found.layers)
+    assert total(predicted_macs(made)) / 1e9 == report.found.gmacs
+    assert 0.95 * target < report.found.gmacs <= target
+    assert report.found.damage == min(point.damage for point in report.front if point.gmacs <= target)
+    assert report.metric == "top1"
+    assert report.images == 12
+    assert report.dense_gmacs == dense_gmacs()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_same_seed_finds_the_same(calibration: Path) -> None:
+    first, second = (find(calibration, Target(gmacs=0.6 * dense_gmacs())) for _ in range(2))
+    assert replace(first, seconds=0) == replace(second, seconds=0)
+    assert first.front == second.front
+
+
+def test_it_beats_the_fixed_stages_it_began_with(calibration: Path) -> None:
+    model = compress(small_model(), keep=0.5)
+    gmacs = total(predicted_macs(model)) / 1e9
+    report = find(calibration, Target(gmacs=gmacs))
+    fixed = [point for point in report.front if point.tokens == (16, 8, 8, 4, 2, 2)]
+    assert all(report.found.damage <= point.damage for point in fixed)
+    assert len({point.gmacs for point in report.front}) > 1  # there are others to choose
+
+
+def test_only_the_layers_named_reduce(calibration: Path) -> None:
+    report = find(calibration, Target(gmacs=0.8 * dense_gmacs()), layers=[3, 5])
+    assert set(report.found.layers) <= {3, 5}
+
+
+def test_a_drop_is_held_with_its_error(calibration: Path) -> None:
+    report = find(calibration, Target(max_drop=60.0))
+    assert report.sure_drop <= 60
+    assert report.expected_drop <= report.sure_drop
+    assert report.found.gmacs < report.dense_gmacs
+
+
+def test_a_generous_drop_goes_on_down(calibration: Path) -> None:
+    # No schedule can lose more than 100 points, so that the cheapest are within; nothing may stop half way.
+    dense, least = dense_gmacs(), 1e-9 * total(predicted_macs(compress(small_model(), keep=0.01, layers="all")))
+    report = find(calibration, Target(max_drop=100.0))
+    assert report.found.gmacs < least + 0.3 * (dense - least)
+
+
+def test_labels_that_do_not_map_leave_agreement(calibration: Path) -> None:
+    report = find(calibration, Target(max_drop=80.0), model=small_model(num_classes=5))
+    assert report.metric == "agreement"
+    assert report.dense_top1 is None
+    assert report.found.top1 is None
+    assert "calibration labels are not used: 3 class folders for the model's 5 classes" in report.notes[0]
+
+
+def test_a_model_that_answers_the_same_to_everything_can_lose_nothing(calibration: Path) -> None:
+    model = small_model()
+    torch.nn.init.zeros_(model.head.weight)
+    report = find(calibration, Target(max_drop=1.0), model=model)
+    assert report.drop == 0
+    assert report.found.gmacs < 0.7 * report.dense_gmacs
+
+
+def test_a_model_without_a_head_is_compared_by_features(calibration: Path) -> None:
+    report = find(calibration, Target(max_drop=5.0), model=small_model(num_classes=0))
+    assert report.metric == "cosine"
+    assert report.found.cosine == pytest.approx(100 - report.drop)
+    assert report.drop <= 5
+
+
+def test_an_impossible_drop_says_what_can_be_had(calibration: Path) -> None:
+    with pytest.raises(
+        TokencutError, match=r"^--max-drop 1e-09 cannot be met: \S+ is the least .* type --max-drop \S+, "
+    ):
+        find(calibration, Target(max_drop=1e-9))
+
+
+def test_stages_that_save_nothing_are_told_of(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.Costs, "gmacs", lambda self, counts: 2 - sum(counts) / 1000)
+    with pytest.raises(
+        TokencutError, match=r"^--max-drop 5 cannot be met cheaper than by the dense model, .*--layers all"
+    ):
+        find(calibration, Target(max_drop=5))
+
+
+def test_labels_that_tell_of_more_are_told_of() -> None:
+    # Five of ten images lost: 50 points, with an error of 100 * sqrt(0.25 * 10 / 9 / 10) = 16.67.
+    half = torch.tensor([100.0, 0.0] * 5)
+    [note] = told_by_heart(half, sure=16)
+    assert note.startswith(
+        "calibration labels tell of 50.00 ± 16.67 points lost where 16.00 are expected on other images"
+    )
+    assert told_by_heart(half, sure=17) == ()
+
+
+def test_a_drop_is_sought_among_late_blocks_too(calibration: Path) -> None:
+    report = find(calibration, Target(max_drop=60.0), layers=[5, 6])
+    assert set(report.found.layers) <= {5, 6}
+    assert report.found.gmacs < report.dense_gmacs
+
+
+def test_too_few_multiply_adds_say_what_can_be_had(calibration: Path) -> None:
+    with pytest.raises(
+        TokencutError, match=r"cannot be met: (\S+) GMACs is the least .* type --target-gmacs (\S+)$"
+    ) as told:
+        find(calibration, Target(gmacs=1e-6))
+    offered = float(str(told.value).rpartition(" ")[2])
+    assert find(calibration, Target(gmacs=offered)).found.gmacs <= offered
+
+
+def test_what_the_dense_model_meets_is_said(calibration: Path) -> None:
+    with pytest.raises(TokencutError, match=r"^--target-gmacs 9 is met by the dense model, which has .* type less"):
+        find(calibration, Target(gmacs=9))
+
+
+# Times that can be foretold by hand: a token costs 1 ms a block, a stage and the ends nothing.
+COUNTS = (1, 16)
+TABLE = LatencyTable(COUNTS, (0.001, 0.016), (0.0005, 0.008), (0.0, 0.0), (0.0005, 0.008), 0.016, 0.0, 6)
+
+
+def test_a_table_adds_up() -> None:
+    assert TABLE.dense == pytest.approx(0.096)
+    # 16 in, 8 out of block 2: half of 16 and half of 8 ms, then 4 blocks of 8 ms.
+    assert TABLE.seconds((16, 8, 8, 8, 8, 8)) == pytest.approx(0.016 + 0.012 + 4 * 0.008)
+    assert TABLE.speedup((16,) * 6) == 1
+
+
+def timed_by_table(monkeypatch: pytest.MonkeyPatch, bias: float) -> None:
+    """A machine on which every schedule is `bias` times as fast as the table foretells."""
+    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: TABLE)
+    monkeypatch.setattr(search._Run, "_timed", lambda self, counts: bias * TABLE.speedup(counts))
+
+
+@pytest.mark.parametrize("bias", [1.0, 0.85, 1.2])
+def test_a_speedup_is_met_when_measured(calibration: Path, monkeypatch: pytest.MonkeyPatch, bias: float) -> None:
+    timed_by_table(monkeypatch, bias)
+    report = find(calibration, Target(speedup=1.6))
+    assert report.speedup == pytest.approx(1.6, rel=0.05)
+    assert report.found.speedup == pytest.approx(1.6 / bias, rel=0.05)
+
+
+def test_a_machine_that_misses_it_is_told_of(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch, 1.0)
+    monkeypatch.setattr(search._Run, "_timed", lambda self, counts: 1.0)
+    report = find(calibration, Target(speedup=1.6))
+    assert any(note.startswith("measured 1.00 times as fast instead of 1.6") for note in report.notes)
+
+
+def test_an_impossible_speedup_says_what_can_be_had(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch, 1.0)
+    # One token from the first stage on: 8 + 0.5 ms, then 5 blocks of 1 ms; 96 / 13.5 is 7.11.
+    with pytest.raises(TokencutError, match=r"cannot be met: 7\.11 times as fast .* type --target-speedup 6\.76$"):
+        find(calibration, Target(speedup=20))
+
+
+def test_a_machine_on_which_nothing_is_faster(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replace(TABLE, stage=(1.0, 1.0))
+    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: slow)
+    with pytest.raises(TokencutError, match=r"cannot be met: 0\.09 times as fast .* type a larger --batch-size$"):
+        find(calibration, Target(speedup=1.2))
+
+
+def test_parts_are_timed_on_this_machine() -> None:
+    table = latency_table(reduced(), batch_size=2, device=torch.device("cpu"), rounds=3, max_seconds=0.1)
+    assert table.counts[-1] == 16
+    assert min(*table.block, *table.attend, *table.proceed, table.fresh, table.ends) > 0
+    assert table.dense == table.ends + 6 * table.fresh
+    assert table.speedup((16,) * 6) == pytest.approx(1)
+
+
+def test_the_speedup_is_timed_beside_the_dense_model(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: TABLE)
+    seen: list[set[str]] = []
+
+    def clock(models: dict[str, Any], images: torch.Tensor) -> dict[str, Timing]:
+        seen.append(set(models))
+        assert images.shape == (16, 3, 64, 64)
+        return {"dense": Timing(1.6, (1.6, 1.6), 1.0), "compressed": Timing(1.0, (1.0, 1.0), 1.0)}
+
+    monkeypatch.setattr(search, "measure", clock)
+    assert find(calibration, Target(speedup=1.6)).speedup == pytest.approx(1.6)
+    assert seen == [{"dense", "compressed"}]
+
+
+def test_stopped_it_keeps_the_best_so_far(calibration: Path) -> None:
+    seen: list[SearchProgress] = []
+    target = 0.6 * dense_gmacs()
+    report = find(calibration, Target(gmacs=target), on_progress=seen.append,
+                  should_stop=lambda: bool(seen) and seen[-1].best is not None)  # fmt: skip
+    assert report.interrupted
+    assert report.found.gmacs <= target
+    assert report.front
+
+
+def test_stopped_before_there_is_anything_it_is_an_interrupt(calibration: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        find(calibration, Target(gmacs=0.6 * dense_gmacs()), should_stop=lambda: True)
+
+
+def test_progress_shows_the_best(calibration: Path) -> None:
+    seen: list[SearchProgress] = []
+    report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), on_progress=seen.append)
+    shares = [now.share for now in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] <= 1
+    damages = [now.best.damage for now in seen if now.best is not None]
+    assert damages == sorted(damages, reverse=True)
+    assert damages[-1] == report.found.damage
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (Target(), "no target is given; type one of --target-gmacs 2.6, --target-speedup 1.6, --max-drop 0.5"),
+        (
+            Target(gmacs=1, max_drop=1),
+            "--target-gmacs and --max-drop exclude each other; type one of --target-gmacs 2.6",
+        ),
+        (Target(max_drop=101), "--max-drop 101 is not a number above 0 and up to 100, such as --max-drop 0.5"),
+        (Target(speedup=1), "--target-speedup 1 is not a number above 1, such as --target-speedup 1.6"),
+        (Target(gmacs=float("nan")), "--target-gmacs nan is not a number above 0, such as --target-gmacs 2.6"),
+    ],
+)
+def test_targets_that_mean_nothing(calibration: Path, target: Target, told: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        find(calibration, target)
+    assert str(raised.value).startswith(told)
+
+
+def test_untrained_stages_cannot_be_searched(calibration: Path) -> None:
+    with pytest.raises(UsageError, match=r"^the stages of method dyvit mean nothing .* type --keep 0\.7 instead"):
+        find(calibration, Target(gmacs=0.1), method="dyvit")
+
+
+def test_no_effort_finds_nothing(calibration: Path) -> None:
+    with pytest.raises(UsageError, match="an effort of 0 leaves nothing to search with; type --search-effort 40"):
+        find(calibration, Target(gmacs=0.1), settings=replace(SETTINGS, effort=0))
+
+
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
+    for name in ("ant", "bee", "cow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(
+        TokencutError, match=r"^none of 3 images in .* can be decoded, such as .*give another --calibra"
+    ):
+        find(tmp_path, Target(gmacs=0.1))

@@ -1,0 +1,139 @@
+"""What a sweep keeps: it comes back as it was, damaged files are refused, and so are rows made for something else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from tokencut.errors import ArtifactError
+from tokencut.sweep.rows import DENSE, Row
+from tokencut.sweep.state import FILE, Speed, State, load_state, versions, weights_digest, with_speed
+
+CONDITIONS = {"weights": "abc", "precision": "fp32"}
+RECIPE = {"method": "bat", "keep": [0.9, 0.5], "layers": [2, 4]}
+
+
+def state() -> State:
+    made = State(dict(CONDITIONS), notes=("a note",), timed_on={"device": "here"})
+    made.add(Row(DENSE, 1.0, 0.25, 50.0, 100.0, None, 2, 0.1 + 0.2, (True, False)), None)
+    made.add(Row("bat", (0.9, 0.5), 0.125, 100.0, 100.0, None, 2, 1 / 3, (True, True)), RECIPE)
+    made.speeds["bat", (0.9, 0.5)] = Speed(100.0, 90.5, 110.25)
+    return made
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state().save(tmp_path / "report")
+    assert load_state(tmp_path / "report") == state()
+    assert [path.name for path in (tmp_path / "report").iterdir()] == [FILE]
+
+
+def test_there_is_none_in_an_empty_or_missing_folder(tmp_path: Path) -> None:
+    assert load_state(tmp_path) is None
+    assert load_state(tmp_path / "none") is None
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot make the folder .*: No such file or directory; give another -o"):
+        state().save(tmp_path / "none" / "report")
+
+
+def edited(**changes: Any) -> str:
+    data = state()._to_json()
+    return json.dumps({**data, **changes})
+
+
+def row_with(**changes: Any) -> list[dict[str, Any]]:
+    return [{**state()._to_json()["rows"][0], **changes}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "null",
+        "[" * 100_000,
+        b"\xff\xfe",
+        edited(tokencut_sweep=2),
+        edited(conditions=[1]),
+        edited(notes=3),
+        edited(rows={"a": 1}),
+        edited(rows=row_with(correct="01x")),
+        edited(rows=row_with(correct="011")),
+        edited(rows=row_with(correct="", images=0)),
+        edited(rows=row_with(keep="half")),
+        edited(rows=row_with(keep=0.5)),
+        edited(rows=row_with(gmacs=None)),
+        edited(speeds=[["bat", "0.5", 1, 2]]),
+    ],
+    ids=lambda text: str(text[:60]),
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, text: str | bytes) -> None:
+    (tmp_path / FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ArtifactError) as caught:
+        load_state(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / FILE} is damaged, or not from this version's sweep; add --force to start again, or give another "
+        f"folder, such as -o {tmp_path}-2"
+    )
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(ArtifactError, match="is damaged"):
+        load_state(tmp_path)
+
+
+def test_the_same_conditions_and_recipes_are_accepted(tmp_path: Path) -> None:
+    state().require(CONDITIONS, {("bat", (0.9, 0.5)): RECIPE, ("evit", 0.5): {"method": "evit"}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "recipe", "what"),
+    [
+        ({"weights": "xyz"}, RECIPE, "other weights"),
+        ({"weights": "xyz", "precision": "bf16"}, RECIPE, "other weights and other precision"),
+        ({"layers": "new"}, RECIPE, "other layers"),
+        ({}, {**RECIPE, "layers": [3]}, "other reduction options (bat, keep 0.9/0.5)"),
+    ],
+)
+def test_rows_made_for_something_else_are_refused(conditions: dict[str, str], recipe: Any, what: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        state().require({**CONDITIONS, **conditions}, {("bat", (0.9, 0.5)): recipe}, Path("report"))
+    assert str(caught.value) == (
+        f"report holds rows that were made with {what}; add --force to drop them and start again, or give another "
+        "folder, such as -o report-2"
+    )
+
+
+def test_a_row_gets_its_speed() -> None:
+    row = with_speed(state().rows[DENSE, 1.0], Speed(100.0, 90.0, 110.0))
+    assert (row.images_per_second, row.images_per_second_quartiles) == (100.0, (90.0, 110.0))
+
+
+def test_versions_are_of_what_results_depend_on() -> None:
+    assert set(versions()) == {"torch", "timm", "tokencut"}
+
+
+def test_the_digest_of_weights_tells_models_apart() -> None:
+    def model(seed: int = 0, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        return timm.create_model("test_vit", img_size=32, num_classes=3, **options)
+
+    digest = weights_digest(model())
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert weights_digest(model()) == digest
+    assert weights_digest(model(seed=1)) != digest
+    assert weights_digest(model().to(torch.bfloat16)) != digest
+    # The same tensors, cut into other heads.
+    one, two = model(num_heads=1), model(num_heads=2)
+    two.load_state_dict(one.state_dict())
+    assert weights_digest(one) != weights_digest(two)

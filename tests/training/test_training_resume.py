@@ -1,0 +1,105 @@
+"""A fine-tune is a function of its seed, and a run that was cut goes on as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import WILD, model, run, same, setup, stop_after, weights
+
+from tokencut.data.sources import Source
+from tokencut.errors import ArtifactError
+from tokencut.training import run as training
+from tokencut.training.order import Part
+from tokencut.training.recipe import SHORT
+from tokencut.training.setup import TrainingProgress, Watcher
+from tokencut.training.state import load_state
+
+
+def test_the_same_seed_gives_the_same_weights_and_the_workers_change_nothing(few: Source) -> None:
+    trained = [model() for _ in range(3)]
+    states = torch.get_rng_state(), random.getstate()
+    run(trained[0], few)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    run(trained[1], few, setup=setup(workers=2))
+    run(trained[2], few, setup=setup(seed=1))
+    first, second, other = map(weights, trained)
+    assert same(first, second)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize(("steps", "method"), [(1, "evit"), (5, "bat"), (7, "evit"), (8, "dyvit")])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(few: Source, tmp_path: Path, steps: int, method: str) -> None:
+    recipe = WILD if method != "dyvit" else dataclasses.replace(WILD, alpha=0.0, beta=0.0, keep_warmup=0.0)
+    whole, cut, resumed = model(method), model(method), model(method)
+    assert run(whole, few, recipe).finished
+    assert not run(cut, few, recipe, state=tmp_path, watcher=stop_after(steps)).finished
+    # Twice: at another step once more.
+    run(cut := model(method), few, recipe, state=tmp_path, resume=True, watcher=stop_after(1))
+    random.seed(99)
+    torch.manual_seed(99)
+    report = run(resumed, few, recipe, state=tmp_path, resume=True)
+    assert same(weights(whole), weights(resumed))
+    assert [row["epoch"] for row in report.history] == [1, 2]
+
+
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(few: Source, tmp_path: Path) -> None:
+    whole, resumed = model(), model()
+    expected = run(whole, few)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(progress: TrainingProgress) -> None:
+        if (progress.epoch, progress.step) == (2, 3):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(model(), few, state=tmp_path, watcher=Watcher(on_step=kill))
+    report = run(resumed, few, state=tmp_path, resume=True)
+    assert same(weights(whole), weights(resumed))
+    timeless = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in report.history]
+    assert timeless == [{k: row[k] for k in timeless[0]} for row in expected.history]
+
+
+def test_processes_that_load_images_outlive_a_signal_to_the_whole_group(few: Source) -> None:
+    signalled: list[int] = []
+
+    def signal_workers(progress: TrainingProgress) -> None:
+        if progress.step == 3:  # each of the two has given a batch
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGTERM)
+                signalled.append(child.pid or 0)
+
+    report = run(model(), few, setup=setup(workers=2), watcher=Watcher(on_step=signal_workers))
+    assert report.finished
+    assert len(signalled) == 4
+
+
+def test_a_state_is_written_while_a_long_epoch_lasts(
+    few: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)
+    seen: list[tuple[int, int]] = []
+
+    def look(progress: TrainingProgress) -> None:
+        if progress.step > 1:
+            conditions = torch.load(tmp_path / "state.pt", weights_only=True)["conditions"]
+            found = load_state(tmp_path, conditions)
+            seen.append((found.epoch, found.step))
+
+    run(model(), few, SHORT.changed(epochs=1), state=tmp_path, watcher=Watcher(on_step=look))
+    assert seen == [(0, 1), (0, 2), (0, 3), (0, 4)]
+
+
+def test_a_resume_with_other_images_is_refused(few: Source, tmp_path: Path) -> None:
+    run(model(), few, state=tmp_path, watcher=stop_after(1))
+    with pytest.raises(ArtifactError, match="holds a run with another --train-data: it has 40 images"):
+        run(model(), Part(few, range(39)), state=tmp_path, resume=True)

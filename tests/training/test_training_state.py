@@ -1,0 +1,137 @@
+"""The state of a fine-tune: what is written is read back, whole or not at all, and nothing in it is run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_files import Payload
+from torch import nn
+
+from tokencut.errors import ArtifactError
+from tokencut.training import state as training_state
+from tokencut.training.state import (
+    FILE,
+    Best,
+    TrainingState,
+    copy_of,
+    digest,
+    folder_for,
+    has_state,
+    load_state,
+    remove_state,
+    save_state,
+)
+
+CONDITIONS = {"--seed": "0", "--batch-size": "64"}
+
+
+def state(step: int = 3) -> TrainingState:
+    return TrainingState(
+        dict(CONDITIONS), 1, step, {"weight": torch.arange(4.0)}, {"state": {0: {"step": torch.tensor(2.0)}}},
+        best=Best(1, 97.5, {"weight": torch.ones(4)}), history=[{"epoch": 1, "loss": 0.5}], sums={"images": 64.0},
+    )  # fmt: skip
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    folder = folder_for(tmp_path / "out.safetensors")
+    assert folder.name == "out.safetensors.resume"
+    assert not has_state(folder)
+    save_state(folder, state())
+    assert has_state(folder)
+    found, saved = load_state(folder, CONDITIONS), state()
+    assert torch.equal(found.model["weight"], saved.model["weight"])
+    assert found.best is not None
+    assert (found.best.epoch, found.best.top1) == (1, 97.5)
+    for name in ("epoch", "step", "history", "sums", "conditions", "ema", "optimizer"):
+        assert getattr(found, name) == getattr(saved, name)
+    remove_state(folder)
+    assert not folder.exists()
+
+
+def test_a_write_that_fails_leaves_the_state_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    save_state(folder, state(step=3))
+
+    def half(value: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training_state.torch, "save", half)
+    with pytest.raises(ArtifactError, match="No space left on device; nothing was written"):
+        save_state(folder, state(step=4))
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    assert load_state(folder, CONDITIONS).step == 3
+
+
+def test_a_writer_of_torch_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(value: Any, path: Path) -> None:
+        raise RuntimeError("[enforce fail]\n unexpected pos 64")
+
+    monkeypatch.setattr(training_state.torch, "save", fail)
+    with pytest.raises(ArtifactError, match=r"unexpected pos 64; free space on its disk$"):
+        save_state(tmp_path / "run", state())
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ArtifactError, match="cannot make the folder .*run: File exists; free its name"):
+        save_state(tmp_path / "run", state())
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    save_state(tmp_path, state())
+    whole = (tmp_path / FILE).read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no zip at all"):
+        (tmp_path / FILE).write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"cannot read .*state.pt \(.*\); type --force to start again"):
+            load_state(tmp_path, CONDITIONS)
+
+
+def test_nothing_in_the_file_is_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    torch.save({"format": 1, "payload": Payload(mark)}, tmp_path / FILE, pickle_module=pickle)
+    with pytest.raises(ArtifactError, match="cannot read"):
+        load_state(tmp_path, CONDITIONS)
+    assert not mark.exists()
+
+
+def test_another_format(tmp_path: Path) -> None:
+    torch.save({"format": 2}, tmp_path / FILE)
+    with pytest.raises(ArtifactError, match="has format 2, and this tokencut reads 1; type --force to start again"):
+        load_state(tmp_path, CONDITIONS)
+    torch.save({"format": 1, **{entry.name: None for entry in fields(TrainingState)}, "more": 1}, tmp_path / FILE)
+    with pytest.raises(ArtifactError, match="cannot read"):
+        load_state(tmp_path, CONDITIONS)
+
+
+def test_a_run_with_other_options_cannot_go_on(tmp_path: Path) -> None:
+    save_state(tmp_path, state())
+    with pytest.raises(ArtifactError) as caught:
+        load_state(tmp_path, {"--seed": "1", "--batch-size": "32"})
+    assert str(caught.value) == (
+        f"{tmp_path} holds a run with another --seed (and --batch-size): it has 0, not 1; type the options it was "
+        "started with, or --force to start again"
+    )
+
+
+def test_a_digest_tells_weights_apart() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert digest(first) != digest(second)
+    second.load_state_dict(first.state_dict())
+    assert digest(first) == digest(second) != digest(first.to(torch.bfloat16))
+
+
+def test_a_copy_does_not_follow_its_model() -> None:
+    layer = nn.Linear(2, 2)
+    kept = copy_of(layer.state_dict())
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert kept["weight"].any()

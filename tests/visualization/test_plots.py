@@ -1,0 +1,118 @@
+"""The plots: the Pareto front by hand, what is drawn and where, and the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokencut.errors import ArtifactError
+from tokencut.visualization.plots import (
+    COLOURS,
+    MARKERS,
+    Label,
+    Series,
+    accuracy_plot,
+    heat_colours,
+    pareto_front,
+    save_figure,
+    save_picture,
+)
+
+DENSE = (4.6, 79.8)
+SERIES = (Series("ours", ((3.0, 79.5), (2.3, 78.9))), Series("theirs", ((3.0, 79.0), (2.3, 78.0))))
+
+
+@pytest.fixture
+def _drawn() -> None:
+    pytest.importorskip("matplotlib")
+
+
+def test_front_of_costs() -> None:
+    points = [(4.0, 80.0), (3.0, 79.0), (2.0, 79.0), (1.0, 70.0), (5.0, 80.0), (1.0, 71.0)]
+    assert pareto_front(points, less_is_better=True) == [(1.0, 71.0), (2.0, 79.0), (4.0, 80.0)]
+
+
+def test_front_of_speeds() -> None:
+    points = [(100.0, 80.0), (200.0, 79.0), (150.0, 78.0), (300.0, 70.0), (300.0, 69.0), (90.0, 80.0)]
+    assert pareto_front(points, less_is_better=False) == [(300.0, 70.0), (200.0, 79.0), (100.0, 80.0)]
+
+
+def test_many_lines_are_told_apart() -> None:
+    pairs = {(COLOURS[line % len(COLOURS)], MARKERS[line % len(MARKERS)]) for line in range(72)}
+    assert len(pairs) == 72
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_every_method_the_dense_model_and_the_front_are_drawn() -> None:
+    figure = accuracy_plot(SERIES, DENSE, "GMACs per image", less_is_better=True)
+    axes: Any = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"ours", "theirs", "dense", "Pareto front"}
+    assert list(lines["ours"].get_xdata()) == [2.3, 3.0]
+    assert list(lines["ours"].get_ydata()) == [78.9, 79.5]
+    assert (list(lines["dense"].get_xdata()), lines["dense"].get_marker()) == ([4.6], "*")
+    assert list(lines["Pareto front"].get_xdata()) == [2.3, 3.0, 4.6]
+    assert lines["ours"].get_color() != lines["theirs"].get_color()
+    assert lines["ours"].get_marker() != lines["theirs"].get_marker()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("GMACs per image", "top-1 accuracy (%)")
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_the_legend_stands_outside_the_data() -> None:
+    figure = accuracy_plot(SERIES, DENSE, "GMACs", less_is_better=True)
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"ours", "theirs", "dense", "Pareto front"}
+    assert legend.get_window_extent().x0 >= figure.axes[0].get_window_extent().x1
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_files_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_figure(accuracy_plot(SERIES, DENSE, "GMACs", less_is_better=True), tmp_path / f"{name}.v1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.v1.pdf", "one.v1.png", "two.v1.pdf", "two.v1.png"]
+    for form, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        content = (tmp_path / f"one.v1.{form}").read_bytes()
+        assert content.startswith(start)
+        assert content == (tmp_path / f"two.v1.{form}").read_bytes()
+    assert b"/Type3" not in (tmp_path / "one.v1.pdf").read_bytes()
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_settings_of_matplotlib_stay_as_they_are() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    accuracy_plot(SERIES, DENSE, "GMACs", less_is_better=True)
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    figure = accuracy_plot((), DENSE, "GMACs", less_is_better=True)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        save_figure(figure, tmp_path / "no" / "plot")
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_heat_goes_from_dark_violet_to_yellow() -> None:
+    # The ends of viridis.
+    assert heat_colours(np.array([0.0, 1.0])).tolist() == [[68, 1, 84], [253, 231, 36]]
+
+
+@pytest.mark.usefixtures("_drawn")
+def test_a_label_stands_where_it_is_put(tmp_path: Path) -> None:
+    white = np.full((200, 300, 3), 255, np.uint8)
+    for upright, (rows, columns) in ((False, (24, 100)), (True, (100, 24))):
+        save_picture(white, [Label("block $4$", 200, 60, 20, upright)], tmp_path / "a.png", "png")
+        with Image.open(tmp_path / "a.png") as written:
+            dark = np.argwhere(np.asarray(written.convert("L")) < 128)
+        (top, left), (bottom, right) = dark.min(0), dark.max(0)
+        assert 12 <= bottom - top <= rows
+        assert 12 <= right - left <= columns
+        assert abs((top + bottom) / 2 - 60) <= 4
+        assert abs((left + right) / 2 - 200) <= 4

@@ -1,0 +1,61 @@
+"""Compressed models as backbones of segmentation and detection heads: what timm's `features_only=True` gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from timm.models import get_model_traits
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from tokencut.errors import UsageError
+from tokencut.features import Form, Indices, block_indices
+from tokencut.model import CompressedModel
+
+
+def features_only(
+    model: nn.Module,
+    *,
+    out_indices: Indices = 3,
+    norm: bool = False,
+    output_fmt: str = "NCHW",
+    prune: bool = True,
+) -> FeatureGetterNet:
+    """Makes a backbone that gives a list of feature maps, in place of `timm.create_model(..., features_only=True)`.
+
+    Tokens are un-merged to the full grid, as `CompressedModel.forward_intermediates` says.
+
+        backbone = tokencut.features_only(tokencut.load("out.safetensors"), out_indices=(3, 7, 11))
+        head = build_head(backbone.feature_info.channels(), backbone.feature_info.reduction())
+        maps = backbone(images)  # three of (B, D, rows, columns)
+
+    Args:
+        model: What `compress` or `load` returned; it is copied and stays as it was.
+        out_indices: So many last blocks, or 0-based blocks (negative ones from the end), or None for all; 3
+            as for timm's own.
+        norm: Whether the model's final norm applies to each map.
+        output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
+        prune: Whether to remove blocks, norm and head that the maps do not need.
+
+    Returns:
+        timm's own module for features, with its `feature_info` (`channels()`, `reduction()`, `module_name()`).
+
+    Raises:
+        UsageError: The model is not a compressed one, or a block or a format does not exist.
+    """
+    if not isinstance(model, CompressedModel):
+        raise UsageError(f"features_only takes a compressed model, not a {type(model).__name__}; type "
+                         "tokencut.features_only(tokencut.compress(model, keep=0.7))")  # fmt: skip
+    Form(output_fmt=output_fmt)
+    blocks = block_indices(len(model.adapter.blocks(model.model)), out_indices)
+    indices = out_indices if isinstance(out_indices, int) else tuple(blocks)
+    backbone: Any = FeatureGetterNet(copy.deepcopy(model), indices, norm=norm, output_fmt=output_fmt, prune=prune)
+    # What timm's builder notes on its own: how to preprocess, less what describes a classifier.
+    left_out = ("num_classes", "classifier", "global_pool")
+    backbone.pretrained_cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in left_out}
+    backbone.default_cfg = backbone.pretrained_cfg
+    backbone._traits = {name: value for name, value in get_model_traits(model.model).items() if name not in left_out}
+    backbone.in_chans = backbone._traits.get("in_chans")
+    backbone.train(model.training)
+    return backbone

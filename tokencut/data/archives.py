@@ -1,0 +1,204 @@
+"""Archives of images: reading a `.tar` where it lies, and unpacking a `.tar.gz` once into a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+
+from filelock import FileLock, Timeout
+
+from tokencut.data.listing import Listing
+from tokencut.errors import DataError
+
+CACHE_VARIABLE = "TOKENCUT_CACHE"
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive that must end as archives do: tarfile takes a cut between two members for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # public, though the stubs leave it out
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file is an uncompressed tar archive, by its content."""
+    try:
+        tarfile.open(path, "r:").close()
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file is gzip-compressed, by its content."""
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
+def scan(path: Path) -> Listing:
+    """Lists an uncompressed tar archive.
+
+    Where a path occurs twice the later entry counts, as it would when unpacked.
+
+    Raises:
+        DataError: The archive is truncated or damaged, or holds a path that leads out of it.
+    """
+    listing = Listing()
+    with _reading(path), tarfile.open(path, "r:", tarinfo=_Member) as archive:
+        for member in _members(archive):
+            name = _inner_path(path, member)
+            if member.isdir():
+                listing.folders.add(name)
+            elif member.isreg() and not member.issparse():
+                listing.files[name] = (member.offset_data, member.size)
+            else:
+                listing.others.append(name)
+    listing.folders.discard(".")
+    return listing
+
+
+def cache_folder() -> Path:
+    """Where archives are unpacked: `TOKENCUT_CACHE`, or `tokencut` in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokencut"
+
+
+def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
+    """Unpacks a `.tar.gz` into the cache, unless that has been done.
+
+    Only plain files and folders inside the archive are accepted. If it fails or is interrupted, nothing but an empty
+    lock is left behind. Of several processes one unpacks, and the others wait for it.
+
+    Args:
+        path: The archive. Its path, size and time of change say whether the cache holds it.
+        on_note: Told that an unpacking begins, since that can take minutes.
+
+    Returns:
+        The folder with the archive's content.
+
+    Raises:
+        DataError: The archive is damaged, holds links or paths that lead out of it, or the cache cannot be written.
+    """
+    target = cache_folder() / _cache_name(path)
+    if target.is_dir():
+        return target
+    note = on_note or (lambda text: None)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target.with_name(f".{target.name}.lock"), lambda: note(f"another process unpacks {path}; waiting")):
+            if not target.is_dir():
+                note(f"unpacking {path} into {target}, this once")
+                _unpack(path, target)
+    except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
+        reason = getattr(error, "strerror", None) or error
+        # Names that clash or are too long for a file system would be no better elsewhere.
+        elsewhere = getattr(error, "errno", None) not in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+        other = f"set {CACHE_VARIABLE} to a folder with room for it, or " if elsewhere else ""
+        raise DataError(
+            f"cannot unpack {path} into {target.parent}: {reason}; {other}unpack it yourself and give the folder"
+        ) from error
+    return target
+
+
+@contextlib.contextmanager
+def _alone(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    lock = FileLock(place, mode=0o666)  # a cache may be shared with other users
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unpack(path: Path, target: Path) -> None:
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        _extract(path, partial)
+        partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cache_name(path: Path) -> str:
+    status = path.stat()
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return f"{path.name.split('.')[0]}-{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:16]}"
+
+
+def _extract(path: Path, folder: Path) -> None:
+    with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
+        for member in _members(archive):
+            name = _inner_path(path, member)
+            if not (member.isdir() or member.isreg()):
+                raise DataError(
+                    f"{path} holds {name!r}, which is a link or a device: only plain files and folders are unpacked; "
+                    "unpack it yourself and give the folder"
+                )
+            _write(archive, member, folder / name)
+        # What follows the last member is padding; reading it lets gzip find out whether all came through whole.
+        while stream.read(1 << 20):
+            pass
+
+
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+    """Writes a plain file or folder; owners, modes and times of the archive's maker are of no use in a cache.
+
+    Not by `TarFile.extract`: what makes that safe, its filters, came with Python 3.10.12 and 3.11.4 only.
+    """
+    if member.isdir():
+        place.mkdir(parents=True, exist_ok=True)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    content = archive.extractfile(member)
+    assert content is not None  # as it is for a file
+    with content, place.open("wb") as file:
+        shutil.copyfileobj(content, file)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole tar archive ({error}); download or pack it again") from error
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members one after the other; tarfile's own list of them, a gigabyte for ImageNet, is kept empty."""
+    for member in archive:
+        archive.members.clear()  # type: ignore[attr-defined]  # public, though the stubs leave it out
+        yield member
+
+
+def _inner_path(path: Path, member: tarfile.TarInfo) -> str:
+    """A member's path without a leading `/` or `./`, which mean nothing in an archive."""
+    # As this system reads it: on Windows a drive and a backslash lead out as well.
+    inner = PurePath(member.name.lstrip("/"))
+    if ".." in inner.parts or inner.anchor:
+        raise DataError(
+            f"{path} holds {member.name!r}, a path that leads out of it; pack the images again without '..'"
+        )
+    return inner.as_posix()

@@ -1,0 +1,110 @@
+"""The single images that pictures are drawn of: named one by one, all that is wrong with them told at once."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from PIL import Image
+
+from tokencut.data.preprocessing import FORMATS, UnreadableImageError, decode
+from tokencut.data.sources import DIGITS, DigitsSource, Source
+from tokencut.errors import DataError
+
+# So many of the test images stand for the word `digits`.
+DIGITS_DRAWN = 4
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image to be drawn.
+
+    Attributes:
+        name: As the user wrote it.
+        opened: Opens its encoded bytes.
+    """
+
+    name: str
+    opened: Callable[[], BinaryIO]
+
+
+PhotoLike = str | os.PathLike[str] | Photo
+
+
+def find_photos(images: Sequence[PhotoLike]) -> list[Photo]:
+    """What the words on a command line name; nothing is read yet, but the bundled digits.
+
+    Args:
+        images: Paths of image files, or the word `digits` for the first of its test images (`./digits` is a file).
+
+    Raises:
+        DataError: The digits are asked for and scikit-learn, which holds them, is not installed.
+    """
+    found: list[Photo] = []
+    for image in images:
+        if isinstance(image, Photo):
+            found.append(image)
+        elif image == DIGITS:
+            source = DigitsSource("test")
+            found += [photo_of(source, index) for index in range(DIGITS_DRAWN)]
+        else:
+            found.append(Photo(os.fspath(image), _opener(Path(image).expanduser())))
+    return found
+
+
+def photo_of(source: Source, index: int) -> Photo:
+    """An image of a source, named `SOURCE:PATH`."""
+    return Photo(f"{source.name}:{source.filename(index)}", lambda: source.open(index))
+
+
+def _opener(path: Path) -> Callable[[], BinaryIO]:
+    return lambda: path.open("rb")
+
+
+def read_photos(photos: Sequence[Photo], mode: str, use: Callable[[Image.Image], Made]) -> list[Made]:
+    """Decodes images one after the other, so that only one is held in memory at full size.
+
+    Args:
+        photos: The images.
+        mode: Pillow's mode to decode to.
+        use: What to make of each.
+
+    Raises:
+        DataError: Some cannot be read: each of them is named, with the reason.
+    """
+    made, failures = [], []
+    for photo in photos:
+        try:
+            with photo.opened() as file:
+                # Whole first: a decoder that fails on a socket or a device says less than reading does.
+                content = io.BytesIO(file.read())
+            made.append(use(decode(content, mode)))
+        except IsADirectoryError:
+            failures.append(f"{photo.name!r} (a folder; name the files in it, such as {Path(photo.name) / '*.jpg'})")
+        except FileNotFoundError:
+            failures.append(f"{photo.name!r} (does not exist)")
+        except OSError as error:
+            failures.append(f"{photo.name!r} ({error.strerror or error})")
+        except UnreadableImageError as error:
+            failures.append(f"{photo.name!r} ({error})")
+    if failures:
+        raise DataError(
+            f"{len(failures)} of {len(photos)} image{'s' * (len(photos) != 1)} cannot be drawn: {', '.join(failures)}; "
+            f"give {', '.join(FORMATS[:-1])} or {FORMATS[-1]} files, or the word {DIGITS}"
+        )
+    return made
+
+
+def check_photos(photos: Sequence[Photo]) -> None:
+    """Refuses images that cannot be read, before any work is done for them.
+
+    Raises:
+        DataError: As `read_photos`.
+    """
+    read_photos(photos, "RGB", lambda image: None)

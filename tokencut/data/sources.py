@@ -1,0 +1,157 @@
+"""Where images come from: a folder with one sub-folder a class, a tar archive of one, or the bundled digits."""
+
+from __future__ import annotations
+
+import io
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from timm.data.readers.reader import Reader
+
+from tokencut.data import archives
+from tokencut.data.listing import Layout, arrange, scan_folder
+from tokencut.errors import DataError, UsageError
+
+DIGITS = "digits"
+EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
+
+
+class Source(Reader):
+    """Images by number, in natural order, with the class folder of each: a timm reader.
+
+    `source[i]` is the i-th image's encoded bytes, as a file, and its index into `classes`. A source holds no open file,
+    so the worker processes of a loader can share it.
+
+    Attributes:
+        name: The source as the user wrote it.
+        classes: The class folders.
+        notes: What a user should know: files passed over, classes without images.
+    """
+
+    def __init__(self, name: str, layout: Layout) -> None:
+        super().__init__()
+        self.name = name
+        self.classes = layout.classes
+        self.notes = layout.notes
+        self._images = layout.images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return self.open(index), self._images[index][1]
+
+    @abstractmethod
+    def open(self, index: int) -> BinaryIO:
+        """Opens the i-th image's encoded bytes."""
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self._images[index][0]
+        return PurePosixPath(path).name if basename else path
+
+
+class FolderSource(Source):
+    """Images in a folder with one sub-folder a class."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        super().__init__(name, arrange(name, scan_folder(root)))
+        self.root = root
+
+    def open(self, index: int) -> BinaryIO:
+        """Opens the image's file."""
+        return (self.root / self._images[index][0]).open("rb")
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return str(self.root / self._images[index][0]) if absolute else super()._filename(index, basename)
+
+
+class TarSource(Source):
+    """Images in an uncompressed tar archive, read where it lies."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        listing = archives.scan(path)
+        super().__init__(name, arrange(name, listing))
+        self.path = path
+        self._spans = [listing.files[image] for image, _ in self._images]
+
+    def open(self, index: int) -> BinaryIO:
+        """Reads the image's bytes. To open the archive each time takes microseconds, and no process shares a handle."""
+        start, size = self._spans[index]
+        with self.path.open("rb") as archive:
+            archive.seek(start)
+            return io.BytesIO(archive.read(size))
+
+
+class DigitsSource(Source):
+    """The bundled handwritten digits, held in memory."""
+
+    def __init__(self, split: str) -> None:
+        from tokencut.models import digits
+
+        images, labels = digits.images(split)
+        names = [(f"{digits.LABELS[label]}/{number:04}.png", label) for number, label in enumerate(labels)]
+        super().__init__(DIGITS, Layout(tuple(digits.LABELS), tuple(names)))
+        self._encoded = []
+        for image in images:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            self._encoded.append(buffer.getvalue())
+
+    def open(self, index: int) -> BinaryIO:
+        """The image as PNG, which loses nothing."""
+        return io.BytesIO(self._encoded[index])
+
+
+def open_source(
+    data: str | os.PathLike[str] | Source, *, split: str = "test", on_note: Callable[[str], None] | None = None
+) -> Source:
+    """Finds the images that a `--data`, `--train-data` or `--calibration` names.
+
+    Args:
+        data: A folder with one sub-folder a class, a `.tar` or `.tar.gz` of one (known by content, not name), the word
+            `digits` (`./digits` is a folder of that name), or a source, which is returned as it is.
+        split: The part of `digits`: `"test"`, or `"train"` for training and calibration.
+        on_note: Told what takes long: the unpacking of an archive.
+
+    Returns:
+        The images, with at least one among them.
+
+    Raises:
+        DataError: There is no such folder or file, it is of another kind, or it holds no images in class folders.
+    """
+    if isinstance(data, Source):
+        return data
+    if data == DIGITS:
+        return DigitsSource(split)
+    name, path = os.fspath(data), Path(data).expanduser()
+    if path.is_dir():
+        return FolderSource(name, path)
+    if not path.is_file():
+        raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}")
+    try:
+        if archives.is_gzip(path):
+            return FolderSource(name, archives.unpack(path, on_note))
+        if archives.is_tar(path):
+            return TarSource(name, path)
+    except OSError as error:
+        raise DataError(f"cannot read {name!r}: {error.strerror or error}; give a file that you may read") from error
+    raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}")
+
+
+def evenly_spread(total: int, limit: int | None) -> list[int]:
+    """The numbers of the images in a sample of `limit` out of `total`, ascending, spread evenly and without chance.
+
+    Args:
+        total: How many images there are.
+        limit: The size of the sample; all, if None or more than there are.
+
+    Raises:
+        UsageError: The limit is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000")
+    count = total if limit is None else min(limit, total)
+    return [position * total // count for position in range(count)]

@@ -1,0 +1,308 @@
+"""How often a model is right: top-1, top-5 and loss over the images of a source."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokencut.data.labels import ClassMap, label_names, map_classes, quoted, require_head
+from tokencut.data.loading import Batch, ImageDataset, Unreadable, make_loader
+from tokencut.data.preprocessing import Preprocessing, preprocessing_of
+from tokencut.data.sources import Source, evenly_spread, open_source
+from tokencut.errors import DataError, ModelError, UsageError
+from tokencut.files import atomic_write, check_writable
+from tokencut.models.pretrained_cfg import name_of
+from tokencut.runtime.compiling import compile_model, in_batches
+from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device, weights_dtype
+
+Failed = TypeVar("Failed")
+
+# Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
+UNREADABLE_SHARE = 0.01
+TOP = 5
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is.
+
+    Attributes:
+        done: Images seen so far, the unreadable ones among them.
+        total: Images to be seen.
+        top1: Percent right so far.
+        images_per_second: Decoded and judged, on average so far.
+    """
+
+    done: int
+    total: int
+    top1: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What an evaluation found.
+
+    Attributes:
+        model: The model's name.
+        data: The data as the user wrote it.
+        images: How many images were decoded and judged.
+        top1: Percent of them whose class has the highest logit.
+        top5: Percent of them whose class is among the 5 highest (or among all, if there are fewer).
+        loss: Mean cross-entropy, in nats.
+        gmacs: Multiply-adds per image, in units of 1e9, if the caller knows them.
+        seconds: Wall-clock time, loading included.
+        images_per_second: Images decoded and judged per second of that.
+        unreadable: The images that could not be decoded.
+        notes: What a user should know: how classes were matched, what was passed over.
+        correct: For each judged image, in natural order, whether top-1 is right: for differences image by image.
+    """
+
+    model: str
+    data: str
+    images: int
+    top1: float
+    top5: float
+    loss: float
+    gmacs: float | None
+    seconds: float
+    images_per_second: float
+    unreadable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    correct: tuple[bool, ...] = field(default=(), repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON, without the image-by-image results."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "correct"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | os.PathLike[str] | Source,
+    *,
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    compile_mode: str | None = None,
+    limit: int | None = None,
+    of: int | None = None,
+    predictions: str | os.PathLike[str] | None = None,
+    gmacs: float | None = None,
+    name: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> EvaluationReport:
+    """Measures a classifier's accuracy, with its own preprocessing, as timm would; the model stays as it was.
+
+    Args:
+        model: A timm model, or one with the same `pretrained_cfg` and `num_classes`, such as a compressed one.
+        data: An image folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        batch_size: Images a batch.
+        workers: Processes that decode images; by default one a processor, 4 at most.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
+        compile_mode: Run the model through `torch.compile` in this mode, such as `default`.
+        limit: Judge an evenly spread sample of so many images.
+        of: How many images there are in all, where these are a part: 1 % of them may be unreadable.
+        predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
+        gmacs: Multiply-adds per image to put into the report, in units of 1e9.
+        name: What the report calls the model; by default its architecture and tag.
+        on_progress: Told after each batch how far it is.
+        on_note: Told what takes long before the first batch: the unpacking of an archive.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelError: The model has no classification head, cannot be compiled, or gives logits that are not finite.
+        DataError: The images cannot be found, do not fit the model's classes, or more than 1 % are unreadable.
+        ArtifactError: The predictions could not be written.
+        UsageError: Another argument is out of range.
+    """
+    classes = require_head(model)
+    target_device = resolve_device(device)
+    wanted = precision_dtype(precision)
+    if predictions is not None:
+        check_predictions(predictions)
+    source = open_source(data, on_note=on_note)
+    class_map = map_classes(source.classes, label_names(model), classes)
+    prepared = preprocessing_of(model)
+    indices = evenly_spread(len(source), limit)
+    dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
+    loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=target_device.type == "cuda")
+    tally = Tally(source, len(dataset), precision, of)
+    forward = _forward(model, compile_mode, min(batch_size, len(dataset)))
+    with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loader)) as batches:
+        dtype = weights_dtype(model)
+        for batch in batches:
+            tally.add(batch, _logits(forward, batch, prepared, target_device, dtype))
+            if on_progress:
+                on_progress(tally.progress())
+    report = tally.report(name or name_of(model), gmacs, image_notes(source, class_map, tally.unreadable, len(indices)))
+    if predictions is not None:
+        _write_predictions(predictions, source, class_map, tally)
+    return report
+
+
+def check_predictions(path: str | os.PathLike[str]) -> None:
+    """Refuses a place for predictions, before any work is done. What is there is replaced, so only a CSV file may be.
+
+    Args:
+        path: The file to be written.
+
+    Raises:
+        UsageError: Its name does not end in .csv.
+        ArtifactError: It could not be written.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".csv":
+        example = target.with_suffix(".csv") if target.name else "predictions.csv"
+        raise UsageError(
+            f"--predictions {target} does not end in .csv, and predictions are written as CSV; type --predictions "
+            f"{example}"
+        )
+    check_writable(target, force=True)
+
+
+class Tally:
+    """What is known so far of each image."""
+
+    def __init__(self, source: Source, total: int, precision: str, of: int | None = None) -> None:
+        self.source = source
+        self.total = total
+        self.of = of or total
+        self.precision = precision
+        self.unreadable: list[Unreadable] = []
+        self.indices: list[int] = []
+        self.targets: list[int] = []
+        self.ranked: list[list[int]] = []
+        self.losses: list[float] = []
+        self.right = 0
+        self.started = time.perf_counter()
+
+    def add(self, batch: Batch, logits: Tensor | None) -> None:
+        """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
+        self.unreadable += batch.unreadable
+        mind_unreadable(self.source.name, self.unreadable, self.of, self._told)
+        if logits is None:
+            return
+        if not logits.isfinite().all():
+            raise ModelError(
+                f"the model gives logits that are not finite numbers in {self.precision}; "
+                + ("give it other weights" if self.precision == "fp32" else "type --precision fp32")
+            )
+        losses = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
+        # A stable sort: of equal logits the lower class comes first, alone or in any batch.
+        ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP].tolist()
+        self.indices += batch.indices.tolist()
+        self.targets += batch.targets.tolist()
+        self.ranked += ranked
+        self.losses += losses.tolist()
+        self.right += sum(best[0] == target for best, target in zip(ranked, batch.targets.tolist(), strict=True))
+
+    def progress(self) -> Progress:
+        judged = len(self.targets)
+        rate = judged / (time.perf_counter() - self.started)
+        return Progress(judged + len(self.unreadable), self.total, 100 * self.right / max(judged, 1), rate)
+
+    def report(self, model: str, gmacs: float | None, notes: tuple[str, ...]) -> EvaluationReport:
+        seconds = time.perf_counter() - self.started
+        images = len(self.targets)
+        among_top = sum(target in ranked for ranked, target in zip(self.ranked, self.targets, strict=True))
+        return EvaluationReport(
+            model=model,
+            data=self.source.name,
+            images=images,
+            top1=100 * self.right / images,
+            top5=100 * among_top / images,
+            loss=math.fsum(self.losses) / images,
+            gmacs=gmacs,
+            seconds=seconds,
+            images_per_second=images / seconds,
+            unreadable=tuple(self.source.filename(image.index) for image in self.unreadable),
+            notes=notes,
+            correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
+        )
+
+    def _told(self, image: Unreadable) -> str:
+        return f"{self.source.filename(image.index)!r} ({image.reason})"
+
+
+def mind_unreadable(data: str, unreadable: Sequence[Failed], total: int, told: Callable[[Failed], str]) -> None:
+    """Refuses images of which too many could not be read.
+
+    Args:
+        data: What they are called.
+        unreadable: Those images.
+        total: How many there are in all.
+        told: What the message calls one of them.
+
+    Raises:
+        DataError: More than 1 % are unreadable.
+    """
+    if len(unreadable) > UNREADABLE_SHARE * total:
+        raise DataError(
+            f"at least {len(unreadable)} of {total} images in {data!r} cannot be decoded, and at most 1 % may be: "
+            f"{', '.join(map(told, unreadable[:3]))}; mend or remove them and run this again"
+        )
+
+
+def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
+    """What is called with images: the model, or compiled for batches of `size`, to which smaller ones are filled up."""
+    if compile_mode is None:
+        return model
+    compiled = compile_model(model, compile_mode)
+    return lambda images: in_batches(compiled, images, size)
+
+
+def _logits(
+    forward: Forward, batch: Batch, prepared: Preprocessing, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    if not len(batch):
+        return None
+    return forward(prepared.normalise(batch.images, device, dtype)).float()
+
+
+def sample_note(sampled: int, total: int) -> str:
+    """What is said where not all images are judged."""
+    return f"an evenly spread sample of {sampled} of {total} images"
+
+
+def image_notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int) -> tuple[str, ...]:
+    """What has to be said of the images judged: their classes, a sample, those that could not be decoded."""
+    names = [source.filename(image.index) for image in unreadable]
+    sample = sample_note(sampled, len(source)) if sampled < len(source) else ""
+    skipped = (
+        f"images skipped, since they could not be decoded: {len(names)} of {sampled} ({quoted(names)})" if names else ""
+    )
+    return tuple(note for note in (*source.notes, *class_map.notes, sample, skipped) if note)
+
+
+def _write_predictions(path: str | os.PathLike[str], source: Source, class_map: ClassMap, tally: Tally) -> None:
+    """Writes a row for each judged image, classes by name, the most likely first."""
+    width = min(TOP, len(class_map.class_names))
+    # surrogateescape: file names that are not UTF-8 come out as the bytes they are.
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", *(f"top{rank}" for rank in range(1, width + 1))])
+        for index, target, ranked in zip(tally.indices, tally.targets, tally.ranked, strict=True):
+            names = [class_map.class_names[number] for number in (target, *ranked)]
+            rows.writerow([source.filename(index), *names])

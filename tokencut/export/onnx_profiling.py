@@ -1,0 +1,99 @@
+"""What an exported .onnx costs where it is deployed: its time under onnxruntime, alone or beside the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import timm
+import torch
+
+from tokencut import __version__
+from tokencut.errors import UsageError
+from tokencut.export.onnx_model import OnnxModel
+from tokencut.profiling.latency import measure, speedup
+from tokencut.profiling.measuring import DEFAULT_BATCH_SIZE, random_images, time_notes
+from tokencut.profiling.report import Figures, ProfileReport
+from tokencut.runtime.devices import describe_device
+
+
+def profile_onnx(
+    model: OnnxModel,
+    *,
+    dense: OnnxModel | None = None,
+    latency: bool = True,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    rounds: int = 21,
+    name: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ProfileReport:
+    """Times an exported file; its multiply-adds and parameters are those that it was exported with.
+
+    Args:
+        model: The file.
+        dense: The dense model, exported as well, to time in turns with it; where None there is no speed-up to tell.
+        latency: Whether to time it.
+        batch_size: Images in a forward; a file made for one size is timed with that.
+        rounds: How many samples to take, at least 3; fewer are taken of large models, that it may end.
+        name: What the report calls the model; by default what the file does.
+        on_progress: Told rounds done and rounds in all.
+
+    Returns:
+        A report as of any model; `stages` are those of its recipe, and `blocks` is empty.
+
+    Raises:
+        UsageError: An argument is out of range, or `dense` is not the same model uncompressed.
+    """
+    info = model.info
+    if batch_size < 1:
+        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; "
+                         f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
+    if dense is not None:
+        _check_dense(model, dense)
+    size = info.batch_size or (dense.info.batch_size if dense else None) or batch_size
+    sides = {"compressed": model} if dense is None else {"dense": dense, "compressed": model}
+    timings = {}
+    if latency:
+        cpu = torch.device("cpu")
+        images = random_images(model, (size, *info.preprocessing["input_size"]), cpu)
+        timings = measure(sides, images, rounds=rounds, on_round=on_progress)
+    before, after = timings.get("dense"), timings.get("compressed")
+    ratio, spread = speedup(before, after) if before and after else (None, None)
+    recipe = info.recipe
+    other_size = latency and size != batch_size
+    fixed = (f"timed with batches of {size}, the only ones that the file takes",) if other_size else ()
+    return ProfileReport(
+        model=name or info.model,
+        method=recipe.method if recipe else None,
+        keep=recipe.keep if recipe else 1.0,
+        dense=Figures.of(info.dense_gmacs, info.dense_params, before if recipe else after),
+        compressed=Figures.of(info.gmacs, info.params, after),
+        flops_reduction=1 - info.gmacs / info.dense_gmacs,
+        speedup=ratio if recipe else (1.0 if latency else None),
+        stages=recipe.stages if recipe else (),
+        device=describe_device(torch.device("cpu")),
+        precision="fp32",
+        batch_size=size,
+        versions={
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "tokencut": __version__,
+            "onnxruntime": model.runtime.partition(" ")[2],
+        },
+        speedup_spread=spread,
+        stage_share=None,
+        uncounted={},
+        not_counted={},
+        blocks=(),
+        notes=(*fixed, *time_notes(ratio if recipe and recipe.stages else None, before, after)),
+    )
+
+
+def _check_dense(model: OnnxModel, dense: OnnxModel) -> None:
+    if dense.info.recipe is not None:
+        raise UsageError(f"{dense.path} was exported with a reduction, so it is not the dense side; type "
+                         f"tokencut export MODEL --dense -o {dense.path} --force")  # fmt: skip
+    mine, other = model.info, dense.info
+    if (mine.dense_gmacs, mine.dense_params) != (other.gmacs, other.params):
+        raise UsageError(f"{dense.path} is not the dense side of {model.path}: it has {other.gmacs:.3f} GMACs and "
+                         f"{other.params} parameters, expected {mine.dense_gmacs:.3f} and {mine.dense_params}; export "
+                         "the same model with --dense")  # fmt: skip

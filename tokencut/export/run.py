@@ -1,0 +1,175 @@
+"""Writes a model as .onnx or .pt2 (torch.export), and checks what was written on images before it is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokencut.data.sources import Source
+from tokencut.errors import ArtifactError, UsageError
+from tokencut.export.check import Agreement, check_images, compare
+from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, write_pt2
+from tokencut.export.info import ExportInfo, describe_export
+from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.files import atomic_write, check_writable
+from tokencut.runtime import extras
+from tokencut.runtime.devices import inference_state
+
+PT2_SUFFIX = ".pt2"
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# 18 is the first with the minimum and maximum among scatters. From 23 on attention is one operator, which onnxruntime
+# 1.32 runs only with a mask for every query: proportional attention has one for all.
+OPSETS = range(18, 23)
+DEFAULT_OPSET = 18
+DEFAULT_BATCH_SIZE = 16
+# A message of protobuf, and so an .onnx file in one piece, holds less than 2 GiB; the graph takes a few MB of it.
+ONNX_LIMIT = 2_100_000_000
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it compares.
+
+    Attributes:
+        output: The file.
+        info: What the file says about its model.
+        opset: ONNX opset; None for .pt2.
+        bytes: Its size.
+        agreement: The file against the model, on images.
+        notes: What a user should know.
+    """
+
+    output: Path
+    info: ExportInfo
+    opset: int | None
+    bytes: int
+    agreement: Agreement
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        recipe = self.info.recipe
+        return {
+            "output": str(self.output),
+            "model": self.info.model,
+            "method": recipe.method if recipe else None,
+            "keep": recipe.keep if recipe else 1.0,
+            "opset": self.opset,
+            "dynamic_batch": self.info.batch_size is None,
+            "batch_size": self.info.batch_size,
+            "with_preprocessing": self.info.normalises,
+            "gmacs": self.info.gmacs,
+            "params": self.info.params,
+            "bytes": self.bytes,
+            **self.agreement.to_dict(),
+            "notes": list(self.notes),
+        }
+
+
+def check_export(path: str | os.PathLike[str], *, force: bool = False, opset: int | None = None) -> Path:
+    """Refuses an export that could not end well, before any work is done for it.
+
+    Args:
+        path: The file to be written.
+        force: Whether a file of that name may be replaced.
+        opset: ONNX opset; the default where None.
+
+    Raises:
+        UsageError: The name ends neither in `.onnx` nor in `.pt2`, or the opset is out of range.
+        TokencutError: A package is missing, or the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix not in (ONNX_SUFFIX, PT2_SUFFIX):
+        raise UsageError(f"{target} ends neither in {ONNX_SUFFIX} nor in {PT2_SUFFIX}, which says what to write; type "
+                         f"-o {target.with_suffix(ONNX_SUFFIX)}")  # fmt: skip
+    if target.suffix == PT2_SUFFIX and opset is not None:
+        raise UsageError(f"--opset is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not one of {OPSETS[0]} to {OPSETS[-1]}, which tokencut can write; "
+                         f"type --opset {DEFAULT_OPSET}")  # fmt: skip
+    if target.suffix == ONNX_SUFFIX:
+        extras.require(f"writing {target} needs", *PACKAGES, extra="onnx")
+    return check_writable(target, force=force)
+
+
+def export_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    with_preprocessing: bool = False,
+    force: bool = False,
+    data: str | os.PathLike[str] | Source | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes a model to one file and compares the two: all of the file is there at the end, or nothing.
+
+    The file computes in fp32; it takes `images`, `(B, C, H, W)`, and gives `logits`. A .pt2 is made for the CPU:
+    `torch.export.passes.move_to_device_pass` takes it to a GPU.
+
+    Args:
+        model: Dense or compressed, in fp32; it stays as it was.
+        path: A file `*.onnx`, or `*.pt2` for `torch.export.load`.
+        opset: ONNX opset, 18 to 22; 18 where None.
+        dynamic_batch: Whether the file takes any number of images; otherwise `batch_size` of them.
+        batch_size: Images in a forward.
+        with_preprocessing: Whether the file normalises: it then takes RGB from 0 to 1, as `ToTensor` gives it.
+        force: Whether a file of that name may be replaced.
+        data: Images to compare on, as `evaluate` takes them; where None the digits for the bundled model, or noise.
+        limit: How many of them, evenly spread; 64 where None.
+        name: What the file calls the model; by default its architecture and tag.
+        on_note: Told what takes long before the first batch: the unpacking of an archive.
+
+    Returns:
+        The report.
+
+    Raises:
+        UsageError: An argument is wrong.
+        ModelError: The model cannot be captured as one graph.
+        DataError: The images cannot be found or read.
+        ArtifactError: The file cannot be written, or does not give the model's logits.
+    """
+    target = check_export(path, force=force, opset=opset)
+    _check_model(model, target, batch_size)
+    chosen = None if target.suffix == PT2_SUFFIX else opset or DEFAULT_OPSET
+    info = describe_export(
+        model, name=name, normalises=with_preprocessing, batch_size=None if dynamic_batch else batch_size
+    )
+    images = check_images(model, data, limit=limit, on_note=on_note)
+    with inference_state(model, torch.device("cpu")), torch.no_grad(), atomic_write(target, force=force) as temporary:
+        served = Normalised(model, images.prepared) if with_preprocessing else model
+        program = captured(served, info)
+        if chosen is None:
+            write_pt2(program, info, temporary)
+        else:
+            write_onnx(program, info, chosen, temporary)
+        written = read_pt2(temporary, info) if chosen is None else OnnxModel(temporary)
+        agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
+        agreement.require(target)
+        size = temporary.stat().st_size
+    return ExportReport(target, info, chosen, size, agreement, (*images.notes, *agreement.notes()))
+
+
+def _check_model(model: nn.Module, target: Path, batch_size: int) -> None:
+    if batch_size < 1:
+        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; "
+                         f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
+    weights = [*model.parameters(), *model.buffers()]
+    other = next((w.dtype for w in weights if w.is_floating_point() and w.dtype != torch.float32), None)
+    if other is not None:
+        raise UsageError(f"export takes a model in fp32, and this one has weights in {str(other).partition('.')[2]}; "
+                         "call model.float() first")  # fmt: skip
+    size = sum(weight.nbytes for weight in weights)
+    if target.suffix == ONNX_SUFFIX and size > ONNX_LIMIT:
+        raise ArtifactError(f"the model has {size / 2**30:.1f} GiB of weights, and an {ONNX_SUFFIX} file holds less "
+                            f"than 2; type -o {target.with_suffix(PT2_SUFFIX)}")  # fmt: skip

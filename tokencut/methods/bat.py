@@ -1,0 +1,104 @@
+"""Token decoupling and merging: "Beyond Attentive Tokens", arXiv 2211.11315."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.ops.density_peaks import density_average, density_clusters, windows
+from tokencut.ops.matching import match_pairs
+from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
+from tokencut.ops.ranking import ascending, by_attention, take
+from tokencut.schedule import Split, split_budget
+from tokencut.tokens import Decision, Selection, ordered_average
+
+
+@register
+@dataclass(frozen=True)
+class Bat(Reduction):
+    """Attentive tokens are kept apart and matched in pairs, inattentive ones clustered around density peaks.
+
+    `preset=paper` (with `--no-prop-attn`) is the paper's own rule. Single settings take parts away: `pairs=0` the
+    matching, `inattentive=drop` the clustering, both the diversity (importance only), `clusters=1` the decoupling
+    (diversity only).
+
+    The defaults are what measured best without fine-tuning: diversity only. Every token is clustered, compared as the
+    MLP's norm sees it, weighed by the patches it holds. See examples/benchmarks/defaults.md for the table.
+    """
+
+    name = "bat"
+    source = "arXiv 2211.11315"
+    prop_attn = True
+    presets = {
+        "paper": {"clusters": 0.25, "pairs": 0.25, "neighbours": 5, "mass": 0.0, "features": "tokens",
+                  "window": 256, "match_features": "tokens", "weights": "attention"},
+    }  # fmt: skip
+
+    clusters: float = option(1.0, "share of the budget that goes to clusters of inattentive tokens", low=0.0, high=1.0)
+    pairs: float = option(0.0, "share of the removed tokens that pairing attentive ones removes", low=0.0, high=1.0)
+    inattentive: str = option("cluster", "what becomes of inattentive tokens", choices=("cluster", "drop"))
+    neighbours: int = option(3, "nearest tokens that count for a density, the token itself among them", low=1)
+    mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
+    window: int = option(
+        128, "about how many tokens are compared with each other; an image of more is clustered in equal windows", low=4
+    )
+    features: str = option("normed", "what clusters compare", choices=FEATURE_KINDS)
+    match_features: str = option("normed", "what pairs compare", choices=FEATURE_KINDS)
+    weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)
+
+    def decide(self, scene: Scene, budget: int) -> Decision:
+        split, sizes = self.split(scene.tokens.count, budget), scene.tokens.known_sizes()
+        attention = scene.evidence.class_attention() if self.reads_attention() else None
+        if attention is None or split.attentive == 0:
+            weight, points = raw_weights(self.weights, sizes, attention), scene.features(self.features)
+            parts = windows(scene.tokens.count, split.clusters, self.window)
+            return density_average(points, weight, sizes, split.clusters, self.neighbours, self.mass, parts)
+        attentive, inattentive = by_attention(attention, split.attentive)
+        if not self.merges():
+            return Selection(ascending(attentive))
+        group = torch.full_like(attention, budget, dtype=torch.int64)
+        group = self._pair(scene, group, attentive, split)
+        if split.clusters:
+            points, held = take(scene.features(self.features), inattentive), take(sizes, inattentive)
+            parts = windows(points.shape[1], split.clusters, self.window)
+            clusters = density_clusters(points, split.clusters, self.neighbours, held, self.mass, parts)
+            group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
+        return ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
+
+    def _pair(self, scene: Scene, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
+        """Groups the attentive tokens as `0..K-R-1`; the sides alternate by rank of class attention."""
+        stays = torch.ones_like(attentive)
+        if split.pairs:
+            ranks = torch.arange(split.attentive, device=group.device).expand_as(attentive)
+            points = take(scene.features(self.match_features), attentive)
+            away, joined = match_pairs(points, ranks[:, 1::2], ranks[:, ::2], split.pairs)
+            stays = stays.scatter(1, away, 0)
+        place = stays.cumsum(1) - 1
+        if split.pairs:
+            place = place.scatter(1, away, place.gather(1, joined))
+        return group.scatter(1, attentive, place)
+
+    def split(self, tokens: int, budget: int) -> Split:
+        """How a budget is spent."""
+        return split_budget(tokens, budget, self.clusters if self.inattentive == "cluster" else None, self.pairs)
+
+    def attentive(self, tokens: int, budget: int) -> int:
+        return self.split(tokens, budget).attentive or budget  # without decoupling none are set apart
+
+    def macs(self, shape: StageShape) -> int:
+        split = self.split(shape.tokens, shape.budget)
+        clustered = shape.tokens - split.attentive if split.clusters else 0
+        sides = (split.attentive // 2) * (split.attentive - split.attentive // 2) if split.pairs else 0
+        parts = windows(clustered, split.clusters, self.window) if clustered else 1
+        return clustered**2 // parts * shape.feature_width(self.features) + sides * shape.feature_width(
+            self.match_features
+        )
+
+    def reads_attention(self) -> bool:
+        return self.clusters < 1 or self.inattentive == "drop" or self.weights in ("attention", "product")
+
+    def merges(self) -> bool:
+        return self.inattentive == "cluster" or self.pairs > 0

@@ -1,0 +1,42 @@
+"""Density-peak clustering of all image tokens (DPC-KNN): TCFormer, arXiv 2204.08680."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.ops.density_peaks import density_average
+from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
+from tokencut.tokens import Grouping
+
+
+@register
+@dataclass(frozen=True)
+class DPC(Reduction):
+    """Every token joins the nearest of the budget's density peaks; a cluster becomes its members' average.
+
+    TCFormer weighs members by a score it learns. Untrained, that score is the same for all: `weights=equal`.
+    """
+
+    name = "dpc"
+    source = "arXiv 2204.08680"
+    prop_attn = True
+
+    neighbours: int = option(5, "nearest tokens that count for a density, the token itself among them", low=1)
+    features: str = option("tokens", "what clusters compare", choices=FEATURE_KINDS)
+    weights: str = option("equal", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
+
+    def decide(self, scene: Scene, budget: int) -> Grouping:
+        sizes = scene.tokens.known_sizes()
+        attention = scene.evidence.class_attention() if self.reads_attention() else None
+        weight = raw_weights(self.weights, sizes, attention)
+        return density_average(scene.features(self.features), weight, sizes, budget, self.neighbours)
+
+    def macs(self, shape: StageShape) -> int:
+        return shape.tokens * shape.tokens * shape.feature_width(self.features)
+
+    def reads_attention(self) -> bool:
+        return self.weights in ("attention", "product")
+
+    def merges(self) -> bool:
+        return True

@@ -1,0 +1,50 @@
+"""Keep the attentive tokens, fuse the rest into one: EViT, arXiv 2202.07800."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.ops.ranking import by_attention
+from tokencut.tokens import Grouping, in_order, ordered_average
+
+
+@register
+@dataclass(frozen=True)
+class EViT(Reduction):
+    """The tokens of highest class attention stay; the others become one token, their attention-weighted sum.
+
+    The published sum is not divided by its weights, so the fused token is short where little attention was left.
+    """
+
+    name = "evit"
+    source = "arXiv 2202.07800"
+    prop_attn = False
+
+    normalized: bool = option(False, "divide the fused token's weights by their sum")
+    extra_token: bool = option(False, "the published count: the fused token comes on top of the budget")
+
+    def decide(self, scene: Scene, budget: int) -> Grouping:
+        attention, sizes = scene.evidence.class_attention(), scene.tokens.known_sizes()
+        attentive, inattentive = by_attention(attention, budget - 1)
+        rank = torch.arange(budget - 1, device=attentive.device).expand_as(attentive)
+        group = torch.full_like(attention, budget - 1, dtype=torch.int64).scatter(1, attentive, rank)
+        if self.normalized:
+            return ordered_average(group, attention, sizes, budget)
+        group = in_order(group, budget)
+        weight = torch.ones_like(attention).scatter(1, inattentive, attention.gather(1, inattentive))
+        return Grouping(group, weight, budget)
+
+    def leaving(self, tokens: int, budget: int) -> int:
+        return budget + 1 if self.extra_token else budget
+
+    def attentive(self, tokens: int, budget: int) -> int:
+        return max(1, budget - 1)  # the last one is the fused token
+
+    def macs(self, shape: StageShape) -> int:
+        return 0
+
+    def merges(self) -> bool:
+        return True

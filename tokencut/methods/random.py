@@ -1,0 +1,54 @@
+"""Keep tokens at random places: the control that any method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.ops.ranking import ascending, ranking
+from tokencut.tokens import Selection
+
+
+@register
+@dataclass(frozen=True)
+class Random(Reduction):
+    """Drops tokens by a fixed draw: the same places for every image, so that no image depends on its batch."""
+
+    name = "random"
+    source = "control"
+    prop_attn = False
+
+    seed: int = option(0, "which draw", low=0)
+
+    def decide(self, scene: Scene, budget: int) -> Selection:
+        features = scene.tokens.features
+        keys = _scramble(torch.arange(scene.tokens.count, device=features.device), self.seed)
+        kept = ascending(ranking(-keys.unsqueeze(0))[:, :budget])
+        return Selection(kept.expand(features.shape[0], -1))
+
+    def macs(self, shape: StageShape) -> int:
+        return 0
+
+    def reads_attention(self) -> bool:
+        return False
+
+    def merges(self) -> bool:
+        return False
+
+
+def _scramble(numbers: Tensor, seed: int) -> Tensor:
+    """A pseudo-random number for each number, by integer arithmetic alone: it compiles, exports and repeats anywhere.
+
+    Three rounds of multiply and shift on 31 bits. The start mixes in how many numbers there are, so that stages of one
+    model draw differently.
+    """
+    mask = 0x7FFFFFFF
+    # Constants of 31 bits too: the compiler writes them as int32.
+    start = ((seed + 1) * 0x85EBCA6B + numbers.shape[0] * 0xC2B2AE35) & mask
+    x = (numbers * 0x1E3779B1 + start) & mask
+    for multiplier in (0x2C1B3C6D, 0x297A2D39, 0x45D9F3B):
+        x = ((x ^ (x >> 15)) * multiplier) & mask
+    return x ^ (x >> 13)

@@ -1,0 +1,85 @@
+"""Bipartite soft matching: ToMe, arXiv 2210.09461."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.ops.matching import match_pairs
+from tokencut.tokens import Grouping, group_average, membership
+
+
+@register
+@dataclass(frozen=True)
+class ToMe(Reduction):
+    """Tokens with similar keys merge, in rounds of at most half of them each, weighted by size.
+
+    Tokens stand on two sides by their position in the sequence, prefix included: those at even positions are merged
+    away into those at odd ones. What is left of the first side leaves before the second, as published, since that order
+    decides the sides of the next round and of later blocks.
+    """
+
+    name = "tome"
+    source = "arXiv 2210.09461"
+    prop_attn = True
+
+    def decide(self, scene: Scene, budget: int) -> Grouping:
+        keys, sizes = scene.evidence.keys(), scene.tokens.known_sizes()
+        group = torch.arange(sizes.shape[1], device=sizes.device).expand(sizes.shape[0], -1)
+        current, now = keys, sizes.shape[1]
+        for leaving in rounds(now, budget):
+            if now < sizes.shape[1]:
+                # A group's key is the mean over its patches: keys are linear, so it can be taken from the first ones.
+                matrix = membership(group, now) * group_average(group, sizes, sizes, now).unsqueeze(1)
+                current = torch.matmul(matrix, keys)
+            group = match_round(current, scene.tokens.prefix, now - leaving).gather(1, group)
+            now = leaving
+        return Grouping(group, group_average(group, sizes, sizes, budget), budget)
+
+    def macs(self, shape: StageShape) -> int:
+        macs, now = 0, shape.tokens
+        for leaving in rounds(shape.tokens, shape.budget):
+            averaging = now * shape.tokens if now < shape.tokens else 0
+            macs += (averaging + (now // 2) * (now - now // 2)) * shape.key_width
+            now = leaving
+        return macs
+
+    def reads_attention(self) -> bool:
+        return False
+
+    def merges(self) -> bool:
+        return True
+
+
+def rounds(tokens: int, budget: int) -> list[int]:
+    """Tokens after each round: at most half are merged away in one."""
+    after = []
+    while tokens > budget:
+        tokens = max(budget, tokens - tokens // 2)
+        after.append(tokens)
+    return after
+
+
+def match_round(points: Tensor, prefix: int, pairs: int) -> Tensor:
+    """One round of bipartite soft matching.
+
+    Args:
+        points: What is compared (cosine), fp32 `(B, n, F)`, image tokens only.
+        prefix: `P`, how many prefix tokens stand before them; these take no part, but shift the alternation.
+        pairs: How many tokens are merged away, at most `n // 2`.
+
+    Returns:
+        Group of each token, int64 `(B, n)`: the rest of the even positions in order, then the odd positions in order.
+    """
+    batch, count, _ = points.shape
+    numbers = torch.arange(count, device=points.device).expand(batch, -1)
+    even, odd = numbers[:, prefix % 2 :: 2], numbers[:, 1 - prefix % 2 :: 2]
+    away, joined = match_pairs(points, even, odd, pairs)
+    stays = torch.zeros_like(numbers).scatter(1, even, 1).scatter(1, away, 0)
+    place = torch.where(stays > 0, stays.cumsum(1) - 1, 0)
+    behind = torch.arange(even.shape[1] - pairs, count - pairs, device=points.device).expand_as(odd)
+    place = place.scatter(1, odd, behind)
+    return place.scatter(1, away, place.gather(1, joined))

@@ -1,0 +1,29 @@
+"""Keep the attentive tokens, drop the rest: the first control (arXiv 2202.07800 without its fused token)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.ops.ranking import ascending, by_attention
+from tokencut.tokens import Selection
+
+
+@register
+@dataclass(frozen=True)
+class TopK(Reduction):
+    """The tokens of highest class attention stay, the others are dropped."""
+
+    name = "topk"
+    source = "arXiv 2202.07800"
+    prop_attn = False
+
+    def decide(self, scene: Scene, budget: int) -> Selection:
+        attentive, _ = by_attention(scene.evidence.class_attention(), budget)
+        return Selection(ascending(attentive))
+
+    def macs(self, shape: StageShape) -> int:
+        return 0
+
+    def merges(self) -> bool:
+        return False

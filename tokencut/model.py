@@ -1,0 +1,326 @@
+"""compress(model, ...) -> an nn.Module: a plain loop over blocks, with stages between attention and MLP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokencut import cost
+from tokencut.adapters import Adapter, adapter_for
+from tokencut.attention import TimmModule, attention_bias
+from tokencut.errors import ModelError
+from tokencut.features import Form, Indices, Intermediates, block_indices
+from tokencut.methods import Reduction, Scene, StageShape, make_method
+from tokencut.observers import Trace, Tracer, Watch
+from tokencut.recipe import Recipe
+from tokencut.schedule import Keep, Layers, make_schedule
+from tokencut.tokens import Tokens, apply_decision, full_precision
+
+
+class Stage(nn.Module):
+    """One reduction: decides by its method, and carries the decision out.
+
+    Holds settings only, no parameter, but for a method that learns (`Reduction.make_module`): `learned`, else None.
+    """
+
+    def __init__(self, method: Reduction, learned: nn.Module | None = None) -> None:
+        super().__init__()
+        self.method = method
+        self.learned = learned
+
+    def forward(self, scene: Scene, budget: int) -> Tokens:
+        """Reduces the image tokens of a scene to `budget`.
+
+        Args:
+            scene: The tokens entering, `(B, P + N, D)`, and their evidence.
+            budget: `M`, the image tokens leaving.
+
+        Returns:
+            The tokens leaving, `(B, P + M, D)`; all of them where the method hides tokens while it trains.
+        """
+        scene = replace(scene, learned=self.learned)
+        # Decided in fp32 whatever the model runs in, so that selection does not change with precision.
+        with full_precision(scene.tokens.features.device):
+            policy = self.method.soft_policy(scene) if self.training else None
+            if policy is not None:
+                return replace(scene.tokens, policy=policy)
+            with torch.no_grad():
+                decision = self.method.decide(scene, budget)
+        return apply_decision(scene.tokens, decision)
+
+    def extra_repr(self) -> str:
+        return repr(self.method)
+
+
+class CompressedModel(nn.Module):
+    """A timm model with stages that reduce its tokens.
+
+    `model` is timm's own, with timm's parameter names; `stages` holds one `Stage` for each layer of the recipe's
+    schedule; `recipe` says what was done, `method` is the reduction it names.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        """Wraps a model; it is not copied (`compress` does that).
+
+        Args:
+            model: A timm model of a supported family.
+            recipe: A recipe made for a model of this depth.
+
+        Raises:
+            ModelError: The family is not supported.
+            UsageError: The recipe's method or one of its settings is unknown.
+        """
+        super().__init__()
+        self.adapter: Adapter = adapter_for(model)
+        self.model: TimmModule = model
+        self.recipe = recipe
+        self.method = make_method(recipe.method, dict(recipe.method_options))
+        width = self.adapter.cost(model).width
+        self.stages = nn.ModuleDict(
+            {
+                str(layer): Stage(self.method, self.method.make_module(width, seed=layer))
+                for layer in recipe.schedule.layers
+            }
+        ).to(next(model.parameters()).device)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the head; 0 for a model without one."""
+        return int(self.model.num_classes)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of each block's output: channels, reduction (px to a patch), module."""
+        return self.model.feature_info
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of weights and preprocessing."""
+        return self.model.pretrained_cfg
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps no activations of blocks without a stage, and computes them again; as timm's."""
+        self.model.set_grad_checkpointing(enable)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, classes)` for images `(B, 3, H, W)`."""
+        if not self._reduces(images):
+            return self.model(images)  # timm's own forward, to the bit
+        return self._head(self._run(self._embed(images)))
+
+    def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
+        """Logits, and the tokens behind each stage.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            source: Whether to follow which patch went into which token.
+            attention: Whether to compute the class attention at each stage.
+
+        Returns:
+            Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
+            (`block` is then the number of blocks, and the features are those before the final norm).
+        """
+        tracer = Tracer(self.method, attention)
+        tokens = self._run(self._embed(images, source=source), tracer)
+        return self._head(tokens), [*tracer.traces, Trace(len(self.adapter.blocks(self.model)), tokens)]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features of several blocks for every patch, with timm's arguments, shapes and order.
+
+        Each patch gets the features of the token that it went into. One that was dropped keeps the last features it
+        had, those with which it entered the stage that dropped it. Where nothing is reduced this is timm's own method.
+
+        Args:
+            x: Images, `(B, 3, H, W)`.
+            indices: So many last blocks, or 0-based blocks (negative ones from the end); all where None.
+            return_prefix_tokens: Whether each output is a pair with the prefix tokens, `(B, P, D)`, if there are any.
+            norm: Whether the model's final norm applies to each output.
+            stop_early: Whether blocks behind the last one asked for are left out.
+            output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
+            intermediates_only: Whether to leave out the final features.
+            output_dict: Whether to return timm's dictionary.
+
+        Returns:
+            The final features, normed, `(B, P + patches, D)`, and a list of outputs in the order of blocks; or what
+            the arguments make of that. For logits call the model: dropped patches are in the final features too.
+
+        Raises:
+            UsageError: A block or a format does not exist.
+            ModelError: Patch dropout has left no full grid.
+        """
+        form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
+        taken = block_indices(len(self.adapter.blocks(self.model)), indices)
+        if not self._reduces(x):
+            return self.model.forward_intermediates(
+                x, taken, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
+            )
+        grid, tokens = self._grid(x), self._embed(x, source=True)
+        if tokens.count != grid[0] * grid[1]:
+            raise ModelError(f"patch dropout left {tokens.count} of {grid[0] * grid[1]} patches, and no full grid; "
+                             "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
+        watch = Intermediates(taken)
+        tokens = self._run(tokens, watch, max(taken) + 1 if stop_early else None)
+        return watch.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
+
+    def prune_intermediate_layers(
+        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes, in place, what `forward_intermediates` does not need for some blocks, as timm's method of that name.
+
+        Stages go with their blocks, the recipe stays; what is left cannot be saved. `indices` as there; returned as
+        0-based blocks, in the order given. `prune_norm` takes the final norm away, `prune_head` pooling and classifier.
+        """
+        taken = block_indices(len(self.adapter.blocks(self.model)), indices)
+        self.model.prune_intermediate_layers(taken, prune_norm, prune_head)
+        for layer in [layer for layer in self.stages if int(layer) > max(taken) + 1]:
+            del self.stages[layer]
+        return taken
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return self.adapter.grid(self.model, images.shape[-2], images.shape[-1])
+
+    def _reduces(self, images: Tensor) -> bool:
+        """Whether any stage runs for images of this size."""
+        rows, columns = self._grid(images)
+        # Patch dropout leaves fewer tokens while training; where nothing goes of all, nothing goes of fewer.
+        return len(self.recipe.stages_for(rows * columns)) > 0  # torch.compile knows no bool(tuple)
+
+    def _embed(self, images: Tensor, source: bool = False) -> Tokens:
+        tokens = Tokens(self.adapter.embed(self.model, images), self.adapter.prefix(self.model))
+        if not source:
+            return tokens
+        return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
+
+    def _bias(self, tokens: Tokens) -> Tensor | None:
+        return attention_bias(tokens, self.recipe.prop_attn)
+
+    def _head(self, tokens: Tokens) -> Tensor:
+        return self.adapter.head(self.model, tokens, self._bias(tokens))
+
+    def _run(self, tokens: Tokens, watch: Watch | None = None, depth: int | None = None) -> Tokens:
+        """The loop over the first `depth` blocks, all where None, with their stages."""
+        plans = {plan.block: plan for plan in self.recipe.stages_for(tokens.count)}
+        bias = self._bias(tokens)
+        run = self.adapter.run
+        if getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
+        for number, block in enumerate(islice(self.adapter.blocks(self.model), depth), start=1):
+            plan = plans.get(number)
+            if plan is None:
+                tokens = tokens.with_features(run(block, tokens.features, bias))
+            else:
+                scene = before_stage(self.adapter, self.model, block, tokens, bias)
+                tokens = self.stages[str(number)](scene, plan.tokens_out)
+                bias = self._bias(tokens)
+                if watch is not None:
+                    watch.stage(plan, scene.tokens, tokens, scene.evidence)
+                tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
+            if watch is not None:
+                watch.block(number, tokens)
+        return tokens
+
+
+def before_stage(adapter: Adapter, model: TimmModule, block: TimmModule, tokens: Tokens, bias: Tensor | None) -> Scene:
+    """Runs the first half of a reducing block: what the stage in its middle sees."""
+    features, evidence = adapter.attend(model, block, tokens.features, bias)
+    return Scene(tokens.with_features(features), evidence, lambda image: adapter.normed(block, image))
+
+
+def compress(
+    model: nn.Module,
+    *,
+    keep: Keep | None = 0.7,
+    layers: Layers | None = None,
+    method: str = "bat",
+    reduce_by: int | None = None,
+    prop_attn: bool | None = None,
+    method_options: Mapping[str, Any] | None = None,
+) -> CompressedModel:
+    """Makes a Vision Transformer cheaper by reducing its tokens (default method: arXiv 2211.11315).
+
+    Args:
+        model: A timm model of a supported family; it is copied and stays as it was.
+        keep: Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one a layer.
+            `reduce_by` takes its place where given.
+        layers: 1-based numbers of the blocks that reduce, or `"all"`; blocks 4, 7, 10 of 12 where None.
+        method: A method's name, see `tokencut models --methods`.
+        reduce_by: Instead of `keep`: so many tokens fewer in each layer.
+        prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
+        method_options: Settings of the method, by name.
+
+    Returns:
+        A module with the same input and output as `model`.
+
+    Raises:
+        UsageError: An argument is out of range or unknown.
+        ModelError: The model's family is not supported.
+    """
+    adapter = adapter_for(model)
+    built = make_method(method, dict(method_options or {}))
+    schedule = make_schedule(len(adapter.blocks(model)), keep if reduce_by is None else None, layers, reduce_by)
+    tokens = adapter.cost(model).patches
+    recipe = Recipe(
+        method=method,
+        schedule=schedule,
+        prop_attn=built.prop_attn if prop_attn is None else prop_attn,
+        tokens=tokens,
+        stages=schedule.resolve(tokens, built.leaving),
+        method_options=built.options(),
+    )
+    compressed = CompressedModel(copy.deepcopy(model), recipe)
+    compressed.training = model.training  # the model's own parts may be in modes of their own
+    compressed.stages.train(model.training)
+    return compressed
+
+
+def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
+    """Multiply-adds per image by the closed form, row by row, without running anything.
+
+    Args:
+        model: A compressed or a dense one, at its present input size.
+
+    Returns:
+        Rows as `cost.predict` gives them; `cost.total` adds them up.
+
+    Raises:
+        ModelError: A dense model's family is not supported.
+    """
+    if not isinstance(model, CompressedModel):
+        return cost.predict(adapter_for(model).cost(model), {})
+    shape = model.adapter.cost(model.model)
+    stages = {
+        plan.block: stage_cost(model.method, shape, plan.tokens_in, plan.tokens_out)
+        for plan in model.recipe.stages_for(shape.patches)
+    }
+    return cost.predict(shape, stages)
+
+
+def stage_cost(method: Reduction, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
+    """What a stage of a method costs in a model, for `cost.predict`.
+
+    Args:
+        method: The reduction.
+        shape: The model's pieces, as its adapter describes them.
+        tokens_in: Image tokens entering.
+        tokens_out: Image tokens leaving.
+    """
+    stage = StageShape(tokens_in, tokens_out, shape.width, shape.key_width)
+    return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention())

@@ -1,0 +1,1 @@
+"""Models by name or file: found, built, loaded and saved."""

@@ -1,0 +1,263 @@
+"""Saves a compressed model in one safetensors file, and loads it again without running anything from the file.
+
+The tensors carry timm's own names, so that `timm.create_model(name, checkpoint_path=FILE)` takes them; what a stage has
+learned is stored under `tokencut.`; the metadata is one key, see `metadata.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models import get_model_args
+from torch import Tensor, nn
+
+from tokencut.errors import ArtifactError, TokencutError, UsageError
+from tokencut.files import atomic_write, check_writable
+from tokencut.model import CompressedModel
+from tokencut.models.checkpoints import differences, one_line, open_safetensors
+from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
+from tokencut.models.model_args import check_model_args
+from tokencut.models.pretrained_cfg import data_config, description_of, fitting_label_names
+from tokencut.models.schema import PRETRAINED_CFG
+
+SUFFIX = ".safetensors"
+# The one metadata key, and the prefix of tensors that timm's model does not have.
+KEY = "tokencut"
+PREFIX = f"{KEY}."
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+# Where a timm model keeps its origin: beside what timm itself keeps there, so that a copy of the model has it too.
+_ORIGIN = "_tokencut_origin"
+
+
+def mark_origin(model: nn.Module, origin: Origin) -> None:
+    """Notes on a timm model where its weights came from; `compress` carries that along, and `save` writes it."""
+    setattr(model, _ORIGIN, origin)
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """Where a timm model's weights came from; `unverified` for one that was made elsewhere."""
+    cfg = description_of(model)
+    return getattr(model, _ORIGIN, None) or Origin("unverified", cfg.get("hf_hub_id"), licence=cfg.get("license"))
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Refuses a file that `save` could not write, before any work is done for it.
+
+    Raises:
+        ArtifactError: The name does not end in `.safetensors`, by which timm tells the format; the folder does not
+            exist; or the file exists and `force` is off.
+    """
+    target = Path(path)
+    if target.suffix != SUFFIX:
+        raise ArtifactError(f"{target} does not end in {SUFFIX}, by which timm and others tell the format; type "
+                            f"-o {target.parent / target.stem}{SUFFIX}")  # fmt: skip
+    return check_writable(target, force=force)
+
+
+def save(
+    model: CompressedModel,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    measured: Mapping[str, float | None] | None = None,
+    origin: Origin | None = None,
+) -> ArtifactInfo:
+    """Writes a compressed model to one file: all of it, or nothing. The same model gives the same bytes.
+
+    Args:
+        model: What `compress` returned.
+        path: The file, `*.safetensors`.
+        force: Whether a file of that name may be replaced.
+        dtype: The type to store the weights in; fp32 where None.
+        measured: What was measured, some of `metadata.MEASURED`.
+        origin: Where the weights came from; what `mark_origin` noted where None.
+
+    Returns:
+        What was written about the model.
+
+    Raises:
+        UsageError: An argument is wrong.
+        ArtifactError: The model cannot be built again from timm's arguments, or the file cannot be written.
+    """
+    if not isinstance(model, CompressedModel):
+        raise UsageError(f"save takes a compressed model, not {type(model).__name__}; type "
+                         "tokencut.save(tokencut.compress(model), path)")  # fmt: skip
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}; type dtype='bf16'")
+    target = check_output(path, force=force)
+    info = dataclasses.replace(
+        _describe(model),
+        measured=check_measured(measured or {}),
+        origin=origin or origin_of(model.model),
+        dtype=dtype or "fp32",
+    )
+    text = info.to_text()
+    try:
+        info_from_text(text)
+    except ArtifactError as error:  # timm checks little of what a description holds
+        raise ArtifactError(f"{target} would not load again: {error}") from error
+    tensors = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
+    rebuilt = {_stored_name(name): tensor for name, tensor in _skeleton(info).state_dict().items()}
+    problem = differences(_shapes(rebuilt), _shapes(tensors))
+    if problem:
+        raise ArtifactError(f"{target} would not load again: the model was changed after timm.create_model built it "
+                            f"({problem}); make the change with timm's own arguments")  # fmt: skip
+    ready = {name: _for_storage(name, tensor, _DTYPES[info.dtype]) for name, tensor in tensors.items()}
+    with atomic_write(target, force=force) as temporary:
+        try:
+            save_file(ready, temporary, metadata={KEY: text})
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
+    return dataclasses.replace(info, parameters=sum(tensor.numel() for tensor in ready.values()))
+
+
+def read_info(path: str | os.PathLike[str]) -> ArtifactInfo:
+    """Reads what a file says about its model, without building the model.
+
+    Raises:
+        ArtifactError: Not a tokencut file, or damaged, or of a newer format.
+    """
+    with _open(Path(path)) as file:
+        return _info(file, Path(path))
+
+
+def load(path: str | os.PathLike[str]) -> CompressedModel:
+    """Loads a compressed model, in eval mode, on the CPU and in fp32 whatever it is stored in.
+
+    Args:
+        path: A file that `save` wrote.
+
+    Raises:
+        ArtifactError: Not a tokencut file, damaged, of a newer format, or its tensors are not its model's: then all
+            that are missing, unexpected or of another shape are named.
+    """
+    source = Path(path)
+    with _open(source) as file:
+        info = _info(file, source)
+        try:
+            model = _skeleton(info)
+            expected = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            problem = differences(_shapes(expected), stored, named=None)
+            if problem:
+                raise ArtifactError(f"its tensors are not those of its model: {problem}; compress the model again")
+            # Buffers that no file holds are lost without storage: a model with such is built again, with memory.
+            if set(dict(model.named_buffers())) - set(model.state_dict()):
+                model = _skeleton(info, device="cpu")
+            tensors = {
+                name: file.get_tensor(_stored_name(name)).to(tensor.dtype, copy=True)
+                for name, tensor in model.state_dict().items()
+            }
+        except TokencutError as error:
+            raise ArtifactError(f"cannot load {source}: {error}") from error
+    model.load_state_dict(tensors, strict=True, assign=True)
+    mark_origin(model.model, info.origin)
+    return model.eval()
+
+
+def _open(path: Path) -> Any:
+    if not path.exists():
+        made = path.with_suffix(SUFFIX)
+        raise ArtifactError(f"{path} does not exist; type 'tokencut compress MODEL -o {made}' to make it")
+    return open_safetensors(path)
+
+
+def _info(file: Any, path: Path) -> ArtifactInfo:
+    text = (file.metadata() or {}).get(KEY)
+    if text is None:
+        raise ArtifactError(f"{path} holds weights without a tokencut recipe; name their architecture and type "
+                            f"--checkpoint {path}")  # fmt: skip
+    try:
+        info = info_from_text(text)
+    except ArtifactError as error:
+        raise ArtifactError(f"cannot load {path}: {error}") from error
+    slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
+    types = sorted({_STORED.get(part.get_dtype(), part.get_dtype()) for part in slices})
+    numbers = sum(math.prod(part.get_shape()) for part in slices)
+    return dataclasses.replace(info, dtype="+".join(types), parameters=numbers)
+
+
+def _describe(compressed: CompressedModel) -> ArtifactInfo:
+    """What can be told from the model itself."""
+    model = compressed.model
+    cfg = description_of(model)
+    if not cfg.get("architecture") or not hasattr(model, "_model_args"):
+        raise ArtifactError(f"this {type(model).__name__} was not built by timm.create_model, so no file could say how "
+                            "to build it again; build it with timm.create_model(NAME, ...)")  # fmt: skip
+    args = get_model_args(model)
+    try:
+        check_model_args(args)
+    except UsageError as error:
+        raise ArtifactError(f"the model cannot be saved: {error}") from error
+    return ArtifactInfo(
+        architecture=cfg["architecture"],
+        model_args={name: value for name, value in args.items() if value is not None},
+        recipe=compressed.recipe,
+        depth=_depth(compressed),
+        preprocessing=data_config(model),
+        pretrained_cfg={name: cfg[name] for name in PRETRAINED_CFG if cfg.get(name) is not None},
+        label_names=fitting_label_names(model),
+    )
+
+
+def _skeleton(info: ArtifactInfo, device: str = "meta") -> CompressedModel:
+    """The model that a description describes; on `meta` it has shapes and takes no memory."""
+    try:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            model = timm.create_model(
+                info.architecture, pretrained=False, pretrained_cfg=info.timm_description(), **info.model_args
+            )
+            compressed = CompressedModel(model, info.recipe)
+            depth, tokens = _depth(compressed), compressed.adapter.cost(model).patches
+    except TokencutError:
+        raise
+    except Exception as error:  # timm asserts and raises as it likes over arguments that do not go together
+        raise ArtifactError(f"timm cannot build {info.architecture} with the arguments {dict(info.model_args)}: "
+                            f"{one_line(error)}; compress the model again") from error  # fmt: skip
+    if (depth, tokens) != (info.depth, info.recipe.tokens):
+        raise ArtifactError(f"its recipe is for {info.depth} blocks and {info.recipe.tokens} image tokens, its model "
+                            f"has {depth} and {tokens}; compress the model again")  # fmt: skip
+    return compressed
+
+
+def _depth(compressed: CompressedModel) -> int:
+    return len(list(compressed.adapter.blocks(compressed.model).children()))
+
+
+def _stored_name(name: str) -> str:
+    """A tensor's name in the file, from its name in a `CompressedModel`."""
+    return name.removeprefix("model.") if name.startswith("model.") else PREFIX + name
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _for_storage(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    ready = tensor.detach().cpu()
+    if ready.is_floating_point():
+        ready = ready.to(dtype)
+        if dtype == torch.float16 and torch.isinf(ready).any() and not torch.isinf(tensor).any():
+            raise ArtifactError(f"{name} holds values beyond fp16's largest, 65504; type --dtype bf16 instead")
+    # safetensors refuses tensors that share memory, as views do.
+    return ready.contiguous() if ready.untyped_storage().nbytes() == ready.nbytes else ready.clone()
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """safetensors hides the system's error in a text: `I/O error: ... (os error 28)`."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(one_line(error))

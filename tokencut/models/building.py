@@ -1,0 +1,110 @@
+"""Builds timm models from what a user typed: arguments tried out before any weights are touched, and a clean stderr.
+
+timm tells users things through warnings and its logger; here they become notes, for the command line to show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from tokencut.adapters import adapter_for
+from tokencut.errors import ModelError, UsageError, nearest_known
+from tokencut.models.checkpoints import one_line, random_state
+from tokencut.models.model_args import RESERVED
+
+
+def check_arguments(source: str, args: Mapping[str, Any]) -> None:
+    """Builds a model without memory or weights, to see that it can be built and is supported.
+
+    Args:
+        source: What timm takes: a name, or `local-dir:FOLDER`.
+        args: More arguments for timm.
+
+    Raises:
+        UsageError: timm does not take the arguments.
+        ModelError: The model is not supported, or cannot be built without arguments either.
+    """
+    try:
+        with heard(), torch.device("meta"):
+            model = timm.create_model(source, pretrained=False, **args)
+    except Exception as error:  # timm asserts and raises as it likes over arguments that do not go together
+        raise _refused(source, args, error) from error
+    adapter_for(model)
+
+
+def build(source: str, args: Mapping[str, Any], *, pretrained: bool, seed: int,
+          overlay: Mapping[str, Any] | None = None) -> tuple[nn.Module, tuple[str, ...]]:  # fmt: skip
+    """Builds a model, with what is random in it drawn from `seed`.
+
+    Args:
+        source: What timm takes: a name, or `local-dir:FOLDER`.
+        args: More arguments for timm.
+        pretrained: Whether timm is to load its weights.
+        seed: For random weights.
+        overlay: Entries that replace those of timm's description.
+
+    Returns:
+        The model, and what timm had to say.
+
+    Raises:
+        Exception: Whatever timm raises; the caller knows what the weights are called and where they come from.
+    """
+    with heard() as notes, random_state(seed):
+        model = timm.create_model(
+            source, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) if overlay else None, **args
+        )
+    return model, tuple(notes)
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collects what timm warns and logs inside the block, instead of letting it out on stderr."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(one_line(record.getMessage()))
+
+    logger, collector = logging.getLogger("timm"), Collector(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(collector)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield lines
+        lines.extend(one_line(warning.message) for warning in caught)
+    finally:
+        logger.removeHandler(collector)
+        logger.propagate = propagate
+
+
+def _refused(source: str, args: Mapping[str, Any], error: Exception) -> UsageError | ModelError:
+    """Whether it is the arguments that timm does not take, and which."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown and unknown[1] in args:
+        known = _arguments(source)
+        hint = nearest_known(unknown[1], known, cutoff=0.6)
+        return UsageError(f"{source} takes no argument {unknown[1]!r}{hint} its arguments are {', '.join(known)}")
+    if not args:
+        return ModelError(f"timm cannot build {source}: {one_line(error)}; name another model, such as deit_tiny")
+    given = ",".join(f"{name}={value}" for name, value in args.items())
+    return UsageError(f"timm cannot build {source} with {given}: {one_line(error)}; change or leave out an argument")
+
+
+def _arguments(source: str) -> list[str]:
+    """The arguments that the class of a model takes."""
+    with heard(), torch.device("meta"):
+        model = timm.create_model(source, pretrained=False)
+    classes = [kind for kind in type(model).__mro__ if kind.__module__.startswith("timm.")]
+    names = {name: None for kind in classes for name in inspect.signature(kind).parameters}
+    return [name for name in names if name not in {"args", "kwargs", *RESERVED}]

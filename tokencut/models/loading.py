@@ -1,0 +1,279 @@
+"""Turns what a user types as MODEL into a model: a tokencut file, `digits`, a timm name, `hf-hub:` or `local-dir:`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from tokencut.errors import ModelError, UsageError
+from tokencut.model import CompressedModel
+from tokencut.models import artifact, building, digits, hub
+from tokencut.models.checkpoints import load_strictly, one_line, random_state, read_checkpoint, sha256
+from tokencut.models.metadata import ArtifactInfo, Origin
+from tokencut.models.model_args import check_model_args
+from tokencut.models.names import ModelName, is_name, resolve_name
+from tokencut.models.pretrained_cfg import description_of, make_true
+from tokencut.recipe import Recipe
+
+BUNDLED = "digits"
+_PATH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".onnx")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that was asked for by MODEL.
+
+    Attributes:
+        model: In eval mode, on the CPU: timm's own, or a `CompressedModel` where MODEL is a tokencut file.
+        name: timm's name with the tag of the weights it got; MODEL itself where it is a file, `digits` or has a scheme.
+        origin: Where the weights came from.
+        info: What the file says, where MODEL is a tokencut file.
+        notes: What a user should be told, one line each.
+        new_head: Whether the classifier has random weights.
+    """
+
+    model: nn.Module
+    name: str
+    origin: Origin
+    info: ArtifactInfo | None = None
+    notes: tuple[str, ...] = ()
+    new_head: bool = False
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of a tokencut file."""
+        return self.info.recipe if self.info else None
+
+    @property
+    def dense(self) -> nn.Module:
+        """timm's own model, without stages."""
+        return self.model.model if isinstance(self.model, CompressedModel) else self.model
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for beside MODEL; see `load_model`."""
+
+    pretrained: bool = True
+    checkpoint: Path | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    weights_needed: bool = True
+    seed: int = 0
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the model's own pretrained weights are to be loaded."""
+        return self.pretrained and self.weights_needed and self.checkpoint is None
+
+
+def load_model(
+    spec: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    weights_needed: bool = True,
+    seed: int = 0,
+) -> Loaded:
+    """Loads the model that a user names.
+
+    Args:
+        spec: An existing file (it wins over a name), `digits`, a timm name or alias with or without a tag, `hf-hub:ID`,
+            or `local-dir:FOLDER`.
+        pretrained: Whether to load pretrained weights; random ones, drawn from `seed`, otherwise.
+        checkpoint: A local file of weights to load instead.
+        model_kwargs: More arguments for timm.
+        num_classes: Classes of the head, 0 for none.
+        img_size: Height and width of the image in px.
+        weights_needed: Whether the weights matter: where they don't, as for a cost, nothing is ever downloaded.
+        seed: For random weights.
+
+    Raises:
+        UsageError: There is no such model (the nearest are offered), or an argument does not fit it.
+        ModelError: The model is not supported, or its weights cannot be had or do not fit.
+        ArtifactError: A file that is not one of tokencut's, or damaged.
+    """
+    args = _timm_args(model_kwargs, num_classes, img_size)
+    request = Request(pretrained, Path(checkpoint) if checkpoint else None, args, weights_needed, seed)
+    if Path(spec).is_file():
+        _refuse_exported(spec)
+        return _from_artifact(spec, request)
+    if spec == BUNDLED:
+        return _from_digits(request)
+    scheme, colon, rest = spec.partition(":")
+    scheme = scheme.lower().replace("_", "-")
+    if colon and scheme == "local-dir":
+        return _from_folder(Path(rest), spec, request)
+    if colon and scheme == "hf-hub":
+        return _from_hub(rest, request)
+    _refuse_path(spec)
+    return _from_name(resolve_name(spec), request)
+
+
+def _timm_args(model_kwargs: Mapping[str, Any] | None, num_classes: int | None, img_size: int | None) -> dict[str, Any]:
+    args = dict(model_kwargs or {})
+    for name, value, least, example in (("num_classes", num_classes, 0, 10), ("img_size", img_size, 1, 224)):
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if value < least:
+            raise UsageError(f"{option} {value} is less than {least}; type {option} {example}")
+        if name in args:
+            raise UsageError(f"{name} is given twice, by {option} {value} and in --model-kwargs; give it once")
+        args[name] = value
+    check_model_args(args)
+    return args
+
+
+def _refuse_path(spec: str) -> None:
+    """Says what is wrong with a MODEL that can only have been meant as a path."""
+    path = Path(spec)
+    if spec and path.is_dir() and not is_name(spec):
+        raise UsageError(f"{spec} is a folder; if it holds timm's config.json and weights, type local-dir:{spec}")
+    if path.suffix.lower() in _PATH_SUFFIXES or any(separator in spec for separator in "/\\"):
+        other = f", or type hf-hub:{spec} for the hub's repository" if spec.count("/") == 1 and not path.suffix else ""
+        raise UsageError(f"no such file: {spec}; give a file that 'tokencut compress MODEL -o FILE' wrote{other}")
+    if ":" in spec:
+        raise UsageError(f"unknown kind of model {spec!r}; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that "
+                         "'tokencut models' lists")  # fmt: skip
+
+
+def _refuse_exported(spec: str) -> None:
+    """Says what an exported file is good for, where it is named as a MODEL to work on."""
+    if Path(spec).suffix.lower() == ".onnx":
+        raise UsageError(f"{spec} is an exported model, which profile and eval take, as it is; name the tokencut file "
+                         "that it came from")  # fmt: skip
+    if Path(spec).suffix.lower() == ".pt2":
+        raise UsageError(f"{spec} is an exported model, for torch.export.load; name the tokencut file that it came "
+                         "from, or export that to .onnx, which profile and eval take")  # fmt: skip
+
+
+def _from_artifact(spec: str, request: Request) -> Loaded:
+    given = {
+        "--checkpoint": request.checkpoint is not None,
+        "--no-pretrained": not request.pretrained,
+        "arguments of the architecture": bool(request.args),
+    }
+    option = next((name for name, used in given.items() if used), None)
+    if option:
+        raise UsageError(f"{spec} is a file with its own weights and architecture, and takes no {option}; leave that "
+                         "out, or name an architecture as MODEL")  # fmt: skip
+    model = artifact.load(spec)
+    info = artifact.read_info(spec)
+    return Loaded(model, spec, info.origin, info)
+
+
+def _from_digits(request: Request) -> Loaded:
+    if request.args:
+        raise UsageError(f"the bundled model digits has its own architecture, and takes no {', '.join(request.args)}; "
+                         "leave that out, or name an architecture as MODEL")  # fmt: skip
+    bundled = request.pretrained and request.checkpoint is None
+    with random_state(request.seed):
+        model = digits.create(pretrained=bundled)
+    own = Origin("bundled", BUNDLED, licence=description_of(model).get("license")) if bundled else None
+    return _finish(model, BUNDLED, own, request, ())
+
+
+def _from_name(name: ModelName, request: Request) -> Loaded:
+    building.check_arguments(str(name), request.args)
+    if not request.fetches:
+        model, notes = building.build(str(name), request.args, pretrained=False, seed=request.seed)
+        return _finish(model, name.architecture, None, request, (*name.notes, *notes))
+    cfg = get_pretrained_cfg(str(name))
+    if cfg is None or not cfg.has_weights:
+        raise ModelError(f"timm has no weights for {name}; {hub.OTHER_WAYS}")
+    file = hub.cached_weights(cfg)
+    if file is None:
+        hub.require_hub(cfg, str(name))
+    # timm takes a file without asking anybody. An .npz is in the original format of some models, which timm converts.
+    overlay = None if file is None else {"file": str(file), "custom_load": file.suffix == ".npz" and cfg.custom_load}
+    try:
+        model, notes = building.build(str(name), request.args, pretrained=True, seed=request.seed, overlay=overlay)
+    except Exception as error:  # whatever the network, the hub's client or a damaged file in the cache make timm raise
+        if file is None:
+            raise hub.download_failed(str(name), error) from error
+        raise ModelError(f"cannot load {name} from the cache ({one_line(error)}); remove {file}") from error
+    origin = Origin("hub" if cfg.hf_hub_id else "url", cfg.hf_hub_id or hub.address(cfg), licence=cfg.license)
+    tagged = f"{name.architecture}.{cfg.tag}" if cfg.tag else name.architecture
+    return _finish(model, tagged, origin, request, (*name.notes, *notes))
+
+
+def _from_hub(repository: str, request: Request) -> Loaded:
+    spec = f"hf-hub:{repository}"
+    try:
+        validate_repo_id(repository.partition("@")[0])
+    except HFValidationError as error:
+        raise UsageError(f"{spec!r} names no repository of the hub; type hf-hub:OWNER/NAME") from error
+    folder = hub.cached_repository(repository, weights=request.fetches)
+    if folder is None and not request.weights_needed:
+        owner, _, name = repository.partition("/")
+        if owner == "timm" and is_name(name):
+            return _from_name(resolve_name(name), request)
+        raise ModelError(f"{spec} is not in the cache, and where weights do not matter nothing is downloaded; name its "
+                         "architecture, such as deit_tiny, with --model-kwargs where it differs")  # fmt: skip
+    if folder is None:
+        folder = hub.fetch_repository(repository, weights=request.fetches)
+    return _from_folder(folder, spec, request, Origin("hub", repository))
+
+
+def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | None = None) -> Loaded:
+    """A folder with timm's `config.json` and weights; `origin` where it is not the user's own folder."""
+    if not (folder / hub.CONFIG).is_file():
+        raise UsageError(f"{folder} has no {hub.CONFIG}; give a folder as timm saves it, with {hub.CONFIG} and "
+                         "model.safetensors, such as local-dir:FOLDER")  # fmt: skip
+    architecture = _architecture_of(folder / hub.CONFIG)
+    resolve_name(architecture)
+    source = f"local-dir:{folder}"
+    building.check_arguments(source, request.args)
+    try:
+        model, notes = building.build(source, request.args, pretrained=request.fetches, seed=request.seed)
+    except Exception as error:  # no weights, damaged ones, or those of another model
+        raise ModelError(f"cannot load weights from {folder} ({one_line(error)}); give --checkpoint FILE") from error
+    if not request.fetches:
+        return _finish(model, spec, None, request, notes)
+    if origin is None:
+        weights = next((folder / name for name in hub.WEIGHTS if (folder / name).is_file()), None)
+        origin = Origin("local-dir", sha256=sha256(weights) if weights else None)
+    return _finish(model, spec, replace(origin, licence=description_of(model).get("license")), request, notes)
+
+
+def _architecture_of(config: Path) -> str:
+    try:
+        name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        name = None
+    if not isinstance(name, str):
+        raise ModelError(f"{config} does not name a timm architecture; save the model with timm.models.save_for_hf, "
+                         'which writes {"architecture": ..., "pretrained_cfg": ...}')  # fmt: skip
+    return name
+
+
+def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request, notes: tuple[str, ...]) -> Loaded:
+    """Loads `--checkpoint`, and makes the model and the notes tell what weights it has; no `origin`: random so far."""
+    told, new_head = list(notes), False
+    if request.checkpoint is not None:
+        tensors = read_checkpoint(request.checkpoint)
+        plain = {key: tensor for key, tensor in tensors.items() if not key.startswith(artifact.PREFIX)}
+        load_strictly(model, plain, request.checkpoint)
+        origin = Origin("checkpoint", sha256=sha256(request.checkpoint))
+    elif origin is None:
+        new_head = True
+        told.append(f"{name} has random weights (seed {request.seed})")
+    elif model.num_classes not in (0, description_of(model).get("num_classes")):
+        new_head = True
+        told.append(f"the head of {model.num_classes} classes is new: its weights are random (seed {request.seed}) "
+                    "until it is trained")  # fmt: skip
+    make_true(model, own_weights=origin is not None and origin.kind != "checkpoint")
+    origin = origin or Origin("random", seed=request.seed)
+    artifact.mark_origin(model, origin)
+    return Loaded(model.eval(), name, origin, notes=tuple(told), new_head=new_head)

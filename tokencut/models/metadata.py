@@ -1,0 +1,214 @@
+"""What a tokencut file says about its model, and its JSON form: written sorted, read back believing nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tokencut.errors import ArtifactError, UsageError
+from tokencut.models.model_args import check_model_args, shorten
+from tokencut.models.schema import FIELDS, ORIGIN, PREPROCESSING, PRETRAINED_CFG, is_number, problem
+from tokencut.recipe import Recipe, recipe_from_json
+
+TYPE = "compressed-model"
+FORMAT = 1
+
+# ImageNet-21k's label names are some 0.5 MB; nothing else in a file is near that.
+MAX_LENGTH = 8_000_000
+
+MEASURED = ("dense_gmacs", "gmacs", "dense_top1", "top1", "dense_top5", "top5", "images")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights came from; never a path.
+
+    Attributes:
+        kind: `hub`, `url`, `checkpoint` (a local file), `local-dir`, `bundled` with tokencut, `random`, or
+            `unverified`: a model made elsewhere, whose weights need not be those that its description names.
+        name: The hub's repository, the address, or the bundled model's name.
+        sha256: SHA-256 of a local file of weights.
+        seed: Seed of random weights.
+        licence: Their licence, if timm knows it.
+    """
+
+    kind: str
+    name: str | None = None
+    sha256: str | None = None
+    seed: int | None = None
+    licence: str | None = None
+
+    def __str__(self) -> str:
+        what = {"sha256": self.sha256, "seed": None if self.seed is None else str(self.seed)}
+        parts = [self.kind, self.name or "", *(f"{key} {value}" for key, value in what.items() if value)]
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """A tokencut file without its tensors.
+
+    Attributes:
+        architecture: timm's name.
+        model_args: timm's arguments: `timm.create_model(architecture, **model_args)` takes the file's tensors.
+        recipe: What was done to the model.
+        depth: The model's number of blocks.
+        preprocessing: As timm resolves it: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        pretrained_cfg: What else of timm's description belongs to these weights, its tag for one.
+        label_names: The classes' names, in the order of the logits or by index, if known.
+        origin: Where the weights came from, and their licence.
+        measured: What was measured: `gmacs` and `dense_gmacs` per image; `top1`, `top5` and the same of the dense model
+            in percent, on how many `images`.
+        dtype: The type the weights are stored in; read from the tensors.
+        parameters: How many numbers the tensors hold; read from the tensors.
+    """
+
+    architecture: str
+    model_args: Mapping[str, Any]
+    recipe: Recipe
+    depth: int
+    preprocessing: Mapping[str, Any]
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] | Mapping[str, str] | None = None
+    origin: Origin = Origin("unverified")
+    measured: Mapping[str, float] = field(default_factory=dict)
+    dtype: str = "fp32"
+    parameters: int = 0
+
+    @property
+    def keep_per_block(self) -> tuple[float, ...]:
+        """The fraction of its image tokens that leaves each block; 1.0 where a block does not reduce."""
+        schedule, stages = self.recipe.schedule, {stage.block: stage for stage in self.recipe.stages}
+        rates = dict.fromkeys(range(1, self.depth + 1), 1.0)
+        for position, block in enumerate(schedule.layers):
+            if schedule.keep is not None:
+                rates[block] = schedule.keep[position] if isinstance(schedule.keep, tuple) else schedule.keep
+            elif block in stages:
+                rates[block] = stages[block].tokens_out / stages[block].tokens_in
+        return tuple(rates.values())
+
+    @property
+    def tokens_per_block(self) -> tuple[int, ...]:
+        """The image tokens that leave each block, at the recipe's input size."""
+        leaving, tokens = {stage.block: stage.tokens_out for stage in self.recipe.stages}, self.recipe.tokens
+        return tuple((tokens := leaving.get(block, tokens)) for block in range(1, self.depth + 1))
+
+    def timm_description(self) -> dict[str, Any]:
+        """A `pretrained_cfg` for timm: preprocessing, classes and tag, and no place to load weights from."""
+        names = dict(self.label_names) if isinstance(self.label_names, Mapping) else self.label_names
+        classes = self.model_args.get("num_classes")
+        known = {"label_names": names, "license": self.origin.licence, "num_classes": classes}
+        return {
+            "architecture": self.architecture,
+            **self.pretrained_cfg,
+            **self.preprocessing,
+            **{name: value for name, value in known.items() if value is not None},
+        }
+
+    def to_text(self) -> str:
+        """Sorted JSON on one line: the same for the same model."""
+        data = {
+            "type": TYPE,
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "model_args": dict(self.model_args),
+            "recipe": self.recipe.to_json(),
+            "keep_per_block": self.keep_per_block,
+            "tokens_per_block": self.tokens_per_block,
+            "preprocessing": dict(self.preprocessing),
+            "pretrained_cfg": dict(self.pretrained_cfg),
+            "label_names": dict(self.label_names) if isinstance(self.label_names, Mapping) else self.label_names,
+            "origin": asdict(self.origin),
+            "measured": dict(self.measured),
+        }
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def info_from_text(text: str) -> ArtifactInfo:
+    """Reads the JSON of a file back.
+
+    Args:
+        text: The value of the file's one metadata key.
+
+    Raises:
+        ArtifactError: Not JSON, too large or too deep, of another type or a newer format, or a field is missing,
+            unknown, or does not hold what it should.
+    """
+    data = _parse(text)
+    if not isinstance(data, dict) or data.get("type") != TYPE:
+        raise _damaged(f"its metadata is not of the type {TYPE!r}")
+    version = data.get("format")
+    if type(version) is int and version > FORMAT:
+        raise ArtifactError(f"the file has format {version}, and this tokencut reads up to {FORMAT}; type "
+                            "pip install --upgrade tokencut")  # fmt: skip
+    if version != FORMAT or type(version) is not int:
+        raise _damaged(f"its format is {shorten(version)}, not {FORMAT}")
+    wrong = (
+        problem(data, FIELDS, "")
+        or problem(data["preprocessing"], PREPROCESSING, "preprocessing.")
+        or problem({**dict.fromkeys(PRETRAINED_CFG), **data["pretrained_cfg"]}, PRETRAINED_CFG, "pretrained_cfg.")
+        or problem(data["origin"], ORIGIN, "origin.")
+    )
+    if wrong:
+        raise _damaged(f"its metadata{wrong}")
+    try:
+        check_model_args(data["model_args"])
+        measured = check_measured(data["measured"])
+    except UsageError as error:
+        raise _damaged(str(error).partition(";")[0]) from error
+    depth = len(data["keep_per_block"])
+    # Checked before a model is built: a depth of thousands would take minutes even without memory.
+    if data["model_args"].get("depth", depth) != depth:
+        raise _damaged(f"its model_args say depth {data['model_args']['depth']}, its keep_per_block has {depth} blocks")
+    info = ArtifactInfo(
+        architecture=data["architecture"],
+        model_args={name: _as_tuple(value) for name, value in data["model_args"].items()},
+        recipe=recipe_from_json(data["recipe"], depth),
+        depth=depth,
+        preprocessing={name: _as_tuple(value) for name, value in data["preprocessing"].items()},
+        pretrained_cfg={name: _as_tuple(value) for name, value in data["pretrained_cfg"].items()},
+        label_names=_as_tuple(data["label_names"]),
+        origin=Origin(**data["origin"]),
+        measured=measured,
+    )
+    if list(info.keep_per_block) != data["keep_per_block"] or list(info.tokens_per_block) != data["tokens_per_block"]:
+        raise _damaged("its keep_per_block or tokens_per_block is not what its recipe says")
+    return info
+
+
+def check_measured(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Lets through the known measurements that have a value.
+
+    Raises:
+        UsageError: An unknown name, or a value that is not a number.
+    """
+    for name, value in measured.items():
+        if name not in MEASURED:
+            raise UsageError(f"measured has {shorten(name)}, which is not known; give some of {', '.join(MEASURED)}")
+        if value is not None and not is_number(value):
+            raise UsageError(f"measured {name} is {shorten(value)}, not a number; give it in GMACs, percent or images")
+    return {name: value for name, value in measured.items() if value is not None}
+
+
+def _parse(text: str) -> Any:
+    if len(text) > MAX_LENGTH:
+        raise _damaged(f"its metadata has {len(text)} characters, more than {MAX_LENGTH}")
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else shorten(str(error)).strip("'\"")
+        raise _damaged(f"its metadata is not JSON that can be read ({why})") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _damaged(what: str) -> ArtifactError:
+    return ArtifactError(f"the file is damaged or was not written by tokencut: {what}; compress the model again")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

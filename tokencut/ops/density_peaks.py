@@ -1,0 +1,185 @@
+"""Density-peak clustering (Rodriguez & Laio 2014), the simplified form of arXiv 2204.08680 and 2211.11315."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokencut.ops import kernels
+from tokencut.ops.ranking import ranking
+from tokencut.tokens import Grouping, ordered_average
+
+# Numbers of nearest that the GPU kernel can count.
+KERNEL_NEIGHBOURS = (3, 4)
+# Clusters that each window gets on average, at least: with 20 accuracy suffers, see examples/benchmarks/defaults.md.
+WINDOW_CLUSTERS = 32
+
+
+def squared_distances(points: Tensor) -> Tensor:
+    """Squared Euclidean distances between all points, by one batched product.
+
+    Args:
+        points: `(B, n, F)` in any floating dtype.
+
+    Returns:
+        fp32 `(B, n, n)`, not negative, exactly 0 on the diagonal.
+    """
+    points = points.float()
+    products = torch.matmul(points, points.transpose(1, 2))
+    # The norms stand on the diagonal: summing squares once more took a tenth as long as the product.
+    norms = products.flatten(1)[:, :: points.shape[1] + 1]
+    distances = torch.add(norms.unsqueeze(2) + norms.unsqueeze(1), products, alpha=-2)
+    return distances.clamp(min=0.0, max=torch.finfo(torch.float32).max)
+
+
+def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor | None = None) -> Tensor:
+    """How much each point is a centre: log density plus log separation.
+
+    Density is `mass * exp(-mean squared distance to the nearest / width)`; separation the distance to the nearest
+    denser point. The densest, whose separation is published as the largest distance, and so its score as the highest,
+    has an infinite one. Logarithms, since the density underflows on tokens of large norm.
+
+    Args:
+        distances: Squared distances, fp32 `(B, n, n)`.
+        width: `F`, the numbers in a point.
+        neighbours: How many nearest count for the density, the point itself among them.
+        log_mass: Logarithm of each point's mass, fp32 `(B, n)`; every mass is 1 where None, as published.
+
+    Returns:
+        fp32 `(B, n)`; higher is more of a centre, `-inf` for a point that coincides with a denser one or is no number.
+    """
+    count = distances.shape[1]
+    log_density = -_mean_of_nearest(distances, min(neighbours, count)) / width
+    if log_mass is not None:
+        log_density = log_density + log_mass
+    order = ranking(log_density)
+    rank = torch.arange(count, device=distances.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, rank)
+    # Added rather than filled in: a masked fill took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
+    not_denser = rank.unsqueeze(1) >= rank.unsqueeze(2)
+    to_denser = torch.add(distances, not_denser, alpha=torch.finfo(torch.float32).max).amin(2)
+    scores = log_density + 0.5 * to_denser.log()
+    return scores.masked_fill(scores.isnan(), -torch.inf).masked_fill(rank == 0, torch.inf)
+
+
+def _mean_of_nearest(distances: Tensor, neighbours: int) -> Tensor:
+    """Mean distance to the nearest points, the point itself among them, `(B, n)`."""
+    if neighbours < 2 or neighbours > 4:
+        return distances.topk(neighbours, dim=2, largest=False).values.mean(2)
+    # A few minima in turn: finding them by topk took a fifth of a stage on a GPU. The point itself is at 0.
+    far = torch.finfo(torch.float32).max
+    others = torch.add(distances, torch.eye(distances.shape[1], device=distances.device), alpha=far)
+    found = []
+    for _ in range(neighbours - 2):
+        value, nearest = others.min(2, keepdim=True)
+        found.append(value.squeeze(2))
+        others = others.scatter(2, nearest, far)
+    return sum(found, others.amin(2)) / neighbours
+
+
+def nearest_centre(distances: Tensor, centres: Tensor) -> Tensor:
+    """The centre each point is nearest to; a centre joins itself, equal distances go to the earlier centre.
+
+    Args:
+        distances: Distances in any monotonic form, fp32 `(B, n, n)`.
+        centres: Numbers of the centres, ascending, int64 `(B, C)`.
+
+    Returns:
+        Position in `centres`, int64 `(B, n)`.
+    """
+    is_centre = torch.zeros_like(distances[:, 0], dtype=torch.int64).scatter(1, centres, 1)
+    return (is_centre.cumsum(1) - 1).gather(1, _joined(distances, is_centre))
+
+
+def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:
+    """The number of the centre that each point joins, int64 `(B, n)`; `is_centre` holds 1 or 0."""
+    apart = (1 - is_centre) * torch.finfo(torch.float32).max
+    # min is documented to return the first of equal minima. Gathering the centres' rows took three times as long.
+    nearest = (distances + apart.unsqueeze(1)).min(2).indices
+    itself = torch.arange(distances.shape[1], device=distances.device)
+    return torch.where(is_centre > 0, itself, nearest)
+
+
+def windows(count: int, clusters: int, window: int) -> int:
+    """Into how many windows of equal size the tokens of an image are split.
+
+    As many as hold `window` tokens or a little fewer; fewer and larger ones where each would get less than
+    `WINDOW_CLUSTERS` clusters, or where the number of tokens divides by nothing near (a prime by nothing at all). So a
+    slightly lower keep rate can cost slightly more, where it takes windows away.
+
+    Args:
+        count: `N`, the number of tokens.
+        clusters: `C`, for the whole image.
+        window: The tokens wanted in a window.
+
+    Returns:
+        A divisor of `N`, at least 1.
+    """
+    fewest = -(-count // window)
+    most = min(2 * fewest, clusters // WINDOW_CLUSTERS)
+    dividing = [number for number in range(1, most + 1) if count % number == 0] or [1]
+    return next((number for number in dividing if number >= fewest), dividing[-1])
+
+
+def density_clusters(
+    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None = None, mass: float = 0.0, parts: int = 1
+) -> Tensor:
+    """Clusters the points of each image around its density peaks.
+
+    Args:
+        points: `(B, n, F)` in any floating dtype; compared in fp32.
+        clusters: `C`, at most `n`.
+        neighbours: How many nearest count for the density, the point itself among them.
+        sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
+        mass: Power of its size by which a point is denser.
+        parts: Windows of consecutive points, a divisor of `n`, at most `C`: points are compared within theirs only, so
+            that time and memory grow with `n^2 / parts`. Centres are the best of the image, one a window at least.
+
+    Returns:
+        Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
+    """
+    sizes = sizes if mass else None
+    if _has_kernel(points, neighbours, parts):
+        from tokencut.ops.kernels import clusters as kernel
+
+        return kernel.density_clusters(points, clusters, neighbours, sizes, mass, parts)
+    batch, count, width = points.shape
+    log_mass = None if sizes is None else mass * sizes.log().unflatten(1, (parts, -1)).flatten(0, 1)
+    distances = squared_distances(points.unflatten(1, (parts, -1)).flatten(0, 1))
+    scores = peak_scores(distances, width, neighbours, log_mass)
+    centres = ranking(scores.view(batch, count))[:, :clusters]
+    is_centre = torch.zeros_like(centres[:, :1]).expand(-1, count).scatter(1, centres, 1)
+    joined = _joined(distances, is_centre.view(batch * parts, -1)).view(batch, parts, -1)
+    joined = joined + torch.arange(0, count, count // parts, device=joined.device).unsqueeze(1)
+    return (is_centre.cumsum(1) - 1).gather(1, joined.view(batch, count))
+
+
+def density_average(
+    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float = 0.0, parts: int = 1
+) -> Grouping:
+    """The decision to average the clusters of each image.
+
+    Args:
+        points: `(B, N, F)` in any floating dtype; compared in fp32.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative.
+        sizes: Patches that each token holds, fp32 `(B, N)`.
+        clusters: `C`, at most `N`.
+        neighbours: How many nearest count for the density, the token itself among them.
+        mass: Power of its size by which a token is denser.
+        parts: Windows, as in `density_clusters`.
+    """
+    if _has_kernel(points, neighbours, parts):
+        from tokencut.ops.kernels import clusters as kernel
+
+        group, coefficients, held = kernel.density_average(points, weight, sizes, clusters, neighbours, mass, parts)
+        return Grouping(group, coefficients, clusters, held, ordered=True)
+    group = density_clusters(points, clusters, neighbours, sizes, mass, parts)
+    return ordered_average(group, weight, sizes, clusters)
+
+
+def _has_kernel(points: Tensor, neighbours: int, parts: int) -> bool:
+    """Whether a GPU kernel clusters such points; in fp32, without tensor cores, it is no faster."""
+    half = points.dtype in (torch.float16, torch.bfloat16)
+    return (
+        half and neighbours in KERNEL_NEIGHBOURS and neighbours <= points.shape[1] // parts and kernels.usable(points)
+    )

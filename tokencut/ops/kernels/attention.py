@@ -1,0 +1,148 @@
+"""Attention with a bias on the keys, and the class row, on a GPU.
+
+Proportional attention at the price of attention without a mask: PyTorch's fused attention takes 255 us with the
+log-size mask and 87 without, this one 67 (H200, DeiT-S, 139 tokens, bf16, batch 256).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokencut.ops.kernels import opaque
+
+ROWS, COLUMNS = 64, 32  # of a tile of logits; 42 us where 64, 64 takes 47 and 32, 64 takes 63 (H200, 98 tokens)
+
+
+@triton.jit
+def _attend(
+    query, key, value, bias, result, count, scale,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, heads,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head, against all keys, with the running softmax of arXiv 2205.14135."""
+    # One dimension, since only the first may exceed 65,535; the blocks of a head side by side, as they share its keys.
+    blocks = tl.cdiv(count, ROWS)
+    number = tl.program_id(0) // blocks
+    image, head = (number // heads).to(tl.int64), number % heads
+    rows = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    numbers = tl.arange(0, PADDED)
+    wide = numbers < WIDTH
+    q = tl.load(query + image * q_batch + head * q_head + rows[:, None] * q_row + numbers[None, :],
+                mask=(rows[:, None] < count) & wide[None, :], other=0.0)  # fmt: skip
+    key += image * k_batch + head * k_head
+    value += image * v_batch + head * v_head
+    bias += image * bias_batch
+    largest = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, PADDED), tl.float32)
+    for start in range(0, count, COLUMNS):
+        now = start + columns
+        inside = now < count
+        k = tl.load(key + now[None, :] * k_row + numbers[:, None], mask=inside[None, :] & wide[:, None], other=0.0)
+        added = tl.load(bias + now, mask=inside, other=-float("inf")).to(tl.float32)
+        logits = tl.dot(q, k, input_precision="ieee") * scale + added[None, :]
+        new = tl.maximum(largest, tl.max(logits, 1))
+        weights = tl.exp(logits - new[:, None])
+        shrink = tl.exp(largest - new)
+        v = tl.load(value + now[:, None] * v_row + numbers[None, :], mask=inside[:, None] & wide[None, :], other=0.0)
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(weights, 1)
+        largest = new
+    # Written as `(B, N, H, d)`, so that putting the heads side by side copies nothing.
+    place = ((image * count + rows[:, None]) * heads + head) * WIDTH + numbers[None, :]
+    tl.store(result + place, (sums / total[:, None]).to(result.dtype.element_ty),
+             mask=(rows[:, None] < count) & wide[None, :])  # fmt: skip
+
+
+@opaque(
+    "(Tensor query, Tensor key, Tensor value, Tensor bias) -> Tensor",
+    lambda query, key, value, bias: query.transpose(1, 2).new_empty(query.transpose(1, 2).shape).transpose(1, 2),
+)
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Self-attention with a bias that is the same for all queries and heads.
+
+    Args:
+        query: `(B, H, N, d)`, the last dimension contiguous, like `key` and `value`.
+        key: `(B, H, N, d)`.
+        value: `(B, H, N, d)`.
+        bias: Added to the logits, `(B, 1, 1, N)`.
+
+    Returns:
+        `(B, H, N, d)`, in memory as `(B, N, H, d)`.
+    """
+    batch, heads, count, width = query.shape
+    result = query.new_empty((batch, count, heads, width))
+    _attend[(batch * heads * triton.cdiv(count, ROWS),)](
+        query, key, value, bias, result, count, width**-0.5, *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], bias.stride(0), heads, WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
+        ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    return result.transpose(1, 2)
+
+
+@triton.jit
+def _class_rows(
+    query, key, bias, rows, count, scale, q_batch, q_head, q_row, k_batch, k_head, k_row, bias_batch,
+    queries, heads, BIASED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The attention of one query of one head over all keys."""
+    image = tl.program_id(1).to(tl.int64)
+    head, row = tl.program_id(0) // queries, tl.program_id(0) % queries
+    numbers = tl.arange(0, PADDED)
+    wide = numbers < WIDTH
+    q = tl.load(query + image * q_batch + head * q_head + row * q_row + numbers, mask=wide, other=0.0).to(tl.float32)
+    q *= scale
+    key += image * k_batch + head * k_head
+    rows += (image * heads * queries + tl.program_id(0)) * count
+    largest = tl.full((COLUMNS,), -float("inf"), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, count, COLUMNS):
+        now = start + tl.arange(0, COLUMNS)
+        k = tl.load(key + now[:, None] * k_row + numbers[None, :],
+                    mask=(now[:, None] < count) & wide[None, :], other=0.0).to(tl.float32)  # fmt: skip
+        logits = tl.sum(k * q[None, :], 1)
+        if BIASED:
+            logits += tl.load(bias + image * bias_batch + now, mask=now < count, other=0.0).to(tl.float32)
+        logits = tl.where(now < count, logits, -float("inf"))
+        new = tl.maximum(largest, logits)
+        seen = new > -float("inf")
+        total = tl.where(seen, total * tl.exp(largest - new) + tl.exp(logits - new), total)
+        largest = new
+        tl.store(rows + now, logits, mask=now < count)
+    most = tl.max(largest, 0)
+    whole = tl.sum(tl.where(largest > -float("inf"), total * tl.exp(largest - most), 0.0), 0)
+    tl.debug_barrier()  # what one thread has written another may read
+    for start in range(0, count, COLUMNS):
+        now = start + tl.arange(0, COLUMNS)
+        logits = tl.load(rows + now, mask=now < count, other=-float("inf"))
+        tl.store(rows + now, tl.exp(logits - most) / whole, mask=now < count)
+
+
+@opaque(
+    "(Tensor query, Tensor key, Tensor? bias) -> Tensor",
+    lambda query, key, bias: key.new_empty((key.shape[0], key.shape[2]), dtype=torch.float32),
+)
+def class_rows(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """The attention of a few queries over all keys, averaged over heads and queries.
+
+    Args:
+        query: `(B, H, R, d)`, the last dimension contiguous, like `key`.
+        key: `(B, H, N, d)`.
+        bias: Added to the logits, `(B, 1, 1, N)`, or None.
+
+    Returns:
+        fp32 `(B, N)`.
+    """
+    batch, heads, queries, width = query.shape
+    count = key.shape[2]
+    rows = torch.empty((batch, heads * queries, count), dtype=torch.float32, device=key.device)
+    _class_rows[heads * queries, batch](
+        query, key, key if bias is None else bias, rows, count, width**-0.5, *query.stride()[:3], *key.stride()[:3],
+        0 if bias is None else bias.stride(0), queries, heads, BIASED=bias is not None, WIDTH=width,
+        PADDED=triton.next_power_of_2(width), COLUMNS=64,
+    )  # fmt: skip
+    return rows.mean(1)

@@ -1,0 +1,281 @@
+"""Density-peak clusters, and their averages, on a GPU: `ops.density_peaks` in two launches instead of sixty.
+
+One kernel makes the distances, on tensor cores in half precision: the products of half-precision numbers are exact in
+fp32, so only the order of summation differs from an fp32 product. Where a window fits into one tile it goes on to how
+much each point is a centre. Another kernel does all the rest (`ops.kernels.phases`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokencut.ops.kernels import opaque
+from tokencut.ops.kernels.phases import run_phases
+
+TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
+ALONE = 128  # up to so many tokens one tile holds all distances of a window, and what follows from them is done there
+# Two such programs fit into a multiprocessor then; the compiler's own choice leaves room for one. A matter of NVIDIA's.
+SHARED_BY_TWO = {"maxnreg": 128} if torch.version.hip is None else {}
+OWN, OTHERS = 256, 4  # tokens that a program owns, and those it compares them with at once
+LANES = 2  # threads for each token owned
+WHOLE = 512  # up to so many tokens one program does all of an image; beyond, one launch a phase fills the GPU better
+
+
+@triton.jit
+def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_stride, mass,
+           WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
+           SIZED: tl.constexpr):  # fmt: skip
+    """The squared distances of a window that fits into one tile, and how much each of its points is a centre."""
+    window = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, TILE)
+    points += window // parts * batch_stride + window % parts * count * row_stride
+    distances += window * count * count
+    products = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        features = start + tl.arange(0, CHUNK)
+        a = tl.load(points + rows[:, None] * row_stride + features[None, :],
+                    mask=(rows[:, None] < count) & (features[None, :] < WIDTH), other=0.0)  # fmt: skip
+        products = tl.dot(a, tl.trans(a), products, input_precision="ieee")
+    itself = rows[:, None] == rows[None, :]
+    norms = tl.where(itself, products, 0.0)
+    squared = tl.maximum(tl.sum(norms, 1)[:, None] + tl.sum(norms, 0)[None, :] - 2.0 * products, 0.0)
+    inside = (rows[:, None] < count) & (rows[None, :] < count)
+    tl.store(distances + rows[:, None] * count + rows[None, :], tl.where(itself, 0.0, squared), mask=inside)
+    squared = tl.where(inside & (rows[:, None] != rows[None, :]), squared, float("inf"))
+    # The nearest, then the nearest of those farther off, each as often as it occurs: no other array in registers.
+    total = tl.zeros((TILE,), tl.float32)
+    nearest = tl.full((TILE,), -1.0, tl.float32)
+    left = tl.full((TILE,), NEIGHBOURS - 1, tl.int32)
+    for _ in tl.static_range(NEIGHBOURS - 1):
+        nearest = tl.min(tl.where(squared > nearest[:, None], squared, float("inf")), 1)
+        taken = tl.minimum(tl.sum((squared == nearest[:, None]).to(tl.int32), 1), left)
+        total += tl.where(taken > 0, nearest * taken, 0.0)
+        left -= taken
+    density = -(total / NEIGHBOURS) / WIDTH
+    if SIZED:
+        density += mass * tl.log(tl.load(sizes + window * count + rows, mask=rows < count, other=1.0))
+    earlier = (density[None, :] == density[:, None]) & (rows[None, :] < rows[:, None])
+    denser = (density[None, :] > density[:, None]) | earlier
+    apart = tl.min(tl.where(denser, squared, float("inf")), 1)
+    score = tl.where(apart == float("inf"), float("inf"), density + 0.5 * tl.log(apart))
+    tl.store(scores + window * count + rows, score, mask=rows < count)
+
+
+@triton.jit
+def _distances(points, distances, count, parts, batch_stride, row_stride,
+               WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """One tile of the squared distances of a window, and its mirror image."""
+    window = tl.program_id(2).to(tl.int64)
+    row, column = tl.program_id(1), tl.program_id(0)
+    if row > column:
+        return
+    rows = row * TILE + tl.arange(0, TILE)
+    columns = column * TILE + tl.arange(0, TILE)
+    points += window // parts * batch_stride + window % parts * count * row_stride
+    distances += window * count * count
+    products = tl.zeros((TILE, TILE), tl.float32)
+    row_norms = tl.zeros((TILE,), tl.float32)
+    column_norms = tl.zeros((TILE,), tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        features = start + tl.arange(0, CHUNK)
+        a = tl.load(points + rows[:, None] * row_stride + features[None, :],
+                    mask=(rows[:, None] < count) & (features[None, :] < WIDTH), other=0.0)  # fmt: skip
+        b = tl.load(points + columns[None, :] * row_stride + features[:, None],
+                    mask=(columns[None, :] < count) & (features[:, None] < WIDTH), other=0.0)  # fmt: skip
+        row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+        column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
+        products = tl.dot(a, b, products, input_precision="ieee")
+    squared = tl.maximum(row_norms[:, None] + column_norms[None, :] - 2.0 * products, 0.0)
+    squared = tl.where(rows[:, None] == columns[None, :], 0.0, squared)
+    tl.store(distances + rows[:, None] * count + columns[None, :], squared,
+             mask=(rows[:, None] < count) & (columns[None, :] < count))  # fmt: skip
+    if row < column:
+        tl.store(distances + columns[:, None] * count + rows[None, :], tl.trans(squared),
+                 mask=(columns[:, None] < count) & (rows[None, :] < count))  # fmt: skip
+
+
+def squared_distances(points: Tensor, parts: int = 1) -> Tensor:
+    """Squared distances between the points of each window, tile by tile.
+
+    Args:
+        points: `(B, n, F)` in any floating dtype, the last dimension contiguous.
+        parts: Windows of consecutive points, a divisor of `n`.
+
+    Returns:
+        fp32 `(B * parts, n / parts, n / parts)`.
+    """
+    batch, count, width = points.shape
+    distances = _empty_distances(points, parts)
+    window = count // parts
+    tiles = triton.cdiv(window, TILE)
+    _distances[tiles, tiles, batch * parts](
+        points, distances, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=TILE,
+        CHUNK=_chunk(points),
+        # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
+        num_stages=1,
+    )  # fmt: skip
+    return distances
+
+
+def _empty_distances(points: Tensor, parts: int) -> Tensor:
+    """Room for the distances within each window."""
+    window = points.shape[1] // parts
+    return torch.empty((points.shape[0] * parts, window, window), dtype=torch.float32, device=points.device)
+
+
+def _chunk(points: Tensor) -> int:
+    """Features that a product takes at once: as many bytes in any precision."""
+    return 2 * CHUNK // points.element_size()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the phases of one decision read and write, for all tokens of a batch."""
+
+    group: Tensor
+    weight: Tensor
+    sizes: Tensor
+    floats: Tensor
+    integers: Tensor
+    share: Tensor
+    ordered: Tensor
+    leaving: Tensor
+
+    @classmethod
+    def of(cls, group: Tensor, weight: Tensor, sizes: Tensor, clusters: int) -> _Work:
+        """Allocates scratch and results for a grouping of `clusters` groups."""
+        plane = group.numel()
+        return cls(
+            group, weight.contiguous(), sizes.contiguous(),
+            floats=torch.empty(3 * plane, dtype=torch.float32, device=group.device),
+            integers=torch.empty(2 * plane, dtype=torch.int32, device=group.device),
+            share=torch.empty(group.shape, dtype=torch.float32, device=group.device),
+            ordered=torch.empty(group.shape, dtype=torch.int64, device=group.device),
+            leaving=torch.empty((group.shape[0], clusters), dtype=torch.float32, device=group.device),
+        )  # fmt: skip
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Group of each token in order, coefficients, and sizes of the groups."""
+        return self.ordered, self.share, self.leaving
+
+    @property
+    def scores(self) -> Tensor:
+        """What phase 1 writes, and `_peaks`."""
+        return self.floats[self.group.numel() :]
+
+    def run(
+        self, first: int, last: int, groups: int,
+        distances: Tensor | None = None, mass: float = 0.0, width: int = 1, neighbours: int = 3,
+    ) -> None:  # fmt: skip
+        """Phases `first` to `last`; a group is named by a number below `groups`, and a token of none by `groups`."""
+        batch, count = self.group.shape
+        whole = count <= WHOLE
+        own = min(OWN, max(64, triton.next_power_of_2(count)))
+        for start, end in [(first, last)] if whole else [(phase, phase) for phase in range(first, last + 1)]:
+            run_phases[1 if whole else triton.cdiv(count, own), batch](
+                self.floats if distances is None else distances, self.group, self.weight, self.sizes, self.floats,
+                self.integers, self.share, self.ordered, self.leaving, count,
+                count if distances is None else distances.shape[1], self.group.numel(), self.leaving.shape[1], groups,
+                mass, WIDTH=width, NEIGHBOURS=neighbours, SIZED=mass != 0.0, OWN=own, OTHERS=OTHERS, FIRST=start,
+                LAST=end, WHOLE=whole, ALL=whole and count <= own, num_warps=LANES * own // 32,
+            )  # fmt: skip
+
+    def cluster(self, points: Tensor, mass: float, neighbours: int, parts: int, last: int) -> None:
+        """Phases 0 to `last`, the first two along with the distances where a window fits into one tile."""
+        batch, count, width = points.shape
+        points = points if points.stride(2) == 1 else points.contiguous()
+        window = count // parts
+        if window > ALONE:
+            self.run(0, last, count, squared_distances(points, parts), mass, width, neighbours)
+            return
+        distances = _empty_distances(points, parts)
+        _peaks[(batch * parts,)](
+            points, self.sizes, distances, self.scores, window, parts, points.stride(0), points.stride(1), mass,
+            WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(points), NEIGHBOURS=neighbours,
+            SIZED=mass != 0.0, num_warps=8, num_stages=4, **SHARED_BY_TWO,
+        )  # fmt: skip
+        self.run(2, last, count, distances)
+
+
+def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Group of each token, coefficients, and sizes of the groups, in their shapes only."""
+    held = weight.new_empty((weight.shape[0], groups))
+    return torch.empty_like(weight, dtype=torch.int64), torch.empty_like(weight), held
+
+
+@opaque(
+    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int neighbours, float mass, int parts)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda points, weight, sizes, clusters, neighbours, mass, parts: _three_empty(weight, clusters),
+)
+def density_average(
+    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clusters the points of each image around its density peaks and averages each cluster.
+
+    Args:
+        points: `(B, n, F)` in any floating dtype.
+        weight: Raw weight of each point, fp32 `(B, n)`, not negative.
+        sizes: Patches that each point holds, fp32 `(B, n)`.
+        clusters: `C`, at most `n`.
+        neighbours: How many nearest count for the density, the point itself among them: 3 or 4, at most `n / parts`.
+        mass: Power of its size by which a point is denser.
+        parts: Windows within which points are compared, a divisor of `n`, at most `C`.
+
+    Returns:
+        Cluster of each point, int64 `(B, n)`, numbered by the smallest member; coefficients, fp32 `(B, n)`; patches
+        held by each cluster, fp32 `(B, C)`.
+    """
+    # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
+    joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
+    work = _Work.of(joined, weight, sizes, clusters)
+    work.cluster(points, float(mass), neighbours, parts, 5)
+    return work.results
+
+
+@opaque(
+    "(Tensor points, int clusters, int neighbours, Tensor? sizes, float mass, int parts) -> Tensor",
+    lambda points, clusters, neighbours, sizes, mass, parts: points.new_empty(points.shape[:2], dtype=torch.int64),
+)
+def density_clusters(
+    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None, mass: float, parts: int
+) -> Tensor:
+    """As `density_average`, without the average.
+
+    Returns:
+        Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
+    """
+    joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
+    known = torch.empty(0, device=points.device) if sizes is None else sizes
+    work = _Work.of(joined, known, known, clusters)
+    work.cluster(points, 0.0 if sizes is None else float(mass), neighbours, parts, 3)
+    centres = work.integers[: joined.numel()].view(joined.shape)
+    return centres.cumsum(1).gather(1, joined.long()) - 1
+
+
+@opaque(
+    "(Tensor group, Tensor weight, Tensor sizes, int count) -> (Tensor, Tensor, Tensor)",
+    lambda group, weight, sizes, count: _three_empty(weight, count),
+)
+def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers groups by their smallest member and turns raw weights into coefficients.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`, within `0..M-1` in any numbering, no group empty; `M` for none.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative.
+        sizes: Patches held by each token, fp32 `(B, N)`.
+        count: `M`, the number of groups.
+
+    Returns:
+        Group of each token in that order, int64 `(B, N)`; coefficients, fp32 `(B, N)`; patches held by each group, fp32
+        `(B, M)`.
+    """
+    work = _Work.of(group.contiguous(), weight, sizes, count)
+    work.run(4, 5, count)
+    return work.results

@@ -1,0 +1,78 @@
+"""`torch.compile` for a model, and running in batches of one size what was made for just that size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tokencut.errors import ModelError, UsageError
+from tokencut.model import CompressedModel
+from tokencut.models.checkpoints import one_line
+
+# torch's own names; reduce-overhead captures CUDA graphs.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+def check_mode(mode: str) -> None:
+    """Refuses a mode of `torch.compile` that there is not.
+
+    Raises:
+        UsageError: With those there are.
+    """
+    if mode not in COMPILE_MODES:
+        raise UsageError(f"unknown compile mode {mode!r}, expected one of {', '.join(COMPILE_MODES)}; type "
+                         "--compile-mode default")  # fmt: skip
+
+
+def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
+    """Compiles a model, for batches of one size: another size, mode or precision compiles it once more.
+
+    A compressed model is captured as one graph, or fails; timm's own models may have breaks.
+
+    Args:
+        model: Dense or compressed; it stays as it is.
+        mode: One of `COMPILE_MODES`.
+
+    Returns:
+        A function from images to logits. Its first call compiles, which takes from seconds to minutes. With
+        `reduce-overhead` the logits hold until the next call.
+
+    Raises:
+        UsageError: There is no such mode.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # a second and more, which only this needs
+
+    check_mode(mode)
+    compiled = torch.compile(model, fullgraph=isinstance(model, CompressedModel), dynamic=False, mode=mode)
+
+    def forward(images: Tensor) -> Tensor:
+        try:
+            logits: Tensor = compiled(images)
+        except TorchDynamoException as error:
+            reason = one_line(str(error).partition("\n")[0])
+            raise ModelError(f"torch.compile failed ({reason}); it needs a C++ compiler on a CPU and Triton on a GPU: "
+                             "install that, or leave out --compile") from error  # fmt: skip
+        return logits
+
+    return forward
+
+
+def in_batches(forward: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """Calls a model with batches of exactly one size.
+
+    Args:
+        forward: From `(size, C, H, W)` to one row an image.
+        images: Any number of images but none, `(B, C, H, W)`.
+        size: Images in a batch. The last one is filled up by repeating an image, and the surplus rows are dropped.
+
+    Returns:
+        One row an image, `(B, ...)`.
+    """
+    rows = []
+    for chunk in images.split(size):
+        missing = size - chunk.shape[0]
+        filled = torch.cat((chunk, chunk[-1:].expand(missing, -1, -1, -1))) if missing else chunk
+        rows.append(forward(filled)[: chunk.shape[0]])
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

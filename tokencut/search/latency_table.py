@@ -1,0 +1,154 @@
+"""How long a schedule takes on this machine, foretold from a table of its parts: half blocks, whole blocks, stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencut.adapters import Adapter
+from tokencut.attention import TimmModule, attention_bias
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.methods import Scene
+from tokencut.model import CompressedModel, Stage, before_stage
+from tokencut.profiling.latency import Forward, measure
+from tokencut.profiling.measuring import random_images
+from tokencut.search.space import Counts
+from tokencut.tokens import Tokens
+
+# Token counts in the table, as shares of all: between them times are taken to be linear.
+SHARES = (1.0, 0.8, 0.6, 0.45, 0.3, 0.2, 0.1, 0.03)
+# A stage's time goes with what enters it; it is timed letting this share out.
+STAGE_KEEP = 0.75
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds that the parts of a model take for one batch.
+
+    Attributes:
+        counts: The image tokens at which parts were timed, ascending.
+        block: A whole block, after tokens were merged, at each of `counts`.
+        attend: The first half of a reducing block, likewise.
+        stage: Its stage, letting 3 of 4 tokens out.
+        proceed: Its second half.
+        fresh: A whole block before anything was merged, at all tokens.
+        ends: Embedding and head.
+        depth: The number of blocks.
+    """
+
+    counts: tuple[int, ...]
+    block: tuple[float, ...]
+    attend: tuple[float, ...]
+    stage: tuple[float, ...]
+    proceed: tuple[float, ...]
+    fresh: float
+    ends: float
+    depth: int
+
+    @property
+    def dense(self) -> float:
+        """Seconds of a dense forward."""
+        return self.ends + self.depth * self.fresh
+
+    def seconds(self, counts: Counts) -> float:
+        """Seconds of a forward under a schedule."""
+        total, now = self.ends, self.counts[-1]
+        for after in counts:
+            if after < now:
+                total += self._at(self.attend, now) + self._at(self.stage, now) + self._at(self.proceed, after)
+            else:
+                total += self.fresh if now == self.counts[-1] else self._at(self.block, now)
+            now = after
+        return total
+
+    def speedup(self, counts: Counts) -> float:
+        """How many times as fast as the dense model a schedule is."""
+        return self.dense / self.seconds(counts)
+
+    def _at(self, times: tuple[float, ...], tokens: int) -> float:
+        return float(np.interp(tokens, self.counts, times))
+
+
+def latency_table(
+    model: CompressedModel,
+    *,
+    batch_size: int,
+    device: torch.device,
+    rounds: int = 15,
+    max_seconds: float = 20.0,
+    on_round: Callable[[int, int], None] | None = None,
+) -> LatencyTable:
+    """Times the parts of a model in turn, so that all see the same machine; call it in the model's `inference_state`.
+
+    The first block stands for all: those of a Vision Transformer are alike.
+
+    Args:
+        model: The model with its method.
+        batch_size: Images a forward.
+        device: Where it runs.
+        rounds: How many samples of each part to take.
+        max_seconds: After so much time no new round is begun.
+        on_round: Told rounds done and rounds in all.
+    """
+    parts = _Parts(model)
+    images = random_images(model, (batch_size, *preprocessing_of(model).config["input_size"]), device)
+    with torch.no_grad():
+        whole = Tokens(parts.adapter.embed(parts.model, images), parts.adapter.prefix(parts.model))
+    counts = sorted({max(2, math.ceil(share * whole.count)) for share in SHARES})
+    timed: dict[str, Forward] = {
+        "fresh": lambda _: parts.run(whole),
+        "embed": lambda batch: parts.adapter.embed(parts.model, batch),
+        "head": lambda _: parts.head(whole),
+    }
+    for count in counts:
+        timed |= parts.timed(whole, count)
+    times = {name: t.median_ms / 1000 for name, t in measure(
+        timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, on_round=on_round
+    ).items()}  # fmt: skip
+    columns = {part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attend", "proceed")}
+    stage = tuple(max(0.0, times[f"stage {count}"] - times[f"attend {count}"]) for count in counts)
+    ends = times["embed"] + times["head"]
+    depth = len(parts.adapter.blocks(parts.model))
+    return LatencyTable(tuple(counts), columns["block"], columns["attend"], stage, columns["proceed"], times["fresh"],
+                        ends, depth)  # fmt: skip
+
+
+class _Parts:
+    """A model's parts as functions to be timed."""
+
+    def __init__(self, model: CompressedModel) -> None:
+        self.adapter: Adapter = model.adapter
+        self.model: TimmModule = model.model
+        self.proportional = model.recipe.prop_attn
+        self.method = model.method
+        self.stage = Stage(model.method).eval()
+        self.first: TimmModule = next(iter(self.adapter.blocks(self.model)))
+
+    def timed(self, whole: Tokens, count: int) -> dict[str, Forward]:
+        """The parts with `count` image tokens; the stage is timed together with the half block that feeds it."""
+        features = whole.features[:, : whole.prefix + count].contiguous()
+        sizes = torch.full((len(features), count), 2.0, device=features.device) if self.method.merges() else None
+        tokens, after = replace(whole, features=features, sizes=sizes), max(1, math.ceil(STAGE_KEEP * count))
+        return {
+            f"block {count}": lambda _: self.run(tokens),
+            f"attend {count}": lambda _: self.attend(tokens),
+            f"stage {count}": lambda _: self.stage(self.attend(tokens), min(after, count - 1)),
+            f"proceed {count}": lambda _: self.adapter.proceed(self.first, features),
+        }
+
+    def run(self, tokens: Tokens) -> Tensor:
+        return self.adapter.run(self.first, tokens.features, self._bias(tokens))
+
+    def attend(self, tokens: Tokens) -> Scene:
+        return before_stage(self.adapter, self.model, self.first, tokens, self._bias(tokens))
+
+    def head(self, tokens: Tokens) -> Tensor:
+        return self.adapter.head(self.model, tokens, None)
+
+    def _bias(self, tokens: Tokens) -> Tensor | None:
+        return attention_bias(tokens, self.proportional)

@@ -1,0 +1,254 @@
+"""Finds where and how much to reduce: say what a model may cost, or what it may lose, and get a schedule.
+
+No training. Schedules are compared by what they do to the dense model's own outputs on a few hundred images, at the
+price that the closed form (or a table of times measured on this machine) gives each before it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.data.sources import Source, open_source
+from tokencut.errors import UsageError
+from tokencut.evaluation.statistics import CLEAR
+from tokencut.methods import methods
+from tokencut.model import CompressedModel, compress
+from tokencut.profiling.latency import measure
+from tokencut.profiling.measuring import random_images
+from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
+from tokencut.schedule import Layers
+from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
+from tokencut.search.latency_table import LatencyTable, latency_table
+from tokencut.search.local_search import Climber
+from tokencut.search.probe import Costs, Outcome, Probe
+from tokencut.search.report import SearchProgress, SearchReport, SearchSettings
+from tokencut.search.space import Counts, Space, keeps
+from tokencut.search.targets import Target, cheapest, seek_drop, seek_gmacs, seek_speedup, within
+from tokencut.search_front import FrontPoint, front_of
+from tokencut.search_images import calibration_images
+
+# A measured speed-up that is further below its target is said to be missed.
+MISSED = 0.05
+
+
+class _StoppedError(Exception):
+    """The search was told to stop."""
+
+
+def find_schedule(
+    model: nn.Module,
+    calibration: str | os.PathLike[str] | Source,
+    target: Target,
+    *,
+    layers: Layers | None = None,
+    method: str = "bat",
+    prop_attn: bool | None = None,
+    method_options: Mapping[str, Any] | None = None,
+    settings: SearchSettings | None = None,
+    on_progress: Callable[[SearchProgress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> SearchReport:
+    """Finds the schedule that meets a target with the least damage, without training.
+
+    Args:
+        model: A timm model of a supported family, with its weights; it stays as it was.
+        calibration: Images as `--calibration` names them, or an opened source: never those that accuracy is told of.
+        target: What is asked for.
+        layers: 1-based numbers of the blocks that may reduce; all where None.
+        method: A method's name.
+        prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
+        method_options: Settings of the method, by name.
+        settings: How the search runs.
+        on_progress: Told before each batch how far it is.
+        on_note: Told what takes long before the first batch.
+        should_stop: Asked before each batch; where it says yes, the best so far is returned.
+
+    Returns:
+        The report; `compress(model, keep=report.found.keep, layers=report.found.layers, method=...)` is the model.
+
+    Raises:
+        UsageError: An argument is out of range, or the method has to be trained first.
+        TokencutError: The target cannot be met (the message says what can), or the images cannot be read.
+        KeyboardInterrupt: It was told to stop before any schedule met the target.
+    """
+    chosen, started = settings or SearchSettings(), time.perf_counter()
+    target.check()
+    if methods().get(method) is not None and methods()[method].needs_training:
+        raise UsageError(f"the stages of method {method} mean nothing before they are trained, so there is nothing to "
+                         "search by; type --keep 0.7 instead of a target, or --method bat")  # fmt: skip
+    if not chosen.effort > 0:
+        raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type --search-effort 40")
+    device = resolve_device(chosen.device)
+    if chosen.images < 1:
+        raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type --calibration-limit 512")
+    reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
+                       method_options=method_options)  # fmt: skip
+    source = open_source(calibration, split="train", on_note=on_note)
+    with inference_state(reduced, device, precision_dtype(chosen.precision)):
+        images = calibration_images(reduced, source, limit=chosen.images, batch_size=chosen.batch_size, device=device,
+                                    seed=chosen.seed, workers=chosen.workers)  # fmt: skip
+        run = _Run(reduced, target, chosen, device, on_progress, should_stop)
+        run.seek(images.batches, images.targets)
+        return run.report(images.notes, time.perf_counter() - started)
+
+
+class _Run:
+    """One search: what it has tried, and how that becomes a report."""
+
+    def __init__(
+        self, model: CompressedModel, target: Target, settings: SearchSettings, device: torch.device,
+        on_progress: Callable[[SearchProgress], None] | None, should_stop: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.target = target
+        self.settings = settings
+        self.device = device
+        self.on_progress = on_progress
+        self.should_stop = should_stop
+        self.climber: Climber | None = None
+        self.table: LatencyTable | None = None
+        self.best: FrontPoint | None = None
+        self.counts: Counts | None = None
+        self.speedup: float | None = None
+        self.interrupted = False
+        self.costs = Costs(model)
+
+    def seek(self, batches: tuple[torch.Tensor, ...], targets: torch.Tensor | None) -> None:
+        """Searches until the target is met or somebody says stop."""
+        if self.target.speedup is not None:
+            self.table = latency_table(self.model, batch_size=self.settings.timing_batch_size, device=self.device)
+        try:
+            probe = Probe(self.model, batches, targets, self._on_batch)
+            table = self.table
+            price = self.costs.gmacs if table is None else table.seconds
+            shape, recipe = self.costs.shape, self.model.recipe
+            space = Space(shape.patches, len(shape.blocks), tuple(recipe.layers), price, self.model.method.leaving)
+            self.climber = Climber(probe, space, self.settings.seed, self._on_best)
+            self.counts = self._sought(self.climber, self.settings.effort * probe.passes)
+        except _StoppedError:
+            self.interrupted = True
+            self.counts = None if self.climber is None else self._so_far(self.climber)
+            if self.counts is None:
+                raise KeyboardInterrupt from None
+
+    def _sought(self, climber: Climber, effort: float) -> Counts:
+        if self.target.gmacs is not None:
+            return seek_gmacs(climber, self.target.gmacs, effort)
+        if self.target.max_drop is not None:
+            return seek_drop(climber, self.target.max_drop, effort)
+        assert self.table is not None and self.target.speedup is not None
+        counts, self.speedup = seek_speedup(climber, self.table, self.target.speedup, effort, self._timed)
+        return counts
+
+    def _so_far(self, climber: Climber) -> Counts | None:
+        if self.target.max_drop is not None:
+            return cheapest(climber, self.target.max_drop)
+        if self.table is not None and self.target.speedup is not None:
+            return within(climber, self.table.dense / self.target.speedup)
+        return within(climber, self.target.gmacs or 0.0)
+
+    def _on_batch(self) -> None:
+        if self.should_stop():
+            raise _StoppedError
+        if self.on_progress and self.climber:
+            probe = self.climber.probe
+            self.on_progress(SearchProgress(min(1.0, probe.spent / probe.passes / self.settings.effort), self.best))
+
+    def _on_best(self, counts: Counts, outcome: Outcome) -> None:
+        self.best = self._point(counts, outcome)
+
+    def _timed(self, counts: Counts) -> float:
+        """A schedule's speed-up, dense and compressed in turn."""
+        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.leaving)
+        recipe = self.model.recipe
+        made = compress(self.model.model, keep=keep, layers=layers, method=recipe.method, prop_attn=recipe.prop_attn,
+                        method_options=recipe.method_options).eval()  # fmt: skip
+        size = preprocessing_of(self.model).config["input_size"]
+        images = random_images(self.model, (self.settings.timing_batch_size, *size), self.device)
+        with torch.no_grad():
+            times = measure({"dense": self.model.model, "compressed": made}, images)
+        return times["dense"].median_ms / times["compressed"].median_ms
+
+    def _point(self, counts: Counts, outcome: Outcome) -> FrontPoint:
+        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.leaving)
+        return FrontPoint(
+            layers=layers,
+            keep=keep,
+            tokens=counts,
+            gmacs=self.costs.gmacs(counts),
+            speedup=None if self.table is None else self.table.speedup(counts),
+            damage=outcome.mean,
+            top1=None if outcome.right is None else _percent(outcome.right),
+            agreement=None if outcome.agrees is None else _percent(outcome.agrees),
+            cosine=None if outcome.agrees is not None else 100 * (1 - outcome.mean),
+        )
+
+    def report(self, notes: tuple[str, ...], seconds: float) -> SearchReport:
+        """What was found."""
+        assert self.climber is not None and self.counts is not None
+        tried, dense, space = self.climber.tried, self.climber.probe.dense, self.climber.space
+        points = {counts: self._point(counts, outcome) for counts, outcome in tried.items()}
+        front = front_of(points.values())
+        outcome, found = tried[self.counts], points[self.counts]
+        rate = self._rate(front)
+        by_image = lost(outcome, dense)
+        return SearchReport(
+            target=self.target.option,
+            found=found,
+            metric=metric_of(dense),
+            drop=float(by_image.mean()),
+            drop_error=float(by_image.std()) / len(by_image) ** 0.5 if len(by_image) > 1 else 0.0,
+            expected_drop=rate.expected(outcome.mean),
+            sure_drop=rate.bound(outcome.mean),
+            dense_gmacs=self.costs.gmacs(space.dense),
+            dense_top1=None if dense.right is None else _percent(dense.right),
+            speedup=self.speedup,
+            images=self.climber.probe.images,
+            tried=len(tried),
+            seconds=seconds,
+            interrupted=self.interrupted,
+            front=front,
+            notes=(*notes, *self._misses(), *told_by_heart(by_image, rate.bound(outcome.mean))),
+        )
+
+    def _misses(self) -> tuple[str, ...]:
+        """What has to be said of a speed-up that the machine does not show."""
+        wanted = self.target.speedup
+        if wanted is None or self.speedup is None or self.speedup >= (1 - MISSED) * wanted:
+            return ()
+        return (f"measured {self.speedup:.2f} times as fast instead of {wanted:g}: either this machine has other work, "
+                "or stages take what they save; run it again when quiet, or type a larger --batch-size",)  # fmt: skip
+
+    def _rate(self, front: tuple[FrontPoint, ...]) -> DropRate:
+        assert self.climber is not None
+        return fit_rate([self.climber.tried[point.tokens] for point in front], self.climber.probe.dense)
+
+
+def _percent(values: torch.Tensor) -> float:
+    return 100 * float(values.double().mean())
+
+
+def told_by_heart(by_image: torch.Tensor, sure: float) -> tuple[str, ...]:
+    """What has to be said where labels tell of a clearly larger loss than is expected on other images.
+
+    Args:
+        by_image: Points that each image lost, `(images,)`.
+        sure: Points that are expected, with a standard error.
+    """
+    if len(by_image) < 2:
+        return ()
+    drop, error = float(by_image.mean()), float(by_image.std()) / len(by_image) ** 0.5
+    if drop - CLEAR * error <= sure:
+        return ()
+    return (
+        f"calibration labels tell of {drop:.2f} ± {error:.2f} points lost where {sure:.2f} are expected on other "
+        "images; a model knows images that it was trained on by heart: judge it by others, with tokencut eval",
+    )

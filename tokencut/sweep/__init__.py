@@ -1,0 +1,1 @@
+"""Many reductions of one model, compared."""

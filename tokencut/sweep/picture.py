@@ -1,0 +1,90 @@
+"""A sweep's picture: what is left of a few of its images under each method, at the lowest keep rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tokencut.data.image_set import ImageSet
+from tokencut.data.photos import Photo, check_photos, photo_of
+from tokencut.data.sources import evenly_spread
+from tokencut.errors import DataError, UsageError
+from tokencut.model import CompressedModel
+from tokencut.recipe import Recipe
+from tokencut.sweep.rows import Keep, keep_text
+from tokencut.visualization.drawing import Picture, draw
+
+IMAGES = 3
+
+
+@dataclass(frozen=True)
+class SweepPicture:
+    """A picture, the names of its images from top to bottom, and the keep rate it was drawn at."""
+
+    picture: Picture
+    images: tuple[str, ...]
+    keep: str
+
+
+def picture_of(
+    model: nn.Module,
+    recipes: Mapping[tuple[str, Keep], Recipe],
+    images: ImageSet,
+    *,
+    device: torch.device,
+    precision: str,
+    on_note: Callable[[str], None] | None = None,
+) -> SweepPicture | None:
+    """Draws evenly spread images of a sweep, the methods in rows; the same sweep gives the same picture.
+
+    Args:
+        model: The dense model.
+        recipes: What each row does to it.
+        images: What the sweep judges on.
+        device: Where the model runs.
+        precision: What it computes in.
+        on_note: Told why there is no picture.
+
+    Returns:
+        The picture, at the keep rate that leaves least, where methods differ most; None where it would be too large.
+    """
+    lowest = min((keep for _, keep in recipes), key=_mean)
+    models = {
+        label: CompressedModel(model, recipe).eval() for (label, keep), recipe in recipes.items() if keep == lowest
+    }
+    photos = _readable(images)
+    try:
+        picture = draw(models, list(photos.values()), device=device, precision=precision)
+    except UsageError as error:  # a report without a picture is better than none
+        if on_note:
+            on_note(f"the report has no picture of tokens: {error}")
+        return None
+    return SweepPicture(picture, tuple(photos), keep_text(lowest))
+
+
+def _mean(keep: Keep) -> float:
+    rates = keep if isinstance(keep, tuple) else (keep,)
+    return sum(rates) / len(rates)
+
+
+def _readable(images: ImageSet) -> dict[str, Photo]:
+    """Evenly spread images by name; in the place of one that cannot be read stands the next that can."""
+    found: dict[str, Photo] = {}
+    for position in evenly_spread(len(images.indices), IMAGES):
+        for index in images.indices[position:]:
+            name, photo = images.source.filename(index), photo_of(images.source, index)
+            if name not in found and _can_be_read(photo):
+                found[name] = photo
+                break
+    return found
+
+
+def _can_be_read(photo: Photo) -> bool:
+    try:
+        check_photos([photo])
+    except DataError:
+        return False
+    return True

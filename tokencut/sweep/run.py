@@ -1,0 +1,287 @@
+"""Many methods at many budgets on the same images: each pair judged once, with the dense model to stand against."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokencut import cost
+from tokencut.data.image_set import HELD_BYTES, ImageSet, open_images
+from tokencut.data.sources import Source
+from tokencut.errors import UsageError
+from tokencut.evaluation.accuracy import EvaluationReport, Tally, image_notes
+from tokencut.evaluation.statistics import paired_difference
+from tokencut.model import CompressedModel, compress, predicted_macs
+from tokencut.models.pretrained_cfg import description_of
+from tokencut.profiling.latency import Timing, measure
+from tokencut.profiling.measuring import BUSY
+from tokencut.recipe import Recipe
+from tokencut.runtime import extras
+from tokencut.runtime.devices import describe_device, inference_state, precision_dtype, resolve_device, weights_dtype
+from tokencut.schedule import Keep as KeepRate
+from tokencut.schedule import Layers
+from tokencut.sweep.picture import picture_of
+from tokencut.sweep.report import SweepReport, check_folder, write_report
+from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
+from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, versions, with_speed
+
+DENSE_KEY: Key = (DENSE, 1.0)
+# A model's share of the timing: some 20 rounds of what takes a fifth of a second; fewer of what takes longer.
+TIMING_SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep judges, and how.
+
+    Attributes:
+        methods: Method names, each with settings behind colons where wanted (`bat:preset=paper`); or `("all",)`. The
+            first is compared with each of the others.
+        keeps: Fractions of the image tokens entering a stage that leave it: numbers, or sequences with one a layer.
+        layers: As in `compress`.
+        prop_attn: As in `compress`, for every method.
+        limit: Judge an evenly spread sample of so many images.
+        batch_size: Images a batch, judged or timed.
+        workers: Processes that decode images; one a processor, 4 at most, where None.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
+        latency: Whether to measure speeds.
+        held_bytes: Decoded images are held in memory up to this size, in bytes; beyond, every model decodes them anew.
+    """
+
+    methods: Sequence[str] = ("bat", "evit", "tome")
+    keeps: Sequence[KeepRate] = (0.9, 0.7, 0.5)
+    layers: Layers | None = None
+    prop_attn: bool | None = None
+    limit: int | None = None
+    batch_size: int = 64
+    workers: int | None = None
+    device: str | torch.device = "auto"
+    precision: str = "fp32"
+    latency: bool = True
+    held_bytes: int = HELD_BYTES
+
+    def pairs(self) -> list[tuple[Variant, Keep]]:
+        """The rows beside the dense one, keep by keep.
+
+        Raises:
+            UsageError: A method or keep rate stands twice, there is none, or a method is unknown or needs training.
+        """
+        variants = read_variants(self.methods)
+        keeps = [float(keep) if isinstance(keep, (int, float)) else tuple(map(float, keep)) for keep in self.keeps]
+        if not keeps:
+            raise UsageError("no keep rate given; type --keep 0.9,0.7,0.5")
+        refuse_repeats("--keep", "keep", [keep_text(keep) for keep in keeps])
+        return [(variant, keep) for keep in keeps for variant in variants]
+
+
+@dataclass(frozen=True)
+class SweepProgress:
+    """How far a sweep is.
+
+    Attributes:
+        doing: What is going on: the row being judged, or another task.
+        done: Images judged in all rows of this run, or steps of the other task.
+        total: How many there will be.
+        rows_left: Rows still to be finished, the one under way among them.
+        top1: Percent right so far in the row under way.
+    """
+
+    doing: str
+    done: int
+    total: int
+    rows_left: int = 0
+    top1: float | None = None
+
+
+Tell = Callable[[SweepProgress], None]
+
+
+def sweep(
+    model: nn.Module,
+    data: str | os.PathLike[str] | Source,
+    folder: str | os.PathLike[str],
+    plan: SweepPlan | None = None,
+    *,
+    force: bool = False,
+    name: str | None = None,
+    on_progress: Tell | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> SweepReport:
+    """Judges a model under several methods and budgets on the same images, and writes a report; the model stays as is.
+
+    Finished rows are kept in the folder: called again with the same model, images and options, a sweep goes on where it
+    was interrupted, and one with more methods or budgets adds theirs. Speeds are measured last, with all models taking
+    turns, and again whenever models were added.
+
+    Args:
+        model: A timm model with a classification head, of a supported family.
+        data: An image folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        folder: Where the report goes; it is made if its parent exists.
+        plan: What to judge, and how; the defaults where None.
+        force: Whether to drop rows found in the folder instead of going on with them.
+        name: What the report calls the model; by default its architecture.
+        on_progress: Told how far it is.
+        on_note: Told what takes long, and what is taken from an earlier run.
+
+    Returns:
+        The report, whose files are in the folder.
+
+    Raises:
+        TokencutError: matplotlib is missing; a setting is out of range; the model, the images or the folder won't do;
+            or the folder holds rows that were made for something else.
+    """
+    extras.require("the plots need", "matplotlib", extra="plot")
+    plan, into = plan or SweepPlan(), check_folder(folder, force=force)
+    device = resolve_device(plan.device)
+    dtype = precision_dtype(plan.precision)
+    recipes = _recipes(model, plan)
+    images = open_images(
+        model, data, device=device, batch_size=plan.batch_size, workers=plan.workers, limit=plan.limit,
+        held_bytes=plan.held_bytes, on_note=on_note,
+    )  # fmt: skip
+    tell = on_progress or (lambda progress: None)
+    state = None if force else load_state(into)
+    conditions = {
+        **conditions_of(model, images, lambda *read: tell(SweepProgress("reading the images", *read))),
+        "precision": plan.precision,
+        "kind of device": device.type,
+        "layers": str(_layers(recipes)),
+        "proportional attention": str(plan.prop_attn),
+    }
+    if state is not None:
+        state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)
+    run = _Run(recipes, images, state or State(conditions), into, plan, device, tell)
+    finished = len(recipes) + 1 - len(run.left())
+    if finished and on_note:
+        on_note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
+    with inference_state(model, device, dtype), torch.no_grad():
+        notes = run.run(model)
+        pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, on_note=on_note)
+    report = run.report(name or description_of(model).get("architecture") or type(model).__name__, notes)
+    if pictured is not None:
+        report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
+    write_report(report, into, pictured)
+    return report
+
+
+def _recipes(model: nn.Module, plan: SweepPlan) -> dict[Key, Recipe]:
+    """What each row but the dense one does to the model.
+
+    `compress` returns a copy of the model, of which only the recipe is taken: all rows share one set of weights.
+    """
+    return {
+        (variant.label, keep): compress(
+            model, keep=keep, layers=plan.layers, method=variant.method, prop_attn=plan.prop_attn,
+            method_options=variant.options,
+        ).recipe
+        for variant, keep in plan.pairs()
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A sweep under way."""
+
+    recipes: Mapping[Key, Recipe]
+    images: ImageSet
+    state: State
+    folder: Path
+    plan: SweepPlan
+    device: torch.device
+    tell: Tell
+
+    def left(self) -> list[Key]:
+        """The rows that are not finished."""
+        return [key for key in (DENSE_KEY, *self.recipes) if key not in self.state.rows]
+
+    def run(self, model: nn.Module) -> tuple[str, ...]:
+        """Judges what is left, then times all; returns what a user should know of the timing."""
+        wrapped = {key: CompressedModel(model, recipe).eval() for key, recipe in self.recipes.items()}
+        models = {DENSE_KEY: model, **wrapped}
+        left = self.left()
+        for position, key in enumerate(left):
+            report = self._judge(models[key], key, position, len(left))
+            gmacs = cost.total(predicted_macs(models[key])) / 1e9
+            row = Row(*key, gmacs, report.top1, report.top5, None, report.images, report.loss, report.correct)
+            self.state.notes = report.notes
+            self.state.add(row, self.recipes[key].to_json() if key in self.recipes else None)
+            self.state.save(self.folder)
+        return self._time(models) if self.plan.latency else ()
+
+    def _judge(self, model: nn.Module, key: Key, position: int, rows: int) -> EvaluationReport:
+        source, count, name = self.images.source, len(self.images.indices), pair_name(*key)
+        tally = Tally(source, count, self.plan.precision)
+        with closing(iter(self.images.batches)) as batches:
+            for batch in batches:
+                # A batch is empty where none of its images could be read.
+                tally.add(batch, self._logits(model, batch.images) if len(batch) else None)
+                now = tally.progress()
+                done = position * count + now.done
+                self.tell(SweepProgress(name, done, rows * count, rows - position, now.top1))
+        return tally.report(name, None, image_notes(source, self.images.class_map, tally.unreadable, count))
+
+    def _logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        images = self.images.prepared.normalise(pixels, self.device, weights_dtype(model))
+        logits: Tensor = model(images)
+        return logits.float()
+
+    def _time(self, models: Mapping[Key, nn.Module]) -> tuple[str, ...]:
+        """Times all models in turn, unless they were timed together before."""
+        setting = {"device": describe_device(self.device), "batch size": str(self.plan.batch_size)}
+        if self.state.timed_on != setting or not set(models) <= set(self.state.speeds):
+            timings = self._measure(models)
+            self.state.timed_on = setting
+            self.state.speeds = {key: _speed(timings[pair_name(*key)], self.plan.batch_size) for key in models}
+            self.state.save(self.folder)
+        spread = max((speed.high - speed.low) / speed.median for speed in self.state.speeds.values())
+        busy = f"times differ by {spread:.0%} from round to round, so this machine has other work; speeds say little"
+        return (busy,) if spread > BUSY else ()
+
+    def _measure(self, models: Mapping[Key, nn.Module]) -> dict[str, Timing]:
+        size = self.images.prepared.config["input_size"]
+        noise = torch.randn((self.plan.batch_size, *size), generator=torch.Generator().manual_seed(0))
+        return measure(
+            {pair_name(*key): model for key, model in models.items()},
+            noise.to(self.device, weights_dtype(models[DENSE_KEY])),
+            max_seconds=TIMING_SECONDS * len(models),
+            on_round=lambda done, total: self.tell(SweepProgress("timing all models in turn", done, total)),
+        )
+
+    def report(self, model: str, notes: tuple[str, ...]) -> SweepReport:
+        """The report of the finished run."""
+        dense = self.state.rows[DENSE_KEY]
+        reduced = [self.state.rows[key] for key in self.recipes]
+        paired = [replace(row, to_dense=paired_difference(row.correct, dense.correct)) for row in reduced]
+        rows = [dense, *paired]
+        if self.plan.latency:
+            rows = [with_speed(row, self.state.speeds[row.method, row.keep]) for row in rows]
+        return SweepReport(
+            model=model,
+            data=self.images.source.name,
+            images=dense.images,
+            rows=tuple(rows),
+            comparisons=compare(rows),
+            layers=_layers(self.recipes),
+            precision=self.plan.precision,
+            device=describe_device(self.device),
+            batch_size=self.plan.batch_size,
+            versions=versions(),
+            notes=(*self.state.notes, *notes),
+        )
+
+
+def _layers(recipes: Mapping[Key, Recipe]) -> tuple[int, ...]:
+    """The blocks that reduce, the same in all rows."""
+    return tuple(next(iter(recipes.values())).layers)
+
+
+def _speed(timing: Timing, batch: int) -> Speed:
+    fast, slow = timing.spread_ms
+    return Speed(timing.images_per_second, 1000 * batch / slow, 1000 * batch / fast)

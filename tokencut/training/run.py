@@ -1,0 +1,297 @@
+"""The short fine-tune that wins back what compression lost, on one process or many, and that survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+
+from tokencut.data.labels import ClassMap, label_names, map_classes, quoted, require_head
+from tokencut.data.loading import Batch, ImageDataset
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.data.sources import Source, open_source
+from tokencut.errors import DataError
+from tokencut.evaluation.accuracy import UNREADABLE_SHARE
+from tokencut.evaluation.distributed import evaluate_spread
+from tokencut.model import CompressedModel
+from tokencut.runtime.devices import resolve_device
+from tokencut.runtime.distributed import Group, alone
+from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
+from tokencut.training.order import Augmented, Order, Part, hold_out, random_states_kept, training_loader
+from tokencut.training.recipe import SHORT, TrainingRecipe
+from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
+from tokencut.training.state import Best, TrainingState, copy_of, digest, has_state, load_state, save_state
+from tokencut.training.step import Trainer, TrainingDivergedError, term_means
+
+# Share of the training images that `select="best"` holds out.
+HELD_OUT = 0.1
+# A checkpoint is written at least this often, in seconds: an epoch of ImageNet may take hours.
+SAVE_EVERY = 900.0
+
+Judge = Callable[[CompressedModel], float]
+
+
+def finetune(
+    model: CompressedModel,
+    data: str | os.PathLike[str] | Source,
+    *,
+    recipe: TrainingRecipe = SHORT,
+    setup: TrainingSetup | None = None,
+    group: Group | None = None,
+    state: Path | None = None,
+    resume: bool = False,
+    judge: Judge | None = None,
+    watcher: Watcher | None = None,
+) -> FinetuneReport:
+    """Fine-tunes a compressed model in place; afterwards it is in eval mode and where it was.
+
+    Args:
+        model: What `compress` returned.
+        data: The training images: a folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        recipe: What decides the result.
+        setup: How it runs.
+        group: The processes that train together; this one on the best device where None.
+        state: A folder to keep the run's state in; none is kept where None.
+        resume: Whether to go on with the state in that folder, if there is one.
+        judge: Measures top-1 after each epoch, for the history alone.
+        watcher: Who is told, and who may stop it.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: The images cannot be found or read, or do not fit the model's classes.
+        TrainingDivergedError: The loss is no longer finite; the model has the last good weights.
+        UsageError: Arguments contradict each other.
+        ArtifactError: The state cannot be written, read, or belongs to another run.
+        TokencutError: A batch does not fit in memory.
+    """
+    setup = setup or TrainingSetup()
+    group = group or alone(resolve_device("auto"))
+    require_head(model)
+    home = next(model.parameters()).device
+    model.to(group.device)
+    try:
+        with random_states_kept(group.device):
+            source = open_source(data, split="train")
+            run = _Run(model, source, recipe, setup, group, state, judge, watcher or Watcher())
+            return run.train(resume=resume)
+    finally:
+        model.to(home).eval()
+
+
+def training_classes(source: Source, model: CompressedModel) -> ClassMap:
+    """Which of the model's classes each class folder stands for.
+
+    Raises:
+        DataError: They do not fit, with the new head that would.
+    """
+    classes = require_head(model)
+    try:
+        return map_classes(source.classes, label_names(model), classes)
+    except DataError as error:
+        count = len(source.classes)
+        if count == classes:
+            raise
+        raise DataError(f"{source.name!r} has {count} class folders ({quoted(source.classes)}), the model's head has "
+                        f"{classes} classes; type --num-classes {count} beside an architecture's name to train a new "
+                        "head") from error  # fmt: skip
+
+
+class _Run:
+    """A fine-tune from its first step to its last."""
+
+    def __init__(
+        self,
+        model: CompressedModel,
+        source: Source,
+        recipe: TrainingRecipe,
+        setup: TrainingSetup,
+        group: Group,
+        folder: Path | None,
+        judge: Judge | None,
+        watcher: Watcher,
+    ) -> None:
+        self.model, self.recipe, self.setup, self.group = model, recipe, setup, group
+        self.folder, self.judge, self.watcher = folder, judge, watcher
+        self.class_map = training_classes(source, model)
+        self.held: Part | None = None
+        if setup.select == "best":
+            source, self.held = hold_out(source, HELD_OUT, setup.seed)
+        self.source = source
+        self.order = Order(len(source), setup.batch_size, setup.accumulate, setup.seed, group.rank, group.size)
+        self.epochs = recipe.epochs_for(self.order.steps)
+        self.notes = [*source.notes, *self.class_map.notes]
+        self.settings = self._objective_settings()
+        self.unreadable: set[int] = set()
+        self.conditions = self._conditions()
+
+    def _objective_settings(self) -> ObjectiveSettings:
+        wanted = self.recipe.objective
+        if not self.setup.new_head or without_teacher_logits(wanted) == wanted:
+            return wanted
+        self.notes.append(
+            "the head is new, so there are no logits to distil from: distillation is off; --distill features takes the "
+            "pooled tokens of the uncompressed model"
+        )
+        return without_teacher_logits(wanted)
+
+    def _conditions(self) -> dict[str, str]:
+        """What another run must share to go on with the state of this one."""
+        images = hashlib.sha256()
+        for index, folder in enumerate(Part(self.source, range(len(self.source))).folders()):
+            images.update(f"{self.source.filename(index)}:{self.class_map.targets[folder]};".encode(errors="replace"))
+        return {
+            "fine-tuning recipe": json.dumps(dataclasses.asdict(self.recipe), sort_keys=True),
+            "--batch-size": str(self.setup.batch_size),
+            "--accumulate": str(self.setup.accumulate),
+            "number of processes": str(self.group.size),
+            "--seed": str(self.setup.seed),
+            "--precision": self.setup.precision,
+            "--compile": str(self.setup.compiled),
+            "--select": self.setup.select,
+            "reduction": json.dumps(self.model.recipe.to_json(), sort_keys=True),
+            "MODEL": digest(self.model),
+            "--train-data": f"{len(self.source)} images {images.hexdigest()[:16]}",
+        }
+
+    def train(self, *, resume: bool) -> FinetuneReport:
+        """Runs to the end, or until told to stop."""
+        found = self._found() if resume else None
+        self.trainer = Trainer(
+            self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
+            precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
+        )  # fmt: skip
+        try:
+            state = self._start(found)
+            self.watcher.on_start(tuple(self.notes))
+            finished = self._epochs(state)
+        except TrainingDivergedError:
+            self._save(state)
+            raise
+        finally:
+            self.trainer.objective.close()
+        chosen = self._take_result(state) if finished else state.epoch
+        skipped = len(set().union(*self.group.collect(self.unreadable)))
+        notes = (f"training images skipped, since they could not be decoded: {skipped}",) if skipped else ()
+        return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, notes)
+
+    def _found(self) -> TrainingState | None:
+        """The state in the folder, if there is one."""
+        if self.folder is None or not self.group.share(has_state(self.folder)):
+            return None
+        return self.group.share(load_state(self.folder, self.conditions) if self.group.main else None)
+
+    def _start(self, found: TrainingState | None) -> TrainingState:
+        """The state to begin with: the one found, with which the trainer goes on, or a new one."""
+        self.model.train()
+        if found is None:
+            return TrainingState(self.conditions, 0, 0, {}, {})
+        updates = found.epoch * self.order.steps + found.step
+        self.trainer.restore(found.model, found.optimizer, found.ema, updates)
+        self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
+        return found
+
+    def _epochs(self, state: TrainingState) -> bool:
+        """Trains until the end, or until told to stop: then it is not finished."""
+        prepared = preprocessing_of(self.model)
+        images = ImageDataset(self.source, prepared.transform(is_training=True, **self.recipe.augmentation),
+                              targets=self.class_map.targets, mode=prepared.mode)  # fmt: skip
+        loader = training_loader(
+            Augmented(images, self.setup.seed), self.order, epochs=self.epochs, epoch=state.epoch, step=state.step,
+            workers=self.setup.workers, pin_memory=self.group.device.type == "cuda",
+        )  # fmt: skip
+        saved = time.monotonic()
+        with closing(iter(loader)) as batches:
+            while state.epoch < self.epochs:
+                while state.step < self.order.steps:
+                    stopped = not self._step(state, batches)
+                    if stopped or self.group.any(self.watcher.should_stop()):
+                        self._save(state)
+                        return False
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        self._save(state)
+                        saved = time.monotonic()
+                self._end_epoch(state)
+                saved = time.monotonic()
+        return True
+
+    def _step(self, state: TrainingState, batches: Generator[Batch, None, None]) -> bool:
+        """One step; False where the processes that load images went down with a request to stop."""
+        began = time.perf_counter()
+        try:
+            sums = self.trainer.step(state.epoch, state.step, map(self._checked, batches))
+        except DataError:
+            if self.group.size == 1 and self.watcher.should_stop():
+                return False
+            raise
+        state.step += 1
+        for name, value in {**sums, "seconds": time.perf_counter() - began}.items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
+        self.watcher.on_step(self._progress(state, sums))
+        return True
+
+    def _checked(self, batch: Batch) -> Batch:
+        self.unreadable |= {image.index for image in batch.unreadable}
+        if len(self.unreadable) > UNREADABLE_SHARE * len(self.source):
+            images = [f"{self.source.filename(image.index)!r} ({image.reason})" for image in batch.unreadable[:3]]
+            raise DataError(f"more than 1 % of the images in {self.source.name!r} cannot be decoded, such as "
+                            f"{', '.join(images)}; mend or remove them and run this again")  # fmt: skip
+        return batch
+
+    def _progress(self, state: TrainingState, latest: dict[str, float]) -> TrainingProgress:
+        rate = state.sums["images"] / max(state.sums["seconds"], 1e-9)
+        left = (self.epochs - state.epoch) * self.order.steps - state.step
+        seconds = left * self.order.per_step / max(rate, 1e-9)
+        return TrainingProgress(
+            state.epoch + 1, self.epochs, state.step, self.order.steps, term_means(state.sums), rate, seconds,
+            updates=state.epoch * self.order.steps + state.step, latest=term_means(latest), lr=self.trainer.lr,
+        )  # fmt: skip
+
+    def _end_epoch(self, state: TrainingState) -> None:
+        """Judges, logs and saves an epoch."""
+        sums, number = state.sums, state.epoch + 1
+        row: dict[str, float] = {"epoch": number, "updates": number * self.order.steps, "lr": self.trainer.lr}
+        row |= term_means(sums)
+        row |= {"images_per_second": sums["images"] / max(sums["seconds"], 1e-9), "seconds": sums["seconds"]}
+        top1 = self._judge(self.trainer.result)
+        if top1 is not None:
+            row["top1"] = top1
+            if self.held is not None and (state.best is None or top1 > state.best.top1):
+                state.best = Best(number, top1, copy_of(self.trainer.result.state_dict()))
+        self.model.train()
+        state.history.append(row)
+        state.epoch, state.step, state.sums = number, 0, {}
+        self.watcher.on_epoch(state.history)  # first: a run killed before it is saved does, and tells, all of it again
+        self._save(state)
+
+    def _judge(self, model: CompressedModel) -> float | None:
+        if self.held is None:
+            return None if self.judge is None else self.judge(model)
+        report = evaluate_spread(
+            self.group, model, self.held, batch_size=self.setup.batch_size, workers=self.setup.workers,
+            precision=self.setup.precision,
+        )  # fmt: skip
+        return report.top1
+
+    def _save(self, state: TrainingState) -> None:
+        if self.folder is None or not self.group.main:
+            return
+        state.model, state.optimizer = self.model.state_dict(), self.trainer.optimizer.state_dict()
+        state.ema = self.trainer.ema.module.state_dict() if self.trainer.ema else None
+        self.watcher.on_save()
+        save_state(self.folder, state)
+
+    def _take_result(self, state: TrainingState) -> int:
+        """Gives the model its final weights; the epoch they are of."""
+        if state.best is not None:
+            self.model.load_state_dict(dict(state.best.weights))
+            return state.best.epoch
+        if self.trainer.ema:
+            self.model.load_state_dict(self.trainer.ema.module.state_dict())
+        return self.epochs

@@ -1,0 +1,144 @@
+"""What a fine-tune needs to go on where it was cut off: one file beside the output, whole at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencut.errors import ArtifactError
+from tokencut.files import atomic_write
+from tokencut.models.checkpoints import one_line
+
+FILE = "state.pt"
+FORMAT = 1
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far by the held-out images: its number from 1 on, its top-1 in percent, its weights."""
+
+    epoch: int
+    top1: float
+    weights: Weights
+
+
+@dataclass
+class TrainingState:
+    """A fine-tune between two steps. Everything random follows from the position.
+
+    Attributes:
+        conditions: What the run was started with, by the option's name; another run cannot go on with this state.
+        epoch: The epoch of the next step, from 0 on.
+        step: The next step in it, from 0 on.
+        model: The model's weights.
+        optimizer: The optimizer's state.
+        ema: The weights' running average, where there is one.
+        best: The best epoch, where one is to be chosen.
+        history: What the log says of the epochs that are done.
+        sums: The current epoch's losses so far, each times its images, and its `images` and `seconds`.
+    """
+
+    conditions: dict[str, str]
+    epoch: int
+    step: int
+    model: Weights
+    optimizer: dict[str, Any]
+    ema: Weights | None = None
+    best: Best | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def folder_for(output: Path) -> Path:
+    """Where the state of the run that makes `output` lies: `out.safetensors.resume`."""
+    return output.with_name(output.name + ".resume")
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a run to go on with."""
+    return (folder / FILE).exists()
+
+
+def save_state(folder: Path, state: TrainingState) -> None:
+    """Writes a state in the place of the one before it: all of it, or nothing.
+
+    Raises:
+        ArtifactError: It cannot be written; the state before it is still there.
+    """
+    values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
+    if state.best is not None:
+        values["best"] = {entry.name: getattr(state.best, entry.name) for entry in fields(state.best)}
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot make the folder {folder}: {error.strerror or error}; free its name") from error
+    with atomic_write(folder / FILE) as temporary:
+        try:
+            torch.save({"format": FORMAT, **values}, temporary)
+        except RuntimeError as error:  # torch's writer hides the system's error
+            raise ArtifactError(f"cannot write {folder / FILE}: {one_line(error)}; free space on its disk") from error
+
+
+def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
+    """Reads a state back; nothing in the file is run.
+
+    Args:
+        folder: Where `save_state` wrote it.
+        conditions: What the run that is to go on was started with.
+
+    Raises:
+        ArtifactError: The file is damaged or of a newer format, or belongs to a run that was started otherwise.
+    """
+    path = folder / FILE
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        if values["format"] != FORMAT:
+            raise ArtifactError(f"{path} has format {values['format']}, and this tokencut reads {FORMAT}; type "
+                                "--force to start again")  # fmt: skip
+        del values["format"]
+        values["best"] = None if values["best"] is None else Best(**values["best"])
+        state = TrainingState(**values)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, LookupError, TypeError,
+            ValueError) as error:  # fmt: skip
+        raise ArtifactError(f"cannot read {path} ({one_line(error)}); type --force to start again") from error
+    changed = [name for name in conditions if state.conditions.get(name) != conditions[name]]
+    if changed:
+        before, now = (_shown(held.get(changed[0], "nothing")) for held in (state.conditions, conditions))
+        others = f" (and {', '.join(changed[1:])})" if changed[1:] else ""
+        raise ArtifactError(f"{folder} holds a run with another {changed[0]}{others}: it has {before}, not {now}; type "
+                            "the options it was started with, or --force to start again")  # fmt: skip
+    return state
+
+
+def remove_state(folder: Path) -> None:
+    """Removes the state of a run that is done."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest(module: nn.Module) -> str:
+    """A hash of all weights and buffers, by name."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def copy_of(weights: Weights) -> Weights:
+    """Weights that stay as they are while training goes on, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

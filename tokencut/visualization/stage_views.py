@@ -1,0 +1,133 @@
+"""What each stage of a model did to each of some images: which patches went where, and where attention lay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokencut.data.preprocessing import Preprocessing
+from tokencut.errors import UsageError
+from tokencut.model import CompressedModel
+from tokencut.observers import Trace
+from tokencut.runtime.devices import inference_state, precision_dtype
+from tokencut.visualization.regions import Grid, Tokens, patches_held
+
+
+@dataclass(frozen=True)
+class StageView:
+    """What a stage did to one image.
+
+    Attributes:
+        block: Its 1-based block.
+        tokens_in: Image tokens entering.
+        tokens_out: Image tokens leaving.
+        merged: How many of those hold more than one patch.
+        dropped: Patches of the image that are in no token any more.
+    """
+
+    block: int
+    tokens_in: int
+    tokens_out: int
+    merged: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class DrawnStage:
+    """A stage on all images: `source` and, where asked for, the attention on patches, `(B, patches)`."""
+
+    block: int
+    tokens_in: int
+    tokens_out: int
+    source: Tokens
+    heat: NDArray[np.float64] | None
+
+    def view(self, image: int) -> StageView:
+        """What it did to the image of this number, from 0 on."""
+        source = self.source[image]
+        merged = len(np.unique(source[patches_held(source) > 1]))
+        return StageView(self.block, self.tokens_in, self.tokens_out, merged, int((source < 0).sum()))
+
+
+@dataclass(frozen=True)
+class DrawnModel:
+    """What one model did to all images."""
+
+    grid: Grid
+    stages: tuple[DrawnStage, ...]
+
+
+def patch_size(model: CompressedModel) -> tuple[int, int]:
+    """Height and width of a model's patches, in px."""
+    height, width = model.model.patch_embed.patch_size
+    return int(height), int(width)
+
+
+def look(
+    model: CompressedModel,
+    pixels: Tensor,
+    prepared: Preprocessing,
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    attention: bool,
+) -> DrawnModel:
+    """Runs a model on images, and notes what its stages do; the model stays as it was.
+
+    Args:
+        model: The model.
+        pixels: Bytes `(B, C, H, W)`, as its preprocessing leaves them.
+        prepared: Its preprocessing.
+        device: Where it runs.
+        precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
+        batch_size: Images a forward.
+        attention: Whether to note the class attention on the tokens that enter each stage.
+
+    Raises:
+        UsageError: The batch size or the precision is out of range.
+    """
+    if batch_size < 1:
+        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; type --batch-size 64")
+    rows, columns = model.adapter.grid(model.model, *pixels.shape[-2:])
+    grid = Grid(rows, columns, *patch_size(model))
+    parts: list[list[DrawnStage]] = []
+    with inference_state(model, device, precision_dtype(precision)), torch.no_grad():
+        dtype = next(model.parameters()).dtype
+        for batch in pixels.split(batch_size):
+            _, traces = model.trace(prepared.normalise(batch, device, dtype), source=True, attention=attention)
+            parts.append(_stages(traces[:-1], grid.patches))  # the last is no stage, but the end
+    return DrawnModel(grid, tuple(_joined(stage) for stage in zip(*parts, strict=True)))
+
+
+def _stages(traces: Sequence[Trace], patches: int) -> list[DrawnStage]:
+    """The stages of a batch."""
+    made: list[DrawnStage] = []
+    for trace in traces:
+        assert trace.tokens.source is not None
+        source = trace.tokens.source.cpu().numpy()
+        before = made[-1].source if made else np.broadcast_to(np.arange(patches), source.shape)
+        entering = made[-1].tokens_out if made else patches
+        heat = None if trace.attention is None else _on_patches(trace.attention.float().cpu().numpy(), before)
+        made.append(DrawnStage(trace.block, entering, trace.tokens.count, source, heat))
+    return made
+
+
+def _on_patches(attention: NDArray[np.floating], source: Tokens) -> NDArray[np.float64]:
+    """The attention on each token `(B, N)`, spread evenly over its patches: `(B, patches)`, 0 where there is none."""
+    held = np.stack([patches_held(row) for row in source])
+    # The difference of two maps (differential attention) can be negative.
+    found = np.take_along_axis(attention, source.clip(min=0), 1).clip(min=0)
+    return np.where(source >= 0, found / held.clip(min=1), 0.0)
+
+
+def _joined(parts: Sequence[DrawnStage]) -> DrawnStage:
+    """One stage on all images, of its batches."""
+    first = parts[0]
+    heat = None if first.heat is None else np.concatenate([part.heat for part in parts if part.heat is not None])
+    source = np.concatenate([part.source for part in parts])
+    return DrawnStage(first.block, first.tokens_in, first.tokens_out, source, heat)
