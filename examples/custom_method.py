@@ -25,8 +25,8 @@ import tokencut
 from tokencut.cost import total
 from tokencut.methods import Reduction, Scene, StageShape, option, register
 from tokencut.model import predicted_macs
+from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ranking
-from tokencut.tokens import Selection
 
 
 @register

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import tokencut
 from tokencut.cost import total
+from tokencut.data import digits
 from tokencut.data.preprocessing import UnreadableImageError, decode, preprocessing_of
 from tokencut.errors import DataError, TokencutError
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, predicted_macs
-from tokencut.models import digits
 from tokencut.models.loading import load_model
 
 

@@ -24,17 +24,19 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokencut.data.digits import images as digits_images
+from tokencut.data.sampling import stratified
 from tokencut.files import atomic_write, check_writable
 from tokencut.models import digits
 
-# Only for drawing the held-out images; the test images are drawn with digits.SEED.
+# Only for drawing the held-out images; the test images are drawn with data.digits.SEED.
 HOLD_OUT_SEED = 1
 
 
 def load(split: str, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Reads a split as the model wants it: images `(N, 3, 32, 32)`, normalised, and labels `(N,)`."""
     transform = create_transform(**resolve_model_data_config(model))
-    images, labels = digits.images(split)
+    images, labels = digits_images(split)
     return torch.stack([transform(image) for image in images]), torch.tensor(labels)
 
 
@@ -125,7 +127,7 @@ def main() -> None:
     images, labels = load("train", model)
     if args.hold_out:
         held_out = torch.zeros(len(labels), dtype=torch.bool)
-        held_out[digits.stratified(labels.tolist(), args.hold_out, HOLD_OUT_SEED)] = True
+        held_out[stratified(labels.tolist(), args.hold_out, HOLD_OUT_SEED)] = True
         judged, judged_images, judged_labels = "held-out", images[held_out], labels[held_out]
         images, labels = images[~held_out], labels[~held_out]
     else:

@@ -61,8 +61,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.fixture(scope="session")
 def few() -> Source:
     """Forty training digits."""
-    from tokencut.data.sources import open_source
-    from tokencut.training.order import Part
+    from tokencut.data.sources import Part, open_source
 
     return Part(open_source("digits", split="train"), range(40))
 

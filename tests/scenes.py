@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tokencut.attention import Evidence, Heads
 from tokencut.methods import Reduction, Scene
-from tokencut.tokens import Grouping, Selection, Tokens
+from tokencut.ops.grouping import Grouping, Selection
+from tokencut.tokens import Tokens
 
 Rows = list[list[float]]
 

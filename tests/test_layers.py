@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # A module imports only from lower layers, or from its own. A package's name stands for all its modules.
 LAYERS = {
     "errors": 1,
+    "messages": 1,
     "cost": 2,
     "schedule": 2,
     "files": 2,
@@ -23,6 +24,7 @@ LAYERS = {
     "methods": 3,
     "adapters": 4,
     "recipe": 5,
+    "blocks": 7,
     "features": 7,
     "model": 7,
     "observers": 7,
@@ -34,12 +36,9 @@ LAYERS = {
     "profiling": 8,
     "runtime": 8,
     "search": 8,
-    "search_front": 8,
-    "search_images": 8,
     "sweep": 8,
     "training": 8,
     "visualization": 8,
-    "flop_handles": 8,
     "": 9,  # tokencut/__init__.py, which names the public functions
     "cli": 9,
     "__main__": 9,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokencut.tokens import Grouping, Selection, Tokens, apply_decision, group_average, in_order, membership
+from tokencut.ops.grouping import Grouping, Selection, group_average, in_order
+from tokencut.tokens import Tokens, apply_decision
 
 
 def small_tokens() -> Tokens:
@@ -46,20 +47,6 @@ def test_a_grouping_may_drop_tokens() -> None:
     left = apply_decision(tokens, Grouping(group, weight, 2))
     assert left.features.tolist() == [[[9.0, 9.0], [1.0, 0.0], [0.0, 6.0]]]
     assert left.source is not None and left.source.tolist() == [[0, -1, 1, 1, 1]]
-
-
-def test_weights_that_sum_to_zero_give_way_to_sizes() -> None:
-    group = torch.tensor([[0, 0, 1]])
-    weight = group_average(group, torch.tensor([[0.0, 0.0, 0.5]]), torch.tensor([[1.0, 3.0, 1.0]]), 2)
-    assert weight.tolist() == [[0.25, 0.75, 1.0]]
-
-
-def test_groups_are_numbered_by_their_smallest_member() -> None:
-    assert in_order(torch.tensor([[2, 0, 2, 1]]), 3).tolist() == [[0, 1, 0, 2]]
-
-
-def test_membership_is_one_row_a_group() -> None:
-    assert membership(torch.tensor([[1, 0, 1]]), 2).tolist() == [[[False, True, False], [True, False, True]]]
 
 
 def test_a_token_alone_in_its_group_passes_unchanged_in_half_precision() -> None:

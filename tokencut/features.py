@@ -1,4 +1,4 @@
-"""The outputs of chosen blocks on the full grid of patches, in the forms of timm's `forward_intermediates`."""
+"""Features on the full grid of patches: un-merging by the source map, and timm's `forward_intermediates`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,35 @@ from tokencut.attention import Evidence
 from tokencut.errors import UsageError
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens
-from tokencut.unmerging import unmerge
 
 # As timm takes them: so many last blocks, or 0-based blocks, negative ones from the end; None for all.
 Indices: TypeAlias = int | Sequence[int] | None
 
 FORMATS = ("NCHW", "NLC")
+
+
+def unmerge(tokens: Tokens, last: Tensor | None = None) -> Tensor:
+    """Gives every patch the features of the token that it went into.
+
+    Shapes do not depend on the data, and the result has a gradient.
+
+    Args:
+        tokens: Tokens with a source map, `N` image tokens.
+        last: What the patches become that were dropped, `(B, patches, D)`: the last features they had, if it is the
+            un-merged tokens that entered the stage where they were. Zeros where None.
+
+    Returns:
+        `(B, patches, D)`, without prefix tokens, in the order of the patches.
+
+    Raises:
+        UsageError: The tokens have no source map.
+    """
+    if tokens.source is None:
+        raise UsageError("the tokens have no source map to go back by; type model.trace(images, source=True)")
+    image, place = tokens.image, tokens.source.unsqueeze(2)
+    features = image.gather(1, place.clamp(min=0).expand(-1, -1, image.shape[2]))
+    fallback = image.new_zeros(()) if last is None else last.to(image.dtype)
+    return torch.where(place >= 0, features, fallback)
 
 
 def block_indices(depth: int, indices: Indices) -> list[int]:

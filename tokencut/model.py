@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
 from tokencut.attention import TimmModule, attention_bias
+from tokencut.blocks import before_stage
 from tokencut.errors import ModelError
 from tokencut.features import Form, Indices, Intermediates, block_indices
 from tokencut.methods import Reduction, Scene, StageShape, make_method
@@ -236,12 +237,6 @@ class CompressedModel(nn.Module):
             if watch is not None:
                 watch.block(number, tokens)
         return tokens
-
-
-def before_stage(adapter: Adapter, model: TimmModule, block: TimmModule, tokens: Tokens, bias: Tensor | None) -> Scene:
-    """Runs the first half of a reducing block: what the stage in its middle sees."""
-    features, evidence = adapter.attend(model, block, tokens.features, bias)
-    return Scene(tokens.with_features(features), evidence, lambda image: adapter.normed(block, image))
 
 
 def compress(

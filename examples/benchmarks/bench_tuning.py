@@ -16,14 +16,14 @@ from torch import nn
 
 import tokencut
 from tokencut import compress, cost, evaluate
-from tokencut.data.sources import Source, evenly_spread, open_source
+from tokencut.data.sampling import evenly_spread
+from tokencut.data.sources import Part, Source, hold_out, open_source
 from tokencut.errors import TokencutError, UsageError
 from tokencut.files import atomic_write
 from tokencut.model import predicted_macs
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import describe_device, resolve_device
 from tokencut.runtime.distributed import alone
-from tokencut.training.order import Part, hold_out
 from tokencut.training.recipe import TrainingRecipe, recipe_named
 from tokencut.training.run import finetune
 from tokencut.training.setup import TrainingSetup

@@ -25,9 +25,9 @@ from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, pu
 from bench_timing import add_run_options, beside_dense, chosen_clock, heading, prepared
 from torch import nn
 
+from tokencut.messages import one_line
 from tokencut.methods import methods
 from tokencut.model import compress
-from tokencut.models.checkpoints import one_line
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device

@@ -43,9 +43,9 @@ from torch import Tensor, nn
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import TokencutError
 from tokencut.export.run import export_model
+from tokencut.messages import one_line
 from tokencut.methods import methods
 from tokencut.model import compress
-from tokencut.models.checkpoints import one_line
 from tokencut.profiling.latency import Forward
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime.compiling import COMPILE_MODES, compile_model

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from image_files import tar_of, write_folder
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
-from tokencut.data.sources import FolderSource, Source, TarSource, evenly_spread, open_source
-from tokencut.errors import DataError, UsageError
+from tokencut.data.sources import FolderSource, Part, Source, TarSource, hold_out, open_source
+from tokencut.errors import DataError
 
 EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
 
@@ -129,15 +130,15 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     assert str(caught.value) == f"cannot read '{path}': Permission denied; give a file that you may read"
 
 
-def test_a_sample_is_spread_evenly() -> None:
-    assert evenly_spread(10, None) == list(range(10))
-    assert evenly_spread(10, 10) == evenly_spread(10, 99) == list(range(10))
-    assert evenly_spread(10, 4) == [0, 2, 5, 7]
-    assert evenly_spread(5000, 10) == list(range(0, 5000, 500))
-
-
-@pytest.mark.parametrize("limit", [0, -3])
-def test_a_sample_of_nothing_is_refused(limit: int) -> None:
-    with pytest.raises(UsageError) as caught:
-        evenly_spread(10, limit)
-    assert str(caught.value) == f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000"
+def test_held_out_images_are_a_seeded_share_of_every_class() -> None:
+    source = open_source("digits", split="train")
+    kept, held = hold_out(source, 0.1, seed=0)
+    names = [[part.filename(i) for i in range(len(part))] for part in (kept, held)]
+    assert len(names[0]) + len(names[1]) == 1197 == len({*names[0], *names[1]})
+    counts = np.bincount(held.folders(), minlength=10)
+    assert (len(held), counts.min(), counts.max()) == (120, 12, 12)
+    assert hold_out(source, 0.1, seed=0)[1].indices == held.indices != hold_out(source, 0.1, seed=1)[1].indices
+    with held[0][0] as first, source[held.indices[0]][0] as second:
+        assert first.read() == second.read()
+    with pytest.raises(DataError, match="are too few to hold some out for choosing an epoch; type --select last"):
+        hold_out(Part(source, [0, 1]), 0.1, seed=0)

@@ -7,13 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from tokencut.data.sources import open_source
+from tokencut.data.sources import Part, open_source
 from tokencut.errors import DataError, UsageError
 from tokencut.evaluation import accuracy
 from tokencut.evaluation.distributed import _merged, evaluate_spread
 from tokencut.models import digits
 from tokencut.runtime.distributed import Group, process_group
-from tokencut.training.order import Part
 
 
 def test_alone_there_is_nobody_to_tell() -> None:

@@ -1,4 +1,4 @@
-"""Paired differences, against figures worked out by hand."""
+"""Paired differences and the Pareto front, against figures worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencut.evaluation.statistics import Difference, paired_difference
+from tokencut.evaluation.statistics import Difference, paired_difference, pareto_front
 
 
 def test_difference_and_standard_error_by_hand() -> None:
@@ -74,3 +74,13 @@ def test_what_cannot_be_paired_is_refused() -> None:
         paired_difference([True, True], [True])
     with pytest.raises(ValueError, match="expected the same images"):
         paired_difference([], [])
+
+
+def test_front_of_costs() -> None:
+    points = [(4.0, 80.0), (3.0, 79.0), (2.0, 79.0), (1.0, 70.0), (5.0, 80.0), (1.0, 71.0)]
+    assert pareto_front(points, less_is_better=True) == [(1.0, 71.0), (2.0, 79.0), (4.0, 80.0)]
+
+
+def test_front_of_speeds() -> None:
+    points = [(100.0, 80.0), (200.0, 79.0), (150.0, 78.0), (300.0, 70.0), (300.0, 69.0), (90.0, 80.0)]
+    assert pareto_front(points, less_is_better=False) == [(300.0, 70.0), (200.0, 79.0), (100.0, 80.0)]

@@ -10,7 +10,8 @@ from scenes import given_scene, grouping
 
 from tokencut.errors import UsageError
 from tokencut.methods import StageShape, make_method
-from tokencut.tokens import Grouping, Selection, apply_decision
+from tokencut.ops.grouping import Grouping, Selection
+from tokencut.tokens import apply_decision
 
 # Six image tokens on a line: two attentive look-alikes, two inattentive pairs.
 POINTS = [[0.0, 1.0], [5.0, 0.0], [5.1, 0.0], [0.0, 1.2], [9.0, 0.5], [9.1, 0.5]]

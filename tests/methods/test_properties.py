@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokencut.methods import Scene, StageShape, make_method
 from tokencut.model import Stage
-from tokencut.tokens import Selection, Tokens
+from tokencut.ops.grouping import Selection
+from tokencut.tokens import Tokens
 
 Options = dict[str, object]
 

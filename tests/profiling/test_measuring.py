@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from tokencut.cost import BlockRow, total
 from tokencut.errors import TokencutError, UsageError
-from tokencut.flop_handles import COUNTED, MOVES, UNCOUNTED
 from tokencut.model import CompressedModel, compress
 from tokencut.profiling import counting, measuring
-from tokencut.profiling.counting import MacCount, count_macs
+from tokencut.profiling.counting import COUNTED, MOVES, UNCOUNTED, MacCount, count_macs
 from tokencut.profiling.latency import Timing
 from tokencut.profiling.measuring import ProfileReport, profile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokencut.search_front import FrontPoint, front_of, write_front
+from tokencut.search.report import FrontPoint, front_of, write_front
 
 
 def point(gmacs: float, damage: float, **values: object) -> FrontPoint:

@@ -12,14 +12,13 @@ from image_files import write_folder
 from torch import Tensor, nn
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
-from tokencut.data.sources import Source, open_source
+from tokencut.data.sources import Part, Source, open_source
 from tokencut.errors import DataError
 from tokencut.evaluation import accuracy
 from tokencut.model import compress
 from tokencut.models import digits
 from tokencut.runtime.distributed import Group
 from tokencut.training import run as training
-from tokencut.training.order import Part
 from tokencut.training.recipe import SHORT
 from tokencut.training.setup import Watcher
 from tokencut.training.state import load_state

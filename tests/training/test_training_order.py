@@ -1,31 +1,14 @@
-"""The training images: their order, their augmentation, and what is held out."""
+"""The training images: their order and their augmentation."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 
-from tokencut.data.sources import Source, open_source
-from tokencut.errors import DataError
-from tokencut.training.order import Augmented, Order, Part, hold_out, seed_all
-
-
-def test_held_out_images_are_a_seeded_share_of_every_class() -> None:
-    source = open_source("digits", split="train")
-    kept, held = hold_out(source, 0.1, seed=0)
-    names = [[part.filename(i) for i in range(len(part))] for part in (kept, held)]
-    assert len(names[0]) + len(names[1]) == 1197 == len({*names[0], *names[1]})
-    counts = np.bincount(held.folders(), minlength=10)
-    assert (len(held), counts.min(), counts.max()) == (120, 12, 12)
-    assert hold_out(source, 0.1, seed=0)[1].indices == held.indices != hold_out(source, 0.1, seed=1)[1].indices
-    with held[0][0] as first, source[held.indices[0]][0] as second:
-        assert first.read() == second.read()
-    with pytest.raises(DataError, match="are too few to hold some out for choosing an epoch; type --select last"):
-        hold_out(Part(source, [0, 1]), 0.1, seed=0)
+from tokencut.data.sources import Source
+from tokencut.training.order import Augmented, Order, seed_all
 
 
 def test_an_order_gives_every_process_its_part_and_every_image_once() -> None:

@@ -13,10 +13,9 @@ import pytest
 import torch
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
-from tokencut.data.sources import Source
+from tokencut.data.sources import Part, Source
 from tokencut.errors import ArtifactError
 from tokencut.training import run as training
-from tokencut.training.order import Part
 from tokencut.training.recipe import SHORT
 from tokencut.training.setup import TrainingProgress, Watcher
 from tokencut.training.state import load_state

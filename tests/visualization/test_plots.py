@@ -1,4 +1,4 @@
-"""The plots: the Pareto front by hand, what is drawn and where, and the files."""
+"""The plots: what is drawn and where, and the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tokencut.visualization.plots import (
     Series,
     accuracy_plot,
     heat_colours,
-    pareto_front,
     save_figure,
     save_picture,
 )
@@ -29,16 +28,6 @@ SERIES = (Series("ours", ((3.0, 79.5), (2.3, 78.9))), Series("theirs", ((3.0, 79
 @pytest.fixture
 def _drawn() -> None:
     pytest.importorskip("matplotlib")
-
-
-def test_front_of_costs() -> None:
-    points = [(4.0, 80.0), (3.0, 79.0), (2.0, 79.0), (1.0, 70.0), (5.0, 80.0), (1.0, 71.0)]
-    assert pareto_front(points, less_is_better=True) == [(1.0, 71.0), (2.0, 79.0), (4.0, 80.0)]
-
-
-def test_front_of_speeds() -> None:
-    points = [(100.0, 80.0), (200.0, 79.0), (150.0, 78.0), (300.0, 70.0), (300.0, 69.0), (90.0, 80.0)]
-    assert pareto_front(points, less_is_better=False) == [(300.0, 70.0), (200.0, 79.0), (100.0, 80.0)]
 
 
 def test_many_lines_are_told_apart() -> None:

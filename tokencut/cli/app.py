@@ -24,7 +24,8 @@ from tokencut.cli.cmd_profile import profile
 from tokencut.cli.cmd_sweep import sweep
 from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
-from tokencut.errors import TokencutError, UsageError, nearest_known
+from tokencut.errors import TokencutError, UsageError
+from tokencut.messages import nearest_known
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tokencut.cli import render
-from tokencut.cli.compile_options import CompileOptions
 from tokencut.cli.options import (
     DEFAULT_MODEL,
+    CompileOptions,
     DataOptions,
     DenseFlag,
     JsonFlag,

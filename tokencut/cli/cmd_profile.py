@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
-from tokencut.cli.compile_options import CompileOptions
 from tokencut.cli.options import (
     DEFAULT_MODEL,
+    CompileOptions,
     DenseFlag,
     JsonFlag,
     ModelArgument,

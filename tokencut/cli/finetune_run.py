@@ -19,14 +19,15 @@ from tokencut.cli.finetune_view import RunView, log_for
 from tokencut.cli.options import DataOptions, RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.subject import Subject, measure_accuracy
-from tokencut.data.labels import label_names, map_classes, quoted
+from tokencut.data.labels import map_classes
 from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, DataError, TokencutError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.files import check_writable
+from tokencut.messages import quoted
 from tokencut.model import CompressedModel
 from tokencut.models import artifact
-from tokencut.models.pretrained_cfg import description_of
+from tokencut.models.pretrained_cfg import description_of, label_names
 from tokencut.runtime import extras
 from tokencut.runtime.distributed import Group
 from tokencut.training.run import finetune, training_classes

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokencut.cli.compile_options import CompileOptions
-from tokencut.cli.options import ModelOptions, ReductionOptions, RunOptions
+from tokencut.cli.options import CompileOptions, ModelOptions, ReductionOptions, RunOptions
 from tokencut.cli.subject import Subject
 from tokencut.errors import UsageError
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel

@@ -207,6 +207,24 @@ class TimingOptions(RunOptions):
     batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a forward.")] = 16
 
 
+MODE_HELP = "default, reduce-overhead (CUDA graphs) or max-autotune; implies --compile."
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Whether and how the model goes through `torch.compile`."""
+
+    compiled: Annotated[
+        bool, running_option("--compile", help="Run it through torch.compile; the first batch takes minutes.")
+    ] = False
+    compile_mode: Annotated[str | None, running_option("--compile-mode", metavar="MODE", help=MODE_HELP)] = None
+
+    @property
+    def mode(self) -> str | None:
+        """torch's name for how to compile; None for not at all."""
+        return self.compile_mode or ("default" if self.compiled else None)
+
+
 DATA_HELP = "A folder with one sub-folder a class, a .tar or .tar.gz of one, or digits."
 LIMIT_HELP = "Judge an evenly spread sample of N images."
 WORKERS_HELP = "Processes that load images. Default: one a core, up to 4."

@@ -16,9 +16,9 @@ from tokencut.data.sources import DIGITS, open_source
 from tokencut.errors import UsageError
 from tokencut.files import check_writable
 from tokencut.models.loading import Loaded
+from tokencut.search.report import write_front
 from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
-from tokencut.search_front import write_front
 
 
 class SearchRun:

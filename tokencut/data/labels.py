@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
-from torch import nn
 
-from tokencut.errors import DataError, ModelError
-
-# Names that a message quotes before it says how many more there are.
-QUOTED = 3
-
-LabelNames = Sequence[str] | Mapping[int, str]
+from tokencut.errors import DataError
+from tokencut.messages import QUOTED, quoted
+from tokencut.models.pretrained_cfg import LabelNames
 
 
 @dataclass(frozen=True)
@@ -32,48 +27,6 @@ class ClassMap:
     targets: tuple[int, ...]
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
-
-
-def quoted(names: Collection[str], total: int | None = None) -> str:
-    """The first few names, quoted, and how many more there are: one line, whatever the names hold.
-
-    Args:
-        names: The names, or the first of them.
-        total: How many there are, where `names` holds only the first.
-    """
-    shown = [repr(name) for name in islice(names, QUOTED)]
-    more = (len(names) if total is None else total) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-def label_names(model: nn.Module) -> LabelNames | None:
-    """The label names in a model's `pretrained_cfg`, or None where it has none that fit its head.
-
-    A model given another number of classes keeps the old names in its `pretrained_cfg`; those are not returned.
-    """
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    classes = int(getattr(model, "num_classes", 0))
-    if isinstance(names, Mapping):
-        numbered = {int(index): str(name) for index, name in names.items()}  # JSON keys are strings
-        return numbered if numbered and max(numbered) < classes else None
-    return tuple(map(str, names)) if names and len(names) == classes else None
-
-
-def require_head(model: nn.Module) -> int:
-    """The number of a model's classes.
-
-    Raises:
-        ModelError: The model has no classification head, so there is no accuracy to measure.
-    """
-    classes = int(getattr(model, "num_classes", 0) or 0)
-    if classes < 1:
-        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
-        raise ModelError(
-            f"{name} has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
-            "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE "
-            "that has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
-        )
-    return classes
 
 
 def map_classes(folder_names: Sequence[str], label_names: LabelNames | None, num_classes: int) -> ClassMap:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from timm.utils.misc import natural_key
 
-from tokencut.data.labels import quoted
 from tokencut.errors import DataError
+from tokencut.messages import quoted
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -13,7 +13,8 @@ from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
 from tokencut.data.listing import Layout, arrange, scan_folder
-from tokencut.errors import DataError, UsageError
+from tokencut.data.sampling import stratified
+from tokencut.errors import DataError
 
 DIGITS = "digits"
 EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
@@ -89,7 +90,7 @@ class DigitsSource(Source):
     """The bundled handwritten digits, held in memory."""
 
     def __init__(self, split: str) -> None:
-        from tokencut.models import digits
+        from tokencut.data import digits
 
         images, labels = digits.images(split)
         names = [(f"{digits.LABELS[label]}/{number:04}.png", label) for number, label in enumerate(labels)]
@@ -141,17 +142,45 @@ def open_source(
     raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}")
 
 
-def evenly_spread(total: int, limit: int | None) -> list[int]:
-    """The numbers of the images in a sample of `limit` out of `total`, ascending, spread evenly and without chance.
+class Part(Source):
+    """Some images of a source, renumbered."""
+
+    def __init__(self, whole: Source, indices: Sequence[int]) -> None:
+        chosen = tuple(whole._images[index] for index in indices)
+        super().__init__(whole.name, Layout(whole.classes, chosen, whole.notes))
+        self.whole = whole
+        self.indices = tuple(indices)
+
+    def open(self, index: int) -> BinaryIO:
+        """Opens the image in the whole source."""
+        return self.whole.open(self.indices[index])
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.whole._filename(self.indices[index], basename, absolute)
+
+    def folders(self) -> list[int]:
+        """The class folder of each image."""
+        return [folder for _, folder in self._images]
+
+
+def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
+    """Splits a source by chance, with every class in proportion.
 
     Args:
-        total: How many images there are.
-        limit: The size of the sample; all, if None or more than there are.
+        source: All images.
+        share: The share that is held out.
+        seed: Another seed, another split.
+
+    Returns:
+        The images to train on, and those held out.
 
     Raises:
-        UsageError: The limit is less than 1.
+        DataError: One of the two would be empty.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000")
-    count = total if limit is None else min(limit, total)
-    return [position * total // count for position in range(count)]
+    labels = Part(source, range(len(source))).folders()
+    held = stratified(labels, round(share * len(labels)), seed)
+    if not 0 < len(held) < len(labels):
+        raise DataError(f"{len(labels)} images in {source.name!r} are too few to hold some out for choosing an epoch; "
+                        "type --select last")  # fmt: skip
+    apart = set(held)
+    return Part(source, [index for index in range(len(labels)) if index not in apart]), Part(source, held)

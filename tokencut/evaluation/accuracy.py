@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencut.data.labels import ClassMap, label_names, map_classes, quoted, require_head
+from tokencut.data.labels import ClassMap, map_classes
 from tokencut.data.loading import Batch, ImageDataset, Unreadable, make_loader
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
-from tokencut.data.sources import Source, evenly_spread, open_source
+from tokencut.data.sampling import evenly_spread
+from tokencut.data.sources import Source, open_source
 from tokencut.errors import DataError, ModelError, UsageError
 from tokencut.files import atomic_write, check_writable
-from tokencut.models.pretrained_cfg import name_of
+from tokencut.messages import quoted
+from tokencut.models.pretrained_cfg import label_names, name_of, require_head
 from tokencut.runtime.compiling import compile_model, in_batches
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device, weights_dtype
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from tokencut.data.sources import Source, evenly_spread
+from tokencut.data.sampling import evenly_spread
+from tokencut.data.sources import Part, Source
 from tokencut.errors import DataError, TokencutError
 from tokencut.evaluation.accuracy import EvaluationReport, evaluate, mind_unreadable, sample_note
 from tokencut.runtime.distributed import Group
-from tokencut.training.order import Part
 
 
 def evaluate_spread(

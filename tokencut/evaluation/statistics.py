@@ -1,4 +1,4 @@
-"""Differences in accuracy between two models, paired over the images that both judged, with their standard errors.
+"""Differences in accuracy, paired over the images that both models judged, with standard errors; and the Pareto front.
 
 Two models err on much the same images. What differs is how the few others fall, so a difference taken image by image is
 known far better than the two accuracies themselves.
@@ -7,7 +7,7 @@ known far better than the two accuracies themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ CLEAR = 2.0
 
 # For each image, whether a model is right; or one such row for each of several budgets.
 Correct = Sequence[bool] | Sequence[Sequence[bool]]
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,18 @@ def paired_difference(first: Correct, second: Correct) -> Difference:
     images = len(by_image)
     error = float(by_image.std(ddof=1)) / math.sqrt(images) if images > 1 else math.inf
     return Difference(float(by_image.mean()), error)
+
+
+def pareto_front(points: Iterable[Point], *, less_is_better: bool) -> list[Point]:
+    """The points that no other is at least as good as in both, from the cheapest on.
+
+    Args:
+        points: `(x, y)`, of which y is better the higher.
+        less_is_better: Whether x is a cost rather than a speed.
+    """
+    sign = 1 if less_is_better else -1
+    front: list[Point] = []
+    for point in sorted(set(points), key=lambda point: (sign * point[0], -point[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tokencut.data.loading import ImageDataset, make_loader
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
-from tokencut.data.sources import DIGITS, Source, evenly_spread, open_source
+from tokencut.data.sampling import evenly_spread
+from tokencut.data.sources import DIGITS, Source, open_source
 from tokencut.errors import ArtifactError, DataError, ModelError
 from tokencut.model import CompressedModel
 from tokencut.models.artifact import origin_of

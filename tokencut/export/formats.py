@@ -19,7 +19,7 @@ from tokencut.data.preprocessing import Preprocessing
 from tokencut.errors import ModelError
 from tokencut.export.info import KEY, ExportInfo
 from tokencut.export.onnx_model import INPUT, OUTPUT
-from tokencut.models.checkpoints import one_line
+from tokencut.messages import one_line
 from tokencut.runtime.compiling import in_batches
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError
 from tokencut.export.info import KEY, ExportInfo, export_info_from_text
-from tokencut.models.checkpoints import one_line
+from tokencut.messages import one_line
 from tokencut.runtime import extras
 from tokencut.runtime.compiling import in_batches
 

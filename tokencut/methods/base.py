@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokencut.attention import Evidence
-from tokencut.errors import UsageError, nearest_known
-from tokencut.tokens import Decision, Tokens
+from tokencut.errors import UsageError
+from tokencut.messages import nearest_known
+from tokencut.ops.grouping import Decision
+from tokencut.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)

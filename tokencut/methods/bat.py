@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
 from tokencut.ops.density_peaks import density_average, density_clusters, windows
+from tokencut.ops.grouping import Decision, Selection, ordered_average
 from tokencut.ops.matching import match_pairs
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
 from tokencut.ops.ranking import ascending, by_attention, take
 from tokencut.schedule import Split, split_budget
-from tokencut.tokens import Decision, Selection, ordered_average
 
 
 @register

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
 from tokencut.ops.density_peaks import density_average
+from tokencut.ops.grouping import Grouping
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
-from tokencut.tokens import Grouping
 
 
 @register

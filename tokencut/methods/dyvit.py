@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ascending, by_attention
-from tokencut.tokens import Selection
 
 
 @register

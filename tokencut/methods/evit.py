@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.ops.grouping import Grouping, in_order, ordered_average
 from tokencut.ops.ranking import by_attention
-from tokencut.tokens import Grouping, in_order, ordered_average
 
 
 @register

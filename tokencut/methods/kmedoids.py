@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
 from tokencut.ops.density_peaks import nearest_centre, squared_distances
+from tokencut.ops.grouping import Grouping, membership, ordered_average
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
 from tokencut.ops.ranking import ascending, ranking, take
-from tokencut.tokens import Grouping, membership, ordered_average
 
 
 @register

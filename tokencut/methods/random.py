@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ascending, ranking
-from tokencut.tokens import Selection
 
 
 @register

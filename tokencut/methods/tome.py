@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.ops.grouping import Grouping, group_average, membership
 from tokencut.ops.matching import match_pairs
-from tokencut.tokens import Grouping, group_average, membership
 
 
 @register

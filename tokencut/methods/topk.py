@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ascending, by_attention
-from tokencut.tokens import Selection
 
 
 @register

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable
+from tokencut.messages import one_line
 from tokencut.model import CompressedModel
-from tokencut.models.checkpoints import differences, one_line, open_safetensors
+from tokencut.models.checkpoints import differences, open_safetensors
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
 from tokencut.models.pretrained_cfg import data_config, description_of, fitting_label_names

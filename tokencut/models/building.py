@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from tokencut.adapters import adapter_for
-from tokencut.errors import ModelError, UsageError, nearest_known
-from tokencut.models.checkpoints import one_line, random_state
+from tokencut.errors import ModelError, UsageError
+from tokencut.messages import nearest_known, one_line
+from tokencut.models.checkpoints import random_state
 from tokencut.models.model_args import RESERVED
 
 

@@ -17,6 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
+from tokencut.messages import one_line
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -135,12 +136,6 @@ def differences(wanted: Shapes, found: Shapes, named: int | None = NAMED) -> str
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
     return "; ".join(f"{len(names)} {kind}: {_listed(names, named)}" for kind, names in kinds if names) or None
-
-
-def one_line(problem: object) -> str:
-    """An error's text on one line, at most 200 characters."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import EntryNotFoundError, get_session
 from timm.models import PretrainedCfg
 
 from tokencut.errors import ModelError
-from tokencut.models.checkpoints import one_line
+from tokencut.messages import one_line
 
 # Failing takes five seconds in all, of which starting takes more than three on a slow machine.
 SECONDS = 1.5

@@ -14,9 +14,10 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tokencut.errors import ModelError, UsageError
+from tokencut.messages import one_line
 from tokencut.model import CompressedModel
 from tokencut.models import artifact, building, digits, hub
-from tokencut.models.checkpoints import load_strictly, one_line, random_state, read_checkpoint, sha256
+from tokencut.models.checkpoints import load_strictly, random_state, read_checkpoint, sha256
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name

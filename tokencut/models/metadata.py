@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
-from tokencut.models.model_args import check_model_args, shorten
+from tokencut.messages import shorten
+from tokencut.models.model_args import check_model_args
 from tokencut.models.schema import FIELDS, ORIGIN, PREPROCESSING, PRETRAINED_CFG, is_number, problem
 from tokencut.recipe import Recipe, recipe_from_json
 

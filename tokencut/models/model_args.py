@@ -12,6 +12,7 @@ import timm
 from timm.models import build_model_with_cfg
 
 from tokencut.errors import UsageError
+from tokencut.messages import shorten
 
 # Arguments of timm's factory that choose weights, files or wrappers rather than describe an architecture: a file that
 # could set `checkpoint_path` or `pretrained_cfg` would make loading it read another file, or ask the network.
@@ -80,12 +81,6 @@ def check_model_args(args: Mapping[str, Any]) -> None:
         if problem:
             raise UsageError(f"the model's argument {name} is {shorten(value)}, which is {problem}; use numbers, "
                              "strings, true, false or none, or lists of them")  # fmt: skip
-
-
-def shorten(value: Any) -> str:
-    """A value's repr for a message: one line, at most 60 characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _literal(text: str) -> Any:

@@ -13,7 +13,8 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, get_pretrained_cfg, is_model, model_entrypoint
 
 from tokencut.adapters import supported_modules
-from tokencut.errors import ModelError, UsageError, nearest_known
+from tokencut.errors import ModelError, UsageError
+from tokencut.messages import nearest_known
 
 # What an alias leaves out.
 ALIAS_SUFFIX = "_patch16_224"

@@ -5,11 +5,15 @@ timm leaves there what the weights were made for, also where another input size 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.data import resolve_input_data_config
 from torch import nn
+
+from tokencut.errors import ModelError
+
+LabelNames = Sequence[str] | Mapping[int, str]
 
 # What leads to files, what leads to weights and says whose they are, and what is told of those weights.
 _PATHS = ("file", "source", "state_dict")
@@ -70,3 +74,33 @@ def make_true(model: nn.Module, *, own_weights: bool) -> None:
         cfg.pop(name, None)
     for name in ("pretrained_cfg", "default_cfg"):  # timm's two names for it
         setattr(model, name, cfg)
+
+
+def label_names(model: nn.Module) -> LabelNames | None:
+    """The label names in a model's `pretrained_cfg`, or None where it has none that fit its head.
+
+    A model given another number of classes keeps the old names in its `pretrained_cfg`; those are not returned.
+    """
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    classes = int(getattr(model, "num_classes", 0))
+    if isinstance(names, Mapping):
+        numbered = {int(index): str(name) for index, name in names.items()}  # JSON keys are strings
+        return numbered if numbered and max(numbered) < classes else None
+    return tuple(map(str, names)) if names and len(names) == classes else None
+
+
+def require_head(model: nn.Module) -> int:
+    """The number of a model's classes.
+
+    Raises:
+        ModelError: The model has no classification head, so there is no accuracy to measure.
+    """
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    if classes < 1:
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+        raise ModelError(
+            f"{name} has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
+            "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE "
+            "that has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+        )
+    return classes

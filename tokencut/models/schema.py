@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokencut.models.model_args import shorten
+from tokencut.messages import shorten
 from tokencut.models.names import architectures
 
 ORIGINS = ("hub", "url", "checkpoint", "local-dir", "bundled", "random", "unverified")

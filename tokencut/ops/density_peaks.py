@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
+from tokencut.ops.grouping import Grouping, ordered_average
 from tokencut.ops.ranking import ranking
-from tokencut.tokens import Grouping, ordered_average
 
 # Numbers of nearest that the GPU kernel can count.
 KERNEL_NEIGHBOURS = (3, 4)

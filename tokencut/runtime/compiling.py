@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tokencut.errors import ModelError, UsageError
+from tokencut.messages import one_line
 from tokencut.model import CompressedModel
-from tokencut.models.checkpoints import one_line
 
 # torch's own names; reduce-overhead captures CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")

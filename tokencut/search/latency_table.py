@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
+from tokencut.blocks import before_stage
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.methods import Scene
-from tokencut.model import CompressedModel, Stage, before_stage
+from tokencut.model import CompressedModel, Stage
 from tokencut.profiling.latency import Forward, measure
 from tokencut.profiling.measuring import random_images
 from tokencut.search.space import Counts

@@ -17,9 +17,10 @@ from torch import Tensor
 from tokencut import cost
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
+from tokencut.blocks import before_stage
 from tokencut.errors import ModelError
 from tokencut.methods import Reduction
-from tokencut.model import CompressedModel, Stage, before_stage, stage_cost
+from tokencut.model import CompressedModel, Stage, stage_cost
 from tokencut.search.space import Counts
 from tokencut.tokens import Tokens
 

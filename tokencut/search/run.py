@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokencut.data.image_set import calibration_images
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
@@ -28,11 +29,9 @@ from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.local_search import Climber
 from tokencut.search.probe import Costs, Outcome, Probe
-from tokencut.search.report import SearchProgress, SearchReport, SearchSettings
+from tokencut.search.report import FrontPoint, SearchProgress, SearchReport, SearchSettings, front_of
 from tokencut.search.space import Counts, Space, keeps
 from tokencut.search.targets import Target, cheapest, seek_drop, seek_gmacs, seek_speedup, within
-from tokencut.search_front import FrontPoint, front_of
-from tokencut.search_images import calibration_images
 
 # A measured speed-up that is further below its target is said to be missed.
 MISSED = 0.05

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokencut.data.image_set import ImageSet
 from tokencut.data.photos import Photo, check_photos, photo_of
-from tokencut.data.sources import evenly_spread
+from tokencut.data.sampling import evenly_spread
 from tokencut.errors import DataError, UsageError
 from tokencut.model import CompressedModel
 from tokencut.recipe import Recipe

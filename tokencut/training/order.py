@@ -8,19 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from tokencut.data.listing import Layout
 from tokencut.data.loading import ImageDataset, Loader, Sample, Unreadable, load_batches
-from tokencut.data.sources import Source
-from tokencut.errors import DataError
-from tokencut.models.digits import stratified
 
 Key = tuple[int, int]  # epoch and image
 
@@ -65,50 +60,6 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
-
-
-class Part(Source):
-    """Some images of a source, renumbered."""
-
-    def __init__(self, whole: Source, indices: Sequence[int]) -> None:
-        chosen = tuple(whole._images[index] for index in indices)
-        super().__init__(whole.name, Layout(whole.classes, chosen, whole.notes))
-        self.whole = whole
-        self.indices = tuple(indices)
-
-    def open(self, index: int) -> BinaryIO:
-        """Opens the image in the whole source."""
-        return self.whole.open(self.indices[index])
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.whole._filename(self.indices[index], basename, absolute)
-
-    def folders(self) -> list[int]:
-        """The class folder of each image."""
-        return [folder for _, folder in self._images]
-
-
-def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
-    """Splits a source by chance, with every class in proportion.
-
-    Args:
-        source: All images.
-        share: The share that is held out.
-        seed: Another seed, another split.
-
-    Returns:
-        The images to train on, and those held out.
-
-    Raises:
-        DataError: One of the two would be empty.
-    """
-    labels = Part(source, range(len(source))).folders()
-    held = stratified(labels, round(share * len(labels)), seed)
-    if not 0 < len(held) < len(labels):
-        raise DataError(f"{len(labels)} images in {source.name!r} are too few to hold some out for choosing an epoch; "
-                        "type --select last")  # fmt: skip
-    apart = set(held)
-    return Part(source, [index for index in range(len(labels)) if index not in apart]), Part(source, held)
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,20 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
-from tokencut.data.labels import ClassMap, label_names, map_classes, quoted, require_head
+from tokencut.data.labels import ClassMap, map_classes
 from tokencut.data.loading import Batch, ImageDataset
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.data.sources import Source, open_source
+from tokencut.data.sources import Part, Source, hold_out, open_source
 from tokencut.errors import DataError
 from tokencut.evaluation.accuracy import UNREADABLE_SHARE
 from tokencut.evaluation.distributed import evaluate_spread
+from tokencut.messages import quoted
 from tokencut.model import CompressedModel
+from tokencut.models.pretrained_cfg import label_names, require_head
 from tokencut.runtime.devices import resolve_device
 from tokencut.runtime.distributed import Group, alone
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
-from tokencut.training.order import Augmented, Order, Part, hold_out, random_states_kept, training_loader
+from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
 from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
 from tokencut.training.state import Best, TrainingState, copy_of, digest, has_state, load_state, save_state

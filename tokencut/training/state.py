@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
-from tokencut.models.checkpoints import one_line
+from tokencut.messages import one_line
 
 FILE = "state.pt"
 FORMAT = 1

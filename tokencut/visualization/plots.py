@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokencut.evaluation.statistics import Point, pareto_front
 from tokencut.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Point = tuple[float, float]
 
 # Okabe and Ito's colours, told apart by the colour-blind and in grey; their yellow, too pale for lines, darker; and two
 # dark ones for an eighth and ninth line.
@@ -80,21 +80,6 @@ class Label:
     y: float
     size: float
     upright: bool = False
-
-
-def pareto_front(points: Iterable[Point], *, less_is_better: bool) -> list[Point]:
-    """The points that no other is at least as good as in both, from the cheapest on.
-
-    Args:
-        points: `(x, y)`, of which y is better the higher.
-        less_is_better: Whether x is a cost rather than a speed.
-    """
-    sign = 1 if less_is_better else -1
-    front: list[Point] = []
-    for point in sorted(set(points), key=lambda point: (sign * point[0], -point[1])):
-        if not front or point[1] > front[-1][1]:
-            front.append(point)
-    return front
 
 
 def accuracy_plot(series: Sequence[Series], dense: Point, x_label: str, *, less_is_better: bool) -> Figure:

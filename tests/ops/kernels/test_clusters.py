@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokencut.ops import density_peaks
-from tokencut.tokens import group_average, group_sum, in_order
+from tokencut.ops.grouping import group_average, group_sum, in_order
 
 pytest.importorskip("triton")
 

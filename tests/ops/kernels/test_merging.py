@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokencut.tokens import Grouping, Tokens, apply_decision, group_average, in_order
+from tokencut.ops.grouping import Grouping, group_average, in_order
+from tokencut.tokens import Tokens, apply_decision
 
 pytest.importorskip("triton")
 

@@ -1,0 +1,136 @@
+"""Which tokens stay and which become one: decisions as pure index data, and how groups are numbered and weighed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokencut.ops import kernels
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The decision to keep some tokens and drop the rest.
+
+    Attributes:
+        index: The image tokens that stay, int64 `(B, M)`, ascending.
+    """
+
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The decision which tokens become one.
+
+    Attributes:
+        group: For each image token the token it goes into, int64 `(B, N)`, values `0..M-1`, none unused: the
+            order of the tokens leaving. Methods number them by `in_order`, or as published. `M` where it is dropped.
+        weight: What each token contributes to its group, fp32 `(B, N)`: the coefficients of a weighted sum. Weights of
+            a group add up to 1 for an average (`group_average`).
+        count: `M`, the number of tokens that leave.
+        sizes: How many patches each group holds, fp32 `(B, M)`, where that is known already.
+        ordered: Whether groups are known to be numbered by `in_order`.
+    """
+
+    group: Tensor
+    weight: Tensor
+    count: int
+    sizes: Tensor | None = None
+    ordered: bool = False
+
+
+Decision = Selection | Grouping
+
+
+def membership(group: Tensor, count: int) -> Tensor:
+    """Which token is in which group, as a mask.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`.
+        count: `M`, the number of groups.
+
+    Returns:
+        Bool `(B, M, N)`.
+    """
+    return group.unsqueeze(1) == torch.arange(count, device=group.device).view(1, count, 1)
+
+
+def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """Turns raw weights into coefficients that add up to 1 within each group.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`; `M` for a token that is dropped, whose coefficient means nothing.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative.
+        sizes: Patches held by each token, fp32 `(B, N)`; they stand in for the weights of a group that sum to 0.
+        count: `M`, the number of groups.
+
+    Returns:
+        Coefficients, fp32 `(B, N)`; a token alone in its group gets exactly 1.
+    """
+    by_size = sizes / _sums(group, sizes, count).gather(1, group)
+    if weight is sizes:
+        return by_size
+    tiny = torch.finfo(torch.float32).tiny  # a sum below it has lost its digits, and some devices flush it to 0
+    total = _sums(group, weight, count).gather(1, group)
+    return torch.where(total >= tiny, weight / total.clamp(min=tiny), by_size)
+
+
+def group_sum(group: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums the values of each group.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`; `M` for none.
+        values: fp32 `(B, N)`.
+        count: `M`, the number of groups.
+
+    Returns:
+        fp32 `(B, M)`.
+    """
+    return _sums(group, values, count)[:, :count]
+
+
+def _sums(group: Tensor, values: Tensor, count: int) -> Tensor:
+    """The sums of each group, and in a column more, of what is in none: `(B, M + 1)`."""
+    return values.new_zeros((values.shape[0], count + 1)).scatter_add(1, group, values)
+
+
+def in_order(group: Tensor, count: int) -> Tensor:
+    """Renumbers groups by their smallest member, which is also the order of their smallest source patch.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`, any numbering within `0..M-1`, no group empty; `M` stays `M`.
+        count: `M`, the number of groups.
+
+    Returns:
+        The same groups, int64 `(B, N)`.
+    """
+    tokens = group.shape[1]
+    positions = torch.arange(tokens, device=group.device).expand_as(group)
+    firsts = torch.full((group.shape[0], count + 1), tokens, device=group.device, dtype=torch.int64)
+    firsts = firsts.scatter_reduce(1, group, positions, "amin")[:, :count]
+    first = F.pad(firsts, (0, 1), value=tokens).gather(1, group)  # no position, where there is no group
+    # The number of a group is how many groups have begun before its first member.
+    begun = (first == positions).cumsum(1) - 1
+    return F.pad(begun, (0, 1), value=count).gather(1, first)
+
+
+def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> Grouping:
+    """The decision to average groups of tokens, numbered by `in_order`.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`, any numbering within `0..M-1`, no group empty; `M` for none.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative; see `group_average`.
+        sizes: Patches held by each token, fp32 `(B, N)`.
+        count: `M`, the number of groups.
+    """
+    if kernels.usable(group, weight, sizes):
+        from tokencut.ops.kernels import clusters
+
+        ordered, coefficients, held = clusters.ordered_average(group, weight, sizes, count)
+        return Grouping(ordered, coefficients, count, held, ordered=True)
+    group = in_order(group, count)
+    return Grouping(group, group_average(group, weight, sizes, count), count, ordered=True)
