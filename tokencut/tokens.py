@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokencut.ops import kernels
-from tokencut.ops.grouping import Decision, Grouping, Selection, group_sum, membership
+from tokencut.ops.grouping import Decision, Grouping, Selection, group_sum, membership, norm_factors
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,18 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
     """Features after merging, `(B, P + M, D)`."""
+    sums = _weighted_sums(tokens, decision)
+    if not decision.keep_norm:
+        return sums
+    with torch.no_grad():  # a part of the decision
+        lengths, merged = (values.float().norm(dim=2) for values in (tokens.image, sums[:, tokens.prefix :]))
+        factors = norm_factors(decision.group, decision.weight, lengths, merged, decision.count)
+        factors = F.pad(factors, (tokens.prefix, 0), value=1.0).to(sums.dtype)
+    return sums * factors.unsqueeze(2)
+
+
+def _weighted_sums(tokens: Tokens, decision: Grouping) -> Tensor:
+    """The groups' sums behind the prefix tokens, `(B, P + M, D)`."""
     if kernels.usable(tokens.features, decision.weight):
         from tokencut.ops.kernels import merging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -69,13 +70,14 @@ def test_a_budget_of_one_is_one_cluster_of_all() -> None:
 
 
 def test_a_heavy_token_is_denser() -> None:
-    # One neighbour, itself: every density is its mass. Without mass the order is that of the tokens, the separations
-    # are 10, 1, 1, 8, and the centres tokens 0 and 3. With sizes squared, log densities are 0, 4.4, 4.4, 0, and so the
-    # scores 0, 6.7, 4.4, 2.1: the centres are tokens 1 and 2.
+    # One neighbour, itself: every published density is its mass. Without mass the order is that of the tokens, the
+    # separations are 10, 1, 1, 8, and the centres tokens 0 and 3. With sizes squared, log densities are 0, 4.4, 4.4, 0,
+    # and so the scores 0, 6.7, 4.4, 2.1: the centres are tokens 1 and 2.
     scene = given_scene([[0.0], [1.0], [2.0], [10.0]], sizes=[1.0, 9.0, 9.0, 1.0])
     groups = []
     for mass in (0.0, 2.0):
-        decision = make_method("bat", {"mass": mass, "neighbours": 1}).decide(scene, 2)
+        options = {"mass": mass, "neighbours": 1, "features": "tokens", "density": "published"}
+        decision = make_method("bat", options).decide(scene, 2)
         assert isinstance(decision, Grouping)
         groups.append(decision.group.tolist())
     assert groups == [[[0, 0, 0, 1]], [[0, 0, 1, 1]]]
@@ -95,9 +97,29 @@ def test_multiply_adds_by_hand(options: dict[str, Any], macs: int) -> None:
     assert make_method("bat", options).macs(StageShape(10, 6, 8, 4)) == macs
 
 
+def test_merged_tokens_stay_as_long_as_their_members() -> None:
+    # Two pairs at right angles: of the lengths 3 and 5 (sizes 1 and 3) and of 2 and 2. The averages lie in between.
+    scene = given_scene([[3.0, 0.3], [0.0, 2.0], [5.0, 0.0], [0.1, 2.0]], sizes=[1.0, 1.0, 3.0, 1.0])
+    decision = grouping(make_method("bat"), scene, 2)
+    assert decision.group.tolist() == [[0, 1, 0, 1]]
+    left = apply_decision(scene.tokens, decision).image[0]
+    lengths = torch.tensor([(math.hypot(3, 0.3) + 3 * 5) / 4, (2 + math.hypot(0.1, 2)) / 2])
+    torch.testing.assert_close(left.norm(dim=1), lengths)
+    plain = apply_decision(scene.tokens, grouping(make_method("bat", {"keep_norm": False}), scene, 2)).image[0]
+    torch.testing.assert_close(plain, torch.tensor([[(3 + 3 * 5) / 4, 0.3 / 4], [0.05, 2.0]]))
+    torch.testing.assert_close(torch.nn.functional.normalize(left), torch.nn.functional.normalize(plain))
+
+
+def test_members_that_cancel_out_are_not_blown_up() -> None:
+    scene = given_scene([[1.0, 1e-4], [-1.0, 1e-4]])
+    left = apply_decision(scene.tokens, grouping(make_method("bat"), scene, 1)).image[0]
+    torch.testing.assert_close(left, torch.tensor([[0.0, 1e-3]]))  # 10 times the average, not 10,000
+
+
 def test_presets() -> None:
     paper = make_method("bat", {"preset": "paper"}).options()
     assert paper["weights"] == "attention" and paper["features"] == "tokens" and paper["mass"] == 0.0
+    assert paper["density"] == "published" and paper["keep_norm"] is False
     assert make_method("bat", {"preset": "paper", "weights": "size"}).options()["weights"] == "size"
     with pytest.raises(UsageError, match="method bat has no preset 'papr', did you mean paper"):
         make_method("bat", {"preset": "papr"})
@@ -108,7 +130,8 @@ def test_presets() -> None:
 def test_tokens_of_different_windows_are_never_joined() -> None:
     # 128 tokens of which each stands twice, in the first half and in the second: 64 clusters join the copies, unless
     # they stand in different windows. Windows of 64 need 32 clusters each.
-    points = torch.arange(64.0).repeat(2).unsqueeze(1).tolist()
+    angles = torch.linspace(0, 1.5, 64)
+    points = torch.stack((angles.cos(), angles.sin()), 1).repeat(2, 1).tolist()
     scene = given_scene(points)
     everywhere = grouping(make_method("bat"), scene, 64).group[0]
     assert torch.equal(everywhere[:64], everywhere[64:])

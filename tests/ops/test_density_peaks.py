@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tokencut.ops.density_peaks import (
+    NO_DISTANCE,
+    PeakRule,
+    density_average,
     density_clusters,
     nearest_centre,
     peak_scores,
@@ -17,6 +20,10 @@ from tokencut.ops.density_peaks import (
 
 # Two heaps on a line, {0, 1, 2} and {10, 11}: squared distances are small whole numbers, exact in fp32.
 LINE = torch.tensor([[[0.0], [1.0], [2.0], [10.0], [11.0]]])
+
+
+def scores_of(points: torch.Tensor, rule: PeakRule, width: int = 1) -> torch.Tensor:
+    return peak_scores(squared_distances(points, rule.cosine), points.square().sum(2), width, rule)
 
 
 def test_squared_distances_by_hand() -> None:
@@ -35,46 +42,78 @@ def test_scores_by_hand() -> None:
     # Two nearest count, the point itself among them: mean squared distance is 1/2 for every point, so all are equally
     # dense and the lower number is the denser one. Separation: 0 is densest, so the largest squared distance, 121; then
     # 1 from 0, 1 from 1, 64 from 2, 1 from 3.
-    scores = peak_scores(squared_distances(LINE), width=1, neighbours=2)
+    scores = scores_of(LINE, PeakRule(2))
     expected = [-0.5 + 0.5 * math.log(square) for square in (math.inf, 1, 1, 64, 1)]
     assert scores[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_density_counts_the_nearest_and_divides_by_the_width() -> None:
     # Three nearest: mean squared distances are 5/3, 2/3, 5/3, (0+1+64)/3, (0+1+81)/3; the point 1 is densest.
-    scores = peak_scores(squared_distances(LINE), width=1, neighbours=3)
+    scores = scores_of(LINE, PeakRule(3))
     means = (5 / 3, 2 / 3, 5 / 3, 65 / 3, 82 / 3)
     separations = (1, math.inf, 1, 64, 1)
     expected = [-mean + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
     assert scores[0].tolist() == pytest.approx(expected, abs=1e-5)
-    wide = peak_scores(squared_distances(LINE), width=10, neighbours=3)
+    wide = scores_of(LINE, PeakRule(3), width=10)
     expected = [-mean / 10 + 0.5 * math.log(square) for mean, square in zip(means, separations, strict=True)]
     assert wide[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_scale_free_score_is_a_ratio_of_distances() -> None:
+    # The same separations; the density is the rms distance to the nearest three to the power of -1/2.
+    means, separations = (5 / 3, 2 / 3, 5 / 3, 65 / 3, 82 / 3), (1, math.inf, 1, 64, 1)
+    scores = scores_of(LINE, PeakRule(3, balance=0.5))
+    expected = [math.log(math.sqrt(square) / mean**0.25) for mean, square in zip(means, separations, strict=True)]
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-5)
+    larger = scores_of(1000 * LINE, PeakRule(3, balance=0.5))[0] - 0.5 * math.log(1000)
+    assert larger.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_by_cosine_lengths_do_not_count() -> None:
+    points = torch.tensor([[[3.0, 0.0], [0.0, 0.5], [4.0, 4.0], [0.0, 0.0]]])
+    # Directions are right angles or halves of them apart; a point of no length is at distance 1 of all others.
+    half = 2 - math.sqrt(2)
+    expected = [[0, 2, half, 1], [2, 0, half, 1], [half, half, 0, 1], [1, 1, 1, 0]]
+    torch.testing.assert_close(squared_distances(points, cosine=True), torch.tensor([expected]), rtol=0, atol=1e-6)
+
+
+def test_copies_are_equally_dense_however_products_are_rounded() -> None:
+    # Distances below NO_DISTANCE of the squared length, here 1, are rounding.
+    distances = torch.tensor([[[0.0, 1e-7, 4.0], [1e-7, 0.0, 4.0], [4.0, 4.0, 0.0]]])
+    scores = peak_scores(distances, torch.ones(1, 3), 1, PeakRule(2, balance=0.5))
+    density = -0.25 * math.log(NO_DISTANCE)
+    assert scores[0].tolist() == [math.inf, pytest.approx(density + 0.5 * math.log(1e-7)), pytest.approx(
+        -0.25 * math.log(2) + 0.5 * math.log(4))]  # fmt: skip
+
+
+def test_averages_that_keep_their_length_are_marked() -> None:
+    ones = torch.ones(1, 5)
+    assert density_average(LINE, ones, ones, 2, PeakRule(2), keep_norm=True).keep_norm
+    assert not density_average(LINE, ones, ones, 2, PeakRule(2)).keep_norm
+
+
 def test_more_neighbours_than_points_counts_all() -> None:
-    distances = squared_distances(LINE)
-    assert torch.equal(peak_scores(distances, 1, neighbours=5), peak_scores(distances, 1, neighbours=50))
+    assert torch.equal(scores_of(LINE, PeakRule(5)), scores_of(LINE, PeakRule(50)))
 
 
 def test_clusters_by_hand() -> None:
-    assert density_clusters(LINE, clusters=2, neighbours=2).tolist() == [[0, 0, 0, 1, 1]]
-    assert density_clusters(LINE, clusters=1, neighbours=2).tolist() == [[0] * 5]
-    assert density_clusters(LINE, clusters=5, neighbours=2).tolist() == [[0, 1, 2, 3, 4]]
+    assert density_clusters(LINE, clusters=2, rule=PeakRule(2)).tolist() == [[0, 0, 0, 1, 1]]
+    assert density_clusters(LINE, clusters=1, rule=PeakRule(2)).tolist() == [[0] * 5]
+    assert density_clusters(LINE, clusters=5, rule=PeakRule(2)).tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_clusters_are_numbered_by_their_centres_order() -> None:
-    assert density_clusters(LINE.flip(1), clusters=2, neighbours=2).tolist() == [[0, 0, 1, 1, 1]]
+    assert density_clusters(LINE.flip(1), clusters=2, rule=PeakRule(2)).tolist() == [[0, 0, 1, 1, 1]]
 
 
 def test_tokens_of_large_norm_keep_their_densities_apart() -> None:
     # exp(-squared distance) underflows to 0 for all of these, and centres would fall by number: 0 and 1.
-    assert density_clusters(LINE * 1000, clusters=2, neighbours=2).tolist() == [[0, 0, 0, 1, 1]]
+    assert density_clusters(LINE * 1000, clusters=2, rule=PeakRule(2)).tolist() == [[0, 0, 0, 1, 1]]
 
 
 def test_equal_points_give_the_lowest_numbers_as_centres() -> None:
     same = torch.ones(1, 6, 4)
-    assert density_clusters(same, clusters=3, neighbours=5).tolist() == [[0, 1, 2, 0, 0, 0]]
+    assert density_clusters(same, clusters=3, rule=PeakRule(5)).tolist() == [[0, 1, 2, 0, 0, 0]]
 
 
 def test_a_centre_joins_itself_and_equal_distances_go_to_the_earlier_centre() -> None:
@@ -107,17 +146,17 @@ def test_tokens_are_clustered_within_their_window() -> None:
     # Two windows. In the first 0 and 1, and 10 and 10.5 are near; in the second 0 and 0.1, and 50: the 0s of both
     # windows would be one cluster without windows.
     points = torch.tensor([[[0.0], [1.0], [10.0], [10.5], [0.0], [0.1], [50.0], [50.2]]])
-    assert density_clusters(points, 4, 2, parts=2).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
-    assert density_clusters(points, 3, 2).tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
+    assert density_clusters(points, 4, PeakRule(2), parts=2).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    assert density_clusters(points, 3, PeakRule(2)).tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_an_image_with_features_that_are_no_numbers_leaves_the_others_alone(odd: float, parts: int) -> None:
     points = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
-    sound = density_clusters(points, 6, 3, parts=parts)
+    sound = density_clusters(points, 6, PeakRule(3), parts=parts)
     points[0, 3, 1] = odd
-    found = density_clusters(points, 6, 3, parts=parts)
+    found = density_clusters(points, 6, PeakRule(3), parts=parts)
     assert torch.equal(found[1], sound[1])
     assert found[0].unique().tolist() == list(range(6))
 
@@ -126,5 +165,5 @@ def test_each_window_has_a_centre_and_the_rest_go_where_tokens_are_far_apart() -
     # The first window's points lie close together; the second's far apart: it gets all centres but one.
     near, far = torch.linspace(0, 0.1, 6), torch.tensor([0.0, 1.0, 2.2, 3.5, 5.0, 7.0])
     points = torch.cat((near, far)).view(1, 12, 1)
-    assert density_clusters(points, 4, 2, parts=2)[0, :6].tolist() == [0] * 6
-    assert set(density_clusters(points, 4, 2, parts=2)[0, 6:].tolist()) == {1, 2, 3}
+    assert density_clusters(points, 4, PeakRule(2), parts=2)[0, :6].tolist() == [0] * 6
+    assert set(density_clusters(points, 4, PeakRule(2), parts=2)[0, 6:].tolist()) == {1, 2, 3}

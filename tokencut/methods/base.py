@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencut.attention import Evidence
@@ -37,17 +38,20 @@ class Scene:
         """Image tokens as points to be compared, `(B, N, F)` in the dtype they have; compare them in fp32.
 
         Args:
-            kind: `tokens` (the features as they are), `normed` (behind `norm2`) or `keys` (averaged over heads).
+            kind: `tokens` (the features as they are), `unit` (the same, scaled to length 1), `normed` (behind
+                `norm2`) or `keys` (averaged over heads).
         """
         if kind == "keys":
             return self.evidence.keys()
         if kind == "tokens":
             return self.tokens.image
+        if kind == "unit":
+            return F.normalize(self.tokens.image.float(), dim=2)
         # The prefix tokens are normed along: slicing them off before would copy all the others.
         return self.norm(self.tokens.features)[:, self.tokens.prefix :]
 
 
-FEATURE_KINDS = ("tokens", "normed", "keys")
+FEATURE_KINDS = ("tokens", "unit", "normed", "keys")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
-from tokencut.ops.density_peaks import density_average, density_clusters, windows
+from tokencut.ops.density_peaks import PeakRule, density_average, density_clusters, windows
 from tokencut.ops.grouping import Decision, Selection, ordered_average
 from tokencut.ops.matching import match_pairs
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
@@ -21,20 +21,22 @@ from tokencut.schedule import Split, split_budget
 class Bat(Reduction):
     """Attentive tokens are kept apart and matched in pairs, inattentive ones clustered around density peaks.
 
-    `preset=paper` (with `--no-prop-attn`) is the paper's own rule. Single settings take parts away: `pairs=0` the
-    matching, `inattentive=drop` the clustering, both the diversity (importance only), `clusters=1` the decoupling
-    (diversity only).
+    `preset=paper` (with `--no-prop-attn`) is the paper's own rule, whose density depends on the scale of a model's
+    features. Single settings take parts away: `pairs=0` the matching, `inattentive=drop` the clustering, both the
+    diversity (importance only), `clusters=1` the decoupling (diversity only).
 
-    The defaults are what measured best without fine-tuning: diversity only. Every token is clustered, compared as the
-    MLP's norm sees it, weighed by the patches it holds. See examples/benchmarks/defaults.md for the table.
+    The defaults are what measured best without fine-tuning, on three models: diversity only. Every token is clustered,
+    compared by direction, weighed by the patches it holds, and what is merged stays as long as it was. They depend on
+    ratios of distances alone, not on the scale of a model's features. examples/benchmarks/defaults.md has the table.
     """
 
     name = "bat"
     source = "arXiv 2211.11315"
     prop_attn = True
     presets = {
-        "paper": {"clusters": 0.25, "pairs": 0.25, "neighbours": 5, "mass": 0.0, "features": "tokens",
-                  "window": 256, "match_features": "tokens", "weights": "attention"},
+        "paper": {"clusters": 0.25, "pairs": 0.25, "neighbours": 5, "mass": 0.0, "density": "published",
+                  "features": "tokens", "window": 256, "match_features": "tokens", "weights": "attention",
+                  "keep_norm": False},
     }  # fmt: skip
 
     clusters: float = option(1.0, "share of the budget that goes to clusters of inattentive tokens", low=0.0, high=1.0)
@@ -42,31 +44,48 @@ class Bat(Reduction):
     inattentive: str = option("cluster", "what becomes of inattentive tokens", choices=("cluster", "drop"))
     neighbours: int = option(3, "nearest tokens that count for a density, the token itself among them", low=1)
     mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
+    density: str = option(
+        "scale_free", "how near tokens make a density; published depends on the scale of the features",
+        choices=("scale_free", "published"),
+    )  # fmt: skip
+    balance: float = option(0.5, "what a scale-free density counts against separation", low=0.0)
     window: int = option(
         128, "about how many tokens are compared with each other; an image of more is clustered in equal windows", low=4
     )
-    features: str = option("normed", "what clusters compare", choices=FEATURE_KINDS)
-    match_features: str = option("normed", "what pairs compare", choices=FEATURE_KINDS)
+    features: str = option("unit", "what clusters compare", choices=FEATURE_KINDS)
+    match_features: str = option("unit", "what pairs compare", choices=FEATURE_KINDS)
     weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)
+    keep_norm: bool = option(True, "whether a merged token is as long as its members on average")
 
     def decide(self, scene: Scene, budget: int) -> Decision:
         split, sizes = self.split(scene.tokens.count, budget), scene.tokens.known_sizes()
         attention = scene.evidence.class_attention() if self.reads_attention() else None
         if attention is None or split.attentive == 0:
-            weight, points = raw_weights(self.weights, sizes, attention), scene.features(self.features)
+            weight, points = raw_weights(self.weights, sizes, attention), self._points(scene)
             parts = windows(scene.tokens.count, split.clusters, self.window)
-            return density_average(points, weight, sizes, split.clusters, self.neighbours, self.mass, parts)
+            return density_average(points, weight, sizes, split.clusters, self.rule, parts, self.keep_norm)
         attentive, inattentive = by_attention(attention, split.attentive)
         if not self.merges():
             return Selection(ascending(attentive))
         group = torch.full_like(attention, budget, dtype=torch.int64)
         group = self._pair(scene, group, attentive, split)
         if split.clusters:
-            points, held = take(scene.features(self.features), inattentive), take(sizes, inattentive)
+            points, held = take(self._points(scene), inattentive), take(sizes, inattentive)
             parts = windows(points.shape[1], split.clusters, self.window)
-            clusters = density_clusters(points, split.clusters, self.neighbours, held, self.mass, parts)
+            clusters = density_clusters(points, split.clusters, self.rule, held, parts)
             group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
-        return ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
+        merged = ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
+        return replace(merged, keep_norm=self.keep_norm)
+
+    @property
+    def rule(self) -> PeakRule:
+        """Which tokens are centres."""
+        balance = self.balance if self.density == "scale_free" else None
+        return PeakRule(self.neighbours, self.mass, balance, cosine=self.features == "unit")
+
+    def _points(self, scene: Scene) -> Tensor:
+        """What clusters compare; lengths are left to the comparison, which knows them from its products."""
+        return scene.features("tokens" if self.features == "unit" else self.features)
 
     def _pair(self, scene: Scene, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
         """Groups the attentive tokens as `0..K-R-1`; the sides alternate by rank of class attention."""

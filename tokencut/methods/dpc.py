@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
-from tokencut.ops.density_peaks import density_average
+from tokencut.ops.density_peaks import PeakRule, density_average
 from tokencut.ops.grouping import Grouping
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
 
@@ -16,6 +16,9 @@ class DPC(Reduction):
     """Every token joins the nearest of the budget's density peaks; a cluster becomes its members' average.
 
     TCFormer weighs members by a score it learns. Untrained, that score is the same for all: `weights=equal`.
+
+    As published, the density depends on the scale of the features: a model with larger ones, which computes the same,
+    gets other clusters, and the larger they are the less separation counts. `bat` has a rule without that.
     """
 
     name = "dpc"
@@ -30,7 +33,7 @@ class DPC(Reduction):
         sizes = scene.tokens.known_sizes()
         attention = scene.evidence.class_attention() if self.reads_attention() else None
         weight = raw_weights(self.weights, sizes, attention)
-        return density_average(scene.features(self.features), weight, sizes, budget, self.neighbours)
+        return density_average(scene.features(self.features), weight, sizes, budget, PeakRule(self.neighbours))
 
     def macs(self, shape: StageShape) -> int:
         return shape.tokens * shape.tokens * shape.feature_width(self.features)

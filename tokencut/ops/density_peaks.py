@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -13,43 +15,87 @@ from tokencut.ops.ranking import ranking
 KERNEL_NEIGHBOURS = (3, 4)
 # Clusters that each window gets on average, at least: with 20 accuracy suffers, see examples/benchmarks/defaults.md.
 WINDOW_CLUSTERS = 32
+# What counts as no distance, as a share of a point's squared length: below it fp32 has lost the digits, and copies of
+# a token would be told apart by rounding. Values up to 0.01 measured the same (examples/benchmarks/defaults.md).
+NO_DISTANCE = 1e-5
 
 
-def squared_distances(points: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class PeakRule:
+    """How much each point is a centre.
+
+    Attributes:
+        neighbours: How many nearest count for the density, the point itself among them.
+        mass: Power of its size by which a point is denser.
+        balance: What density counts against separation: the power of the distance to the nearest by which a point is
+            less dense. So the score is a ratio of distances, and multiplying all points by a number changes nothing.
+            None for the published density, `exp(-mean squared distance / width)`, whose part in the score grows with
+            the scale of the points: where that is large it drowns the separation.
+        cosine: Whether points are compared as if all were of length 1.
+    """
+
+    neighbours: int
+    mass: float = 0.0
+    balance: float | None = None
+    cosine: bool = False
+
+
+def squared_distances(points: Tensor, cosine: bool = False) -> Tensor:
     """Squared Euclidean distances between all points, by one batched product.
 
     Args:
         points: `(B, n, F)` in any floating dtype.
+        cosine: Whether to compare the points as if all were of length 1.
 
     Returns:
         fp32 `(B, n, n)`, not negative, exactly 0 on the diagonal.
     """
+    return _distances_and_lengths(points, cosine)[0]
+
+
+def _distances_and_lengths(points: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Squared distances `(B, n, n)`, and squared lengths `(B, n)` of the points that they lie between."""
     points = points.float()
     products = torch.matmul(points, points.transpose(1, 2))
-    # The norms stand on the diagonal: summing squares once more took a tenth as long as the product.
-    norms = products.flatten(1)[:, :: points.shape[1] + 1]
-    distances = torch.add(norms.unsqueeze(2) + norms.unsqueeze(1), products, alpha=-2)
-    return distances.clamp(min=0.0, max=torch.finfo(torch.float32).max)
+    if cosine:
+        shrink = _diagonal(products).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        products = products * shrink.unsqueeze(2) * shrink.unsqueeze(1)
+    # The squared lengths stand on the diagonal: summing squares once more took a tenth as long as the product.
+    lengths = _diagonal(products)
+    distances = torch.add(lengths.unsqueeze(2) + lengths.unsqueeze(1), products, alpha=-2)
+    return distances.clamp(min=0.0, max=torch.finfo(torch.float32).max), lengths
 
 
-def peak_scores(distances: Tensor, width: int, neighbours: int, log_mass: Tensor | None = None) -> Tensor:
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.flatten(1)[:, :: matrices.shape[1] + 1]
+
+
+def peak_scores(
+    distances: Tensor, lengths: Tensor, width: int, rule: PeakRule, log_mass: Tensor | None = None
+) -> Tensor:
     """How much each point is a centre: log density plus log separation.
 
-    Density is `mass * exp(-mean squared distance to the nearest / width)`; separation the distance to the nearest
+    Density is `mass / rms distance to the nearest ** balance`, or as published; separation the distance to the nearest
     denser point. The densest, whose separation is published as the largest distance, and so its score as the highest,
-    has an infinite one. Logarithms, since the density underflows on tokens of large norm.
+    has an infinite one. Logarithms, since the published density underflows on tokens of large norm.
 
     Args:
         distances: Squared distances, fp32 `(B, n, n)`.
+        lengths: Squared lengths of the points, fp32 `(B, n)`.
         width: `F`, the numbers in a point.
-        neighbours: How many nearest count for the density, the point itself among them.
-        log_mass: Logarithm of each point's mass, fp32 `(B, n)`; every mass is 1 where None, as published.
+        rule: What counts.
+        log_mass: Logarithm of each point's mass, fp32 `(B, n)`; every mass is 1 where None.
 
     Returns:
         fp32 `(B, n)`; higher is more of a centre, `-inf` for a point that coincides with a denser one or is no number.
     """
     count = distances.shape[1]
-    log_density = -_mean_of_nearest(distances, min(neighbours, count)) / width
+    nearest = _mean_of_nearest(distances, min(rule.neighbours, count))
+    if rule.balance is None:
+        log_density = -nearest / width
+    else:
+        none = (NO_DISTANCE * lengths).clamp(min=torch.finfo(torch.float32).tiny)
+        log_density = -0.5 * rule.balance * torch.maximum(nearest, none).log()
     if log_mass is not None:
         log_density = log_density + log_mass
     order = ranking(log_density)
@@ -122,31 +168,30 @@ def windows(count: int, clusters: int, window: int) -> int:
 
 
 def density_clusters(
-    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None = None, mass: float = 0.0, parts: int = 1
+    points: Tensor, clusters: int, rule: PeakRule, sizes: Tensor | None = None, parts: int = 1
 ) -> Tensor:
     """Clusters the points of each image around its density peaks.
 
     Args:
         points: `(B, n, F)` in any floating dtype; compared in fp32.
         clusters: `C`, at most `n`.
-        neighbours: How many nearest count for the density, the point itself among them.
+        rule: Which points are centres.
         sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
-        mass: Power of its size by which a point is denser.
         parts: Windows of consecutive points, a divisor of `n`, at most `C`: points are compared within theirs only, so
             that time and memory grow with `n^2 / parts`. Centres are the best of the image, one a window at least.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
-    sizes = sizes if mass else None
-    if _has_kernel(points, neighbours, parts):
+    sizes = sizes if rule.mass else None
+    if _has_kernel(points, rule, parts):
         from tokencut.ops.kernels import clusters as kernel
 
-        return kernel.density_clusters(points, clusters, neighbours, sizes, mass, parts)
+        return kernel.density_clusters(points, clusters, sizes, parts, *_kernel_rule(rule))
     batch, count, width = points.shape
-    log_mass = None if sizes is None else mass * sizes.log().unflatten(1, (parts, -1)).flatten(0, 1)
-    distances = squared_distances(points.unflatten(1, (parts, -1)).flatten(0, 1))
-    scores = peak_scores(distances, width, neighbours, log_mass)
+    log_mass = None if sizes is None else rule.mass * sizes.log().unflatten(1, (parts, -1)).flatten(0, 1)
+    distances, lengths = _distances_and_lengths(points.unflatten(1, (parts, -1)).flatten(0, 1), rule.cosine)
+    scores = peak_scores(distances, lengths, width, rule, log_mass)
     centres = ranking(scores.view(batch, count))[:, :clusters]
     is_centre = torch.zeros_like(centres[:, :1]).expand(-1, count).scatter(1, centres, 1)
     joined = _joined(distances, is_centre.view(batch * parts, -1)).view(batch, parts, -1)
@@ -155,7 +200,13 @@ def density_clusters(
 
 
 def density_average(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float = 0.0, parts: int = 1
+    points: Tensor,
+    weight: Tensor,
+    sizes: Tensor,
+    clusters: int,
+    rule: PeakRule,
+    parts: int = 1,
+    keep_norm: bool = False,
 ) -> Grouping:
     """The decision to average the clusters of each image.
 
@@ -164,22 +215,30 @@ def density_average(
         weight: Raw weight of each token, fp32 `(B, N)`, not negative.
         sizes: Patches that each token holds, fp32 `(B, N)`.
         clusters: `C`, at most `N`.
-        neighbours: How many nearest count for the density, the token itself among them.
-        mass: Power of its size by which a token is denser.
+        rule: Which tokens are centres.
         parts: Windows, as in `density_clusters`.
+        keep_norm: Whether the averages are as long as their members, see `Grouping`; with `rule.cosine` the points have
+            to be the tokens themselves.
     """
-    if _has_kernel(points, neighbours, parts):
+    if _has_kernel(points, rule, parts):
         from tokencut.ops.kernels import clusters as kernel
 
-        group, coefficients, held = kernel.density_average(points, weight, sizes, clusters, neighbours, mass, parts)
-        return Grouping(group, coefficients, clusters, held, ordered=True)
-    group = density_clusters(points, clusters, neighbours, sizes, mass, parts)
-    return ordered_average(group, weight, sizes, clusters)
+        lengthened = keep_norm and rule.cosine  # the products of the points tell how long averages of them are
+        group, coefficients, held = kernel.density_average(
+            points, weight, sizes, clusters, parts, *_kernel_rule(rule), lengthened
+        )
+        return Grouping(group, coefficients, clusters, held, ordered=True, keep_norm=keep_norm and not lengthened)
+    group = density_clusters(points, clusters, rule, sizes, parts)
+    return replace(ordered_average(group, weight, sizes, clusters), keep_norm=keep_norm)
 
 
-def _has_kernel(points: Tensor, neighbours: int, parts: int) -> bool:
+def _kernel_rule(rule: PeakRule) -> tuple[int, float, float, bool]:
+    """A rule as the kernels take it: neighbours, mass, balance (negative for the published density), cosine."""
+    return rule.neighbours, float(rule.mass), -1.0 if rule.balance is None else float(rule.balance), rule.cosine
+
+
+def _has_kernel(points: Tensor, rule: PeakRule, parts: int) -> bool:
     """Whether a GPU kernel clusters such points; in fp32, without tensor cores, it is no faster."""
     half = points.dtype in (torch.float16, torch.bfloat16)
-    return (
-        half and neighbours in KERNEL_NEIGHBOURS and neighbours <= points.shape[1] // parts and kernels.usable(points)
-    )
+    known = rule.neighbours in KERNEL_NEIGHBOURS and rule.neighbours <= points.shape[1] // parts
+    return half and known and kernels.usable(points)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from tokencut.ops import kernels
 
+# Members that cancel out leave a sum of rounding errors: it is not scaled up beyond this.
+LONGEST = 10.0
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -34,6 +37,9 @@ class Grouping:
         count: `M`, the number of tokens that leave.
         sizes: How many patches each group holds, fp32 `(B, M)`, where that is known already.
         ordered: Whether groups are known to be numbered by `in_order`.
+        keep_norm: Whether each sum is scaled to the average length of its members, by the same weights (MLERP,
+            arXiv 2312.01026): an average of different tokens is shorter than they are, and what later blocks add to it
+            then weighs more than it did in training.
     """
 
     group: Tensor
@@ -41,6 +47,7 @@ class Grouping:
     count: int
     sizes: Tensor | None = None
     ordered: bool = False
+    keep_norm: bool = False
 
 
 Decision = Selection | Grouping
@@ -91,6 +98,24 @@ def group_sum(group: Tensor, values: Tensor, count: int) -> Tensor:
         fp32 `(B, M)`.
     """
     return _sums(group, values, count)[:, :count]
+
+
+def norm_factors(group: Tensor, weight: Tensor, lengths: Tensor, merged: Tensor, count: int) -> Tensor:
+    """What each group's sum is multiplied by, so that it is as long as its members on average.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`; `M` for none.
+        weight: Coefficient of each token, fp32 `(B, N)`.
+        lengths: Length of each token, fp32 `(B, N)`.
+        merged: Length of each group's weighted sum, fp32 `(B, M)`.
+        count: `M`, the number of groups.
+
+    Returns:
+        fp32 `(B, M)`, from 0 to `LONGEST`; exactly 1 for a token alone.
+    """
+    factors = group_sum(group, weight * lengths, count) / merged.clamp(min=torch.finfo(torch.float32).tiny)
+    # A token alone passes unchanged: two reductions of the same numbers may differ in the last bit.
+    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors.clamp(max=LONGEST))
 
 
 def _sums(group: Tensor, values: Tensor, count: int) -> Tensor:

@@ -84,10 +84,10 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
 
     def run() -> list[Any]:
         return [
-            *clusters.density_average(points, ones, ones, 5, 3, 0.5, 1),
-            *clusters.density_average(points, ones, ones, 5, 3, 0.5, 2),
-            clusters.density_clusters(points, 5, 3, ones, 0.5, 1),
-            clusters.density_clusters(points, 5, 3, None, 0.0, 2),
+            *clusters.density_average(points, ones, ones, 5, 1, 3, 0.5, -1.0, False, False),
+            *clusters.density_average(points, ones, ones, 5, 2, 3, 0.5, 0.5, True, True),
+            clusters.density_clusters(points, 5, ones, 1, 3, 0.5, -1.0, False),
+            clusters.density_clusters(points, 5, None, 2, 3, 0.0, 0.5, True),
             *clusters.ordered_average(group, ones, ones, 6),
             merging.merge(points, 0, group, ones / 2, 6, True),
             sorting.ranking(ones, True),

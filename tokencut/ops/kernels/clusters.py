@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.phases import run_phases
+from tokencut.ops.kernels.phases import TINY, log_density, run_phases
 
 TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
 ALONE = 128  # up to so many tokens one tile holds all distances of a window, and what follows from them is done there
@@ -27,10 +27,22 @@ WHOLE = 512  # up to so many tokens one program does all of an image; beyond, on
 
 
 @triton.jit
-def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_stride, mass,
+def _cosine_distances(products, row_lengths, column_lengths):
+    """Squared distances of points scaled to length 1, from products and squared lengths of the points as they are."""
+    shrink = tl.rsqrt(tl.maximum(row_lengths, TINY))[:, None] * tl.rsqrt(tl.maximum(column_lengths, TINY))[None, :]
+    # A point of no length stays where it is, at distance 1 of the others.
+    sum_of_lengths = (row_lengths > TINY).to(tl.float32)[:, None] + (column_lengths > TINY).to(tl.float32)[None, :]
+    return tl.maximum(sum_of_lengths - 2.0 * products * shrink, 0.0)
+
+
+@triton.jit
+def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_stride, mass, balance,
            WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
-           SIZED: tl.constexpr):  # fmt: skip
-    """The squared distances of a window that fits into one tile, and how much each of its points is a centre."""
+           SIZED: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
+    """The squared distances of a window that fits into one tile, and how much each of its points is a centre.
+
+    On the diagonal of the distances, where none is looked for, stand the squared lengths of the points.
+    """
     window = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, TILE)
     points += window // parts * batch_stride + window % parts * count * row_stride
@@ -43,9 +55,13 @@ def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_str
         products = tl.dot(a, tl.trans(a), products, input_precision="ieee")
     itself = rows[:, None] == rows[None, :]
     norms = tl.where(itself, products, 0.0)
-    squared = tl.maximum(tl.sum(norms, 1)[:, None] + tl.sum(norms, 0)[None, :] - 2.0 * products, 0.0)
+    lengths = tl.sum(norms, 1)
+    if COSINE:
+        squared = _cosine_distances(products, lengths, tl.sum(norms, 0))
+    else:
+        squared = tl.maximum(lengths[:, None] + tl.sum(norms, 0)[None, :] - 2.0 * products, 0.0)
     inside = (rows[:, None] < count) & (rows[None, :] < count)
-    tl.store(distances + rows[:, None] * count + rows[None, :], tl.where(itself, 0.0, squared), mask=inside)
+    tl.store(distances + rows[:, None] * count + rows[None, :], tl.where(itself, norms, squared), mask=inside)
     squared = tl.where(inside & (rows[:, None] != rows[None, :]), squared, float("inf"))
     # The nearest, then the nearest of those farther off, each as often as it occurs: no other array in registers.
     total = tl.zeros((TILE,), tl.float32)
@@ -56,7 +72,7 @@ def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_str
         taken = tl.minimum(tl.sum((squared == nearest[:, None]).to(tl.int32), 1), left)
         total += tl.where(taken > 0, nearest * taken, 0.0)
         left -= taken
-    density = -(total / NEIGHBOURS) / WIDTH
+    density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
     if SIZED:
         density += mass * tl.log(tl.load(sizes + window * count + rows, mask=rows < count, other=1.0))
     earlier = (density[None, :] == density[:, None]) & (rows[None, :] < rows[:, None])
@@ -68,8 +84,8 @@ def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_str
 
 @triton.jit
 def _distances(points, distances, count, parts, batch_stride, row_stride,
-               WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One tile of the squared distances of a window, and its mirror image."""
+               WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
+    """One tile of the squared distances of a window, and its mirror image; on the diagonal the squared lengths."""
     window = tl.program_id(2).to(tl.int64)
     row, column = tl.program_id(1), tl.program_id(0)
     if row > column:
@@ -90,8 +106,11 @@ def _distances(points, distances, count, parts, batch_stride, row_stride,
         row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
         column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
         products = tl.dot(a, b, products, input_precision="ieee")
-    squared = tl.maximum(row_norms[:, None] + column_norms[None, :] - 2.0 * products, 0.0)
-    squared = tl.where(rows[:, None] == columns[None, :], 0.0, squared)
+    if COSINE:
+        squared = _cosine_distances(products, row_norms, column_norms)
+    else:
+        squared = tl.maximum(row_norms[:, None] + column_norms[None, :] - 2.0 * products, 0.0)
+    squared = tl.where(rows[:, None] == columns[None, :], row_norms[:, None], squared)
     tl.store(distances + rows[:, None] * count + columns[None, :], squared,
              mask=(rows[:, None] < count) & (columns[None, :] < count))  # fmt: skip
     if row < column:
@@ -99,15 +118,16 @@ def _distances(points, distances, count, parts, batch_stride, row_stride,
                  mask=(columns[:, None] < count) & (rows[None, :] < count))  # fmt: skip
 
 
-def squared_distances(points: Tensor, parts: int = 1) -> Tensor:
+def distances_and_lengths(points: Tensor, parts: int = 1, cosine: bool = False) -> Tensor:
     """Squared distances between the points of each window, tile by tile.
 
     Args:
         points: `(B, n, F)` in any floating dtype, the last dimension contiguous.
         parts: Windows of consecutive points, a divisor of `n`.
+        cosine: Whether to compare the points as if all were of length 1.
 
     Returns:
-        fp32 `(B * parts, n / parts, n / parts)`.
+        fp32 `(B * parts, n / parts, n / parts)`; on the diagonal the squared lengths of the points as they are.
     """
     batch, count, width = points.shape
     distances = _empty_distances(points, parts)
@@ -115,7 +135,7 @@ def squared_distances(points: Tensor, parts: int = 1) -> Tensor:
     tiles = triton.cdiv(window, TILE)
     _distances[tiles, tiles, batch * parts](
         points, distances, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=TILE,
-        CHUNK=_chunk(points),
+        CHUNK=_chunk(points), COSINE=cosine,
         # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
         num_stages=1,
     )  # fmt: skip
@@ -131,6 +151,16 @@ def _empty_distances(points: Tensor, parts: int) -> Tensor:
 def _chunk(points: Tensor) -> int:
     """Features that a product takes at once: as many bytes in any precision."""
     return 2 * CHUNK // points.element_size()
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """`ops.density_peaks.PeakRule` as operators take it: the balance is negative for the published density."""
+
+    neighbours: int
+    mass: float
+    balance: float
+    cosine: bool
 
 
 @dataclass(frozen=True)
@@ -171,9 +201,10 @@ class _Work:
 
     def run(
         self, first: int, last: int, groups: int,
-        distances: Tensor | None = None, mass: float = 0.0, width: int = 1, neighbours: int = 3,
+        distances: Tensor | None = None, rule: _Rule | None = None, width: int = 1, keep_norm: bool = False,
     ) -> None:  # fmt: skip
         """Phases `first` to `last`; a group is named by a number below `groups`, and a token of none by `groups`."""
+        rule = rule or _Rule(3, 0.0, 0.0, False)
         batch, count = self.group.shape
         whole = count <= WHOLE
         own = min(OWN, max(64, triton.next_power_of_2(count)))
@@ -182,25 +213,28 @@ class _Work:
                 self.floats if distances is None else distances, self.group, self.weight, self.sizes, self.floats,
                 self.integers, self.share, self.ordered, self.leaving, count,
                 count if distances is None else distances.shape[1], self.group.numel(), self.leaving.shape[1], groups,
-                mass, WIDTH=width, NEIGHBOURS=neighbours, SIZED=mass != 0.0, OWN=own, OTHERS=OTHERS, FIRST=start,
-                LAST=end, WHOLE=whole, ALL=whole and count <= own, num_warps=LANES * own // 32,
+                rule.mass, rule.balance, WIDTH=width, NEIGHBOURS=rule.neighbours, SIZED=rule.mass != 0.0,
+                SCALE_FREE=rule.balance >= 0.0, COSINE=rule.cosine, KEEP_NORM=keep_norm, OWN=own, OTHERS=OTHERS,
+                FIRST=start, LAST=end, WHOLE=whole, ALL=whole and count <= own, num_warps=LANES * own // 32,
             )  # fmt: skip
 
-    def cluster(self, points: Tensor, mass: float, neighbours: int, parts: int, last: int) -> None:
+    def cluster(self, points: Tensor, rule: _Rule, parts: int, last: int, keep_norm: bool = False) -> None:
         """Phases 0 to `last`, the first two along with the distances where a window fits into one tile."""
         batch, count, width = points.shape
         points = points if points.stride(2) == 1 else points.contiguous()
         window = count // parts
         if window > ALONE:
-            self.run(0, last, count, squared_distances(points, parts), mass, width, neighbours)
+            distances = distances_and_lengths(points, parts, rule.cosine)
+            self.run(0, last, count, distances, rule, width, keep_norm)
             return
         distances = _empty_distances(points, parts)
         _peaks[(batch * parts,)](
-            points, self.sizes, distances, self.scores, window, parts, points.stride(0), points.stride(1), mass,
-            WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(points), NEIGHBOURS=neighbours,
-            SIZED=mass != 0.0, num_warps=8, num_stages=4, **SHARED_BY_TWO,
+            points, self.sizes, distances, self.scores, window, parts, points.stride(0), points.stride(1), rule.mass,
+            rule.balance, WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(points),
+            NEIGHBOURS=rule.neighbours, SIZED=rule.mass != 0.0, SCALE_FREE=rule.balance >= 0.0, COSINE=rule.cosine,
+            num_warps=8, num_stages=4, **SHARED_BY_TWO,
         )  # fmt: skip
-        self.run(2, last, count, distances)
+        self.run(2, last, count, distances, keep_norm=keep_norm)
 
 
 def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,13 +244,14 @@ def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @opaque(
-    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int neighbours, float mass, int parts)"
-    " -> (Tensor, Tensor, Tensor)",
-    lambda points, weight, sizes, clusters, neighbours, mass, parts: _three_empty(weight, clusters),
+    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int parts, int neighbours, float mass, float balance,"
+    " bool cosine, bool keep_norm) -> (Tensor, Tensor, Tensor)",
+    lambda points, weight, sizes, clusters, *rule: _three_empty(weight, clusters),
 )
 def density_average(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, neighbours: int, mass: float, parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, parts: int, neighbours: int, mass: float,
+    balance: float, cosine: bool, keep_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Clusters the points of each image around its density peaks and averages each cluster.
 
     Args:
@@ -224,9 +259,12 @@ def density_average(
         weight: Raw weight of each point, fp32 `(B, n)`, not negative.
         sizes: Patches that each point holds, fp32 `(B, n)`.
         clusters: `C`, at most `n`.
+        parts: Windows within which points are compared, a divisor of `n`, at most `C`.
         neighbours: How many nearest count for the density, the point itself among them: 3 or 4, at most `n / parts`.
         mass: Power of its size by which a point is denser.
-        parts: Windows within which points are compared, a divisor of `n`, at most `C`.
+        balance: What density counts against separation; negative for the published density.
+        cosine: Whether points are compared as if all were of length 1.
+        keep_norm: Whether coefficients make averages of the points as long as their members; with `cosine` only.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the smallest member; coefficients, fp32 `(B, n)`; patches
@@ -235,17 +273,19 @@ def density_average(
     # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
     joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
     work = _Work.of(joined, weight, sizes, clusters)
-    work.cluster(points, float(mass), neighbours, parts, 5)
+    work.cluster(points, _Rule(neighbours, mass, balance, cosine), parts, 5, keep_norm)
     return work.results
 
 
 @opaque(
-    "(Tensor points, int clusters, int neighbours, Tensor? sizes, float mass, int parts) -> Tensor",
-    lambda points, clusters, neighbours, sizes, mass, parts: points.new_empty(points.shape[:2], dtype=torch.int64),
+    "(Tensor points, int clusters, Tensor? sizes, int parts, int neighbours, float mass, float balance, bool cosine)"
+    " -> Tensor",
+    lambda points, *rest: points.new_empty(points.shape[:2], dtype=torch.int64),
 )
 def density_clusters(
-    points: Tensor, clusters: int, neighbours: int, sizes: Tensor | None, mass: float, parts: int
-) -> Tensor:
+    points: Tensor, clusters: int, sizes: Tensor | None, parts: int, neighbours: int, mass: float, balance: float,
+    cosine: bool,
+) -> Tensor:  # fmt: skip
     """As `density_average`, without the average.
 
     Returns:
@@ -254,7 +294,7 @@ def density_clusters(
     joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
     known = torch.empty(0, device=points.device) if sizes is None else sizes
     work = _Work.of(joined, known, known, clusters)
-    work.cluster(points, 0.0 if sizes is None else float(mass), neighbours, parts, 3)
+    work.cluster(points, _Rule(neighbours, 0.0 if sizes is None else mass, balance, cosine), parts, 3)
     centres = work.integers[: joined.numel()].view(joined.shape)
     return centres.cumsum(1).gather(1, joined.long()) - 1
 

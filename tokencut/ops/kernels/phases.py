@@ -10,6 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+TINY = tl.constexpr(1.1754943508222875e-38)  # a sum below it has lost its digits
+NO_DISTANCE = tl.constexpr(1e-5)  # as in `ops.density_peaks`
+LONGEST = tl.constexpr(10.0)  # as in `ops.grouping`
+
+
+@triton.jit
+def log_density(nearest, lengths, balance, WIDTH: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):
+    """Log density of points by the mean squared distance to their nearest and their squared lengths."""
+    if SCALE_FREE:
+        if COSINE:
+            lengths = (lengths > TINY).to(tl.float32)
+        density = -0.5 * balance * tl.log(tl.maximum(nearest, tl.maximum(lengths * NO_DISTANCE, TINY)))
+    else:
+        density = -nearest / WIDTH
+    return density
+
 
 @triton.jit
 def _three_nearest(a, b, c, d, e, f):
@@ -39,8 +55,15 @@ def _seen(image, own, start, count, window, OTHERS: tl.constexpr):
 
 
 @triton.jit
-def _density(image, own, distances, sizes, densities, count, window, mass,
-             WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
+def _squared_lengths(image, tokens, distances, count, window):
+    """Squared lengths of tokens, which stand on the diagonals of the distances."""
+    return tl.load(distances + (image * count + tokens) * window + tokens % window, mask=tokens < count, other=0.0)
+
+
+@triton.jit
+def _density(image, own, distances, sizes, densities, count, window, mass, balance,
+             WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, SCALE_FREE: tl.constexpr,
+             COSINE: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
     """Log density of the owned tokens."""
     first = tl.full((OTHERS, own.shape[0]), float("inf"), tl.float32)
     second, third = first, first
@@ -54,8 +77,9 @@ def _density(image, own, distances, sizes, densities, count, window, mass,
     total = nearest + next_nearest
     if NEIGHBOURS > 3:
         total += last
-    density = -(total / NEIGHBOURS) / WIDTH
     here = image * count + own
+    lengths = _squared_lengths(image, own, distances, count, window)
+    density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
     if SIZED:
         density += mass * tl.log(tl.load(sizes + here, mask=own < count, other=1.0))
     tl.store(densities + here, density, mask=own < count)
@@ -109,30 +133,69 @@ def _join(image, own, distances, centres, joined, count, window, OTHERS: tl.cons
 
 
 @triton.jit
-def _average(image, own, group, weight, sizes, first, share, held, count, window, groups,
-             OTHERS: tl.constexpr):  # fmt: skip
-    """First member of each owned token's group (all are in its window), its coefficient, and what the group holds."""
+def _average(image, own, distances, group, weight, sizes, first, share, held, inner, long, count, window, groups,
+             KEEP_NORM: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
+    """First member of each owned token's group (all are in its window), its coefficient, and what the group holds.
+
+    Where norms are kept also the average length of the members, and the product of each token with the average.
+    """
     here = image * count + own
     mine = tl.load(group + here, mask=own < count, other=-1)
     begins = tl.full((OTHERS, own.shape[0]), 0, tl.int32) + count
     weights = tl.zeros((OTHERS, own.shape[0]), tl.float32)
     patches = tl.zeros((OTHERS, own.shape[0]), tl.float32)
+    lengths = tl.zeros((OTHERS, own.shape[0]), tl.float32)
+    products = tl.zeros((OTHERS, own.shape[0]), tl.float32)
     for start in range(0, window, OTHERS):
-        others, _, inside = _seen(image, own, start, count, window, OTHERS)
+        others, apart, inside = _seen(image, own, start, count, window, OTHERS)
         there = image * count + others
         fellow = tl.load(group + there, mask=inside, other=-2) == mine[None, :]
         begins = tl.minimum(begins, tl.where(fellow, others, count))
-        weights += tl.where(fellow, tl.load(weight + there, mask=inside, other=0.0), 0.0)
+        theirs = tl.where(fellow, tl.load(weight + there, mask=inside, other=0.0), 0.0)
+        weights += theirs
         patches += tl.where(fellow, tl.load(sizes + there, mask=inside, other=0.0), 0.0)
+        if KEEP_NORM:
+            squared = tl.load(distances + there * window + others % window, mask=fellow & inside, other=0.0)
+            long_by = theirs * tl.sqrt(squared)
+            lengths += long_by
+            # 1 less half the squared distance of points of length 1 is their cosine.
+            other = fellow & inside & (others != own[None, :])
+            products += long_by * (1.0 - 0.5 * tl.load(distances + apart, mask=other, other=0.0))
     total, together = tl.sum(weights, 0), tl.sum(patches, 0)
     heavy = tl.load(weight + here, mask=own < count, other=0.0)
     size = tl.load(sizes + here, mask=own < count, other=0.0)
-    tiny = 1.1754943508222875e-38  # a sum below it has lost its digits
-    coefficient = tl.where(total >= tiny, heavy / tl.maximum(total, tiny), size / together)
+    coefficient = tl.where(total >= TINY, heavy / tl.maximum(total, TINY), size / together)
     # A token that is dropped has the group number `groups`, and no first member.
     tl.store(first + here, tl.where(mine < groups, tl.min(begins, 0), count), mask=own < count)
     tl.store(share + here, coefficient, mask=own < count)
     tl.store(held + here, together, mask=own < count)
+    if KEEP_NORM:
+        length = tl.sqrt(_squared_lengths(image, own, distances, count, window))
+        tl.store(long + here, tl.sum(lengths, 0) / tl.maximum(total, TINY), mask=own < count)
+        tl.store(inner + here, length * tl.sum(products, 0) / tl.maximum(total, TINY), mask=own < count)
+
+
+@triton.jit
+def _lengthen(image, own, group, weight, share, inner, long, count, window, OTHERS: tl.constexpr):
+    """The owned tokens' coefficients, scaled so that a group's average is as long as its members."""
+    here = image * count + own
+    mine = tl.load(group + here, mask=own < count, other=-1)
+    squares = tl.zeros((OTHERS, own.shape[0]), tl.float32)
+    weights = tl.zeros((OTHERS, own.shape[0]), tl.float32)
+    for start in range(0, window, OTHERS):
+        others, _, inside = _seen(image, own, start, count, window, OTHERS)
+        there = image * count + others
+        fellow = (tl.load(group + there, mask=inside, other=-2) == mine[None, :]) & inside
+        theirs = tl.load(weight + there, mask=fellow, other=0.0)
+        weights += theirs
+        squares += theirs * tl.load(inner + there, mask=fellow, other=0.0)
+    total = tl.sum(weights, 0)
+    merged = tl.sqrt(tl.maximum(tl.sum(squares, 0) / tl.maximum(total, TINY), TINY))
+    factor = tl.load(long + here, mask=own < count, other=1.0) / merged
+    # A token alone passes unchanged, and so do weights that add up to nothing.
+    factor = tl.where((tl.abs(factor - 1.0) < 1e-5) | (total < TINY), 1.0, tl.minimum(factor, LONGEST))
+    coefficient = tl.load(share + here, mask=own < count, other=0.0)
+    tl.store(share + here, coefficient * factor, mask=own < count)
 
 
 @triton.jit
@@ -161,31 +224,37 @@ def _number(image, own, first, begun, held, ordered, leaving, count, groups, ALL
 @triton.jit
 def _phase(
     image, own, distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane,
-    clusters, groups, mass, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, OTHERS: tl.constexpr,
-    ALL: tl.constexpr, PHASE: tl.constexpr,
+    clusters, groups, mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr,
+    SCALE_FREE: tl.constexpr, COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, OTHERS: tl.constexpr, ALL: tl.constexpr,
+    PHASE: tl.constexpr,
 ):  # fmt: skip
     """One phase for the owned tokens of an image; the next one needs it done for all of its tokens."""
     densities, scores, held = floats, floats + plane, floats + 2 * plane
     centres, first = integers, integers + plane
     if PHASE == 0:
-        _density(image, own, distances, sizes, densities, count, window, mass, WIDTH, NEIGHBOURS, SIZED, OTHERS)
+        _density(image, own, distances, sizes, densities, count, window, mass, balance, WIDTH, NEIGHBOURS, SIZED,
+                 SCALE_FREE, COSINE, OTHERS)  # fmt: skip
     if PHASE == 1:
         _score(image, own, distances, densities, scores, count, window, OTHERS)
     if PHASE == 2:
         _choose(image, own, scores, centres, count, clusters, OTHERS)
     if PHASE == 3:
         _join(image, own, distances, centres, group, count, window, OTHERS)
-    if PHASE == 4:
-        _average(image, own, group, weight, sizes, first, share, held, count, window, groups, OTHERS)
-    if PHASE == 5:  # which centres there are is known by now: their place is free
+    if PHASE == 4:  # densities and scores have done their work: their places are free
+        _average(image, own, distances, group, weight, sizes, first, share, held, densities, scores, count, window,
+                 groups, KEEP_NORM, OTHERS)  # fmt: skip
+    if PHASE == 5:  # and so is the place of the centres
+        if KEEP_NORM:
+            _lengthen(image, own, group, weight, share, densities, scores, count, window, OTHERS)
         _number(image, own, first, centres, held, ordered, leaving, count, clusters, ALL, OTHERS)
 
 
 @triton.jit
 def run_phases(
     distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane, clusters, groups,
-    mass, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
+    mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, SCALE_FREE: tl.constexpr,
+    COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Phases `FIRST` to `LAST`: all of an image by one program, or one phase of a part of it."""
     image = tl.program_id(1).to(tl.int64)
@@ -193,10 +262,10 @@ def run_phases(
         if WHOLE:
             for start in range(0, count, OWN):
                 _phase(image, start + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers, share,
-                       ordered, leaving, count, window, plane, clusters, groups, mass, WIDTH, NEIGHBOURS, SIZED, OTHERS,
-                       ALL, phase)  # fmt: skip
+                       ordered, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
+                       SIZED, SCALE_FREE, COSINE, KEEP_NORM, OTHERS, ALL, phase)  # fmt: skip
             tl.debug_barrier()  # what one thread has written another will read
         else:
             _phase(image, tl.program_id(0) * OWN + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers,
-                   share, ordered, leaving, count, window, plane, clusters, groups, mass, WIDTH, NEIGHBOURS, SIZED,
-                   OTHERS, False, phase)  # fmt: skip
+                   share, ordered, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
+                   SIZED, SCALE_FREE, COSINE, KEEP_NORM, OTHERS, False, phase)  # fmt: skip
