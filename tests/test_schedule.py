@@ -15,6 +15,7 @@ from tokencut.schedule import (
     default_layers,
     kept_tokens,
     make_schedule,
+    named_layers,
     split_budget,
 )
 
@@ -33,6 +34,23 @@ def test_default_layers_scale_with_depth(depth: int, layers: tuple[int, ...]) ->
 )
 def test_kept_tokens_is_the_ceiling_of_the_decimal_typed(keep: float, tokens: int, kept: int) -> None:
     assert kept_tokens(keep, tokens) == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "layers"),
+    [
+        ("late", 12, (6, 8, 10)),
+        ("late", 24, (12, 16, 20)),
+        ("late", 2, (1, 2)),
+        ("gradual", 12, (4, 5, 6, 7, 8, 9, 10)),
+        ("gradual", 24, (8, 10, 12, 14, 16, 18, 20)),
+        ("gradual", 6, (2, 3, 4, 5)),
+        ("all", 3, (1, 2, 3)),
+    ],
+)
+def test_placements_with_a_name_scale_with_depth(name: str, depth: int, layers: tuple[int, ...]) -> None:
+    assert named_layers(name, depth) == layers
+    assert make_schedule(depth, 0.9, name, None).layers == layers
 
 
 def test_one_keep_for_the_papers_layers() -> None:

@@ -255,7 +255,8 @@ def compress(
         model: A timm model of a supported family; it is copied and stays as it was.
         keep: Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one a layer.
             `reduce_by` takes its place where given.
-        layers: 1-based numbers of the blocks that reduce, or `"all"`; blocks 4, 7, 10 of 12 where None.
+        layers: 1-based numbers of the blocks that reduce, or `"all"`, `"late"` (6, 8, 10 of 12) or `"gradual"` (each
+            from 4 to 10 of 12); blocks 4, 7, 10 of 12 where None.
         method: A method's name, see `tokencut models --methods`.
         reduce_by: Instead of `keep`: so many tokens fewer in each layer.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.

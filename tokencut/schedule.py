@@ -15,12 +15,17 @@ from typing import Literal
 from tokencut.errors import UsageError
 
 Keep = float | Sequence[float]
-Layers = Sequence[int] | Literal["all"]
+Layers = Sequence[int] | Literal["all", "late", "gradual"]
 # Tokens entering a stage and its budget, to the tokens that leave it (`Reduction.leaving`).
 Leaving = Callable[[int, int], int]
 
 # The paper's blocks, 1-based, and the depth they were written for.
 PAPER_LAYERS, PAPER_DEPTH = (4, 7, 10), 12
+# Placements with a name, for the same depth: what each gains at equal multiply-adds stands in
+# examples/benchmarks/defaults.md.
+PLACEMENTS = {"late": (6, 8, 10), "gradual": (4, 5, 6, 7, 8, 9, 10)}
+# With so many stages no rate goes without saying: 0.7 in each leaves next to nothing.
+NEED_A_RATE = ("all", "gradual")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,33 @@ def default_layers(depth: int) -> tuple[int, ...]:
     Returns:
         1-based block numbers, ascending, no repeats.
     """
-    scaled = (math.floor(Fraction(depth * layer, PAPER_DEPTH) + Fraction(1, 2)) for layer in PAPER_LAYERS)
+    return _scaled(PAPER_LAYERS, depth)
+
+
+def named_layers(name: str, depth: int) -> tuple[int, ...]:
+    """The reducing blocks of a placement that has a name.
+
+    Args:
+        name: `all`, or one of `PLACEMENTS`: `late` (6, 8, 10 of 12) or `gradual` (each from 4 to 10).
+        depth: The number of blocks.
+
+    Returns:
+        1-based block numbers, ascending, no repeats.
+
+    Raises:
+        UsageError: There is no placement of that name.
+    """
+    if name == "all":
+        return tuple(range(1, depth + 1))
+    if name not in PLACEMENTS:
+        raise UsageError(f"layers {name!r} is no placement; give a list of block numbers, such as [4, 7, 10], or "
+                         f"'all', {' or '.join(map(repr, PLACEMENTS))}")  # fmt: skip
+    return _scaled(PLACEMENTS[name], depth)
+
+
+def _scaled(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The same fractions of another depth."""
+    scaled = (math.floor(Fraction(depth * layer, PAPER_DEPTH) + Fraction(1, 2)) for layer in layers)
     return tuple(sorted({max(1, layer) for layer in scaled}))
 
 
@@ -89,7 +120,8 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
     Args:
         depth: The number of blocks of the model.
         keep: Fraction of image tokens that leave a stage, in (0, 1]: one number, or one a layer. None with `reduce_by`.
-        layers: 1-based block numbers, `"all"`, or None for the default (all blocks with `reduce_by`).
+        layers: 1-based block numbers, the name of a placement (`named_layers`), or None for the default (all blocks
+            with `reduce_by`).
         reduce_by: Tokens fewer in each layer, capped at half of the tokens entering (arXiv 2210.09461), or None.
 
     Raises:
@@ -97,8 +129,10 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
     """
     if (keep is None) == (reduce_by is None):
         raise UsageError("give either a keep rate (--keep 0.7) or --reduce-by, not both and not neither")
-    if layers == "all" or (layers is None and reduce_by is not None):
-        chosen = tuple(range(1, depth + 1))
+    if layers is None and reduce_by is not None:
+        layers = "all"
+    if isinstance(layers, str):
+        chosen = named_layers(layers, depth)
     else:
         chosen = default_layers(depth) if layers is None else _checked_layers(layers, depth)
     if reduce_by is not None:
@@ -109,7 +143,7 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
 
 
 def _checked_layers(layers: Sequence[int | str], depth: int) -> tuple[int, ...]:
-    if isinstance(layers, (int, str)):
+    if isinstance(layers, int):
         raise UsageError(f"layers {layers!r} is no list of block numbers; give one, such as [4, 7, 10], or 'all'")
     chosen = tuple(layer for layer in layers if isinstance(layer, int))
     for layer in layers:

@@ -67,9 +67,16 @@ WRONG = [
      "layer 13 does not exist: this model has blocks 1 to 12, such as --layers 4,7,10"),
     ((*DEIT, "--layers", "4,4,7"), 2, "layer 4 is given twice; name each block once, such as --layers 4,7"),
     ((*DEIT, "--layers", "7,4"), 2, "layers 7,4 are not in ascending order; write --layers 4,7"),
-    ((*DEIT, "--layers", "4;7"), 2, "--layers 4;7 is not a list of block numbers, such as --layers 4,7,10, nor all"),
+    ((*DEIT, "--layers", "4;7"), 2,
+     "--layers 4;7 is not a list of block numbers, such as --layers 4,7,10 or 4-10, nor one of all, late, gradual"),
+    ((*DEIT, "--layers", "latest"), 2,
+     "--layers latest is not a list of block numbers, such as --layers 4,7,10 or 4-10, nor one of all, late, gradual, "
+     "did you mean late?"),
+    ((*DEIT, "--layers", "gradual"), 2,
+     "--layers gradual needs an explicit rate, since 0.7 in so many blocks leaves next to nothing; add --keep 0.95 or "
+     "--reduce-by 8"),
     ((*DEIT, "--layers", "all"), 2,
-     "--layers all needs an explicit rate, since 0.7 in every block leaves next to nothing; add --keep 0.95 or "
+     "--layers all needs an explicit rate, since 0.7 in so many blocks leaves next to nothing; add --keep 0.95 or "
      "--reduce-by 8"),
     # Methods.
     ((*DEIT, "--method", "topp"), 2,

@@ -37,8 +37,9 @@ def test_keep_refuses(text: str) -> None:
 
 def test_layers() -> None:
     assert read_layers("4, 7,10") == [4, 7, 10]
-    assert read_layers("all") == "all"
-    for text in ("", "4/7", "four", "4,,7"):
+    assert read_layers("4-7, 10") == [4, 5, 6, 7, 10]
+    assert [read_layers(name) for name in ("all", "late", "gradual")] == ["all", "late", "gradual"]
+    for text in ("", "4/7", "four", "4,,7", "7-4", "4-", "-4", "4-5-6", "1-99999999"):
         with pytest.raises(UsageError):
             read_layers(text)
 

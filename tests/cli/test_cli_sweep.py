@@ -165,7 +165,7 @@ WRONG = [
     ((*SWEEP, "--keep", "0.7/0.5"), 2,
      "2 keep rates for 3 layers; give one number for all, or one per layer joined by /, such as --keep 0.7/0.7/0.7"),
     ((*SWEEP, "--layers", "all"), 2,
-     "--layers all needs explicit rates, since 0.5 in every block leaves next to nothing; add --keep 0.97,0.95"),
+     "--layers all needs explicit rates, since 0.5 in so many blocks leaves next to nothing; add --keep 0.97,0.95"),
     ((*SWEEP, "--methods", "bat,bat"), 2, "method bat is given twice; type --methods bat"),
     ((*SWEEP, "--methods", "bat,dyvit"), 2,
      "method dyvit means nothing before it is fine-tuned, so it cannot be compared; leave it out of --methods, and "

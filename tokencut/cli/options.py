@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tokencut.errors import UsageError
+from tokencut.messages import nearest_known
+from tokencut.schedule import NEED_A_RATE, PLACEMENTS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -87,7 +89,10 @@ KEEP_HELP = (
     "Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one per layer joined by / "
     "as in 0.9/0.7/0.5. Default 0.7."
 )
-LAYERS_HELP = "Blocks that reduce, from 1 on; or all, beside --keep or --reduce-by. Default 4,7,10 of 12."
+LAYERS_HELP = (
+    "Blocks that reduce, from 1 on, as in 4,7,10 or 4-10; or late (6,8,10 of 12); or, beside --keep or --reduce-by, "
+    "gradual (4 to 10 of 12) or all. Default 4,7,10 of 12."
+)
 METHOD_HELP = "See tokencut models --methods. Default bat."
 OPTION_HELP = "A setting of the method; may be repeated."
 REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer; --layers is then all."
@@ -121,10 +126,10 @@ class ReductionOptions:
         """
         if self.keep is not None and self.reduce_by is not None:
             raise UsageError("--keep and --reduce-by exclude each other; type one of them")
-        if self.layers == "all" and self.keep is None and self.reduce_by is None:
+        if self.layers in NEED_A_RATE and self.keep is None and self.reduce_by is None:
             raise UsageError(
-                "--layers all needs an explicit rate, since 0.7 in every block leaves next to nothing; add --keep 0.95 "
-                "or --reduce-by 8"
+                f"--layers {self.layers} needs an explicit rate, since 0.7 in so many blocks leaves next to nothing; "
+                "add --keep 0.95 or --reduce-by 8"
             )
         keep = None if self.keep is None else read_keep(self.keep)
         return {
@@ -159,9 +164,9 @@ class SweepOptions:
         Raises:
             UsageError: An option cannot be read, or two contradict each other.
         """
-        if self.layers == "all" and self.keep is None:
+        if self.layers in NEED_A_RATE and self.keep is None:
             raise UsageError(
-                "--layers all needs explicit rates, since 0.5 in every block leaves next to nothing; add "
+                f"--layers {self.layers} needs explicit rates, since 0.5 in so many blocks leaves next to nothing; add "
                 "--keep 0.97,0.95"
             )
         read = {
@@ -270,18 +275,27 @@ def _read_rate(part: str, text: str) -> float:
     return rate
 
 
-def read_layers(text: str) -> list[int] | Literal["all"]:
-    """Reads `--layers`: block numbers joined by commas, or `all`.
+def read_layers(text: str) -> list[int] | str:
+    """Reads `--layers`: block numbers and ranges of them joined by commas, or the name of a placement.
 
     Raises:
         UsageError: It is neither.
     """
-    if text == "all":
-        return "all"
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--layers {text} is not a list of block numbers, such as --layers 4,7,10, nor all") from None
+    names = ("all", *PLACEMENTS)
+    if text in names:
+        return text
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        # No model has blocks of seven digits; a range of them would be made before it is refused.
+        if not all(re.fullmatch("[0-9]{1,6}", end) for end in ((first, last) if dash else (first,))):
+            near = nearest_known(text, names).rstrip(";")
+            raise UsageError(f"--layers {text} is not a list of block numbers, such as --layers 4,7,10 or 4-10, nor "
+                             f"one of {', '.join(names)}{near}")  # fmt: skip
+        layers += range(int(first), int(last if dash else first) + 1)
+    if not layers:
+        raise UsageError(f"--layers {text} names no block: a range goes upwards, such as --layers 4-10")
+    return layers
 
 
 def read_pairs(option: str, texts: Iterable[str], example: str) -> dict[str, str]:

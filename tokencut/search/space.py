@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tokencut.schedule import Leaving, default_layers, kept_tokens
+from tokencut.schedule import PLACEMENTS, Leaving, default_layers, kept_tokens, named_layers
 
 Counts = tuple[int, ...]
 Price = Callable[[Counts], float]
@@ -136,7 +136,7 @@ class Space:
         """Schedules to begin with, each as dear as `target` allows.
 
         A small family: the first block that reduces, how many blocks lie between stages, and whether tokens go early
-        or late; and one rate at the default blocks, where those may reduce.
+        or late; and one rate at the default blocks and at each placement that has a name, where those may reduce.
         """
         unit, shapes = max(1, round(len(self.blocks) / 12)), [self.blocks]
         for first in range(3):
@@ -147,8 +147,9 @@ class Space:
              for place, block in enumerate(shape)}
             for shape in dict.fromkeys(shapes) if shape for power in (0.6, 1.0, 1.6)
         ]  # fmt: skip
-        usual = [block for block in default_layers(self.depth) if block in self.blocks]
-        profiles += [dict.fromkeys(usual, 1.0)] if usual else []
+        for placement in (default_layers(self.depth), *(named_layers(name, self.depth) for name in PLACEMENTS)):
+            usual = [block for block in placement if block in self.blocks]
+            profiles += [dict.fromkeys(usual, 1.0)] if usual else []
         made = (self.within(target, lambda by, p=p: self.made(_times(p, by)), 99.0) for p in profiles)  # type: ignore[misc]
         return tuple(dict.fromkeys(self.filled(counts, target) for counts in made if counts is not None))
 
