@@ -71,6 +71,25 @@ def test_features_in_timms_other_format() -> None:
     assert [each.shape for each in features_only(compressed_model(), output_fmt="NLC")(images())] == [(3, 16, 64)] * 3
 
 
+@pytest.mark.parametrize("unmerge", ["change", "copy"])
+def test_it_un_merges_as_it_is_told_and_leaves_the_model_alone(unmerge: str) -> None:
+    model = compressed_model()
+    backbone = features_only(model, unmerge=unmerge)
+    assert (backbone.model.unmerge, model.unmerge) == (unmerge, "change")
+    assert features_only(backbone.model, prune=False).model.unmerge == unmerge
+    with torch.no_grad():
+        expected = model.forward_intermediates(images(), 3, intermediates_only=True, unmerge=unmerge)
+        assert all(torch.equal(one, other) for one, other in zip(backbone(images()), expected, strict=True))
+
+
+@pytest.mark.parametrize("method", ["bat", "topk", "evit"])
+def test_it_exports_in_one_graph(method: str) -> None:
+    backbone, x = features_only(compressed_model(method=method), norm=True), images()
+    with torch.no_grad():
+        exported = torch.export.export(backbone, (x,))
+        torch.testing.assert_close(exported.module()(x), backbone(x))
+
+
 def test_pruning_takes_the_stages_behind_the_last_block_with_it() -> None:
     backbone = features_only(compressed_model(method="dyvit"), out_indices=(0, 1))
     assert set(backbone.model.stages) == {"2"}
@@ -94,6 +113,7 @@ def test_what_was_pruned_is_not_saved(tmp_path: Path) -> None:
         ({"out_indices": 9, "prune": False}, "9 last blocks cannot be taken of 6; give a number from 1 to 6, such as "
                                              "3, or blocks from 0 on, such as [1, 3, 5]"),
         ({"output_fmt": "NHWC"}, "output_fmt 'NHWC' is not known; give 'NCHW' or 'NLC'"),
+        ({"unmerge": "mean"}, "unmerge 'mean' is not known; give 'change' or 'copy'"),
     ],
 )  # fmt: skip
 def test_what_does_not_exist_is_refused_before_anything_is_built(options: dict[str, Any], message: str) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from tokencut.adapters import adapter_for
 from tokencut.errors import ModelError, UsageError
-from tokencut.features import block_indices, unmerge
+from tokencut.features import Unmerging, block_indices, successors, unmerge
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
-from tokencut.tokens import Tokens
+from tokencut.ops.grouping import Grouping
+from tokencut.tokens import Tokens, apply_decision
 
 # Six blocks each but the distilled one, which has four; 16 patches. All prefixes: 1 class token; 1 register; 1 register
 # and attention pooling; 2; 1 + 4 with LayerScale; none.
@@ -113,7 +114,7 @@ def test_blocks_before_the_first_stage_are_timms_to_the_bit_by_our_own_loop(fixt
         assert torch.equal(stopped, model.forward_intermediates(images, [2], stop_early=True)[0])
 
 
-def by_hand(compressed: CompressedModel, images: Tensor) -> list[Tensor]:
+def by_hand(compressed: CompressedModel, images: Tensor, unmerge: str) -> list[Tensor]:
     """Every block's output, each patch placed one by one: `(B, P + patches, D)` a block.
 
     Hooks see what enters the stages and what later blocks give; the second half of a reducing block is run again.
@@ -128,48 +129,72 @@ def by_hand(compressed: CompressedModel, images: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     left = {trace.block: trace.tokens for trace in traces[:-1]}
-    full, last, source = [], None, torch.arange(16).expand(len(images), -1)
+    full, last, stage, source = [], None, None, torch.arange(16).expand(len(images), -1)
     for number, block in enumerate(model.blocks, start=1):
         if number in left:
-            last = placed(entering[number].features, prefix, source, last)
-            source = left[number].source
+            before, behind = entering[number], left[number]
+            last = placed(before.features, prefix, source, last, stage)
+            if unmerge == "change" and not compressed.method.averages():
+                source = follow(before, behind).gather(1, source)
+            else:
+                source = behind.source
+            stage = behind.features if unmerge == "change" else None
             outputs[number] = adapter.proceed(block, left[number].features)
-        full.append(torch.cat((outputs[number][:, :prefix], placed(outputs[number], prefix, source, last)), 1))
+        patches = placed(outputs[number], prefix, source, last, stage)
+        full.append(torch.cat((outputs[number][:, :prefix], patches), 1))
     return full
 
 
-def placed(features: Tensor, prefix: int, source: Tensor, last: Tensor | None) -> Tensor:
-    """One by one: the features of the token of each patch, or what it had last."""
+def follow(before: Tokens, behind: Tokens) -> Tensor:
+    """One by one: what a token became if it is there alone, else the most similar token behind the stage."""
     rows = []
-    for image, (tokens, places) in enumerate(zip(features, source.tolist(), strict=True)):
-        kept = [tokens[prefix + place] if place >= 0 else last[image, patch]  # type: ignore[index]
-                for patch, place in enumerate(places)]  # fmt: skip
-        rows.append(torch.stack(kept))
-    return torch.stack(rows)
+    for image in range(len(before.features)):
+        went = dict(zip(before.source[image].tolist(), behind.source[image].tolist(), strict=True))
+        became = [went[token] for token in range(before.count)]
+        alone = [place >= 0 and became.count(place) == 1 for place in became]
+        similar = [(behind.image[image] - row).square().sum(1).argmin() for row in before.image[image]]
+        rows.append([place if one else int(other) for place, one, other in zip(became, alone, similar, strict=True)])
+    return torch.tensor(rows)
 
 
+def placed(features: Tensor, prefix: int, source: Tensor, last: Tensor | None, stage: Tensor | None) -> Tensor:
+    """One by one: what each patch had last, with what its token changed by since the stage; without one its token's."""
+    rows = []
+    for image, places in enumerate(source.tolist()):
+        for patch, place in enumerate(places):
+            row = features[image, prefix + place] if place >= 0 else last[image, patch]  # type: ignore[index]
+            if place >= 0 and stage is not None:
+                row = last[image, patch] + (row - stage[image, prefix + place])  # type: ignore[index]
+            rows.append(row)
+    return torch.stack(rows).view(*source.shape, -1)
+
+
+@pytest.mark.parametrize("unmerge", ["change", "copy"])
 @pytest.mark.parametrize(("fixture", "method"), [*(("test_vit", method) for method in sorted(methods())),
                                                  *((fixture, method) for fixture in list(FIXTURES)[1:]
-                                                   for method in ("bat", "topk"))])  # fmt: skip
-def test_every_patch_has_the_features_of_the_token_that_it_went_into(fixture: str, method: str) -> None:
+                                                   for method in ("bat", "topk", "evit"))])  # fmt: skip
+def test_every_patch_has_its_own_features_and_the_change_of_the_token_that_it_went_into(
+    fixture: str, method: str, unmerge: str
+) -> None:
     compressed, images = halved(fixture, method=method), pictures()
     prefix = PREFIXES[fixture]
     with torch.no_grad():
-        expected = by_hand(compressed, images)
-        got = compressed.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")
-        final, intermediates = got
+        expected = by_hand(compressed, images, unmerge)
+        args = {"return_prefix_tokens": True, "output_fmt": "NLC", "unmerge": unmerge}
+        final, intermediates = compressed.forward_intermediates(images, **args)
         _, traces = compressed.trace(images)
     source = traces[-1].tokens.source
     assert source is not None
     assert bool((source < 0).any()) == (not methods()[method]().merges()), "a method that drops has dropped patches"
+    same = {"rtol": 0, "atol": 0} if unmerge == "copy" else {}  # a change is added up in another order by hand
     for number, (one, wanted) in enumerate(zip(intermediates, expected, strict=True), start=1):
         spatial, prefixes = one if prefix else (one, None)
-        assert torch.equal(spatial, wanted[:, prefix:]), f"block {number}"
+        torch.testing.assert_close(spatial, wanted[:, prefix:], **same, msg=lambda text, n=number: f"block {n}: {text}")
         assert prefixes is None or torch.equal(prefixes, wanted[:, :prefix])
-    assert torch.equal(final, compressed.model.norm(expected[-1]))
-    # No more different features a map than tokens are left, and those that were dropped.
-    different = [len(image.unique(dim=0)) for image in expected[-1][:, prefix:]]
-    assert different == [4 + int((image < 0).sum()) for image in source]
+    torch.testing.assert_close(final, compressed.model.norm(expected[-1]), **same)
+    # Copied, there are no more different features than tokens are left and were dropped; else each patch has its own.
+    left = [4 + int((image < 0).sum()) if unmerge == "copy" else 16 for image in source]
+    assert [len(image.unique(dim=0)) for image in spatial] == left
 
 
 def test_norm_applies_to_what_was_dropped_too() -> None:
@@ -216,17 +241,41 @@ def test_an_image_alone_and_in_a_batch(method: str) -> None:
         torch.testing.assert_close(torch.cat([one[number] for one in alone]), each, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["bat", "topk"])
-def test_one_graph_and_the_same_features_compiled(method: str) -> None:
+@pytest.mark.parametrize("unmerge", ["change", "copy"])
+@pytest.mark.parametrize("method", ["bat", "topk", "evit"])
+def test_one_graph_and_the_same_features_compiled(method: str, unmerge: str) -> None:
     compressed, images = compress(small(depth=2), keep=0.5, layers=(1, 2), method=method).eval(), pictures()
     torch._dynamo.reset()
     run: Callable[[Tensor], list[Tensor]] = torch.compile(
-        lambda x: compressed.forward_intermediates(x, norm=True, intermediates_only=True),
+        lambda x: compressed.forward_intermediates(x, norm=True, intermediates_only=True, unmerge=unmerge),
         backend="eager", fullgraph=True, dynamic=False,
     )  # fmt: skip
     with torch.no_grad():
-        expected = compressed.forward_intermediates(images, norm=True, intermediates_only=True)
+        expected = compressed.forward_intermediates(images, norm=True, intermediates_only=True, unmerge=unmerge)
         torch.testing.assert_close(run(images), expected)
+
+
+def test_which_methods_average_similar_tokens() -> None:
+    averaging = {name for name, method in methods().items() if method().averages()}
+    assert averaging == {"bat", "dpc", "kmedoids", "tome"}
+    assert not methods()["bat"](inattentive="drop", pairs=0.0).averages()
+
+
+def test_the_models_own_rule_holds_where_none_is_named() -> None:
+    compressed, images = halved(), pictures()
+    with torch.no_grad():
+        maps = {rule: compressed.forward_intermediates(images, 1, unmerge=rule)[0] for rule in ("change", "copy")}
+        assert torch.equal(compressed.forward_intermediates(images, 1)[0], maps["change"])
+        compressed.unmerge = "copy"
+        assert torch.equal(compressed.forward_intermediates(images, 1)[0], maps["copy"])
+        assert torch.equal(compressed.forward_intermediates(images, 1, unmerge="change")[0], maps["change"])
+        assert not torch.equal(maps["change"], maps["copy"])
+
+
+def test_a_plain_forward_has_nothing_to_do_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokencut.model.Unmerging", lambda *_: pytest.fail("un-merges"))
+    monkeypatch.setattr("tokencut.features.unmerge", lambda *_: pytest.fail("un-merges"))
+    halved()(pictures())
 
 
 def test_a_head_on_the_maps_trains_the_whole_model() -> None:
@@ -262,6 +311,7 @@ def test_indices_mean_what_they_mean_to_timm(indices: Any) -> None:
                             "as [1, 3, 5]"),
         ({"indices": []}, "no block is named to take features of; give such as [1, 3, 5], or None for all"),
         ({"output_fmt": "NHWC"}, "output_fmt 'NHWC' is not known; give 'NCHW' or 'NLC'"),
+        ({"unmerge": "mean"}, "unmerge 'mean' is not known; give 'change' or 'copy'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("keep", [0.5, 1.0])
@@ -322,3 +372,121 @@ def test_tokens_without_a_source_map_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
         unmerge(Tokens(torch.zeros(1, 3, 2), 1))
     assert str(caught.value) == "the tokens have no source map to go back by; type model.trace(images, source=True)"
+
+
+def tokens(values: list[float], source: list[int], dtype: torch.dtype = torch.float32) -> Tokens:
+    """One image: a prefix token (90) and image tokens of one number each."""
+    features = torch.tensor([[[90.0], *([value] for value in values)]], dtype=dtype)
+    return Tokens(features, 1, source=torch.tensor([source]))
+
+
+def numbers(features: torch.Tensor) -> list[float]:
+    return [float(value) for value in features.flatten()]
+
+
+# Five patches, all the numbers exact in binary. The first stage makes 1, 2, 3, 4, 8 into (1 + 3) / 2 and 4 and (2 + 8)
+# / 2; blocks make that 12, 24 and 45; the second stage makes (12 + 24) / 2 and leaves 45; blocks make that 58 and 145.
+FIRST = tokens([1, 2, 3, 4, 8], [0, 1, 2, 3, 4]), tokens([2, 4, 5], [0, 2, 0, 1, 2])
+SECOND = tokens([12, 24, 45], [0, 2, 0, 1, 2]), tokens([18, 45], [0, 1, 0, 0, 1])
+LAST = tokens([58, 145], [0, 1, 0, 0, 1])
+
+
+def test_changes_through_two_stages() -> None:
+    unmerging = Unmerging("change")
+    assert unmerging.full(FIRST[0]) is FIRST[0].features
+    unmerging.stage(*FIRST)
+    # 2 became 12, 4 became 24, 5 became 45: +10, +20, +40.
+    assert numbers(unmerging.full(SECOND[0])) == [90, 1 + 10, 2 + 40, 3 + 10, 4 + 20, 8 + 40]
+    unmerging.stage(*SECOND)
+    # Right behind a stage nothing has changed yet.
+    assert numbers(unmerging.patches(SECOND[1])) == [11, 42, 13, 24, 48]
+    # 18 became 58, 45 became 145: +40, +100.
+    assert numbers(unmerging.patches(LAST)) == [11 + 40, 42 + 100, 13 + 40, 24 + 40, 48 + 100]
+
+
+def test_copies_through_two_stages() -> None:
+    unmerging = Unmerging("copy")
+    unmerging.stage(*FIRST)
+    assert numbers(unmerging.full(SECOND[0])) == [90, 12, 45, 12, 24, 45]
+    unmerging.stage(*SECOND)
+    assert numbers(unmerging.patches(LAST)) == [58, 145, 58, 58, 145]
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("change", [51, 42, 13, 64, 148]), ("copy", [58, 45, 12, 58, 145])])
+def test_a_dropped_patch_without_a_similar_token_keeps_its_last_features(rule: str, expected: list[float]) -> None:
+    unmerging = Unmerging(rule)
+    unmerging.stage(*FIRST)
+    # The second stage drops patches 1 and 2, though each went into a token with another in the first.
+    unmerging.stage(SECOND[0], tokens([18, 45], [0, -1, -1, 0, 1]))
+    assert numbers(unmerging.patches(tokens([58, 145], [0, -1, -1, 0, 1]))) == expected
+    # A further stage has nothing more to take from them.
+    unmerging.stage(tokens([58, 145], [0, -1, -1, 0, 1]), tokens([145], [-1, -1, -1, -1, 0]))
+    last = [*expected[:4], expected[4] + 855 if rule == "change" else 1000]
+    assert numbers(unmerging.patches(tokens([1000], [-1, -1, -1, -1, 0]))) == last
+
+
+def test_a_dropped_patch_changes_as_the_most_similar_token_left_does() -> None:
+    unmerging = Unmerging("change", similar=True)
+    # Of 1, 2, 10, 4, 8 the third and the fourth stay; the others are nearest to 4, 4 and 10.
+    unmerging.stage(tokens([1, 2, 10, 4, 8], [0, 1, 2, 3, 4]), tokens([10, 4], [-1, -1, 0, 1, -1]))
+    assert numbers(unmerging.patches(tokens([10, 4], [-1, -1, 0, 1, -1]))) == [1, 2, 10, 4, 8]
+    # 10 becomes 15, 4 becomes 64.
+    entering = tokens([15, 64], [-1, -1, 0, 1, -1])
+    assert numbers(unmerging.full(entering)) == [90, 61, 62, 15, 64, 13]
+    # Then what stood for them goes as well: they all follow 15, which becomes 16.
+    unmerging.stage(entering, tokens([15], [-1, -1, 0, -1, -1]))
+    assert numbers(unmerging.patches(tokens([16], [-1, -1, 0, -1, -1]))) == [62, 63, 16, 65, 14]
+
+
+def test_tokens_that_stay_alone_follow_themselves_and_others_the_most_similar() -> None:
+    # 1 and 50 are fused into 7, which is like neither; 2 and 40 stay. The second image drops its first two tokens.
+    before = Tokens(torch.tensor([[0.0], [1], [50], [2], [40]]).expand(2, -1, -1), 1, source=torch.tensor(
+        [[0, 1, 2, 3, 3], [3, 2, 1, 0, -1]]))  # fmt: skip
+    behind = Tokens(torch.tensor([[[0.0], [7], [2], [40]], [[0], [2], [40], [7]]]), 1, source=torch.tensor(
+        [[0, 0, 1, 2, 2], [1, 0, -1, -1, -1]]))  # fmt: skip
+    assert successors(before, behind).tolist() == [[1, 2, 1, 2], [0, 1, 0, 1]]
+
+
+def test_a_token_left_as_it_was_follows_itself_though_another_is_its_equal() -> None:
+    before, behind = tokens([3, 3, 9], [0, 1, 2]), tokens([3, 3], [0, 1, -1])
+    assert successors(before, behind).tolist() == [[0, 1, 0]]
+
+
+def test_a_patch_alone_in_its_token_has_its_features_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
+    source = torch.tensor([[0, 1, 2, 3]]).expand(2, -1)
+    unmerging = Unmerging("change")
+    # The last two patches of the first image are merged, the first two of the second.
+    groups = torch.tensor([[0, 1, 2, 2], [0, 0, 1, 2]])
+    left = torch.stack([torch.cat((before[0, :3], before[0, 3:].mean(0, keepdim=True))),
+                        torch.cat((before[1, :1], before[1, 1:3].mean(0, keepdim=True), before[1, 3:]))])  # fmt: skip
+    unmerging.stage(Tokens(before, 1, source=source), Tokens(left, 1, source=groups))
+    full = unmerging.full(Tokens(after[:, :4], 1, source=groups))
+    assert torch.equal(full[:, 0], after[:, 0])
+    assert torch.equal(full[0, 1:3], after[0, 1:3]) and torch.equal(full[1, 3:], after[1, 2:4])
+
+
+def test_a_merged_token_that_keeps_its_members_length_is_where_changes_begin() -> None:
+    # (6, 8) and (6, -8) average to (6, 0), which is made as long as they are: 10. The third token stays alone.
+    before = Tokens(torch.tensor([[[6.0, 8.0], [6, -8], [0.3, 0.7]]]), 0, source=torch.tensor([[0, 1, 2]]))
+    weight = torch.tensor([[0.5, 0.5, 1.0]])
+    behind = apply_decision(before, Grouping(torch.tensor([[0, 0, 1]]), weight, 2, keep_norm=True))
+    assert behind.features.tolist() == [[[10, 0], before.features[0, 2].tolist()]]
+    unmerging = Unmerging("change")
+    unmerging.stage(before, behind)
+    assert torch.equal(unmerging.full(behind), before.features)
+    later = behind.with_features(torch.tensor([[[13.0, 1.0], [0.9, 0.1]]]))  # the pair has changed by (3, 1)
+    assert unmerging.full(later).tolist() == [[[9, 9], [9, -7], later.features[0, 1].tolist()]]
+
+
+def test_changes_keep_the_features_precision() -> None:
+    unmerging = Unmerging("change")
+    unmerging.stage(*FIRST)
+    assert unmerging.full(tokens([12, 24, 45], [0, 2, 0, 1, 2], torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_rule_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        Unmerging("mean")
+    assert str(caught.value) == "unmerge 'mean' is not known; give 'change' or 'copy'"

@@ -10,7 +10,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from tokencut.errors import UsageError
-from tokencut.features import Form, Indices, block_indices
+from tokencut.features import Form, Indices, Unmerging, block_indices
 from tokencut.model import CompressedModel
 
 
@@ -21,6 +21,7 @@ def features_only(
     norm: bool = False,
     output_fmt: str = "NCHW",
     prune: bool = True,
+    unmerge: str | None = None,
 ) -> FeatureGetterNet:
     """Makes a backbone that gives a list of feature maps, in place of `timm.create_model(..., features_only=True)`.
 
@@ -37,20 +38,25 @@ def features_only(
         norm: Whether the model's final norm applies to each map.
         output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
         prune: Whether to remove blocks, norm and head that the maps do not need.
+        unmerge: How patches get their features, `"change"` or `"copy"`; the model's attribute `unmerge` where None.
 
     Returns:
         timm's own module for features, with its `feature_info` (`channels()`, `reduction()`, `module_name()`).
 
     Raises:
-        UsageError: The model is not a compressed one, or a block or a format does not exist.
+        UsageError: The model is not a compressed one, or a block, a format or a rule does not exist.
     """
     if not isinstance(model, CompressedModel):
         raise UsageError(f"features_only takes a compressed model, not a {type(model).__name__}; type "
                          "tokencut.features_only(tokencut.compress(model, keep=0.7))")  # fmt: skip
     Form(output_fmt=output_fmt)
+    rule = model.unmerge if unmerge is None else unmerge
+    Unmerging(rule)
     blocks = block_indices(len(model.adapter.blocks(model.model)), out_indices)
     indices = out_indices if isinstance(out_indices, int) else tuple(blocks)
-    backbone: Any = FeatureGetterNet(copy.deepcopy(model), indices, norm=norm, output_fmt=output_fmt, prune=prune)
+    whole = copy.deepcopy(model)
+    whole.unmerge = rule  # timm's module passes its own arguments only
+    backbone: Any = FeatureGetterNet(whole, indices, norm=norm, output_fmt=output_fmt, prune=prune)
     # What timm's builder notes on its own: how to preprocess, less what describes a classifier.
     left_out = ("num_classes", "classifier", "global_pool")
     backbone.pretrained_cfg = {name: value for name, value in model.pretrained_cfg.items() if name not in left_out}

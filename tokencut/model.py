@@ -18,7 +18,7 @@ from tokencut.adapters import Adapter, adapter_for
 from tokencut.attention import TimmModule, attention_bias
 from tokencut.blocks import before_stage
 from tokencut.errors import ModelError
-from tokencut.features import Form, Indices, Intermediates, block_indices
+from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
 from tokencut.methods import Reduction, Scene, StageShape, make_method
 from tokencut.observers import Trace, Tracer, Watch
 from tokencut.recipe import Recipe
@@ -65,7 +65,8 @@ class CompressedModel(nn.Module):
     """A timm model with stages that reduce its tokens.
 
     `model` is timm's own, with timm's parameter names; `stages` holds one `Stage` for each layer of the recipe's
-    schedule; `recipe` says what was done, `method` is the reduction it names.
+    schedule; `recipe` says what was done, `method` is the reduction it names. `unmerge` is how `forward_intermediates`
+    goes back to all patches where it is not told: `"change"` or `"copy"`. No file keeps it.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -84,6 +85,7 @@ class CompressedModel(nn.Module):
         self.model: TimmModule = model
         self.recipe = recipe
         self.method = make_method(recipe.method, dict(recipe.method_options))
+        self.unmerge = UNMERGE_RULES[0]
         width = self.adapter.cost(model).width
         self.stages = nn.ModuleDict(
             {
@@ -143,11 +145,16 @@ class CompressedModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        *,
+        unmerge: str | None = None,
     ) -> Any:
         """Features of several blocks for every patch, with timm's arguments, shapes and order.
 
-        Each patch gets the features of the token that it went into. One that was dropped keeps the last features it
-        had, those with which it entered the stage that dropped it. Where nothing is reduced this is timm's own method.
+        By `unmerge="change"` a patch keeps the features that it had just before a stage and gets what its token has
+        changed by since; one that was dropped, or fused with unlike ones, what the most similar token left has. By
+        `"copy"` it gets its token's features, and one that was dropped keeps its last. From the first stage on either
+        holds a map of all patches, `(B, patches, D)`, whichever blocks are asked for. Where nothing is reduced this is
+        timm's own method.
 
         Args:
             x: Images, `(B, 3, H, W)`.
@@ -158,16 +165,18 @@ class CompressedModel(nn.Module):
             output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
             intermediates_only: Whether to leave out the final features.
             output_dict: Whether to return timm's dictionary.
+            unmerge: How patches get their features, `"change"` or `"copy"`; the model's attribute `unmerge` where None.
 
         Returns:
             The final features, normed, `(B, P + patches, D)`, and a list of outputs in the order of blocks; or what
             the arguments make of that. For logits call the model: dropped patches are in the final features too.
 
         Raises:
-            UsageError: A block or a format does not exist.
+            UsageError: A block, a format or a rule of un-merging does not exist.
             ModelError: Patch dropout has left no full grid.
         """
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
+        unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
         taken = block_indices(len(self.adapter.blocks(self.model)), indices)
         if not self._reduces(x):
             return self.model.forward_intermediates(
@@ -177,7 +186,7 @@ class CompressedModel(nn.Module):
         if tokens.count != grid[0] * grid[1]:
             raise ModelError(f"patch dropout left {tokens.count} of {grid[0] * grid[1]} patches, and no full grid; "
                              "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
-        watch = Intermediates(taken)
+        watch = Intermediates(taken, unmerging)
         tokens = self._run(tokens, watch, max(taken) + 1 if stop_early else None)
         return watch.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
 

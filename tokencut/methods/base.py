@@ -122,6 +122,13 @@ class Reduction(ABC):
     def merges(self) -> bool:
         """Whether `decide` returns a `Grouping` (sizes are tracked) rather than a `Selection`."""
 
+    def averages(self) -> bool:
+        """Whether each token leaving is an average of similar ones, so that what it changes by holds for all of them.
+
+        Otherwise, where tokens are dropped or unlike ones fused into one, un-merging looks for the most similar left.
+        """
+        return self.merges()
+
     def reads_attention(self) -> bool:
         """Whether `decide` asks for class attention (once), whose row is then computed beside the block's attention."""
         return True

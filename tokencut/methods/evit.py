@@ -48,3 +48,6 @@ class EViT(Reduction):
 
     def merges(self) -> bool:
         return True
+
+    def averages(self) -> bool:
+        return False  # one token holds whatever is not attentive
