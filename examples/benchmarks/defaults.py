@@ -145,8 +145,8 @@ def main() -> None:
     args = parse()
     dense, device = load_model(args.model).dense, resolve_device(args.device)
     source = open_source(args.data, split="train", on_note=print)
-    images = open_images(dense, source, device=device, batch_size=args.batch_size, limit=args.limit)
-    loaded = list(images.batches)
+    images = open_images(dense, source, limit=args.limit)
+    loaded = list(images.batches(args.batch_size))
     batches = [images.prepared.normalise(batch.images, device) for batch in loaded if len(batch)]
     truth = torch.cat([batch.targets for batch in loaded]).to(device)
     table = list(settings(args.grid, args.methods))

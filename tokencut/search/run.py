@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokencut.data.image_set import calibration_images
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
@@ -26,6 +25,7 @@ from tokencut.profiling.measuring import random_images
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
 from tokencut.schedule import Layers
 from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
+from tokencut.search.calibration import calibration_images
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.local_search import Climber
 from tokencut.search.probe import Costs, Outcome, Probe

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.data.image_set import HELD_BYTES, ImageSet, open_images
+from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source
 from tokencut.errors import UsageError
-from tokencut.evaluation.accuracy import EvaluationReport, Tally, image_notes
+from tokencut.evaluation.accuracy import EvaluationReport, Tally
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.pretrained_cfg import description_of
@@ -142,10 +142,8 @@ def sweep(
     device = resolve_device(plan.device)
     dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)
-    images = open_images(
-        model, data, device=device, batch_size=plan.batch_size, workers=plan.workers, limit=plan.limit,
-        held_bytes=plan.held_bytes, on_note=on_note,
-    )  # fmt: skip
+    images = open_images(model, data, limit=plan.limit, on_note=on_note)
+    batches = images.batches(plan.batch_size, workers=plan.workers, device=device, held_bytes=plan.held_bytes)
     tell = on_progress or (lambda progress: None)
     state = None if force else load_state(into)
     conditions = {
@@ -157,7 +155,7 @@ def sweep(
     }
     if state is not None:
         state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)
-    run = _Run(recipes, images, state or State(conditions), into, plan, device, tell)
+    run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, tell)
     finished = len(recipes) + 1 - len(run.left())
     if finished and on_note:
         on_note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
@@ -191,6 +189,7 @@ class _Run:
 
     recipes: Mapping[Key, Recipe]
     images: ImageSet
+    batches: HeldBatches
     state: State
     folder: Path
     plan: SweepPlan
@@ -216,16 +215,16 @@ class _Run:
         return self._time(models) if self.plan.latency else ()
 
     def _judge(self, model: nn.Module, key: Key, position: int, rows: int) -> EvaluationReport:
-        source, count, name = self.images.source, len(self.images.indices), pair_name(*key)
-        tally = Tally(source, count, self.plan.precision)
-        with closing(iter(self.images.batches)) as batches:
+        count, name = len(self.images), pair_name(*key)
+        tally = Tally(self.images, self.plan.precision)
+        with closing(iter(self.batches)) as batches:
             for batch in batches:
                 # A batch is empty where none of its images could be read.
                 tally.add(batch, self._logits(model, batch.images) if len(batch) else None)
                 now = tally.progress()
                 done = position * count + now.done
                 self.tell(SweepProgress(name, done, rows * count, rows - position, now.top1))
-        return tally.report(name, None, image_notes(source, self.images.class_map, tally.unreadable, count))
+        return tally.report(name, None)
 
     def _logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
         images = self.images.prepared.normalise(pixels, self.device, weights_dtype(model))
@@ -264,7 +263,7 @@ class _Run:
             rows = [with_speed(row, self.state.speeds[row.method, row.keep]) for row in rows]
         return SweepReport(
             model=model,
-            data=self.images.source.name,
+            data=self.images.name,
             images=dense.images,
             rows=tuple(rows),
             comparisons=compare(rows),

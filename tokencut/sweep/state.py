@@ -186,7 +186,7 @@ def conditions_of(model: nn.Module, images: ImageSet, on_image: Callable[[int, i
     return {
         "weights": weights_digest(model),
         "preprocessing": str(sorted(images.prepared.config.items())),
-        "images": images.digest(lambda read: on_image(read, len(images.indices))),
+        "images": images.digest(lambda read: on_image(read, len(images))),
         "versions": str(versions()),
     }
 
