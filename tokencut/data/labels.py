@@ -158,7 +158,7 @@ def _mismatch(
             f"{counts}, such as {quoted(sorted(unmatched, key=natural_key))}: the model has no label names to match, "
             f"so exactly {num_classes} folders are expected, in the order of its classes"
         )
-    expected = ", ".join(repr(name) for name in list(vocabularies[0].values())[:QUOTED])
+    expected = quoted(list(vocabularies[0].values())[:QUOTED])
     return (
         f"{counts}, and {quoted(sorted(unmatched, key=natural_key))} match none of its label names: rename the folders "
         f"to label names (such as {expected}), or give one folder for each of the {num_classes} classes"

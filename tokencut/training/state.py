@@ -114,7 +114,7 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
         raise ArtifactError(f"cannot read {path} ({one_line(error)}); type --force to start again") from error
     changed = [name for name in conditions if state.conditions.get(name) != conditions[name]]
     if changed:
-        before, now = (_shown(held.get(changed[0], "nothing")) for held in (state.conditions, conditions))
+        before, now = (one_line(held.get(changed[0], "nothing"), 80) for held in (state.conditions, conditions))
         others = f" (and {', '.join(changed[1:])})" if changed[1:] else ""
         raise ArtifactError(f"{folder} holds a run with another {changed[0]}{others}: it has {before}, not {now}; type "
                             "the options it was started with, or --force to start again")  # fmt: skip
@@ -138,7 +138,3 @@ def digest(module: nn.Module) -> str:
 def copy_of(weights: Weights) -> Weights:
     """Weights that stay as they are while training goes on, on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
