@@ -19,6 +19,7 @@ from tokencut.errors import ArtifactError, DataError, ModelError
 from tokencut.model import CompressedModel
 from tokencut.models.artifact import origin_of
 from tokencut.models.metadata import Origin
+from tokencut.models.pretrained_cfg import class_count
 
 CHECKED = 64
 NOISE = "noise"
@@ -179,7 +180,7 @@ def compare(
     differences = (wanted - given).abs().reshape(count, -1).amax(1)
     tolerance = TOLERANCE * max(1.0, float(wanted.abs().max()))
     reduces = isinstance(model, CompressedModel) and bool(model.recipe.stages)
-    headless = not getattr(model, "num_classes", 0)
+    headless = not class_count(model)
     return Agreement(
         data=images.name,
         images=count,

@@ -13,6 +13,7 @@ from tokencut.data.loading import Unreadable
 from tokencut.data.sources import Source
 from tokencut.errors import DataError
 from tokencut.messages import quoted
+from tokencut.models.pretrained_cfg import class_count
 from tokencut.runtime.devices import weights_dtype
 
 
@@ -75,7 +76,7 @@ def _loaded(
 
 def _classes(model: nn.Module, source: Source) -> tuple[ClassMap | None, list[str]]:
     """The class of each folder, where the folders map to the head; and why not, where they do not."""
-    if not getattr(model, "num_classes", 0):
+    if not class_count(model):
         return None, []
     try:
         return classes_for(model, source.classes), []

@@ -18,7 +18,7 @@ from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, Tally
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
-from tokencut.models.pretrained_cfg import description_of
+from tokencut.models.pretrained_cfg import architecture_of
 from tokencut.profiling.latency import Timing, measure
 from tokencut.profiling.measuring import BUSY
 from tokencut.recipe import Recipe
@@ -162,7 +162,7 @@ def sweep(
     with inference_state(model, device, dtype), torch.no_grad():
         notes = run.run(model)
         pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, on_note=on_note)
-    report = run.report(name or description_of(model).get("architecture") or type(model).__name__, notes)
+    report = run.report(name or architecture_of(model), notes)
     if pictured is not None:
         report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
     write_report(report, into, pictured)

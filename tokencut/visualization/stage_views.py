@@ -62,12 +62,6 @@ class DrawnModel:
     stages: tuple[DrawnStage, ...]
 
 
-def patch_size(model: CompressedModel) -> tuple[int, int]:
-    """Height and width of a model's patches, in px."""
-    height, width = model.model.patch_embed.patch_size
-    return int(height), int(width)
-
-
 def look(
     model: CompressedModel,
     pixels: Tensor,
@@ -94,7 +88,7 @@ def look(
     if batch_size < 1:
         raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; type --batch-size 64")
     rows, columns = model.adapter.grid(model.model, *pixels.shape[-2:])
-    grid = Grid(rows, columns, *patch_size(model))
+    grid = Grid(rows, columns, *model.adapter.patch_size(model.model))
     parts: list[list[DrawnStage]] = []
     with inference_state(model, device, precision_dtype(precision)), torch.no_grad():
         dtype = next(model.parameters()).dtype
