@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from tokencut import compress
 from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
-from tokencut.evaluation.statistics import paired_difference
+from tokencut.evaluation.statistics import mean_and_error, paired_difference
 from tokencut.methods import methods
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import inference_state, resolve_device
@@ -115,9 +114,9 @@ def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
         cells = [f"{top1:.2f} ({kl:.1f})" for top1, kl in pairs]
         if row is not first:
             more = (divergence - torch.stack(first.divergence)).mean(0)
-            error = more.std() / math.sqrt(len(more))
+            mean, error = mean_and_error(more)
             cells += [str(paired_difference(right.tolist(), torch.stack(first.right).tolist())),
-                      f"{more.mean():+.2f} ± {error:.2f}"]  # fmt: skip
+                      f"{mean:+.2f} ± {error:.2f}"]  # fmt: skip
         else:
             cells += ["", ""]
         lines.append(f"| {row} | {' | '.join(cells)} |")

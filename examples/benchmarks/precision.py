@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tokencut import compress
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, open_images
 from tokencut.data.preprocessing import preprocessing_of
+from tokencut.evaluation.statistics import mean_and_error
 from tokencut.methods import methods
 from tokencut.model import CompressedModel
 from tokencut.models.loading import load_model
@@ -99,8 +100,7 @@ def together_overlap(full: Tensor, half: Tensor) -> float | None:
 
 def lost_beyond(full: Judged, half: Judged, dense_full: Judged, dense_half: Judged) -> tuple[float, float]:
     """Points of top-1 lost beyond the dense model's loss: mean over images and its standard error."""
-    lost = 100 * ((full.hits() - half.hits()) - (dense_full.hits() - dense_half.hits()))
-    return float(lost.mean()), float(lost.std() / len(lost) ** 0.5)
+    return mean_and_error(100 * ((full.hits() - half.hits()) - (dense_full.hits() - dense_half.hits())))
 
 
 def row(method: str, keep: float, precision: str, full: Judged, half: Judged, dense: Sequence[Judged]) -> str:
