@@ -23,13 +23,20 @@ from tokencut.profiling.latency import Timing, measure
 from tokencut.profiling.measuring import BUSY
 from tokencut.recipe import Recipe
 from tokencut.runtime import extras
-from tokencut.runtime.devices import describe_device, inference_state, precision_dtype, resolve_device, weights_dtype
+from tokencut.runtime.devices import (
+    describe_device,
+    inference_state,
+    precision_dtype,
+    resolve_device,
+    versions,
+    weights_dtype,
+)
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
 from tokencut.sweep.picture import picture_of
 from tokencut.sweep.report import SweepReport, check_folder, write_report
 from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
-from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, versions, with_speed
+from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, with_speed
 
 DENSE_KEY: Key = (DENSE, 1.0)
 # A model's share of the timing: some 20 rounds of what takes a fifth of a second; fewer of what takes longer.
@@ -151,7 +158,7 @@ def sweep(
         "precision": plan.precision,
         "kind of device": device.type,
         "layers": str(_layers(recipes)),
-        "proportional attention": str(plan.prop_attn),
+        "proportional attention": "by method" if plan.prop_attn is None else "on" if plan.prop_attn else "off",
     }
     if state is not None:
         state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)

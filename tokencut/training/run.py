@@ -22,11 +22,12 @@ from tokencut.model import CompressedModel
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.runtime.devices import resolve_device
 from tokencut.runtime.distributed import Group, alone
+from tokencut.runtime.resume import weights_digest
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
 from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
-from tokencut.training.state import Best, TrainingState, copy_of, digest, has_state, load_state, save_state
+from tokencut.training.state import Best, TrainingState, copy_of, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
 # Share of the training images that `select="best"` holds out.
@@ -157,7 +158,7 @@ class _Run:
             "--compile": str(self.setup.compiled),
             "--select": self.setup.select,
             "reduction": json.dumps(self.model.recipe.to_json(), sort_keys=True),
-            "MODEL": digest(self.model),
+            "MODEL": weights_digest(self.model),
             "--train-data": f"{len(self.source)} images {images.hexdigest()[:16]}",
         }
 
