@@ -11,28 +11,43 @@ from typing import Any
 QUOTED = 3
 
 
+def one_line(what: object, most: int = 200) -> str:
+    """A text, or an error's, on one line.
+
+    Args:
+        what: The text or the error; of an error that says nothing, its class.
+        most: How many characters it may have.
+    """
+    text = " ".join(str(what).split()) or type(what).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shorten(value: Any) -> str:
+    """A value as Python writes it, on one line of at most 60 characters."""
+    return one_line(repr(value), 60)
+
+
+def listed(texts: Collection[str], most: int | None = QUOTED, total: int | None = None) -> str:
+    """The first few texts, and how many more there are.
+
+    Args:
+        texts: The texts, or the first of them.
+        most: How many to tell; all where None.
+        total: How many there are, where `texts` holds only the first.
+    """
+    shown = list(islice(texts, most))
+    more = (len(texts) if total is None else total) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
 def quoted(names: Collection[str], total: int | None = None) -> str:
-    """The first few names, quoted, and how many more there are: one line, whatever the names hold.
+    """The first few names in quotes, and how many more there are: one line, whatever the names hold.
 
     Args:
         names: The names, or the first of them.
         total: How many there are, where `names` holds only the first.
     """
-    shown = [repr(name) for name in islice(names, QUOTED)]
-    more = (len(names) if total is None else total) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-def one_line(problem: object) -> str:
-    """An error's text on one line, at most 200 characters."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def shorten(value: Any) -> str:
-    """A value's repr for a message: one line, at most 60 characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+    return listed([repr(name) for name in islice(names, QUOTED)], total=len(names) if total is None else total)
 
 
 def nearest_known(word: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.5) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
+from tokencut.messages import shorten
 from tokencut.methods import make_method
 from tokencut.schedule import Schedule, StagePlan, make_schedule
 
@@ -84,12 +85,12 @@ def recipe_from_json(data: Any, depth: int) -> Recipe:
     for name, kind in wanted.items():
         value = data[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ArtifactError(f"the recipe's {name} is {_short(value)}, of a wrong type; compress the model again")
+            raise ArtifactError(f"the recipe's {name} is {shorten(value)}, of a wrong type; compress the model again")
     if data["tokens"] < 1:
-        raise ArtifactError(f"the recipe's tokens is {_short(data['tokens'])}, less than 1; compress the model again")
+        raise ArtifactError(f"the recipe's tokens is {shorten(data['tokens'])}, less than 1; compress the model again")
     for name, value in data["method_options"].items():
         if not isinstance(value, (bool, int, float, str)):
-            raise ArtifactError(f"the recipe's setting {_short(name)} is {_short(value)}, of a wrong type; "
+            raise ArtifactError(f"the recipe's setting {shorten(name)} is {shorten(value)}, of a wrong type; "
                                 "compress the model again")  # fmt: skip
     try:
         schedule = make_schedule(depth, data["keep"], data["layers"], data["reduce_by"])
@@ -112,11 +113,6 @@ def _stages_from_json(entries: list[Any], schedule: Schedule, tokens: int) -> tu
             and (not stages or entry["block"] > stages[-1].block)
         )
         if not fits:
-            raise ArtifactError(f"the recipe's stage {_short(entry)} does not fit its model; compress the model again")
+            raise ArtifactError(f"the recipe's stage {shorten(entry)} does not fit its model; compress the model again")
         stages.append(StagePlan(**entry))
     return tuple(stages)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

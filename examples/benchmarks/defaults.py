@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from tokencut import compress
 from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
-from tokencut.evaluation.statistics import paired_difference
+from tokencut.evaluation.statistics import mean_and_error, paired_difference
 from tokencut.methods import methods
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import inference_state, resolve_device
@@ -115,9 +114,9 @@ def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
         cells = [f"{top1:.2f} ({kl:.1f})" for top1, kl in pairs]
         if row is not first:
             more = (divergence - torch.stack(first.divergence)).mean(0)
-            error = more.std() / math.sqrt(len(more))
+            mean, error = mean_and_error(more)
             cells += [str(paired_difference(right.tolist(), torch.stack(first.right).tolist())),
-                      f"{more.mean():+.2f} ± {error:.2f}"]  # fmt: skip
+                      f"{mean:+.2f} ± {error:.2f}"]  # fmt: skip
         else:
             cells += ["", ""]
         lines.append(f"| {row} | {' | '.join(cells)} |")
@@ -145,8 +144,8 @@ def main() -> None:
     args = parse()
     dense, device = load_model(args.model).dense, resolve_device(args.device)
     source = open_source(args.data, split="train", on_note=print)
-    images = open_images(dense, source, device=device, batch_size=args.batch_size, limit=args.limit)
-    loaded = list(images.batches)
+    images = open_images(dense, source, limit=args.limit)
+    loaded = list(images.batches(args.batch_size))
     batches = [images.prepared.normalise(batch.images, device) for batch in loaded if len(batch)]
     truth = torch.cat([batch.targets for batch in loaded]).to(device)
     table = list(settings(args.grid, args.methods))

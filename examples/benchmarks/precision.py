@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import compress
-from tokencut.data.image_set import ImageSet, open_images
+from tokencut.data.image_set import HELD_BYTES, HeldBatches, open_images
+from tokencut.data.preprocessing import preprocessing_of
+from tokencut.evaluation.statistics import mean_and_error
 from tokencut.methods import methods
 from tokencut.model import CompressedModel
 from tokencut.models.loading import load_model
@@ -52,14 +54,14 @@ class Judged:
         return torch.cat(self.right).double()
 
 
-def judge(model: nn.Module, images: ImageSet, device: torch.device, precision: str) -> Judged:
+def judge(model: nn.Module, images: HeldBatches, device: torch.device, precision: str) -> Judged:
     """Runs a model over all images in a precision."""
-    found, dtype = Judged(), precision_dtype(precision)
+    found, dtype, prepared = Judged(), precision_dtype(precision), preprocessing_of(model)
     with inference_state(model, device, dtype):
-        for batch in images.batches:
+        for batch in images:
             if not len(batch):
                 continue
-            pixels = images.prepared.normalise(batch.images, device, dtype or torch.float32)
+            pixels = prepared.normalise(batch.images, device, dtype or torch.float32)
             if isinstance(model, CompressedModel):
                 logits, traces = model.trace(pixels)
                 source = traces[-1].tokens.source
@@ -98,8 +100,7 @@ def together_overlap(full: Tensor, half: Tensor) -> float | None:
 
 def lost_beyond(full: Judged, half: Judged, dense_full: Judged, dense_half: Judged) -> tuple[float, float]:
     """Points of top-1 lost beyond the dense model's loss: mean over images and its standard error."""
-    lost = 100 * ((full.hits() - half.hits()) - (dense_full.hits() - dense_half.hits()))
-    return float(lost.mean()), float(lost.std() / len(lost) ** 0.5)
+    return mean_and_error(100 * ((full.hits() - half.hits()) - (dense_full.hits() - dense_half.hits())))
 
 
 def row(method: str, keep: float, precision: str, full: Judged, half: Judged, dense: Sequence[Judged]) -> str:
@@ -139,7 +140,9 @@ def main() -> None:
     """Judges every model in every precision, and prints the table line by line."""
     args = parse()
     dense, device = load_model(args.model).dense, resolve_device(args.device)
-    images = open_images(dense, args.data, device=device, batch_size=args.batch_size, limit=args.limit, on_note=print)
+    images = open_images(dense, args.data, limit=args.limit, on_note=print).batches(
+        args.batch_size, device=device, held_bytes=HELD_BYTES
+    )
     untouched = {precision: judge(dense, images, device, precision) for precision in ["fp32", *args.precision]}
     hits = untouched["fp32"].hits()
     print(f"{args.model}, {len(hits):,} images of {args.data}: dense top-1 {100 * hits.mean():.2f} % in fp32, "

@@ -118,6 +118,38 @@ def test_the_head_with_every_token_once_is_timms(name: str) -> None:
             torch.testing.assert_close(got, model.forward_head(model.norm(features)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_the_classifier_makes_the_logits_of_the_pooled_tokens(name: str) -> None:
+    model = small_model(name)
+    adapter, given = adapter_for(model), []
+    hook = adapter.classifier(model).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        two = adapter.separate_heads(model, apart=False)
+        logits = model(images(model))
+        hook.remove()
+        found = adapter.classifier(model)(given[0])
+    assert two == (name == "deit_tiny_distilled_patch16_224")
+    assert given[0].shape == (2, model.embed_dim)
+    assert torch.equal(found, logits) != two
+
+
+def test_two_heads_give_their_logits_or_the_mean() -> None:
+    model = small_model("deit_tiny_distilled_patch16_224").train()
+    adapter, pixels = adapter_for(model), images(model)
+    with torch.no_grad():
+        assert adapter.separate_heads(model, apart=True)
+        apart = model(pixels)
+        assert adapter.separate_heads(model, apart=False)
+        torch.testing.assert_close(model(pixels), (apart[0] + apart[1]) / 2)
+
+
+def test_sizes_in_pixels() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), patch_size=(8, 16), depth=1)
+    adapter = adapter_for(model)
+    assert (adapter.input_size(model), adapter.patch_size(model)) == ((64, 96), (8, 16))
+    assert adapter.grid(model, 64, 96) == (8, 6)
+
+
 @pytest.mark.parametrize("pool", ["avg", "avgmax"])
 @pytest.mark.parametrize("include_prefix", [False, True])
 def test_average_pooling_counts_a_token_as_often_as_it_holds_patches(pool: str, include_prefix: bool) -> None:

@@ -32,9 +32,8 @@ def test_a_small_grid_on_the_training_digits(run_script: Callable[..., tuple[str
     }  # fmt: skip
 
     dense = digits.create()
-    images = open_images(dense, open_source("digits", split="train"), device=torch.device("cpu"), batch_size=20,
-                         workers=0, limit=20)  # fmt: skip
-    [batch] = images.batches
+    images = open_images(dense, open_source("digits", split="train"), limit=20)
+    [batch] = images.batches(20, workers=0)
     pixels = images.prepared.normalise(batch.images, torch.device("cpu"))
     with torch.no_grad():
         wanted, found = dense(pixels), compress(dense, keep=0.2, method="topk")(pixels)

@@ -67,7 +67,7 @@ def test_what_is_found_reads_well_for_one_image(run: Run, pictures: Path, gmacs:
                "--no-latency")  # fmt: skip
     assert done.code == 0
     assert f"--target-gmacs {gmacs:g}, searched by 1 image of {pictures}" in done.out
-    assert re.search(r"\d\.\d\d points of \S+ on labels, as expected on other images; \d", done.out)
+    assert re.search(r"\d\.\d\d points of \S+ on labels, as expected on other images; one image tells", done.out)
 
 
 def test_calibration_that_is_also_data_is_told_of(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from tokencut.data import image_set
 from tokencut.data.sources import Part, open_source
 from tokencut.errors import DataError, UsageError
 from tokencut.evaluation import accuracy
@@ -46,9 +47,9 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
 
 def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{number}.png" for number in range(3)]
-    accuracy.mind_unreadable("images", names, 300, repr)
+    image_set.check_unreadable("images", names, 300, repr)
     with pytest.raises(DataError, match="at least 3 of 299 images in 'images' cannot be decoded"):
-        accuracy.mind_unreadable("images", names, 299, repr)
+        image_set.check_unreadable("images", names, 299, repr)
     judged, source = digits.create(), Part(open_source("digits"), range(30))
     asked: list[int | None] = []
     report = accuracy.evaluate(judged, source, workers=0, device="cpu")

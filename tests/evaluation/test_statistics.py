@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokencut.evaluation.statistics import Difference, paired_difference, pareto_front
+from tokencut.evaluation.statistics import Difference, if_known, mean_and_error, paired_difference, pareto_front
+
+X, Y = itemgetter(0), itemgetter(1)
+
+
+def test_mean_and_error_by_hand() -> None:
+    # Of 1, 2, 3, 6 the mean is 3 and the variance (4 + 1 + 0 + 9) / 3.
+    assert mean_and_error([1, 2, 3, 6]) == (3.0, pytest.approx(math.sqrt(14 / 3 / 4)))
+    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == mean_and_error(np.array([1, 2, 3, 6]))
+    assert mean_and_error([2.5, 2.5]) == (2.5, 0.0)
+
+
+def test_of_one_image_the_error_is_not_known() -> None:
+    assert mean_and_error([2.5]) == (2.5, math.inf)
+    assert (if_known(math.inf), if_known(0.5)) == (None, 0.5)
 
 
 def test_difference_and_standard_error_by_hand() -> None:
@@ -78,9 +95,16 @@ def test_what_cannot_be_paired_is_refused() -> None:
 
 def test_front_of_costs() -> None:
     points = [(4.0, 80.0), (3.0, 79.0), (2.0, 79.0), (1.0, 70.0), (5.0, 80.0), (1.0, 71.0)]
-    assert pareto_front(points, less_is_better=True) == [(1.0, 71.0), (2.0, 79.0), (4.0, 80.0)]
+    assert pareto_front(points, cost=X, gain=Y) == [(1.0, 71.0), (2.0, 79.0), (4.0, 80.0)]
 
 
 def test_front_of_speeds() -> None:
     points = [(100.0, 80.0), (200.0, 79.0), (150.0, 78.0), (300.0, 70.0), (300.0, 69.0), (90.0, 80.0)]
-    assert pareto_front(points, less_is_better=False) == [(300.0, 70.0), (200.0, 79.0), (100.0, 80.0)]
+    assert pareto_front(points, cost=lambda point: -point[0], gain=Y) == [(300.0, 70.0), (200.0, 79.0), (100.0, 80.0)]
+
+
+def test_of_equals_the_first_is_on_the_front() -> None:
+    items = [("late", 2.0, 5.0), ("first", 1.0, 5.0), ("second", 1.0, 5.0), ("best", 3.0, 6.0)]
+    found = pareto_front(items, cost=itemgetter(1), gain=itemgetter(2))
+    assert [name for name, *_ in found] == ["first", "best"]
+    assert pareto_front([], cost=X, gain=Y) == []

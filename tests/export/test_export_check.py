@@ -45,7 +45,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
         image.write_bytes(b"no image")
     with pytest.raises(
         DataError,
-        match=r"none of 2 images in '.*' can be decoded, so nothing can be checked on them; leave out --data to check "
+        match=r"none of 2 images in '.*' can be decoded, such as .*; leave out --data to check "
         "on noise$",
     ):
         export_model(small("topk"), tmp_path / "model.pt2", data=folder)
@@ -55,7 +55,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_bundled_model_is_checked_on_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = compress(loading.load_model("digits").model)
     images = check_images(model, None)
-    assert (images.name, len(images.indices), images.notes) == ("digits", 64, ())
+    assert (images.name, images.count, images.notes) == ("digits", 64, ())
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     without = check_images(model, None)
     assert without.name == "noise"

@@ -135,9 +135,18 @@ def test_description_and_labels_survive_a_folder_and_its_path_does_not(tmp_path:
     assert timm.data.resolve_model_data_config(loaded) == {**expected, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     assert [cfg[name] for name in ("input_size", "crop_pct", "interpolation")] == [(3, 64, 64), 0.9, "bilinear"]
     assert [cfg[name] for name in ("license", "tag", "num_classes")] == ["mit", "mine", 5]
-    named = tuple(labels) if isinstance(labels, list) else {str(key): name for key, name in labels.items()}
-    assert cfg["label_names"] == named
+    assert cfg["label_names"] == (tuple(labels) if isinstance(labels, list) else labels)
     assert torch.equal(loaded.model(images()), model(images()))
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_a_model_of_other_channels_is_described_as_it_was_built(tmp_path: Path, in_chans: int) -> None:
+    model = timm.create_model("test_vit", img_size=64, in_chans=in_chans).eval()
+    info = artifact.save(compress(model, keep=0.5), tmp_path / "model.safetensors")
+    loaded = artifact.load(tmp_path / "model.safetensors")
+    assert info.preprocessing["input_size"] == loaded.pretrained_cfg["input_size"] == (in_chans, 64, 64)
+    pixels = torch.randn(2, in_chans, 64, 64)
+    assert torch.equal(loaded.model(pixels), model(pixels))
 
 
 def test_label_names_of_another_head_are_not_kept(tmp_path: Path) -> None:

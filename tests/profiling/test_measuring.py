@@ -329,9 +329,10 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("error", "batch_size", "message"),
     [
-        (torch.cuda.OutOfMemoryError("no room"), 64, "a batch of 64 does not fit into memory; type --batch-size 32"),
+        (torch.cuda.OutOfMemoryError("no room"), 64,
+         "a batch of 64 images does not fit into the memory of cpu; type --batch-size 32"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1,
-         "a batch of 1 does not fit into memory; take a smaller model or --device cpu"),
+         "a batch of 1 image does not fit into the memory of cpu; take a smaller model or --device cpu"),
     ],
 )  # fmt: skip
 def test_too_little_memory(

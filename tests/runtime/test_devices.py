@@ -8,12 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+import tokencut
 from tokencut.errors import UsageError
 from tokencut.runtime import devices as runtime
-from tokencut.runtime.devices import autocast, describe_device, inference_state, precision_dtype, resolve_device
+from tokencut.runtime.devices import (
+    autocast,
+    describe_device,
+    inference_state,
+    precision_dtype,
+    resolve_device,
+    versions,
+)
 
 CPU = torch.device("cpu")
 
@@ -169,3 +178,7 @@ def test_a_model_comes_back_from_another_device(device: str) -> None:
     with inference_state(model, torch.device(device)):
         assert {value.device.type for value in [*model.parameters(), *model.buffers()]} == {device}
     assert snapshot(model) == before
+
+
+def test_versions_are_of_what_results_depend_on() -> None:
+    assert versions() == {"torch": torch.__version__, "timm": timm.__version__, "tokencut": tokencut.__version__}

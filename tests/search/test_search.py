@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from search_models import calibration, reduced, small_model
 from tokencut import compress
 from tokencut.cost import total
 from tokencut.errors import TokencutError, UsageError
+from tokencut.evaluation.statistics import mean_and_error
 from tokencut.model import predicted_macs
 from tokencut.profiling.latency import Timing
 from tokencut.search import run as search
@@ -123,12 +126,23 @@ def test_stages_that_save_nothing_are_told_of(calibration: Path, monkeypatch: py
 
 def test_labels_that_tell_of_more_are_told_of() -> None:
     # Five of ten images lost: 50 points, with an error of 100 * sqrt(0.25 * 10 / 9 / 10) = 16.67.
-    half = torch.tensor([100.0, 0.0] * 5)
-    [note] = told_by_heart(half, sure=16)
+    half = mean_and_error([100.0, 0.0] * 5)
+    [note] = told_by_heart(*half, sure=16)
     assert note.startswith(
         "calibration labels tell of 50.00 ± 16.67 points lost where 16.00 are expected on other images"
     )
-    assert told_by_heart(half, sure=17) == ()
+    assert told_by_heart(*half, sure=17) == ()
+    assert told_by_heart(*mean_and_error([100.0]), sure=0) == ()  # one image tells of no other
+
+
+def test_one_image_tells_no_drop_but_finds_a_budget(calibration: Path) -> None:
+    one = replace(SETTINGS, images=1)
+    with pytest.raises(TokencutError, match=r"^--max-drop 5 cannot be told from a single image"):
+        find(calibration, Target(max_drop=5), settings=one)
+    report = find(calibration, Target(gmacs=0.7 * dense_gmacs()), settings=one)
+    assert (report.images, report.drop_error) == (1, math.inf)
+    assert (report.to_dict()["drop_error"], report.to_dict()["sure_drop"]) == (None, None)
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_a_drop_is_sought_among_late_blocks_too(calibration: Path) -> None:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokencut.search.report import FrontPoint, front_of, write_front
+from tokencut.search.report import FrontPoint, write_front
 
 
 def point(gmacs: float, damage: float, **values: object) -> FrontPoint:
     known = {"layers": (2, 5), "keep": (0.9, 0.7), "tokens": (16, 15, 15, 15, 11, 11), "speedup": None, "top1": 50.0,
              "agreement": 98.5, "cosine": None}  # fmt: skip
     return FrontPoint(gmacs=gmacs, damage=damage, **{**known, **values})  # type: ignore[arg-type]
-
-
-def test_beaten_points_are_not_on_it() -> None:
-    cheap, middle, dear = point(1, 0.3), point(2, 0.2), point(3, 0.1)
-    assert front_of([dear, point(2, 0.4), cheap, point(3, 0.2), middle]) == (cheap, middle, dear)
 
 
 def test_a_point_is_ready_to_be_typed() -> None:

@@ -194,9 +194,9 @@ def change_an_image(images: Path) -> None:
         ({}, 1, None, "other weights"),
         ({}, 0, change_an_image, "other images"),
         ({"limit": 12}, 0, None, "other images"),
-        ({"precision": "bf16"}, 0, None, "other precision"),
-        ({"layers": (2, 5)}, 0, None, "other layers"),
-        ({"prop_attn": False}, 0, None, "other proportional attention"),
+        ({"precision": "bf16"}, 0, None, "other precision (fp32, not bf16)"),
+        ({"layers": (2, 5)}, 0, None, "other layers ((2, 4), not (2, 5))"),
+        ({"prop_attn": False}, 0, None, "other proportional attention (by method, not off)"),
     ],
 )
 def test_rows_of_another_sweep_are_not_taken(
@@ -211,7 +211,7 @@ def test_rows_of_another_sweep_are_not_taken(
     with pytest.raises(ArtifactError) as caught:
         sweep(small_model(seed), images, folder, plan(**few, **changes))
     assert str(caught.value) == (
-        f"{folder} holds rows that were made with {what}; add --force to drop them and start again, or give another "
+        f"{folder} holds rows made with {what}; add --force to drop them and start again, or give another "
         f"folder, such as -o {folder}-2"
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
@@ -224,7 +224,7 @@ def test_another_version_of_tokencut_takes_no_rows(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep(small_model(), images, tmp_path / "report", plan(methods=("topk",), keeps=(0.5,)))
-    monkeypatch.setattr("tokencut.sweep.state.__version__", "99")
+    monkeypatch.setattr("tokencut.runtime.devices.__version__", "99")
     with pytest.raises(ArtifactError, match="made with other versions; add --force"):
         sweep(small_model(), images, tmp_path / "report", plan(methods=("topk",), keeps=(0.5,)))
 

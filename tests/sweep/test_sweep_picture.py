@@ -41,7 +41,7 @@ def drawn(model: Any, folder: Path, limit: int | None = None, **how: Any) -> Swe
         for keep in keeps
         for method in ("bat", "topk")
     }
-    images = open_images(model, folder, device=CPU, batch_size=4, workers=0, limit=limit)
+    images = open_images(model, folder, limit=limit)
     return picture_of(model, recipes, images, device=CPU, precision="fp32", **how)
 
 

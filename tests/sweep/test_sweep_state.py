@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
-import torch
+from image_files import write_folder
 
+from tokencut.data.image_set import open_images
+from tokencut.data.sources import open_source
 from tokencut.errors import ArtifactError
 from tokencut.sweep.rows import DENSE, Row
-from tokencut.sweep.state import FILE, Speed, State, load_state, versions, weights_digest, with_speed
+from tokencut.sweep.state import FILE, Speed, State, conditions_of, load_state, with_speed
 
 CONDITIONS = {"weights": "abc", "precision": "fp32"}
 RECIPE = {"method": "bat", "keep": [0.9, 0.5], "layers": [2, 4]}
@@ -62,7 +63,6 @@ def row_with(**changes: Any) -> list[dict[str, Any]]:
         "null",
         "[" * 100_000,
         b"\xff\xfe",
-        edited(tokencut_sweep=2),
         edited(conditions=[1]),
         edited(notes=3),
         edited(rows={"a": 1}),
@@ -86,6 +86,16 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, text: str | bytes
     )
 
 
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(edited(tokencut_sweep=2))
+    with pytest.raises(ArtifactError) as caught:
+        load_state(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / FILE} has format 2, and this tokencut reads 1; add --force to start again, or give another "
+        f"folder, such as -o {tmp_path}-2"
+    )
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(ArtifactError, match="is damaged"):
@@ -99,9 +109,9 @@ def test_the_same_conditions_and_recipes_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("conditions", "recipe", "what"),
     [
-        ({"weights": "xyz"}, RECIPE, "other weights"),
-        ({"weights": "xyz", "precision": "bf16"}, RECIPE, "other weights and other precision"),
-        ({"layers": "new"}, RECIPE, "other layers"),
+        ({"weights": "xyz"}, RECIPE, "other weights (abc, not xyz)"),
+        ({"weights": "x" * 64, "precision": "bf16"}, RECIPE, "other weights and other precision (fp32, not bf16)"),
+        ({"layers": "new"}, RECIPE, "other layers (nothing, not new)"),
         ({}, {**RECIPE, "layers": [3]}, "other reduction options (bat, keep 0.9/0.5)"),
     ],
 )
@@ -109,7 +119,7 @@ def test_rows_made_for_something_else_are_refused(conditions: dict[str, str], re
     with pytest.raises(ArtifactError) as caught:
         state().require({**CONDITIONS, **conditions}, {("bat", (0.9, 0.5)): recipe}, Path("report"))
     assert str(caught.value) == (
-        f"report holds rows that were made with {what}; add --force to drop them and start again, or give another "
+        f"report holds rows made with {what}; add --force to drop them and start again, or give another "
         "folder, such as -o report-2"
     )
 
@@ -119,21 +129,12 @@ def test_a_row_gets_its_speed() -> None:
     assert (row.images_per_second, row.images_per_second_quartiles) == (100.0, (90.0, 110.0))
 
 
-def test_versions_are_of_what_results_depend_on() -> None:
-    assert set(versions()) == {"torch", "timm", "tokencut"}
+def test_the_condition_on_weights_tells_heads_apart(tmp_path: Path) -> None:
+    source = open_source(write_folder(tmp_path / "set", ["a", "b", "c"], 1))
 
+    def weights(model: Any) -> str:
+        return conditions_of(model, open_images(model, source), lambda read, total: None)["weights"]
 
-def test_the_digest_of_weights_tells_models_apart() -> None:
-    def model(seed: int = 0, **options: Any) -> Any:
-        torch.manual_seed(seed)
-        return timm.create_model("test_vit", img_size=32, num_classes=3, **options)
-
-    digest = weights_digest(model())
-    assert re.fullmatch("[0-9a-f]{64}", digest)
-    assert weights_digest(model()) == digest
-    assert weights_digest(model(seed=1)) != digest
-    assert weights_digest(model().to(torch.bfloat16)) != digest
-    # The same tensors, cut into other heads.
-    one, two = model(num_heads=1), model(num_heads=2)
-    two.load_state_dict(one.state_dict())
-    assert weights_digest(one) != weights_digest(two)
+    one, two = (timm.create_model("test_vit", img_size=32, num_classes=3, num_heads=heads) for heads in (1, 2))
+    two.load_state_dict(one.state_dict())  # the same tensors, cut into other heads
+    assert weights(one) == weights(one) != weights(two)

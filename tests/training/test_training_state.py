@@ -21,7 +21,6 @@ from tokencut.training.state import (
     Best,
     TrainingState,
     copy_of,
-    digest,
     folder_for,
     has_state,
     load_state,
@@ -116,17 +115,9 @@ def test_a_run_with_other_options_cannot_go_on(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         load_state(tmp_path, {"--seed": "1", "--batch-size": "32"})
     assert str(caught.value) == (
-        f"{tmp_path} holds a run with another --seed (and --batch-size): it has 0, not 1; type the options it was "
-        "started with, or --force to start again"
+        f"{tmp_path} holds a run made with other --seed (0, not 1) and other --batch-size (64, not 32); type the "
+        "options it was started with, or --force to start again"
     )
-
-
-def test_a_digest_tells_weights_apart() -> None:
-    torch.manual_seed(0)
-    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    assert digest(first) != digest(second)
-    second.load_state_dict(first.state_dict())
-    assert digest(first) == digest(second) != digest(first.to(torch.bfloat16))
 
 
 def test_a_copy_does_not_follow_its_model() -> None:

@@ -1,6 +1,6 @@
 """What differs between model families: one adapter a family, found by `adapter_for`."""
 
 from tokencut.adapters import vit  # noqa: F401  (registers itself)
-from tokencut.adapters.base import Adapter, adapter_for, supported_modules
+from tokencut.adapters.base import Adapter, adapter_for, known_adapter, supported_modules
 
-__all__ = ["Adapter", "adapter_for", "supported_modules"]
+__all__ = ["Adapter", "adapter_for", "known_adapter", "supported_modules"]

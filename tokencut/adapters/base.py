@@ -48,6 +48,22 @@ class Adapter(ABC):
         """Rows and columns of patches for an image of `height` x `width` px."""
 
     @abstractmethod
+    def input_size(self, model: TimmModule) -> tuple[int, int] | None:
+        """Height and width in px of the images that the model was built for; None where it does not tell."""
+
+    @abstractmethod
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        """Height and width in px of what becomes one token before the first block."""
+
+    @abstractmethod
+    def classifier(self, model: TimmModule) -> nn.Module:
+        """What makes logits of the pooled tokens `(B, D)`, its input; of two heads the class token's."""
+
+    def separate_heads(self, model: TimmModule, apart: bool) -> bool:
+        """Has a model of two heads give the logits of each, or their mean; False where it has only one."""
+        return False
+
+    @abstractmethod
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         """The transformer blocks, a sequence of modules."""
 
@@ -100,16 +116,21 @@ def supported_modules() -> dict[str, tuple[str, ...]]:
     return {adapter.family: adapter.timm_modules for adapter in _ADAPTERS}
 
 
+def known_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter of a model's family; None where the family is not supported."""
+    return next((adapter for adapter in _ADAPTERS if adapter.accepts(model)), None)
+
+
 def adapter_for(model: nn.Module) -> Adapter:
     """Finds the adapter of a model.
 
     Raises:
         ModelError: The family is not supported, naming it and those that are; or a part of the model is not known.
     """
-    for adapter in _ADAPTERS:
-        if adapter.accepts(model):
-            adapter.check(model)
-            return adapter
+    adapter = known_adapter(model)
+    if adapter is not None:
+        adapter.check(model)
+        return adapter
     families = ", ".join(f"{family} (timm.models.{'/'.join(names)})" for family, names in supported_modules().items())
     raise ModelError(
         f"{type(model).__name__} models are not supported; supported are: {families}; 'tokencut models' lists the names"

@@ -55,6 +55,22 @@ class ViTAdapter(Adapter):
         rows, columns = model.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
 
+    def input_size(self, model: TimmModule) -> tuple[int, int] | None:
+        return model.patch_embed.img_size
+
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        height, width = model.patch_embed.patch_size
+        return int(height), int(width)
+
+    def classifier(self, model: TimmModule) -> nn.Module:
+        return model.head
+
+    def separate_heads(self, model: TimmModule, apart: bool) -> bool:
+        if not isinstance(model, VisionTransformerDistilled):
+            return False
+        model.set_distilled_training(apart)
+        return True
+
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         return model.blocks
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokencut.cli import render
 from tokencut.cli.options import JsonFlag
+from tokencut.messages import listed
 
 if TYPE_CHECKING:
     from tokencut.models.metadata import ArtifactInfo
@@ -59,8 +61,7 @@ def _facts(found: ArtifactInfo, size: int) -> list[tuple[str, str]]:
 
 
 def _labels(found: ArtifactInfo) -> str:
-    names: Any = found.label_names
+    names = found.label_names
     if not names:
         return "not known"
-    shown = list(names.values() if isinstance(names, dict) else names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    return listed(tuple(names.values() if isinstance(names, Mapping) else names))

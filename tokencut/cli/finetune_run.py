@@ -19,7 +19,7 @@ from tokencut.cli.finetune_view import RunView, log_for
 from tokencut.cli.options import DataOptions, RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.subject import Subject, measure_accuracy
-from tokencut.data.labels import map_classes
+from tokencut.data.labels import classes_for
 from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, DataError, TokencutError
 from tokencut.evaluation.accuracy import EvaluationReport
@@ -70,7 +70,7 @@ def fit_classes(subject: Subject, train: Source, val: Source | None) -> None:
             owner.pretrained_cfg = owner.default_cfg = cfg
     if val is None or set(val.classes) <= set(train.classes):
         return
-    judged = map_classes(val.classes, label_names(model), model.num_classes)
+    judged = classes_for(model, val.classes)
     known = set(classes.targets)
     strangers = [name for name, target in zip(val.classes, judged.targets, strict=True) if target not in known]
     if judged.class_names != classes.class_names or strangers:

@@ -5,6 +5,7 @@ Imports torch: commands import this when they run, not before.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,15 @@ class SearchRun:
         """What people are told of it."""
         assert self.report is not None
         report, found = self.report, self.report.found
+        known = math.isfinite(report.drop_error)
+        sure = f"{report.sure_drop:.2f} with one standard error on top" if known else "one image tells no error of that"
+        error = f" ± {report.drop_error:.2f}" if known else ""
         rows = [
             ("asked for", f"{report.target}, searched by {_counted(report.images, 'image')} of {self._source.name}"),
             ("found", found.options),
             ("to lose", f"{report.expected_drop:.2f} {report.metric_name}, as expected on other images; "
-                        f"{report.sure_drop:.2f} with one standard error on top"),
-            ("calibration", f"{report.drop:+.2f} ± {report.drop_error:.2f} of them lost on these images"),
+                        f"{sure}"),
+            ("calibration", f"{report.drop:+.2f}{error} of them lost on these images"),
         ]  # fmt: skip
         if report.speedup is not None:
             rows.append(("speed-up", f"{report.speedup:.2f} x as fast as dense, measured here in batches of "

@@ -1,49 +1,143 @@
-"""The images that models are judged on, or schedules compared: decoded once, the same for all."""
+"""These images for this model: which of a source, prepared how, and which of the model's classes they show."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokencut.data.labels import ClassMap, map_classes
-from tokencut.data.loading import Batch, ImageDataset, Loader, make_loader
+from tokencut.data.labels import ClassMap, classes_for
+from tokencut.data.loading import Batch, ImageDataset, Loader, Unreadable, make_loader
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.data.sampling import evenly_spread
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import DataError
-from tokencut.messages import quoted
-from tokencut.models.pretrained_cfg import label_names, require_head
-from tokencut.runtime.devices import weights_dtype
+from tokencut.messages import QUOTED, quoted
+from tokencut.models.pretrained_cfg import require_head
 
 # Held in memory up to this size: 14,000 images of 224 px, or 5,000 of 378 px. More are decoded anew for every model.
 HELD_BYTES = 2 * 2**30
+# Where more than this share of the images cannot be read, what the rest say is not true of the data set.
+UNREADABLE_SHARE = 0.01
+
+Failed = TypeVar("Failed")
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images that models are judged on.
+    """The images that a model is to see.
 
     Attributes:
         source: Where they come from.
-        class_map: Which class each folder stands for.
-        indices: Their numbers in the source.
-        prepared: The preprocessing that all the models share.
-        batches: The images, decoded and transformed, as bytes.
+        indices: Their numbers in the source, in the order in which they are seen.
+        prepared: The model's preprocessing.
+        class_map: Which class each folder stands for; None where that is not known or does not count.
     """
 
     source: Source
-    class_map: ClassMap
-    indices: list[int]
+    indices: Sequence[int]
     prepared: Preprocessing
-    batches: HeldBatches
+    class_map: ClassMap | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def name(self) -> str:
+        """The source as the user wrote it."""
+        return self.source.name
+
+    def dataset(self, **transform: Any) -> ImageDataset:
+        """The images one by one, decoded and transformed; without known classes, all of class 0.
+
+        Args:
+            transform: As `Preprocessing.transform` takes it, for training; by default as the model is judged.
+        """
+        targets = self.class_map.targets if self.class_map else [0] * len(self.source.classes)
+        return ImageDataset(
+            self.source, self.prepared.transform(**transform), targets=targets, indices=self.indices,
+            mode=self.prepared.mode,
+        )  # fmt: skip
+
+    def batches(
+        self, batch_size: int, *, workers: int | None = None, device: torch.device | None = None, held_bytes: int = 0
+    ) -> HeldBatches:
+        """The images in batches, of bytes as the transform left them; none is decoded yet.
+
+        Args:
+            batch_size: Images a batch.
+            workers: Processes that decode; one a processor, 4 at most, where None.
+            device: Where they are to go.
+            held_bytes: What may be held in memory for further passes, in bytes; where more is needed, nothing is.
+
+        Raises:
+            UsageError: The batch size or the number of workers is out of range.
+        """
+        hold = len(self) * prod(self.prepared.config["input_size"]) <= held_bytes
+        # Page-locked memory is scarce, and held batches would all lie in it.
+        pin = device is not None and device.type == "cuda" and not hold
+        loader = make_loader(self.dataset(), batch_size=batch_size, workers=workers, pin_memory=pin)
+        return HeldBatches(loader, hold=hold)
+
+    def decoded(self, batch_size: int, *, workers: int | None = None, otherwise: str) -> Iterator[Batch]:
+        """The batches, for a use that any of the images will do for.
+
+        Args:
+            batch_size: Images a batch.
+            workers: See `batches`.
+            otherwise: What to do where there is none; the end of the error.
+
+        Raises:
+            DataError: None of them can be decoded.
+            UsageError: See `batches`.
+        """
+        found, unreadable = 0, list[Unreadable]()
+        with closing(iter(self.batches(batch_size, workers=workers))) as batches:
+            for batch in batches:
+                found += len(batch)
+                unreadable += batch.unreadable
+                yield batch
+        if not found:
+            raise DataError(f"none of {len(self)} images in {self.name!r} can be decoded, such as "
+                            f"{quoted(self.filenames(unreadable))}; {otherwise}")  # fmt: skip
+
+    def filenames(self, images: Collection[Unreadable]) -> list[str]:
+        """The names of some images."""
+        return [self.source.filename(image.index) for image in images]
+
+    def check_unreadable(self, unreadable: Collection[Unreadable], of: int | None = None) -> None:
+        """Refuses images of which too many could not be read.
+
+        Args:
+            unreadable: Those images.
+            of: How many there are in all, where these are a part.
+
+        Raises:
+            DataError: More than 1 % are unreadable.
+        """
+        check_unreadable(self.name, unreadable, of or len(self), self._told)
+
+    def _told(self, image: Unreadable) -> str:
+        return f"{self.source.filename(image.index)!r} ({image.reason})"
+
+    def notes(self, unreadable: Collection[Unreadable] = ()) -> tuple[str, ...]:
+        """What has to be said of them: their classes, a sample, those that could not be decoded."""
+        sample = sample_note(len(self), len(self.source)) if len(self) < len(self.source) else ""
+        skipped = (
+            f"images skipped, since they could not be decoded: {len(unreadable)} of {len(self)} "
+            f"({quoted(self.filenames(unreadable))})" if unreadable else ""
+        )  # fmt: skip
+        classes = self.class_map.notes if self.class_map else ()
+        return tuple(note for note in (*self.source.notes, *classes, sample, skipped) if note)
 
     def digest(self, on_image: Callable[[int], None] | None = None) -> str:
         """SHA-256 of the encoded images, in order, with the names and classes they go by.
@@ -66,7 +160,7 @@ class ImageSet:
                 content = hashlib.sha256(file.read()).digest()
         except OSError:  # judging skips it and says so
             return name + b"\0unreadable\0"
-        return name + b"\0%d\0" % self.class_map.targets[folder] + content
+        return name + b"\0%d\0" % (self.class_map.targets[folder] if self.class_map else 0) + content
 
 
 class HeldBatches:
@@ -102,117 +196,78 @@ class HeldBatches:
             self._kept = kept
 
 
+def images_for(
+    model: nn.Module,
+    source: Source,
+    class_map: ClassMap | None = None,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> ImageSet:
+    """Some images of a source, as a model takes them.
+
+    Args:
+        model: The model.
+        source: Where they come from.
+        class_map: Which class each folder stands for, where that counts (`classes_for`).
+        limit: An evenly spread sample of so many; all where None, or where there are fewer.
+        seed: Puts them in an order of chance: sources are ordered by class. In the source's order where None.
+
+    Raises:
+        ModelError: The model takes neither colour nor grey images.
+        UsageError: The limit is out of range.
+    """
+    indices = evenly_spread(len(source), limit)
+    if seed is not None:
+        random.Random(seed).shuffle(indices)
+    return ImageSet(source, indices, preprocessing_of(model), class_map)
+
+
 def open_images(
     model: nn.Module,
     data: str | os.PathLike[str] | Source,
     *,
-    device: torch.device,
-    batch_size: int,
-    workers: int | None = None,
     limit: int | None = None,
-    held_bytes: int = HELD_BYTES,
     on_note: Callable[[str], None] | None = None,
 ) -> ImageSet:
-    """Finds the images that a model is to be judged on; none is decoded yet.
+    """Finds the images that a classifier is to be judged on.
 
     Args:
-        model: The classifier whose preprocessing and classes they get.
+        model: The classifier.
         data: As `--data`, or an opened source.
-        device: Where the model runs.
-        batch_size: Images a batch.
-        workers: Processes that decode; one a processor, 4 at most, where None.
         limit: An evenly spread sample of so many images.
-        held_bytes: What may be held in memory, in bytes.
         on_note: Told what takes long: the unpacking of an archive.
 
     Raises:
-        ModelError: The model has no classification head.
+        ModelError: The model has no classification head, or takes neither colour nor grey images.
         DataError: The images cannot be found, or do not fit the model's classes.
-        UsageError: An argument is out of range.
+        UsageError: The limit is out of range.
     """
-    classes = require_head(model)
+    require_head(model)  # before anything is unpacked
     source = open_source(data, on_note=on_note)
-    class_map = map_classes(source.classes, label_names(model), classes)
-    prepared, indices = preprocessing_of(model), evenly_spread(len(source), limit)
-    dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
-    hold = len(indices) * prod(prepared.config["input_size"]) <= held_bytes
-    # Page-locked memory is scarce, and held batches would all lie in it.
-    loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=device.type == "cuda" and not hold)
-    return ImageSet(source, class_map, indices, prepared, HeldBatches(loader, hold=hold))
+    return images_for(model, source, classes_for(model, source.classes), limit=limit)
 
 
-@dataclass(frozen=True)
-class CalibrationImages:
-    """Images as a model takes them.
-
-    Attributes:
-        batches: `(B, C, H, W)` each, on the model's device.
-        targets: The class of each image; None where the folders do not map to the model's classes, or it has none.
-        notes: What a user should know.
-    """
-
-    batches: tuple[Tensor, ...]
-    targets: Tensor | None
-    notes: tuple[str, ...]
-
-
-def calibration_images(
-    model: nn.Module,
-    source: Source,
-    *,
-    limit: int,
-    batch_size: int,
-    device: torch.device,
-    seed: int = 0,
-    workers: int | None = None,
-    on_image: Callable[[int, int], None] | None = None,
-) -> CalibrationImages:
-    """Loads calibration images.
+def check_unreadable(data: str, unreadable: Collection[Failed], total: int, told: Callable[[Failed], str]) -> None:
+    """Refuses images of which too many could not be read.
 
     Args:
-        model: The model whose preprocessing and classes they get.
-        source: Where they come from.
-        limit: An evenly spread sample of so many; all, if there are fewer.
-        batch_size: Images a batch.
-        device: Where the model is.
-        seed: Decides their order: the first of them are to be like all of them, and sources are ordered by class.
-        workers: Processes that decode.
-        on_image: Told images decoded and images in all.
+        data: What they are called.
+        unreadable: Those images.
+        total: How many there are in all.
+        told: What the message calls one of them.
 
     Raises:
-        DataError: None can be decoded.
-        UsageError: An argument is out of range.
+        DataError: More than 1 % are unreadable.
     """
-    indices = evenly_spread(len(source), limit)
-    random.Random(seed).shuffle(indices)
-    targets, notes = _classes(model, source)
-    prepared = preprocessing_of(model)
-    dataset = ImageDataset(source, prepared.transform(), targets=targets or [0] * len(source.classes), indices=indices,
-                           mode=prepared.mode)  # fmt: skip
-    dtype = weights_dtype(model)
-    images, labels, unreadable = [], [], []
-    with closing(iter(make_loader(dataset, batch_size=batch_size, workers=workers))) as batches:
-        for batch in batches:
-            unreadable += [source.filename(image.index) for image in batch.unreadable]
-            if len(batch):
-                images.append(prepared.normalise(batch.images.clone(), device, dtype))
-                labels.append(batch.targets.clone())
-            if on_image:
-                on_image(sum(map(len, images)), len(indices))
-    if not images:
-        raise DataError(f"none of {len(indices)} images in {source.name!r} can be decoded, such as "
-                        f"{quoted(unreadable)}; give another --calibration")  # fmt: skip
-    if unreadable:
-        notes.append(f"calibration images that cannot be decoded: {len(unreadable)} ({quoted(unreadable)})")
-    return CalibrationImages(tuple(images), torch.cat(labels) if targets else None, tuple(notes))
+    if len(unreadable) > UNREADABLE_SHARE * total:
+        named = ", ".join(map(told, islice(unreadable, QUOTED)))
+        raise DataError(
+            f"at least {len(unreadable)} of {total} images in {data!r} cannot be decoded, and at most 1 % may be: "
+            f"{named}; mend or remove them and run this again"
+        )
 
 
-def _classes(model: nn.Module, source: Source) -> tuple[list[int] | None, list[str]]:
-    """The class of each folder, where the folders map to the head; and why not, where they do not."""
-    classes = int(getattr(model, "num_classes", 0) or 0)
-    if not classes:
-        return None, []
-    try:
-        return list(map_classes(source.classes, label_names(model), classes).targets), []
-    except DataError as error:
-        return None, [f"calibration labels are not used: {error}"]
+def sample_note(sampled: int, total: int) -> str:
+    """What is said where not all images are seen."""
+    return f"an evenly spread sample of {sampled} of {total} images"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils.misc import natural_key
+from torch import nn
 
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
-from tokencut.models.pretrained_cfg import LabelNames
+from tokencut.models.pretrained_cfg import LabelNames, label_names, require_head
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,18 @@ class ClassMap:
     notes: tuple[str, ...] = ()
 
 
-def map_classes(folder_names: Sequence[str], label_names: LabelNames | None, num_classes: int) -> ClassMap:
+def classes_for(model: nn.Module, folder_names: Sequence[str]) -> ClassMap:
+    """Finds the class of a classifier that each folder stands for, as `map_classes` does.
+
+    Raises:
+        ModelError: The model has no classification head.
+        DataError: The folders do not fit its classes.
+    """
+    classes = require_head(model)
+    return map_classes(folder_names, label_names(model), classes)
+
+
+def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_classes: int) -> ClassMap:
     """Finds the class of the model that each folder stands for.
 
     All folders must match the model's label names, or the wnids of ImageNet where the head has its number of classes
@@ -39,7 +51,7 @@ def map_classes(folder_names: Sequence[str], label_names: LabelNames | None, num
 
     Args:
         folder_names: The class folders.
-        label_names: The model's label names, in the order of its logits or by index, if it has any.
+        labels: The model's label names, in the order of its logits or by index, if it has any.
         num_classes: How many classes the model tells apart.
 
     Returns:
@@ -48,7 +60,7 @@ def map_classes(folder_names: Sequence[str], label_names: LabelNames | None, num
     Raises:
         DataError: The folders match no names, and are not as many as the classes.
     """
-    vocabularies = _vocabularies(label_names, num_classes)
+    vocabularies = _vocabularies(labels, num_classes)
     for names in vocabularies:
         lookup = _lookup(names)
         targets = [lookup.get(_folded(folder)) for folder in folder_names]
@@ -57,13 +69,13 @@ def map_classes(folder_names: Sequence[str], label_names: LabelNames | None, num
             return ClassMap(matched, _class_names(names, num_classes), _subset_note(matched, num_classes))
     unmatched = _closest_misses(folder_names, vocabularies)
     if len(folder_names) == num_classes:
-        return _natural_order(folder_names, label_names, unmatched)
+        return _natural_order(folder_names, labels, unmatched)
     raise DataError(_mismatch(folder_names, vocabularies, unmatched, num_classes))
 
 
-def _vocabularies(label_names: LabelNames | None, num_classes: int) -> list[dict[int, str]]:
+def _vocabularies(labels: LabelNames | None, num_classes: int) -> list[dict[int, str]]:
     """The names that folders may match, the model's own first, each by class index."""
-    own = dict(label_names) if isinstance(label_names, Mapping) else dict(enumerate(label_names or ()))
+    own = dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels or ()))
     vocabularies = [own] if own else []
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset:
@@ -114,14 +126,14 @@ def _closest_misses(folder_names: Sequence[str], vocabularies: Sequence[Mapping[
     return min(misses, key=len, default=list(folder_names))
 
 
-def _natural_order(folder_names: Sequence[str], label_names: LabelNames | None, unmatched: Sequence[str]) -> ClassMap:
+def _natural_order(folder_names: Sequence[str], labels: LabelNames | None, unmatched: Sequence[str]) -> ClassMap:
     """Maps the i-th folder in timm's natural order to class i, and says so."""
     ordered = sorted(folder_names, key=lambda name: (natural_key(name), name))
     rank = {name: index for index, name in enumerate(ordered)}
-    why = f"folders {quoted(unmatched)} match no label name" if label_names else "the model has no label names"
+    why = f"folders {quoted(unmatched)} match no label name" if labels else "the model has no label names"
     notes = [f"{why}: the {len(ordered)} folders stand for the model's classes in natural order"]
-    if label_names:
-        own = dict(label_names) if isinstance(label_names, Mapping) else dict(enumerate(label_names))
+    if labels:
+        own = dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels))
         crossed = [name for name in ordered if _lookup(own).get(_folded(name), rank[name]) != rank[name]]
         if crossed:
             label = own.get(rank[crossed[0]], str(rank[crossed[0]]))
@@ -146,7 +158,7 @@ def _mismatch(
             f"{counts}, such as {quoted(sorted(unmatched, key=natural_key))}: the model has no label names to match, "
             f"so exactly {num_classes} folders are expected, in the order of its classes"
         )
-    expected = ", ".join(repr(name) for name in list(vocabularies[0].values())[:QUOTED])
+    expected = quoted(list(vocabularies[0].values())[:QUOTED])
     return (
         f"{counts}, and {quoted(sorted(unmatched, key=natural_key))} match none of its label names: rename the folders "
         f"to label names (such as {expected}), or give one folder for each of the {num_classes} classes"

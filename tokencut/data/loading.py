@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tokencut.data.preprocessing import Transform, UnreadableImageError, decode
 from tokencut.data.sources import Source
 from tokencut.errors import DataError, UsageError
+from tokencut.runtime.devices import check_batch_size
 
 # More workers than this rarely help one device, and each holds a copy of the list of images.
 MOST_WORKERS = 4
@@ -150,8 +151,7 @@ def make_loader(
     Raises:
         UsageError: The batch size or the number of workers is out of range.
     """
-    if batch_size < 1:
-        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; type --batch-size 64")
+    check_batch_size(batch_size)
     batches = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
     return load_batches(dataset, batches, workers=workers, pin_memory=pin_memory)
 

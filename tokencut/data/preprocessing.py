@@ -10,11 +10,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 
 from tokencut.errors import ModelError
+from tokencut.models.pretrained_cfg import data_config
 
 # Tried whatever a file is called, and no others: for PostScript, Pillow would run Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -76,35 +77,19 @@ class Preprocessing:
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """The preprocessing that a model was trained with, for the input size that it was built for.
-
-    timm leaves `pretrained_cfg` as it was when a model is built with another `img_size` or `in_chans`, so both are read
-    off the model itself where it tells.
+    """The preprocessing that a model was trained with, for the input that it was built for.
 
     Raises:
         ModelError: The model takes neither colour nor grey images.
     """
-    config = dict(resolve_model_data_config(model))
-    inner = model if hasattr(model, "patch_embed") else getattr(model, "model", model)
-    channels, *size = config["input_size"]
-    built_for = getattr(getattr(inner, "patch_embed", None), "img_size", None)
-    first = (getattr(inner, "pretrained_cfg", None) or {}).get("first_conv")
-    if isinstance(first, str):
-        channels = getattr(_submodule(inner, first), "in_channels", channels)
+    config = data_config(model)
+    channels = config["input_size"][0]
     if channels not in MODES:
         raise ModelError(
             f"the model takes images of {channels} channels, expected 3 (colour) or 1 (grey); build it with "
             "--model-kwargs in_chans=3"
         )
-    config["input_size"] = (channels, *(built_for or size))
     return Preprocessing(config, MODES[channels])
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def decode(file: BinaryIO, mode: str = "RGB") -> Image.Image:

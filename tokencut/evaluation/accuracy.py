@@ -6,32 +6,26 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencut.data.labels import ClassMap, map_classes
-from tokencut.data.loading import Batch, ImageDataset, Unreadable, make_loader
-from tokencut.data.preprocessing import Preprocessing, preprocessing_of
-from tokencut.data.sampling import evenly_spread
-from tokencut.data.sources import Source, open_source
-from tokencut.errors import DataError, ModelError, UsageError
+from tokencut.data.image_set import ImageSet, open_images
+from tokencut.data.loading import Batch, Unreadable
+from tokencut.data.preprocessing import Preprocessing
+from tokencut.data.sources import Source
+from tokencut.errors import ModelError, UsageError
 from tokencut.files import atomic_write, check_writable
-from tokencut.messages import quoted
-from tokencut.models.pretrained_cfg import label_names, name_of, require_head
+from tokencut.models.pretrained_cfg import name_of
 from tokencut.runtime.compiling import compile_model, in_batches
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device, weights_dtype
 
-Failed = TypeVar("Failed")
-
-# Where more than this share of the images cannot be read, an accuracy over the rest says little about the data set.
-UNREADABLE_SHARE = 0.01
 TOP = 5
 
 Forward = Callable[[Tensor], Tensor]
@@ -136,29 +130,23 @@ def evaluate(
         ArtifactError: The predictions could not be written.
         UsageError: Another argument is out of range.
     """
-    classes = require_head(model)
     target_device = resolve_device(device)
     wanted = precision_dtype(precision)
     if predictions is not None:
         check_predictions(predictions)
-    source = open_source(data, on_note=on_note)
-    class_map = map_classes(source.classes, label_names(model), classes)
-    prepared = preprocessing_of(model)
-    indices = evenly_spread(len(source), limit)
-    dataset = ImageDataset(source, prepared.transform(), targets=class_map.targets, indices=indices, mode=prepared.mode)
-    loader = make_loader(dataset, batch_size=batch_size, workers=workers, pin_memory=target_device.type == "cuda")
-    tally = Tally(source, len(dataset), precision, of)
-    forward = _forward(model, compile_mode, min(batch_size, len(dataset)))
-    with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loader)) as batches:
+    images = open_images(model, data, limit=limit, on_note=on_note)
+    loaded = images.batches(batch_size, workers=workers, device=target_device)
+    tally = Tally(images, precision, of)
+    forward = _forward(model, compile_mode, min(batch_size, len(images)))
+    with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
         dtype = weights_dtype(model)
         for batch in batches:
-            tally.add(batch, _logits(forward, batch, prepared, target_device, dtype))
+            tally.add(batch, _logits(forward, batch, images.prepared, target_device, dtype))
             if on_progress:
                 on_progress(tally.progress())
-    report = tally.report(name or name_of(model), gmacs, image_notes(source, class_map, tally.unreadable, len(indices)))
     if predictions is not None:
-        _write_predictions(predictions, source, class_map, tally)
-    return report
+        _write_predictions(predictions, tally)
+    return tally.report(name or name_of(model), gmacs)
 
 
 def check_predictions(path: str | os.PathLike[str]) -> None:
@@ -184,10 +172,9 @@ def check_predictions(path: str | os.PathLike[str]) -> None:
 class Tally:
     """What is known so far of each image."""
 
-    def __init__(self, source: Source, total: int, precision: str, of: int | None = None) -> None:
-        self.source = source
-        self.total = total
-        self.of = of or total
+    def __init__(self, images: ImageSet, precision: str, of: int | None = None) -> None:
+        self.images = images
+        self.of = of
         self.precision = precision
         self.unreadable: list[Unreadable] = []
         self.indices: list[int] = []
@@ -200,7 +187,7 @@ class Tally:
     def add(self, batch: Batch, logits: Tensor | None) -> None:
         """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
         self.unreadable += batch.unreadable
-        mind_unreadable(self.source.name, self.unreadable, self.of, self._told)
+        self.images.check_unreadable(self.unreadable, self.of)
         if logits is None:
             return
         if not logits.isfinite().all():
@@ -220,15 +207,15 @@ class Tally:
     def progress(self) -> Progress:
         judged = len(self.targets)
         rate = judged / (time.perf_counter() - self.started)
-        return Progress(judged + len(self.unreadable), self.total, 100 * self.right / max(judged, 1), rate)
+        return Progress(judged + len(self.unreadable), len(self.images), 100 * self.right / max(judged, 1), rate)
 
-    def report(self, model: str, gmacs: float | None, notes: tuple[str, ...]) -> EvaluationReport:
+    def report(self, model: str, gmacs: float | None) -> EvaluationReport:
         seconds = time.perf_counter() - self.started
         images = len(self.targets)
         among_top = sum(target in ranked for ranked, target in zip(self.ranked, self.targets, strict=True))
         return EvaluationReport(
             model=model,
-            data=self.source.name,
+            data=self.images.name,
             images=images,
             top1=100 * self.right / images,
             top5=100 * among_top / images,
@@ -236,31 +223,9 @@ class Tally:
             gmacs=gmacs,
             seconds=seconds,
             images_per_second=images / seconds,
-            unreadable=tuple(self.source.filename(image.index) for image in self.unreadable),
-            notes=notes,
+            unreadable=tuple(self.images.filenames(self.unreadable)),
+            notes=self.images.notes(self.unreadable),
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
-        )
-
-    def _told(self, image: Unreadable) -> str:
-        return f"{self.source.filename(image.index)!r} ({image.reason})"
-
-
-def mind_unreadable(data: str, unreadable: Sequence[Failed], total: int, told: Callable[[Failed], str]) -> None:
-    """Refuses images of which too many could not be read.
-
-    Args:
-        data: What they are called.
-        unreadable: Those images.
-        total: How many there are in all.
-        told: What the message calls one of them.
-
-    Raises:
-        DataError: More than 1 % are unreadable.
-    """
-    if len(unreadable) > UNREADABLE_SHARE * total:
-        raise DataError(
-            f"at least {len(unreadable)} of {total} images in {data!r} cannot be decoded, and at most 1 % may be: "
-            f"{', '.join(map(told, unreadable[:3]))}; mend or remove them and run this again"
         )
 
 
@@ -280,23 +245,10 @@ def _logits(
     return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
-def sample_note(sampled: int, total: int) -> str:
-    """What is said where not all images are judged."""
-    return f"an evenly spread sample of {sampled} of {total} images"
-
-
-def image_notes(source: Source, class_map: ClassMap, unreadable: Sequence[Unreadable], sampled: int) -> tuple[str, ...]:
-    """What has to be said of the images judged: their classes, a sample, those that could not be decoded."""
-    names = [source.filename(image.index) for image in unreadable]
-    sample = sample_note(sampled, len(source)) if sampled < len(source) else ""
-    skipped = (
-        f"images skipped, since they could not be decoded: {len(names)} of {sampled} ({quoted(names)})" if names else ""
-    )
-    return tuple(note for note in (*source.notes, *class_map.notes, sample, skipped) if note)
-
-
-def _write_predictions(path: str | os.PathLike[str], source: Source, class_map: ClassMap, tally: Tally) -> None:
+def _write_predictions(path: str | os.PathLike[str], tally: Tally) -> None:
     """Writes a row for each judged image, classes by name, the most likely first."""
+    source, class_map = tally.images.source, tally.images.class_map
+    assert class_map is not None
     width = min(TOP, len(class_map.class_names))
     # surrogateescape: file names that are not UTF-8 come out as the bytes they are.
     with (

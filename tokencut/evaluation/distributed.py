@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from tokencut.data.image_set import check_unreadable, sample_note
 from tokencut.data.sampling import evenly_spread
 from tokencut.data.sources import Part, Source
 from tokencut.errors import DataError, TokencutError
-from tokencut.evaluation.accuracy import EvaluationReport, evaluate, mind_unreadable, sample_note
+from tokencut.evaluation.accuracy import EvaluationReport, evaluate
 from tokencut.runtime.distributed import Group
 
 
@@ -50,7 +51,7 @@ def evaluate_spread(
     report = _merged(reports)
     if len(indices) < len(source):
         report = dataclasses.replace(report, notes=(*report.notes, sample_note(len(indices), len(source))))
-    mind_unreadable(source.name, report.unreadable, len(indices), repr)
+    check_unreadable(source.name, report.unreadable, len(indices), repr)
     return report
 
 

@@ -1,4 +1,4 @@
-"""Differences in accuracy, paired over the images that both models judged, with standard errors; and the Pareto front.
+"""Means over images with their standard errors, differences in accuracy, paired image by image; and the Pareto front.
 
 Two models err on much the same images. What differs is how the few others fall, so a difference taken image by image is
 known far better than the two accuracies themselves.
@@ -7,10 +7,12 @@ known far better than the two accuracies themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # A difference of fewer standard errors is taken for chance: beyond 2, chance alone gives one in 22.
 CLEAR = 2.0
@@ -18,7 +20,23 @@ CLEAR = 2.0
 # For each image, whether a model is right; or one such row for each of several budgets.
 Correct = Sequence[bool] | Sequence[Sequence[bool]]
 
-Point = tuple[float, float]
+Item = TypeVar("Item")
+
+
+def mean_and_error(values: ArrayLike) -> tuple[float, float]:
+    """A mean over images and its standard error, which is infinite for one image: it says nothing of others.
+
+    Args:
+        values: One of each image, `(images,)`.
+    """
+    known = np.asarray(values, dtype=float)
+    error = float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.inf
+    return float(known.mean()), error
+
+
+def if_known(value: float) -> float | None:
+    """A figure for JSON, which has no infinity: None where there are too few images to tell."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -62,22 +80,19 @@ def paired_difference(first: Correct, second: Correct) -> Difference:
     ahead, behind = np.atleast_2d(np.asarray(first, dtype=float)), np.atleast_2d(np.asarray(second, dtype=float))
     if ahead.shape != behind.shape or not ahead.size:
         raise ValueError(f"cannot pair results of shapes {ahead.shape} and {behind.shape}: expected the same images")
-    by_image = 100 * (ahead - behind).mean(axis=0)
-    images = len(by_image)
-    error = float(by_image.std(ddof=1)) / math.sqrt(images) if images > 1 else math.inf
-    return Difference(float(by_image.mean()), error)
+    return Difference(*mean_and_error(100 * (ahead - behind).mean(axis=0)))
 
 
-def pareto_front(points: Iterable[Point], *, less_is_better: bool) -> list[Point]:
-    """The points that no other is at least as good as in both, from the cheapest on.
+def pareto_front(items: Iterable[Item], *, cost: Callable[[Item], float], gain: Callable[[Item], float]) -> list[Item]:
+    """The items than which no other gains as much for as little, the cheapest first; of equals the first.
 
     Args:
-        points: `(x, y)`, of which y is better the higher.
-        less_is_better: Whether x is a cost rather than a speed.
+        items: What there is to choose from.
+        cost: Of an item, better the less it is.
+        gain: Of an item, better the more it is.
     """
-    sign = 1 if less_is_better else -1
-    front: list[Point] = []
-    for point in sorted(set(points), key=lambda point: (sign * point[0], -point[1])):
-        if not front or point[1] > front[-1][1]:
-            front.append(point)
+    front: list[Item] = []
+    for item in sorted(items, key=lambda item: (cost(item), -gain(item))):
+        if not front or gain(item) > gain(front[-1]):
+            front.append(item)
     return front

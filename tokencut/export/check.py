@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencut.data.loading import ImageDataset, make_loader
+from tokencut.data.image_set import ImageSet, images_for
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.data.sampling import evenly_spread
-from tokencut.data.sources import DIGITS, Source, open_source
+from tokencut.data.sources import DIGITS, open_source
 from tokencut.errors import ArtifactError, DataError, ModelError
 from tokencut.model import CompressedModel
 from tokencut.models.artifact import origin_of
 from tokencut.models.metadata import Origin
+from tokencut.models.pretrained_cfg import class_count
 
 CHECKED = 64
 NOISE = "noise"
@@ -35,20 +36,20 @@ class CheckImages:
 
     Attributes:
         prepared: The model's preprocessing.
-        source: Where they come from; None for noise.
-        indices: Their numbers in the source.
+        count: How many there are.
+        real: The images; None for noise.
         notes: What a user should know.
     """
 
     prepared: Preprocessing
-    source: Source | None
-    indices: tuple[int, ...]
+    count: int
+    real: ImageSet | None
     notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The source as the user wrote it, or `noise`."""
-        return self.source.name if self.source else NOISE
+        return self.real.name if self.real else NOISE
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """The images in batches of `size`, bytes `(B, C, H, W)`.
@@ -56,26 +57,14 @@ class CheckImages:
         Raises:
             DataError: None of them could be decoded.
         """
-        if self.source is None:
-            shape = (len(self.indices), *self.prepared.config["input_size"])
+        if self.real is None:
+            shape = (self.count, *self.prepared.config["input_size"])
             noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
             yield from noise.split(size)
             return
-        dataset = ImageDataset(
-            self.source,
-            self.prepared.transform(),
-            targets=[0] * len(self.source.classes),
-            indices=self.indices,
-            mode=self.prepared.mode,
-        )
-        found = 0
-        for batch in make_loader(dataset, batch_size=size, workers=0):
+        for batch in self.real.decoded(size, workers=0, otherwise="leave out --data to check on noise"):
             if len(batch):
-                found += len(batch)
                 yield batch.images
-        if not found:
-            raise DataError(f"none of {len(self.indices)} images in {self.name!r} can be decoded, so nothing can be "
-                            "checked on them; leave out --data to check on noise")  # fmt: skip
 
 
 def check_images(
@@ -93,7 +82,7 @@ def check_images(
         DataError: The images cannot be found.
         UsageError: The limit is less than 1.
     """
-    prepared, count = preprocessing_of(model), CHECKED if limit is None else limit
+    count = CHECKED if limit is None else limit
     why = "no --data was given"
     if data is None and _is_digits(model):
         try:
@@ -101,10 +90,10 @@ def check_images(
         except DataError as error:  # scikit-learn is not installed
             why = str(error)
     if data is not None:
-        source = open_source(data, on_note=on_note)
-        return CheckImages(prepared, source, tuple(evenly_spread(len(source), count)))
-    noise = tuple(evenly_spread(count, count))
-    return CheckImages(prepared, None, noise, (f"checked on {count} images of noise, since {why}",))
+        real = images_for(model, open_source(data, on_note=on_note), limit=count)
+        return CheckImages(real.prepared, len(real), real)
+    noise = len(evenly_spread(count, count))
+    return CheckImages(preprocessing_of(model), noise, None, (f"checked on {count} images of noise, since {why}",))
 
 
 def _is_digits(model: nn.Module) -> bool:
@@ -191,7 +180,7 @@ def compare(
     differences = (wanted - given).abs().reshape(count, -1).amax(1)
     tolerance = TOLERANCE * max(1.0, float(wanted.abs().max()))
     reduces = isinstance(model, CompressedModel) and bool(model.recipe.stages)
-    headless = not getattr(model, "num_classes", 0)
+    headless = not class_count(model)
     return Agreement(
         data=images.name,
         images=count,

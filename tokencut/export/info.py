@@ -16,8 +16,18 @@ from tokencut.errors import ArtifactError
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.artifact import origin_of
 from tokencut.models.metadata import MAX_LENGTH, Origin
-from tokencut.models.pretrained_cfg import fitting_label_names
-from tokencut.models.schema import FIELDS, MAX_BLOCKS, ORIGIN, PREPROCESSING, Rule, is_number, problem
+from tokencut.models.pretrained_cfg import LabelNames, class_count, label_names, name_of
+from tokencut.models.schema import (
+    FIELDS,
+    MAX_BLOCKS,
+    ORIGIN,
+    PREPROCESSING,
+    Rule,
+    is_number,
+    labels_from_json,
+    labels_to_json,
+    problem,
+)
 from tokencut.recipe import Recipe, recipe_from_json
 
 # Where a file keeps it: a key of an .onnx file's metadata_props, and of a .pt2 file's extra files.
@@ -73,7 +83,7 @@ class ExportInfo:
     normalises: bool
     batch_size: int | None
     num_classes: int
-    label_names: tuple[str, ...] | Mapping[str, str] | None
+    label_names: LabelNames | None
     origin: Origin
     gmacs: float
     dense_gmacs: float
@@ -95,7 +105,13 @@ class ExportInfo:
 
     def to_text(self) -> str:
         """Sorted JSON on one line: the same for the same model."""
-        data = {**asdict(self), "type": TYPE, "format": FORMAT, "recipe": self.recipe and self.recipe.to_json()}
+        data = {
+            **asdict(self),
+            "type": TYPE,
+            "format": FORMAT,
+            "recipe": self.recipe and self.recipe.to_json(),
+            "label_names": labels_to_json(self.label_names),
+        }
         return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -117,28 +133,21 @@ def describe_export(
     inner = compressed.model if compressed else model
     adapter = adapter_for(inner)
     prepared = preprocessing_of(model).config
-    labels = fitting_label_names(inner)
     return ExportInfo(
-        model=name or _name(inner),
+        model=name or name_of(inner),
         recipe=compressed.recipe if compressed else None,
         depth=len(adapter.blocks(inner)),
         preprocessing={key: prepared[key] for key in PREPROCESSING},
         normalises=normalises,
         batch_size=batch_size,
-        num_classes=int(getattr(inner, "num_classes", 0)),
-        label_names=labels,
+        num_classes=class_count(inner),
+        label_names=label_names(inner),
         origin=origin_of(inner),
         gmacs=cost.total(predicted_macs(model)) / 1e9,
         dense_gmacs=cost.total(predicted_macs(inner)) / 1e9,
         params=_parameters(model),
         dense_params=_parameters(inner),
     )
-
-
-def _name(model: nn.Module) -> str:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    parts = (config.get("architecture") or type(model).__name__, config.get("tag"))
-    return ".".join(part for part in parts if part)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -168,13 +177,12 @@ def export_info_from_text(text: str) -> ExportInfo:
         raise _damaged(f"its metadata{wrong}")
     fields = {name: value for name, value in data.items() if name not in ("type", "format")}
     images = {name: tuple(v) if isinstance(v, list) else v for name, v in data["preprocessing"].items()}
-    labels = data["label_names"]
     return ExportInfo(
         **{
             **fields,
             "recipe": data["recipe"] and recipe_from_json(data["recipe"], data["depth"]),
             "preprocessing": images,
-            "label_names": tuple(labels) if isinstance(labels, list) else labels,
+            "label_names": labels_from_json(data["label_names"]),
             "origin": Origin(**data["origin"]),
         }
     )

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import timm
 import torch
 
-from tokencut import __version__
 from tokencut.errors import UsageError
 from tokencut.export.onnx_model import OnnxModel
 from tokencut.profiling.latency import measure, speedup
 from tokencut.profiling.measuring import DEFAULT_BATCH_SIZE, random_images, time_notes
 from tokencut.profiling.report import Figures, ProfileReport
-from tokencut.runtime.devices import describe_device
+from tokencut.runtime.devices import check_batch_size, describe_device, versions
 
 
 def profile_onnx(
@@ -44,9 +42,7 @@ def profile_onnx(
         UsageError: An argument is out of range, or `dense` is not the same model uncompressed.
     """
     info = model.info
-    if batch_size < 1:
-        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; "
-                         f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
+    check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
     if dense is not None:
         _check_dense(model, dense)
     size = info.batch_size or (dense.info.batch_size if dense else None) or batch_size
@@ -73,12 +69,7 @@ def profile_onnx(
         device=describe_device(torch.device("cpu")),
         precision="fp32",
         batch_size=size,
-        versions={
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "tokencut": __version__,
-            "onnxruntime": model.runtime.partition(" ")[2],
-        },
+        versions={**versions(), "onnxruntime": model.runtime.partition(" ")[2]},
         speedup_spread=spread,
         stage_share=None,
         uncounted={},

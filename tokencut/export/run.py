@@ -19,7 +19,7 @@ from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.files import atomic_write, check_writable
 from tokencut.runtime import extras
-from tokencut.runtime.devices import inference_state
+from tokencut.runtime.devices import check_batch_size, inference_state
 
 PT2_SUFFIX = ".pt2"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -161,9 +161,7 @@ def export_model(
 
 
 def _check_model(model: nn.Module, target: Path, batch_size: int) -> None:
-    if batch_size < 1:
-        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; "
-                         f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
+    check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
     weights = [*model.parameters(), *model.buffers()]
     other = next((w.dtype for w in weights if w.is_floating_point() and w.dtype != torch.float32), None)
     if other is not None:

@@ -28,7 +28,7 @@ from tokencut.model import CompressedModel
 from tokencut.models.checkpoints import differences, open_safetensors
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
-from tokencut.models.pretrained_cfg import data_config, description_of, fitting_label_names
+from tokencut.models.pretrained_cfg import data_config, description_of, label_names
 from tokencut.models.schema import PRETRAINED_CFG
 
 SUFFIX = ".safetensors"
@@ -211,7 +211,7 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
         depth=_depth(compressed),
         preprocessing=data_config(model),
         pretrained_cfg={name: cfg[name] for name in PRETRAINED_CFG if cfg.get(name) is not None},
-        label_names=fitting_label_names(model),
+        label_names=label_names(model),
     )
 
 
@@ -236,7 +236,7 @@ def _skeleton(info: ArtifactInfo, device: str = "meta") -> CompressedModel:
 
 
 def _depth(compressed: CompressedModel) -> int:
-    return len(list(compressed.adapter.blocks(compressed.model).children()))
+    return len(compressed.adapter.blocks(compressed.model))
 
 
 def _stored_name(name: str) -> str:

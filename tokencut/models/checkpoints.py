@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
-from tokencut.messages import one_line
+from tokencut.messages import listed, one_line
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -135,7 +135,7 @@ def differences(wanted: Shapes, found: Shapes, named: int | None = NAMED) -> str
         if name in found and found[name] != wanted[name]
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return "; ".join(f"{len(names)} {kind}: {_listed(names, named)}" for kind, names in kinds if names) or None
+    return "; ".join(f"{len(names)} {kind}: {listed(names, named)}" for kind, names in kinds if names) or None
 
 
 def sha256(path: Path) -> str:
@@ -165,13 +165,6 @@ def _advice(wanted: Shapes, found: Shapes) -> str:
     what = f"its head has {classes} classes" if classes else "it has no head"
     others = "" if len(heads) == len(wrong) else ", and the arguments it was trained with (--img-size, --model-kwargs)"
     return f"{what}: type --num-classes {classes}{others}"
-
-
-def _listed(names: Iterable[str], named: int | None) -> str:
-    names = list(names)
-    shown = names[:named]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -10,7 +10,17 @@ from typing import Any
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
 from tokencut.models.model_args import check_model_args
-from tokencut.models.schema import FIELDS, ORIGIN, PREPROCESSING, PRETRAINED_CFG, is_number, problem
+from tokencut.models.pretrained_cfg import LabelNames
+from tokencut.models.schema import (
+    FIELDS,
+    ORIGIN,
+    PREPROCESSING,
+    PRETRAINED_CFG,
+    is_number,
+    labels_from_json,
+    labels_to_json,
+    problem,
+)
 from tokencut.recipe import Recipe, recipe_from_json
 
 TYPE = "compressed-model"
@@ -72,7 +82,7 @@ class ArtifactInfo:
     depth: int
     preprocessing: Mapping[str, Any]
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
-    label_names: tuple[str, ...] | Mapping[str, str] | None = None
+    label_names: LabelNames | None = None
     origin: Origin = Origin("unverified")
     measured: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "fp32"
@@ -98,9 +108,8 @@ class ArtifactInfo:
 
     def timm_description(self) -> dict[str, Any]:
         """A `pretrained_cfg` for timm: preprocessing, classes and tag, and no place to load weights from."""
-        names = dict(self.label_names) if isinstance(self.label_names, Mapping) else self.label_names
         classes = self.model_args.get("num_classes")
-        known = {"label_names": names, "license": self.origin.licence, "num_classes": classes}
+        known = {"label_names": self.label_names, "license": self.origin.licence, "num_classes": classes}
         return {
             "architecture": self.architecture,
             **self.pretrained_cfg,
@@ -120,7 +129,7 @@ class ArtifactInfo:
             "tokens_per_block": self.tokens_per_block,
             "preprocessing": dict(self.preprocessing),
             "pretrained_cfg": dict(self.pretrained_cfg),
-            "label_names": dict(self.label_names) if isinstance(self.label_names, Mapping) else self.label_names,
+            "label_names": labels_to_json(self.label_names),
             "origin": asdict(self.origin),
             "measured": dict(self.measured),
         }
@@ -170,7 +179,7 @@ def info_from_text(text: str) -> ArtifactInfo:
         depth=depth,
         preprocessing={name: _as_tuple(value) for name, value in data["preprocessing"].items()},
         pretrained_cfg={name: _as_tuple(value) for name, value in data["pretrained_cfg"].items()},
-        label_names=_as_tuple(data["label_names"]),
+        label_names=labels_from_json(data["label_names"]),
         origin=Origin(**data["origin"]),
         measured=measured,
     )

@@ -5,15 +5,17 @@ timm leaves there what the weights were made for, also where another input size 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from timm.data import resolve_input_data_config
+from timm.data import resolve_data_config
 from torch import nn
 
+from tokencut.adapters import known_adapter
 from tokencut.errors import ModelError
 
-LabelNames = Sequence[str] | Mapping[int, str]
+# In the order of the logits, or by their numbers.
+LabelNames = tuple[str, ...] | dict[int, str]
 
 # What leads to files, what leads to weights and says whose they are, and what is told of those weights.
 _PATHS = ("file", "source", "state_dict")
@@ -26,33 +28,57 @@ def description_of(model: nn.Module) -> dict[str, Any]:
     return dict(getattr(model, "pretrained_cfg", None) or {})
 
 
+def architecture_of(model: nn.Module) -> str:
+    """timm's name of a model's architecture; else its class."""
+    return description_of(model).get("architecture") or type(model).__name__
+
+
 def name_of(model: nn.Module) -> str:
     """A model's architecture and the tag of its weights, as timm would take them; else its class."""
-    config = description_of(model)
-    parts = (config.get("architecture") or type(model).__name__, config.get("tag"))
-    return ".".join(part for part in parts if part)
+    return ".".join(part for part in (architecture_of(model), description_of(model).get("tag")) if part)
+
+
+def class_count(model: nn.Module) -> int:
+    """The number of a model's classes, 0 without a head."""
+    return int(getattr(model, "num_classes", 0) or 0)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's preprocessing, with the input size that the model was built for.
+    """timm's preprocessing, with the input size and the channels that the model was built for.
+
+    Args:
+        model: A timm model, or one around it.
 
     Returns:
-        `input_size` (channels, height, width in px), `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        `input_size` (channels, height and width in px), `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
     """
-    config = {name: tuple(v) if isinstance(v, list) else v for name, v in resolve_input_data_config(model).items()}
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if built_for:
-        config["input_size"] = (config["input_size"][0], *built_for)
+    found = resolve_data_config(pretrained_cfg=description_of(model), model=model)
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    channels, *size = config["input_size"]
+    inner = _inner(model)
+    config["input_size"] = (_channels(inner) or channels, *(_built_for(inner) or size))
     return config
 
 
-def fitting_label_names(model: nn.Module) -> tuple[str, ...] | dict[str, str] | None:
-    """The classes' names in order or by index; None where there are none for a head of that many classes."""
-    names, classes = description_of(model).get("label_names"), int(getattr(model, "num_classes", 0))
-    if isinstance(names, Mapping):
-        fits = all(str(index).isdecimal() and int(index) < classes for index in names)
-        return {str(index): str(name) for index, name in names.items()} if names and fits else None
-    return tuple(map(str, names)) if names and len(names) == classes else None
+def _inner(model: nn.Module) -> nn.Module:
+    """The timm model inside others, such as a compressed one."""
+    inside = getattr(model, "model", None)
+    return _inner(inside) if isinstance(inside, nn.Module) and known_adapter(model) is None else model
+
+
+def _built_for(model: nn.Module) -> tuple[int, int] | None:
+    """The height and width of images that a model takes, where it tells; models of other families as most of timm's."""
+    adapter = known_adapter(model)
+    return adapter.input_size(model) if adapter else getattr(getattr(model, "patch_embed", None), "img_size", None)
+
+
+def _channels(model: nn.Module) -> int | None:
+    """The channels that a model's first convolution takes, where timm says which that is."""
+    first = description_of(model).get("first_conv")
+    try:
+        return getattr(model.get_submodule(first), "in_channels", None) if isinstance(first, str) else None
+    except AttributeError:
+        return None
 
 
 def make_true(model: nn.Module, *, own_weights: bool) -> None:
@@ -63,7 +89,7 @@ def make_true(model: nn.Module, *, own_weights: bool) -> None:
         own_weights: Whether the model has the weights that are described.
     """
     before = description_of(model)
-    cfg = {**before, **data_config(model), "num_classes": int(getattr(model, "num_classes", 0))}
+    cfg = {**before, **data_config(model), "num_classes": class_count(model)}
     if tuple(before["input_size"]) != cfg["input_size"]:
         cfg.pop("test_input_size", None)
         cfg.pop("test_crop_pct", None)
@@ -77,15 +103,14 @@ def make_true(model: nn.Module, *, own_weights: bool) -> None:
 
 
 def label_names(model: nn.Module) -> LabelNames | None:
-    """The label names in a model's `pretrained_cfg`, or None where it has none that fit its head.
+    """The names of a model's classes, in order or by number; None where there are none that fit its head.
 
     A model given another number of classes keeps the old names in its `pretrained_cfg`; those are not returned.
     """
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    classes = int(getattr(model, "num_classes", 0))
-    if isinstance(names, Mapping):
-        numbered = {int(index): str(name) for index, name in names.items()}  # JSON keys are strings
-        return numbered if numbered and max(numbered) < classes else None
+    names, classes = description_of(model).get("label_names"), class_count(model)
+    if isinstance(names, Mapping):  # JSON keys are strings
+        fits = all(str(index).isdecimal() and int(index) < classes for index in names)
+        return {int(index): str(name) for index, name in names.items()} if names and fits else None
     return tuple(map(str, names)) if names and len(names) == classes else None
 
 
@@ -95,12 +120,12 @@ def require_head(model: nn.Module) -> int:
     Raises:
         ModelError: The model has no classification head, so there is no accuracy to measure.
     """
-    classes = int(getattr(model, "num_classes", 0) or 0)
+    classes = class_count(model)
     if classes < 1:
-        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
         raise ModelError(
-            f"{name} has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
-            "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE "
-            "that has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+            f"{architecture_of(model)} has no classification head (num_classes=0), so there is no accuracy to measure; "
+            "its cost is what tokencut profile tells. For a head name its architecture, with --num-classes N and "
+            "a --checkpoint FILE that has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 "
+            "--train-data DIR)"
         )
     return classes

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokencut.messages import shorten
 from tokencut.models.names import architectures
+from tokencut.models.pretrained_cfg import LabelNames
 
 ORIGINS = ("hub", "url", "checkpoint", "local-dir", "bundled", "random", "unverified")
 MAX_BLOCKS = 1_000
@@ -66,6 +67,18 @@ def _list_of(kind: type) -> Rule:
         lambda value: isinstance(value, list) and 0 < len(value) <= MAX_BLOCKS and all(type(v) is kind for v in value),
         f"a list of up to {MAX_BLOCKS} {kind.__name__}",
     )
+
+
+def labels_to_json(names: LabelNames | None) -> Any:
+    """Label names for a file: the keys of JSON's objects are strings."""
+    return {str(index): name for index, name in names.items()} if isinstance(names, dict) else names
+
+
+def labels_from_json(value: Any) -> LabelNames | None:
+    """Label names out of a file, where the rule for them holds."""
+    if isinstance(value, dict):
+        return {int(index): name for index, name in value.items()}
+    return None if value is None else tuple(value)
 
 
 _TEXT: Rule = (lambda value: isinstance(value, str), "a string")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from tokencut import __version__, cost
+from tokencut import cost
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import ModelError, TokencutError, UsageError
+from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.profiling.counting import MacCount, count_macs
@@ -20,11 +18,13 @@ from tokencut.profiling.latency import Forward, Timing, measure, share_of_time, 
 from tokencut.profiling.report import Figures, ProfileReport
 from tokencut.runtime.compiling import check_mode, compile_model
 from tokencut.runtime.devices import (
+    check_batch_size,
     describe_device,
+    enough_memory,
     inference_state,
-    lacks_memory,
     precision_dtype,
     resolve_device,
+    versions,
     weights_dtype,
 )
 
@@ -73,9 +73,7 @@ def profile(
         ModelError: The model does not take images, or cannot be compiled.
         TokencutError: The batch does not fit into memory.
     """
-    if batch_size < 1:
-        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; "
-                         f"type --batch-size {DEFAULT_BATCH_SIZE}")  # fmt: skip
+    check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
     dtype = precision_dtype(precision)
     if compile_mode is not None:
@@ -85,7 +83,8 @@ def profile(
     before, after = count_macs(inner, size), count_macs(model, size)
     timed = _Timed()
     if latency:
-        with _enough_memory(batch_size), inference_state(model, target, dtype):
+        smaller = f"type --batch-size {batch_size // 2}" if batch_size > 1 else "take a smaller model or --device cpu"
+        with enough_memory(batch_size, target, smaller), inference_state(model, target, dtype):
             images = random_images(model, (batch_size, *size), target)
             timed = _time(model, inner, images, rounds, compile_mode, on_progress)
     dense, compressed = _figures(inner, before, timed.dense), _figures(model, after, timed.compressed)
@@ -103,7 +102,7 @@ def profile(
         device=describe_device(target),
         precision=precision,
         batch_size=batch_size,
-        versions={"torch": torch.__version__, "timm": timm.__version__, "tokencut": __version__},
+        versions=versions(),
         speedup_spread=spread,
         stage_share=timed.stage_share,
         uncounted={**before.uncounted, **after.uncounted},
@@ -191,15 +190,3 @@ def random_images(model: nn.Module, shape: tuple[int, ...], device: torch.device
     """Noise, the same in every run: what a forward costs does not depend on what is in the pictures."""
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return images.to(device, weights_dtype(model))
-
-
-@contextlib.contextmanager
-def _enough_memory(batch_size: int) -> Iterator[None]:
-    """Turns running out of memory into an error that says what to do."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-        smaller = f"type --batch-size {batch_size // 2}" if batch_size > 1 else "take a smaller model or --device cpu"
-        raise TokencutError(f"a batch of {batch_size} does not fit into memory; {smaller}") from error

@@ -1,4 +1,4 @@
-"""Where and how precisely a model runs: devices, precisions, and leaving the model as it was found."""
+"""Where and how a model runs: devices, batches, precisions, versions, and leaving the model as it was found."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 
-from tokencut.errors import UsageError
+from tokencut import __version__
+from tokencut.errors import TokencutError, UsageError
 
 # What weights are cast to; None: as they are.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +61,46 @@ def lacks_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+@contextlib.contextmanager
+def enough_memory(batch_size: int, device: torch.device, otherwise: str) -> Iterator[None]:
+    """Turns running out of memory into an error that says what to do.
+
+    Args:
+        batch_size: Images a batch.
+        device: Where they do not fit.
+        otherwise: What to do; the end of the error.
+
+    Raises:
+        TokencutError: Memory has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        if not lacks_memory(error):
+            raise
+        images = f"{batch_size} image{'s' if batch_size > 1 else ''}"
+        raise TokencutError(f"a batch of {images} does not fit into the memory of {device}; {otherwise}") from error
+
+
+def check_batch_size(size: int, example: int = 64) -> None:
+    """Refuses a batch of nothing.
+
+    Args:
+        size: Images a batch.
+        example: What the error says to type.
+
+    Raises:
+        UsageError: It is less than 1.
+    """
+    if size < 1:
+        raise UsageError(f"a batch size of {size} is too small, expected at least 1; type --batch-size {example}")
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on."""
+    return {"torch": torch.__version__, "timm": timm.__version__, "tokencut": __version__}
 
 
 def describe_device(device: torch.device) -> str:

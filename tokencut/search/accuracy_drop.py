@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokencut.evaluation.statistics import mean_and_error
 from tokencut.search.probe import Outcome
 
 Metric = Literal["top1", "agreement", "cosine"]
@@ -62,7 +63,7 @@ class DropRate:
     Attributes:
         metric: What is lost.
         rate: Its estimate, not negative.
-        error: Its standard error over images.
+        error: Its standard error over images; infinite for one image.
     """
 
     metric: Metric
@@ -75,7 +76,8 @@ class DropRate:
 
     def bound(self, damage: float) -> float:
         """The same with one standard error on top: what `--max-drop` holds against its limit."""
-        return (self.rate + self.error) * self._grown(damage)
+        grown = self._grown(damage)
+        return (self.rate + self.error) * grown if grown else 0.0
 
     def damage_at(self, points: float) -> float:
         """The damage whose bound is `points`."""
@@ -101,8 +103,7 @@ def fit_rate(outcomes: Sequence[Outcome], dense: Outcome) -> DropRate:
     if not grown:
         return DropRate(metric, 0.0, 0.0)
     by_image = torch.stack([lost_on_average(outcome, dense) for outcome in outcomes]).sum(0) / grown
-    images = len(by_image)
-    error = float(by_image.std()) / math.sqrt(images) if images > 1 else 0.0
+    mean, error = mean_and_error(by_image)
     if metric != "cosine":  # images none of which is lost do not say that less than one in so many is
-        error = max(error, 100 / images / grown)
-    return DropRate(metric, max(0.0, float(by_image.mean())), error)
+        error = max(error, 100 / len(by_image) / grown)
+    return DropRate(metric, max(0.0, mean), error)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tokencut.evaluation.statistics import if_known
 from tokencut.files import atomic_write
 from tokencut.search.accuracy_drop import METRIC_NAMES, Metric
 from tokencut.search.space import Counts
@@ -53,16 +54,6 @@ class FrontPoint:
         """The point for JSON; what is not known is not there."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {**{name: value for name, value in values.items() if value is not None}, "options": self.options}
-
-
-def front_of(points: Iterable[FrontPoint]) -> tuple[FrontPoint, ...]:
-    """The points that no cheaper or equally dear one beats, the cheapest first."""
-    front: list[FrontPoint] = []
-    for point in sorted(points, key=lambda point: (point.gmacs, point.damage)):
-        # Dearer points stand behind: one that does more damage than a cheaper one is beaten.
-        if not front or point.damage < front[-1].damage:
-            front.append(point)
-    return tuple(front)
 
 
 def write_front(path: str | os.PathLike[str], front: Iterable[FrontPoint], about: dict[str, Any]) -> None:
@@ -128,7 +119,7 @@ class SearchReport:
         found: The schedule.
         metric: What a drop is counted in: `top1` on labels, `agreement` with the dense model, or `cosine` similarity.
         drop: Points that the schedule loses on these images; of top-1, by their labels.
-        drop_error: The standard error of that, paired over the images.
+        drop_error: The standard error of that, paired over the images; infinite for one image.
         expected_drop: Points to expect on other images, see `accuracy_drop`.
         sure_drop: That with one standard error on top: at most `--max-drop`.
         dense_gmacs: Multiply-adds of the dense model, in units of 1e9.
@@ -167,4 +158,5 @@ class SearchReport:
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, without the front."""
         values = {name: value for name, value in vars(self).items() if name not in ("found", "front", "notes")}
-        return {**values, "found": self.found.to_dict(), "notes": list(self.notes)}
+        known = {name: if_known(getattr(self, name)) for name in ("drop_error", "sure_drop")}
+        return {**values, **known, "found": self.found.to_dict(), "notes": list(self.notes)}

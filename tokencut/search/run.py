@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokencut.data.image_set import calibration_images
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
-from tokencut.evaluation.statistics import CLEAR
+from tokencut.evaluation.statistics import CLEAR, mean_and_error, pareto_front
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
 from tokencut.profiling.latency import measure
@@ -26,10 +25,11 @@ from tokencut.profiling.measuring import random_images
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
 from tokencut.schedule import Layers
 from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
+from tokencut.search.calibration import calibration_images
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.local_search import Climber
 from tokencut.search.probe import Costs, Outcome, Probe
-from tokencut.search.report import FrontPoint, SearchProgress, SearchReport, SearchSettings, front_of
+from tokencut.search.report import FrontPoint, SearchProgress, SearchReport, SearchSettings
 from tokencut.search.space import Counts, Space, keeps
 from tokencut.search.targets import Target, cheapest, seek_drop, seek_gmacs, seek_speedup, within
 
@@ -195,16 +195,16 @@ class _Run:
         assert self.climber is not None and self.counts is not None
         tried, dense, space = self.climber.tried, self.climber.probe.dense, self.climber.space
         points = {counts: self._point(counts, outcome) for counts, outcome in tried.items()}
-        front = front_of(points.values())
+        front = tuple(pareto_front(points.values(), cost=lambda point: point.gmacs, gain=lambda point: -point.damage))
         outcome, found = tried[self.counts], points[self.counts]
         rate = self._rate(front)
-        by_image = lost(outcome, dense)
+        drop, drop_error = mean_and_error(lost(outcome, dense))
         return SearchReport(
             target=self.target.option,
             found=found,
             metric=metric_of(dense),
-            drop=float(by_image.mean()),
-            drop_error=float(by_image.std()) / len(by_image) ** 0.5 if len(by_image) > 1 else 0.0,
+            drop=drop,
+            drop_error=drop_error,
             expected_drop=rate.expected(outcome.mean),
             sure_drop=rate.bound(outcome.mean),
             dense_gmacs=self.costs.gmacs(space.dense),
@@ -215,7 +215,7 @@ class _Run:
             seconds=seconds,
             interrupted=self.interrupted,
             front=front,
-            notes=(*notes, *self._misses(), *told_by_heart(by_image, rate.bound(outcome.mean))),
+            notes=(*notes, *self._misses(), *told_by_heart(drop, drop_error, rate.bound(outcome.mean))),
         )
 
     def _misses(self) -> tuple[str, ...]:
@@ -235,16 +235,14 @@ def _percent(values: torch.Tensor) -> float:
     return 100 * float(values.double().mean())
 
 
-def told_by_heart(by_image: torch.Tensor, sure: float) -> tuple[str, ...]:
+def told_by_heart(drop: float, error: float, sure: float) -> tuple[str, ...]:
     """What has to be said where labels tell of a clearly larger loss than is expected on other images.
 
     Args:
-        by_image: Points that each image lost, `(images,)`.
+        drop: Points lost by the labels of the calibration images.
+        error: The standard error of that.
         sure: Points that are expected, with a standard error.
     """
-    if len(by_image) < 2:
-        return ()
-    drop, error = float(by_image.mean()), float(by_image.std()) / len(by_image) ** 0.5
     if drop - CLEAR * error <= sure:
         return ()
     return (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokencut.errors import TokencutError, UsageError
+from tokencut.evaluation.statistics import pareto_front
 from tokencut.search.accuracy_drop import DropRate, fit_rate
 from tokencut.search.latency_table import LatencyTable
 from tokencut.search.local_search import Climber
@@ -146,9 +147,12 @@ def seek_drop(climber: Climber, most: float, effort: float) -> Counts:
         effort: The multiply-adds that the search may take, in units of 1e9.
 
     Raises:
-        TokencutError: Even the mildest schedule loses more.
+        TokencutError: Even the mildest schedule loses more, or there is only one image.
     """
     space, probe = climber.space, climber.probe
+    if probe.images < 2:
+        raise TokencutError(f"--max-drop {most:g} cannot be told from a single image, which says nothing of others; "
+                            "give more by --calibration or --calibration-limit 512")  # fmt: skip
     dense, least = space.price(space.dense), space.price(space.barest)
     best = climber.begin(least + MIDDLE * (dense - least)) if least < dense else None
     if best is None:
@@ -205,12 +209,8 @@ def _rate(climber: Climber) -> DropRate:
     return fit_rate([climber.tried[counts] for counts in front], climber.probe.dense)
 
 
-def _front(climber: Climber) -> Sequence[Counts]:
-    kept: list[Counts] = []
-    for counts in sorted(climber.tried, key=climber.space.price):
-        if not kept or climber.tried[counts].mean < climber.tried[kept[-1]].mean:
-            kept.append(counts)
-    return kept
+def _front(climber: Climber) -> list[Counts]:
+    return pareto_front(climber.tried, cost=climber.space.price, gain=lambda counts: -climber.tried[counts].mean)
 
 
 def _cheapest_is_sure(climber: Climber, most: float) -> bool:

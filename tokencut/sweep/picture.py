@@ -73,7 +73,7 @@ def _mean(keep: Keep) -> float:
 def _readable(images: ImageSet) -> dict[str, Photo]:
     """Evenly spread images by name; in the place of one that cannot be read stands the next that can."""
     found: dict[str, Photo] = {}
-    for position in evenly_spread(len(images.indices), IMAGES):
+    for position in evenly_spread(len(images), IMAGES):
         for index in images.indices[position:]:
             name, photo = images.source.filename(index), photo_of(images.source, index)
             if name not in found and _can_be_read(photo):

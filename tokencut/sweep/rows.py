@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tokencut.errors import UsageError
-from tokencut.evaluation.statistics import Difference, paired_difference
+from tokencut.evaluation.statistics import Difference, if_known, paired_difference
 from tokencut.methods import make_method, methods
 
 DENSE = "dense"
@@ -89,8 +88,7 @@ class Comparison:
 def _difference(name: str, difference: Difference | None) -> dict[str, float | None]:
     if difference is None:
         return {name: None, f"{name}_se": None}
-    error = difference.standard_error
-    return {name: difference.points, f"{name}_se": error if math.isfinite(error) else None}
+    return {name: difference.points, f"{name}_se": if_known(difference.standard_error)}
 
 
 def pair_name(method: str, keep: Keep) -> str:

@@ -12,24 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.data.image_set import HELD_BYTES, ImageSet, open_images
+from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source
 from tokencut.errors import UsageError
-from tokencut.evaluation.accuracy import EvaluationReport, Tally, image_notes
+from tokencut.evaluation.accuracy import EvaluationReport, Tally
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
-from tokencut.models.pretrained_cfg import description_of
+from tokencut.models.pretrained_cfg import architecture_of
 from tokencut.profiling.latency import Timing, measure
 from tokencut.profiling.measuring import BUSY
 from tokencut.recipe import Recipe
 from tokencut.runtime import extras
-from tokencut.runtime.devices import describe_device, inference_state, precision_dtype, resolve_device, weights_dtype
+from tokencut.runtime.devices import (
+    describe_device,
+    inference_state,
+    precision_dtype,
+    resolve_device,
+    versions,
+    weights_dtype,
+)
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
 from tokencut.sweep.picture import picture_of
 from tokencut.sweep.report import SweepReport, check_folder, write_report
 from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
-from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, versions, with_speed
+from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, with_speed
 
 DENSE_KEY: Key = (DENSE, 1.0)
 # A model's share of the timing: some 20 rounds of what takes a fifth of a second; fewer of what takes longer.
@@ -142,10 +149,8 @@ def sweep(
     device = resolve_device(plan.device)
     dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)
-    images = open_images(
-        model, data, device=device, batch_size=plan.batch_size, workers=plan.workers, limit=plan.limit,
-        held_bytes=plan.held_bytes, on_note=on_note,
-    )  # fmt: skip
+    images = open_images(model, data, limit=plan.limit, on_note=on_note)
+    batches = images.batches(plan.batch_size, workers=plan.workers, device=device, held_bytes=plan.held_bytes)
     tell = on_progress or (lambda progress: None)
     state = None if force else load_state(into)
     conditions = {
@@ -153,18 +158,18 @@ def sweep(
         "precision": plan.precision,
         "kind of device": device.type,
         "layers": str(_layers(recipes)),
-        "proportional attention": str(plan.prop_attn),
+        "proportional attention": "by method" if plan.prop_attn is None else "on" if plan.prop_attn else "off",
     }
     if state is not None:
         state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)
-    run = _Run(recipes, images, state or State(conditions), into, plan, device, tell)
+    run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, tell)
     finished = len(recipes) + 1 - len(run.left())
     if finished and on_note:
         on_note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
     with inference_state(model, device, dtype), torch.no_grad():
         notes = run.run(model)
         pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, on_note=on_note)
-    report = run.report(name or description_of(model).get("architecture") or type(model).__name__, notes)
+    report = run.report(name or architecture_of(model), notes)
     if pictured is not None:
         report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
     write_report(report, into, pictured)
@@ -191,6 +196,7 @@ class _Run:
 
     recipes: Mapping[Key, Recipe]
     images: ImageSet
+    batches: HeldBatches
     state: State
     folder: Path
     plan: SweepPlan
@@ -216,16 +222,16 @@ class _Run:
         return self._time(models) if self.plan.latency else ()
 
     def _judge(self, model: nn.Module, key: Key, position: int, rows: int) -> EvaluationReport:
-        source, count, name = self.images.source, len(self.images.indices), pair_name(*key)
-        tally = Tally(source, count, self.plan.precision)
-        with closing(iter(self.images.batches)) as batches:
+        count, name = len(self.images), pair_name(*key)
+        tally = Tally(self.images, self.plan.precision)
+        with closing(iter(self.batches)) as batches:
             for batch in batches:
                 # A batch is empty where none of its images could be read.
                 tally.add(batch, self._logits(model, batch.images) if len(batch) else None)
                 now = tally.progress()
                 done = position * count + now.done
                 self.tell(SweepProgress(name, done, rows * count, rows - position, now.top1))
-        return tally.report(name, None, image_notes(source, self.images.class_map, tally.unreadable, count))
+        return tally.report(name, None)
 
     def _logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
         images = self.images.prepared.normalise(pixels, self.device, weights_dtype(model))
@@ -264,7 +270,7 @@ class _Run:
             rows = [with_speed(row, self.state.speeds[row.method, row.keep]) for row in rows]
         return SweepReport(
             model=model,
-            data=self.images.source.name,
+            data=self.images.name,
             images=dense.images,
             rows=tuple(rows),
             comparisons=compare(rows),

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from torch import nn
 
-from tokencut import __version__
 from tokencut.adapters import adapter_for
 from tokencut.data.image_set import ImageSet
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
+from tokencut.runtime.devices import versions
+from tokencut.runtime.resume import require_format, require_same, weights_digest
 from tokencut.sweep.rows import Keep, Row, keep_text, pair_name
 
 FILE = "state.json"
@@ -71,15 +69,13 @@ class State:
         Raises:
             ArtifactError: Naming what differs.
         """
-        other = [name for name, value in conditions.items() if self.conditions.get(name) != value]
-        changed = [key for key, recipe in recipes.items() if self.recipes.get(key, recipe) != recipe]
-        if changed and not other:
-            other = [f"reduction options ({pair_name(*changed[0])})"]
-        if other:
-            raise ArtifactError(
-                f"{folder} holds rows that were made with other {' and other '.join(other)}; add --force to drop them "
-                f"and start again, or give another folder, such as -o {folder}-2"
-            )
+        what = f"{folder} holds rows"
+        otherwise = f"add --force to drop them and start again, or give another folder, such as -o {folder}-2"
+        require_same(what, self.conditions, conditions, otherwise)
+        for key, recipe in recipes.items():
+            before, now = (json.dumps(made, sort_keys=True) for made in (self.recipes.get(key, recipe), recipe))
+            name = f"reduction options ({pair_name(*key)})"
+            require_same(what, {name: before}, {name: now}, otherwise)
 
     def save(self, folder: Path) -> None:
         """Writes the state into a folder, which is made if need be.
@@ -118,8 +114,11 @@ def load_state(folder: Path) -> State | None:
         return None
     except (OSError, ValueError) as error:
         raise _unreadable(path) from error
+    otherwise = f"add --force to start again, or give another folder, such as -o {folder}-2"
     try:
-        return _from_json(json.loads(text))
+        data = json.loads(text)
+        require_format(path, data["tokencut_sweep"], FORMAT, otherwise)
+        return _from_json(data)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path) from error
 
@@ -130,8 +129,6 @@ def _unreadable(path: Path) -> ArtifactError:
 
 
 def _from_json(data: Any) -> State:
-    if data["tokencut_sweep"] != FORMAT:
-        raise ValueError
     state = State(_texts(data["conditions"]), notes=tuple(map(str, data["notes"])), timed_on=_texts(data["timed_on"]))
     for entry in data["rows"]:
         row = _row_from_json(entry)
@@ -170,11 +167,6 @@ def with_speed(row: Row, speed: Speed) -> Row:
     return replace(row, images_per_second=speed.median, images_per_second_quartiles=(speed.low, speed.high))
 
 
-def versions() -> dict[str, str]:
-    """The versions that results depend on."""
-    return {"torch": torch.__version__, "timm": timm.__version__, "tokencut": __version__}
-
-
 def conditions_of(model: nn.Module, images: ImageSet, on_image: Callable[[int, int], None]) -> dict[str, str]:
     """What must be the same for a finished row to be of use again, options aside.
 
@@ -184,17 +176,8 @@ def conditions_of(model: nn.Module, images: ImageSet, on_image: Callable[[int, i
         on_image: Told the number of images read, and of all.
     """
     return {
-        "weights": weights_digest(model),
+        "weights": weights_digest(model, type(model).__name__, adapter_for(model).cost(model)),
         "preprocessing": str(sorted(images.prepared.config.items())),
-        "images": images.digest(lambda read: on_image(read, len(images.indices))),
+        "images": images.digest(lambda read: on_image(read, len(images))),
         "versions": str(versions()),
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, and of what its architecture has beside them, such as its number of heads."""
-    digest = hashlib.sha256(repr((type(model).__name__, adapter_for(model).cost(model))).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -151,9 +151,7 @@ class Objective:
         if settings.distill != "none":
             teacher = compress(model.model, keep=1.0, method="topk").eval()
             self.teacher = teacher.requires_grad_(requires_grad=False)
-        self.two_heads = hasattr(model.model, "set_distilled_training") and settings.distill in LOGIT_KINDS
-        if hasattr(model.model, "set_distilled_training"):
-            model.model.set_distilled_training(self.two_heads)
+        self.two_heads = self._separate_heads(settings.distill in LOGIT_KINDS)
         self._traced = bool(self.own_losses or settings.alpha or settings.beta)
         self._student, self._taught = self._run_student, self._run_teacher
         if compiled:
@@ -161,8 +159,11 @@ class Objective:
 
     def close(self) -> None:
         """Makes the model what it was for use: one prediction."""
-        if hasattr(self.model.model, "set_distilled_training"):
-            self.model.model.set_distilled_training(False)
+        self._separate_heads(False)
+
+    def _separate_heads(self, apart: bool) -> bool:
+        """Whether the model has two heads that give separate logits from now on."""
+        return self.model.adapter.separate_heads(self.model.model, apart) and apart
 
     def __call__(self, images: Tensor, targets: Tensor) -> Losses:
         """The losses of a batch.
@@ -258,7 +259,7 @@ def _pooled_tokens(model: CompressedModel, *, wanted: bool) -> Iterator[list[Ten
     def collect(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
 
-    hook = model.model.head.register_forward_pre_hook(collect)
+    hook = model.adapter.classifier(model.model).register_forward_pre_hook(collect)
     try:
         yield seen
     finally:

@@ -11,23 +11,23 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
-from tokencut.data.labels import ClassMap, map_classes
-from tokencut.data.loading import Batch, ImageDataset
-from tokencut.data.preprocessing import preprocessing_of
+from tokencut.data.image_set import images_for
+from tokencut.data.labels import ClassMap, classes_for
+from tokencut.data.loading import Batch, Unreadable
 from tokencut.data.sources import Part, Source, hold_out, open_source
 from tokencut.errors import DataError
-from tokencut.evaluation.accuracy import UNREADABLE_SHARE
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel
-from tokencut.models.pretrained_cfg import label_names, require_head
+from tokencut.models.pretrained_cfg import require_head
 from tokencut.runtime.devices import resolve_device
 from tokencut.runtime.distributed import Group, alone
+from tokencut.runtime.resume import weights_digest
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
 from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
-from tokencut.training.state import Best, TrainingState, copy_of, digest, has_state, load_state, save_state
+from tokencut.training.state import Best, TrainingState, copy_of, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
 # Share of the training images that `select="best"` holds out.
@@ -93,11 +93,10 @@ def training_classes(source: Source, model: CompressedModel) -> ClassMap:
     Raises:
         DataError: They do not fit, with the new head that would.
     """
-    classes = require_head(model)
     try:
-        return map_classes(source.classes, label_names(model), classes)
+        return classes_for(model, source.classes)
     except DataError as error:
-        count = len(source.classes)
+        count, classes = len(source.classes), model.num_classes
         if count == classes:
             raise
         raise DataError(f"{source.name!r} has {count} class folders ({quoted(source.classes)}), the model's head has "
@@ -126,11 +125,12 @@ class _Run:
         if setup.select == "best":
             source, self.held = hold_out(source, HELD_OUT, setup.seed)
         self.source = source
+        self.images = images_for(model, source, self.class_map)
         self.order = Order(len(source), setup.batch_size, setup.accumulate, setup.seed, group.rank, group.size)
         self.epochs = recipe.epochs_for(self.order.steps)
-        self.notes = [*source.notes, *self.class_map.notes]
+        self.notes = [*self.images.notes()]
         self.settings = self._objective_settings()
-        self.unreadable: set[int] = set()
+        self.unreadable: dict[int, Unreadable] = {}
         self.conditions = self._conditions()
 
     def _objective_settings(self) -> ObjectiveSettings:
@@ -158,7 +158,7 @@ class _Run:
             "--compile": str(self.setup.compiled),
             "--select": self.setup.select,
             "reduction": json.dumps(self.model.recipe.to_json(), sort_keys=True),
-            "MODEL": digest(self.model),
+            "MODEL": weights_digest(self.model),
             "--train-data": f"{len(self.source)} images {images.hexdigest()[:16]}",
         }
 
@@ -179,7 +179,7 @@ class _Run:
         finally:
             self.trainer.objective.close()
         chosen = self._take_result(state) if finished else state.epoch
-        skipped = len(set().union(*self.group.collect(self.unreadable)))
+        skipped = len(set().union(*self.group.collect(set(self.unreadable))))
         notes = (f"training images skipped, since they could not be decoded: {skipped}",) if skipped else ()
         return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, notes)
 
@@ -201,9 +201,7 @@ class _Run:
 
     def _epochs(self, state: TrainingState) -> bool:
         """Trains until the end, or until told to stop: then it is not finished."""
-        prepared = preprocessing_of(self.model)
-        images = ImageDataset(self.source, prepared.transform(is_training=True, **self.recipe.augmentation),
-                              targets=self.class_map.targets, mode=prepared.mode)  # fmt: skip
+        images = self.images.dataset(is_training=True, **self.recipe.augmentation)
         loader = training_loader(
             Augmented(images, self.setup.seed), self.order, epochs=self.epochs, epoch=state.epoch, step=state.step,
             workers=self.setup.workers, pin_memory=self.group.device.type == "cuda",
@@ -239,11 +237,8 @@ class _Run:
         return True
 
     def _checked(self, batch: Batch) -> Batch:
-        self.unreadable |= {image.index for image in batch.unreadable}
-        if len(self.unreadable) > UNREADABLE_SHARE * len(self.source):
-            images = [f"{self.source.filename(image.index)!r} ({image.reason})" for image in batch.unreadable[:3]]
-            raise DataError(f"more than 1 % of the images in {self.source.name!r} cannot be decoded, such as "
-                            f"{', '.join(images)}; mend or remove them and run this again")  # fmt: skip
+        self.unreadable |= {image.index: image for image in batch.unreadable}
+        self.images.check_unreadable(self.unreadable.values())
         return batch
 
     def _progress(self, state: TrainingState, latest: dict[str, float]) -> TrainingProgress:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokencut.errors import UsageError
+from tokencut.runtime.devices import check_batch_size
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,7 @@ class TrainingSetup:
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(
-                f"a batch size of {self.batch_size} is too small, expected at least 1; type --batch-size 64"
-            )
+        check_batch_size(self.batch_size)
         if self.accumulate < 1:
             raise UsageError(f"--accumulate {self.accumulate} is too small, expected at least 1; type --accumulate 1")
         if self.workers is not None and self.workers < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import shutil
 import zipfile
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
 from tokencut.messages import one_line
+from tokencut.runtime.resume import require_format, require_same
 
 FILE = "state.pt"
 FORMAT = 1
@@ -103,21 +103,15 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
     path = folder / FILE
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-        if values["format"] != FORMAT:
-            raise ArtifactError(f"{path} has format {values['format']}, and this tokencut reads {FORMAT}; type "
-                                "--force to start again")  # fmt: skip
+        require_format(path, values["format"], FORMAT, "type --force to start again")
         del values["format"]
         values["best"] = None if values["best"] is None else Best(**values["best"])
         state = TrainingState(**values)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, LookupError, TypeError,
             ValueError) as error:  # fmt: skip
         raise ArtifactError(f"cannot read {path} ({one_line(error)}); type --force to start again") from error
-    changed = [name for name in conditions if state.conditions.get(name) != conditions[name]]
-    if changed:
-        before, now = (_shown(held.get(changed[0], "nothing")) for held in (state.conditions, conditions))
-        others = f" (and {', '.join(changed[1:])})" if changed[1:] else ""
-        raise ArtifactError(f"{folder} holds a run with another {changed[0]}{others}: it has {before}, not {now}; type "
-                            "the options it was started with, or --force to start again")  # fmt: skip
+    require_same(f"{folder} holds a run", state.conditions, conditions,
+                 "type the options it was started with, or --force to start again")  # fmt: skip
     return state
 
 
@@ -126,19 +120,6 @@ def remove_state(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def digest(module: nn.Module) -> str:
-    """A hash of all weights and buffers, by name."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        hashed.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]
-
-
 def copy_of(weights: Weights) -> Weights:
     """Weights that stay as they are while training goes on, on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import nn
 
 from tokencut.data.loading import Batch
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import ModelError, TokencutError, UsageError
+from tokencut.errors import ModelError, UsageError
 from tokencut.methods import make_method, methods
 from tokencut.model import CompressedModel
 from tokencut.recipe import Recipe
-from tokencut.runtime.devices import autocast, lacks_memory
+from tokencut.runtime.devices import autocast, enough_memory
 from tokencut.runtime.distributed import Group
 from tokencut.training.objective import Losses, Objective, ObjectiveSettings
 from tokencut.training.order import Order, seed_all
@@ -121,7 +121,7 @@ class Trainer:
         sums = dict.fromkeys(("images", "loss", *TERMS), torch.zeros((), device=self.group.device))
         used: set[str] = set()
         self.optimizer.zero_grad(set_to_none=True)
-        with self._warming(epoch, step), self._memory_advice():
+        with self._warming(epoch, step), self._enough_memory():
             for number in range(self.order.accumulate):
                 batch = next(batches)
                 if not len(batch):
@@ -182,17 +182,10 @@ class Trainer:
         finally:
             self.model.recipe = self.target
 
-    @contextmanager
-    def _memory_advice(self) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
-            if not lacks_memory(error):
-                raise
-            batch, passes = self.order.batch, self.order.accumulate
-            advice = f"--batch-size {batch // 2} --accumulate {passes * 2}" if batch > 1 else "--device cpu"
-            raise TokencutError(f"a batch of {batch} images does not fit in the memory of {self.group.device}; type "
-                                f"{advice}, which trains alike") from error  # fmt: skip
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        batch, passes = self.order.batch, self.order.accumulate
+        advice = f"--batch-size {batch // 2} --accumulate {passes * 2}" if batch > 1 else "--device cpu"
+        return enough_memory(batch, self.group.device, f"type {advice}, which trains alike")
 
 
 def warmed(recipe: Recipe, share: float) -> Recipe:

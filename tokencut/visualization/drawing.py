@@ -22,7 +22,7 @@ from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import Canvas, Layout, Panel, Strip, fit
 from tokencut.visualization.plots import PICTURE_FORMATS, Label, heat_colours, save_picture
 from tokencut.visualization.regions import Grid, Pixels, draw_tokens, enlarge
-from tokencut.visualization.stage_views import DrawnModel, DrawnStage, StageView, look, patch_size
+from tokencut.visualization.stage_views import DrawnModel, DrawnStage, StageView, look
 
 # How strongly the lowest and the highest attention cover the photo, in percent.
 LEAST_OPACITY, MOST_OPACITY = 35, 85
@@ -142,7 +142,7 @@ def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessin
         if not isinstance(model, CompressedModel):
             raise UsageError(f"draw takes compressed models, not a {type(model).__name__}; type "
                              "draw(tokencut.compress(model, keep=0.7), images)")  # fmt: skip
-    found = {name: (preprocessing_of(model), patch_size(model)) for name, model in models.items()}
+    found = {name: (preprocessing_of(model), model.adapter.patch_size(model.model)) for name, model in models.items()}
     first, *others = found
     for other in others:
         if found[other] != found[first]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokencut.evaluation.statistics import Point, pareto_front
+from tokencut.evaluation.statistics import pareto_front
 from tokencut.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Point = tuple[float, float]
 
 # Okabe and Ito's colours, told apart by the colour-blind and in grey; their yellow, too pale for lines, darker; and two
 # dark ones for an eighth and ninth line.
@@ -100,7 +101,11 @@ def accuracy_plot(series: Sequence[Series], dense: Point, x_label: str, *, less_
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE_IN, layout="constrained")
         axes = figure.add_subplot()
-        front = pareto_front([dense, *(p for line in series for p in line.points)], less_is_better=less_is_better)
+        front = pareto_front(
+            [dense, *(point for line in series for point in line.points)],
+            cost=lambda point: point[0] if less_is_better else -point[0],
+            gain=lambda point: point[1],
+        )
         axes.plot(*dense, color="black", marker="*", markersize=11, linestyle="none", zorder=3, label="dense")
         # Steps: at a budget between two models that were measured, the cheaper of them is the best there is.
         axes.plot(

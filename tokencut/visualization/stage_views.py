@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokencut.data.preprocessing import Preprocessing
-from tokencut.errors import UsageError
 from tokencut.model import CompressedModel
 from tokencut.observers import Trace
-from tokencut.runtime.devices import inference_state, precision_dtype
+from tokencut.runtime.devices import check_batch_size, inference_state, precision_dtype
 from tokencut.visualization.regions import Grid, Tokens, patches_held
 
 
@@ -62,12 +61,6 @@ class DrawnModel:
     stages: tuple[DrawnStage, ...]
 
 
-def patch_size(model: CompressedModel) -> tuple[int, int]:
-    """Height and width of a model's patches, in px."""
-    height, width = model.model.patch_embed.patch_size
-    return int(height), int(width)
-
-
 def look(
     model: CompressedModel,
     pixels: Tensor,
@@ -91,10 +84,9 @@ def look(
     Raises:
         UsageError: The batch size or the precision is out of range.
     """
-    if batch_size < 1:
-        raise UsageError(f"a batch size of {batch_size} is too small, expected at least 1; type --batch-size 64")
+    check_batch_size(batch_size)
     rows, columns = model.adapter.grid(model.model, *pixels.shape[-2:])
-    grid = Grid(rows, columns, *patch_size(model))
+    grid = Grid(rows, columns, *model.adapter.patch_size(model.model))
     parts: list[list[DrawnStage]] = []
     with inference_state(model, device, precision_dtype(precision)), torch.no_grad():
         dtype = next(model.parameters()).dtype
