@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
     dense = load_model(args.model).dense.float().eval()
-    found = open_images(dense, args.images, device=torch.device("cpu"), batch_size=args.count, limit=args.count)
-    images = found.prepared.normalise(next(iter(found.batches)).images, torch.device("cpu"))
+    found = open_images(dense, args.images, limit=args.count)
+    images = found.prepared.normalise(next(iter(found.batches(args.count))).images, torch.device("cpu"))
     model = compress(dense, layers=[args.block], keep=0.5)
     seen = {}
     model.stages[str(args.block)].register_forward_pre_hook(lambda _, inputs: seen.update(scene=inputs[0]))

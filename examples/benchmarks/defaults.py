@@ -1,7 +1,7 @@
 """The table to decide bat's defaults by: a grid of its settings and the other methods, on training images only.
 
-    python examples/benchmarks/defaults.py local-dir:FOLDER --data train.tar --limit 5000
-    python examples/benchmarks/defaults.py digits --data digits --grid pairs=0,0.25 --methods evit --keep 0.5
+    python examples/benchmarks/run.py defaults local-dir:FOLDER --data train.tar --limit 5000
+    python examples/benchmarks/run.py defaults digits --data digits --grid pairs=0,0.25 --methods evit --keep 0.5
 
 Nothing is fine-tuned. For each setting and keep rate it prints top-1 in percent and, in brackets, the mean
 Kullback-Leibler divergence KL(dense || compressed) of the predicted classes, in thousandths of a nat. Top-1 on images
@@ -159,7 +159,3 @@ def main() -> None:
             left = (time.monotonic() - started) / done * (len(table) - done)
             print(f"{done} of {len(table)}, {left / 60:.1f} min left: {setting}", flush=True)
     print(report(table, args.keep))
-
-
-if __name__ == "__main__":
-    main()

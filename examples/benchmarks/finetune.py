@@ -1,10 +1,10 @@
 """What a short fine-tune wins back: methods beside each other, beside the dense model, and beside it fine-tuned alike.
 
-    python examples/benchmarks/finetune.py local-dir:FOLDER --train-data train.tar.gz --data val.tar --epochs 3 \\
+    python examples/benchmarks/run.py finetune local-dir:FOLDER --train-data train.tar.gz --data val.tar --epochs 3 \\
         --keep 0.5 0.3 --seeds 1 2 3 --device cuda --precision bf16 --jobs 6 -o results.json
-    python examples/benchmarks/finetune.py local-dir:FOLDER --train-data train.tar.gz --held-out 5000 \\
+    python examples/benchmarks/run.py finetune local-dir:FOLDER --train-data train.tar.gz --held-out 5000 \\
         --train-limit 10000 --methods bat --grid alpha=0,0.1 beta=0,0.1 -o grid.json
-    python examples/benchmarks/finetune.py digits --train-data digits --data digits --keep 0.3 -o digits.json
+    python examples/benchmarks/run.py finetune digits --train-data digits --data digits --keep 0.3 -o digits.json
 
 Every result goes to the JSON file as soon as it is there, and a training keeps its state beside it: the same command
 goes on where it was cut off, `--max-seconds 0` only prints the table. `--jobs` trains so many models at the same time,
@@ -22,22 +22,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_jobs import carried_out
-from bench_tuning import DENSE, Resources, Results, Settings, Task, carry_out, recipe_of
-from bench_tuning_table import report
+from jobs import carried_out, say
+from results import Results
+from tuning import DENSE, Resources, Settings, Task, carry_out, recipe_of
+from tuning_table import report
 
 from tokencut.data.sources import open_source
-from tokencut.errors import TokencutError
 from tokencut.methods import methods
 from tokencut.runtime.devices import resolve_device
 from tokencut.training.recipe import RECIPES
+from tokencut.training.state import remove_state
 
 
 def parse() -> argparse.Namespace:
@@ -112,27 +113,16 @@ def main() -> None:
         train_limit=args.train_limit, limit=args.limit, recipe=args.recipe, epochs=args.epochs,
         batch_size=args.batch_size, precision=args.precision,
     )  # fmt: skip
-    try:
-        wanted = tasks(args, settings, resources_of(args))
-        for task in wanted:
-            recipe_of(settings, task.changes)
-        results = Results(args.output, settings)
-        resolve_device(args.device)
-        open_source(args.train_data, split="train", on_note=note)  # an archive is unpacked once, before the jobs start
-        left = [task for task in wanted if task.key not in results.rows]
-        for task, found in carried_out(carry_out, left, jobs=args.jobs, until=started + args.max_seconds):
-            results.add(task, found)
-            done = sum(other.key in results.rows for other in wanted)
-            note(f"{done} of {len(wanted)}, {time.monotonic() - started:.0f} s: {task.key}, top-1 {found['top1']:.2f}")
-    except TokencutError as error:
-        sys.exit(f"error: {error}")
+    wanted = tasks(args, settings, resources_of(args))
+    for task in wanted:
+        recipe_of(settings, task.changes)
+    results = Results(args.output, asdict(settings))
+    resolve_device(args.device)
+    open_source(args.train_data, split="train", on_note=say)  # an archive is unpacked once, before the jobs start
+    left = [task for task in wanted if task.key not in results.rows]
+    for task, found in carried_out(carry_out, left, jobs=args.jobs, until=started + args.max_seconds):
+        results.add(task.key, found)
+        remove_state(task.state)
+        done = sum(other.key in results.rows for other in wanted)
+        say(f"{done} of {len(wanted)}, {time.monotonic() - started:.0f} s: {task.key}, top-1 {found['top1']:.2f}")
     print(report(results, wanted))
-
-
-def note(text: str) -> None:
-    """Prints a line on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Does half precision keep the same patches, and what does it cost beyond what it costs the dense model?
 
-    python examples/benchmarks/precision.py local-dir:FOLDER --data val.tar --limit 1000
-    python examples/benchmarks/precision.py deit_small --data /imagenet/val --device cuda --methods bat evit tome
+    python examples/benchmarks/run.py precision local-dir:FOLDER --data val.tar --limit 1000
+    python examples/benchmarks/run.py precision deit_small --data /imagenet/val --device cuda --methods bat evit tome
 
 Selection is made in fp32 whatever a model computes in, so on the same features it is the same. End to end the features
 differ by then, as bf16 and fp16 round them in every block before. For each method, keep rate and precision (weights and
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tokencut import compress
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, open_images
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.evaluation.statistics import mean_and_error
+from tokencut.evaluation.statistics import Difference, paired_difference
 from tokencut.methods import methods
 from tokencut.model import CompressedModel
 from tokencut.models.loading import load_model
@@ -98,16 +98,15 @@ def together_overlap(full: Tensor, half: Tensor) -> float | None:
     return both / either if either else None
 
 
-def lost_beyond(full: Judged, half: Judged, dense_full: Judged, dense_half: Judged) -> tuple[float, float]:
-    """Points of top-1 lost beyond the dense model's loss: mean over images and its standard error."""
-    return mean_and_error(100 * ((full.hits() - half.hits()) - (dense_full.hits() - dense_half.hits())))
+def lost_beyond(full: Judged, half: Judged, dense_full: Judged, dense_half: Judged) -> Difference:
+    """Points of top-1 lost beyond the dense model's loss, with the standard error over the images."""
+    return paired_difference((full.hits() - half.hits()).tolist(), (dense_full.hits() - dense_half.hits()).tolist())
 
 
 def row(method: str, keep: float, precision: str, full: Judged, half: Judged, dense: Sequence[Judged]) -> str:
     """A line of the table; `dense` in fp32 and in half."""
     sources = torch.cat(full.source), torch.cat(half.source)
     together = together_overlap(*sources)
-    mean, error = lost_beyond(full, half, *dense)
     cells = [
         method,
         f"{keep:g}",
@@ -115,7 +114,7 @@ def row(method: str, keep: float, precision: str, full: Judged, half: Judged, de
         f"{100 * kept_overlap(*sources):.2f}",
         "" if together is None else f"{100 * together:.2f}",
         f"{100 * float((dense[0].hits() - dense[1].hits()).mean()):+.2f}",
-        f"{mean:+.2f} ± {error:.2f}",
+        str(lost_beyond(full, half, *dense)),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -156,7 +155,3 @@ def main() -> None:
                 half = judge(model, images, device, precision)
                 sides = untouched["fp32"], untouched[precision]
                 print(row(method, keep, precision, full, half, sides), flush=True)
-
-
-if __name__ == "__main__":
-    main()

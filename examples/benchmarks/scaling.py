@@ -1,31 +1,31 @@
 """What does it cost to see more? Dense and compressed models against the number of tokens, stages and whole.
 
-    python examples/benchmarks/scaling.py --threads 2 --plot scaling.png
-    python examples/benchmarks/scaling.py --model deit_small_patch16_224 --device cuda --precision bf16 --batch-size 16
+    python examples/benchmarks/run.py scaling --threads 2 --plot scaling.png
+    python examples/benchmarks/run.py scaling --model deit_small_patch16_224 \\
+        --device cuda --precision bf16 --batch-size 16
 
 The model is built for each image size (224 px is 196 tokens at patch 16, 1024 px is 4,096), with random weights: costs
 do not depend on them. Each compressed model is timed in turns with timm's dense one of the same size, with fused
 attention. Linear layers grow with the tokens; attention grows with their square, and so do stages that compare all
 tokens with each other: `stages` is their share of the forward, measured, beside the multiply-adds that they add. `peak`
 is the memory held at the peak of a forward, weights included: on a CPU the results of all operators for as long as they
-live, on a GPU what its allocator held (all models of that size are there). Other columns as in speed.py.
+live, on a GPU what its allocator held (all models of that size are there). Other columns as in `speed`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, publish
-from bench_timing import add_run_options, beside_dense, chosen_clock, heading, prepared
+from timing import EAGER, add_run_options, in_turns, prepared, timed_table
+from timing_table import BESIDE_DENSE, Columns, Row, plus_minus
 from torch import nn
 
-from tokencut.messages import one_line
 from tokencut.methods import methods
 from tokencut.model import compress
 from tokencut.profiling.measuring import random_images
@@ -73,20 +73,7 @@ def measured(args: argparse.Namespace, note: Callable[[str], None]) -> Iterator[
     for size in args.size:
         models = models_of(size, args)
         images = random_images(models["dense"], (args.batch_size, 3, size, size), device)
-        told = False
-        for name, model in models.items():
-            if name == "dense":
-                continue
-            sides = {"dense": models["dense"], name: model}
-            try:
-                dense, row = beside_dense(name, "eager", sides, sides, images, args, shares=True)
-            except RuntimeError as error:
-                note(f"{name}, {size} px: not timed ({one_line(str(error).partition(chr(10))[0])})")
-                continue
-            if not told:
-                yield dense
-            told = True
-            yield row
+        yield from in_turns(f"{size} px", EAGER, models, models.__getitem__, images, args, note)
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -120,18 +107,7 @@ def main() -> None:
     args = parse()
     if args.plot:
         extras.require("the plots need", "matplotlib", extra="plot")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    chosen_clock(args)
-    title = heading(args, resolve_device(args.device), {}) + f", batch {args.batch_size}"
-    if args.processes > 1:
-        script = Path(__file__), sys.argv[1:]
-        rows = publish(args, COLUMNS, title, lambda note: in_processes(args.processes, *script, note))
-    else:
-        rows = publish(args, COLUMNS, title, lambda note: measured(args, note))
+    batch = f", batch {args.batch_size}"
+    title, rows = timed_table("scaling", args, COLUMNS, partial(measured, args), versions={}, more=batch)
     if args.plot and not args.rows_to:
         draw(rows, args.plot, title)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """Do seconds fall as FLOPs do? Dense, compressed and naive models, each timed in turns with timm's dense model.
 
-    python examples/benchmarks/speed.py --model deit_small_patch16_224 --keep 0.7 0.5 --batch-size 1 16 --processes 5
-    python examples/benchmarks/speed.py --clock process --threads 1 --onnxruntime --no-naive --batch-size 1 16
-    python examples/benchmarks/speed.py --device cuda --precision bf16 --batch-size 256 1 \\
+    python examples/benchmarks/run.py speed --model deit_small_patch16_224 --batch-size 1 16 --processes 5
+    python examples/benchmarks/run.py speed --clock process --threads 1 --onnxruntime --no-naive --batch-size 1 16
+    python examples/benchmarks/run.py speed --device cuda --precision bf16 --batch-size 256 1 \\
         --compile --compile-mode default reduce-overhead
 
 The dense side is timm's own forward with fused attention, in the same form: eager beside eager, compiled beside
@@ -22,28 +22,19 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from bench_table import BESIDE_DENSE, Columns, Row, in_processes, plus_minus, publish
-from bench_timing import (
-    TooSlowError,
-    add_run_options,
-    beside_dense,
-    chosen_clock,
-    heading,
-    prepared,
-    time_limit,
-)
 from onnx_forward import onnx_forward
+from timing import EAGER, NAIVE, add_run_options, in_turns, prepared, time_limit, timed_table
+from timing_table import BESIDE_DENSE, Columns, Row, plus_minus
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import TokencutError
 from tokencut.export.run import export_model
-from tokencut.messages import one_line
 from tokencut.methods import methods
 from tokencut.model import compress
 from tokencut.profiling.latency import Forward
@@ -51,7 +42,7 @@ from tokencut.profiling.measuring import random_images
 from tokencut.runtime.compiling import COMPILE_MODES, compile_model
 from tokencut.runtime.devices import resolve_device
 
-EAGER, ONNX = "eager", "onnxruntime"
+ONNX = "onnxruntime"
 COLUMNS: Columns = {
     "model": lambda row: row.model,
     "form": lambda row: row.form,
@@ -121,94 +112,40 @@ def compiled(model: nn.Module, mode: str, images: Tensor, seconds: float) -> For
     return forward
 
 
-def timed(
-    form: str,
-    models: Mapping[str, nn.Module],
-    make: Callable[[str], Forward],
-    images: Tensor,
-    args: argparse.Namespace,
-    note: Callable[[str], None],
-) -> Iterator[Row]:
-    """Times the models of one form, one at a time beside the dense one; goes on where one cannot be timed.
-
-    Args:
-        form: What the table calls the form.
-        models: By name, `dense` first.
-        make: What is called for a model of that name.
-        images: A batch.
-        args: The script's options.
-        note: Told what could not be timed, and why.
-
-    Yields:
-        The dense model's row, then the others'.
-    """
-    forwards: dict[str, Forward] = {}
-    told = False
-    for name in models:
-        try:
-            forwards = {"dense": forwards.get("dense") or make("dense")}
-            if name == "dense":
-                continue
-            forwards[name] = make(name)
-            shares = form == EAGER and not name.startswith("naive")
-            dense, row = beside_dense(name, form, models, forwards, images, args, shares=shares)
-        except (TokencutError, TooSlowError, RuntimeError) as error:  # RuntimeError: out of memory, above all
-            text = one_line(str(error).partition("\n")[0])
-            note(f"{name}, {form}, batch {images.shape[0]}: not timed ({text})")
-            if name == "dense":
-                return
-            continue
-        if not told:
-            yield dense
-        told = True
-        yield row
-
-
 def measured(args: argparse.Namespace, folder: Path, note: Callable[[str], None]) -> Iterator[Row]:
     """All rows: for each batch size each form, for each form each model."""
     device, models = resolve_device(args.device), candidates(args)
     size = preprocessing_of(models["dense"]).config["input_size"]
     files = exported(models, folder) if args.onnxruntime else {}
     models = {name: prepared(model, args) for name, model in models.items()}
-    eager = models if args.no_naive else models | {f"naive {name}": naive(model) for name, model in models.items()}
+    eager = models if args.no_naive else models | {f"{NAIVE} {name}": naive(model) for name, model in models.items()}
     for batch in args.batch_size:
         images = random_images(models["dense"], (batch, *size), device)
+
+        def timed(form: str, make: Callable[[str], Forward], images: Tensor = images) -> Iterator[Row]:
+            which = eager if form == EAGER else models
+            return in_turns(f"{form}, batch {len(images)}", form, which, make, images, args, note)
+
         if not args.no_eager:
-            yield from timed(EAGER, eager, eager.__getitem__, images, args, note)
+            yield from timed(EAGER, eager.__getitem__)
         for mode in args.compile_mode if args.compile else ():
 
             def compiling(name: str, mode: str = mode, images: Tensor = images) -> Forward:
                 return compiled(models[name], mode, images, args.max_seconds)
 
             torch._dynamo.reset()
-            yield from timed(f"compiled ({mode})", models, compiling, images, args, note)
+            yield from timed(f"compiled ({mode})", compiling)
         if files:
-            yield from timed(ONNX, models, lambda name: onnx_forward(files[name], device), images, args, note)
-
-
-def versions(args: argparse.Namespace) -> dict[str, str]:
-    """The versions of what runs beside torch."""
-    return {ONNX: importlib.import_module(ONNX).__version__} if args.onnxruntime else {}
+            yield from timed(ONNX, lambda name: onnx_forward(files[name], device))
 
 
 def main() -> None:
     """Times everything, here or in several processes, and prints the table."""
     args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    chosen_clock(args)
-    title = heading(args, resolve_device(args.device), versions(args))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.onnx_folder or Path(temporary)
-        if args.processes > 1:
-            words = [*sys.argv[1:], "--onnx-folder", str(folder)]
-            publish(args, COLUMNS, title, lambda note: in_processes(args.processes, Path(__file__), words, note))
-        else:
-            publish(args, COLUMNS, title, lambda note: measured(args, folder, note))
-
-
-if __name__ == "__main__":
+    versions = {ONNX: importlib.import_module(ONNX).__version__} if args.onnxruntime else {}
     set_fused_attn(True)
     # Compiling one model after another must not run into the limit of recompilations of a single one.
-    with torch._dynamo.config.patch(cache_size_limit=64):
-        main()
+    with tempfile.TemporaryDirectory() as temporary, torch._dynamo.config.patch(cache_size_limit=64):
+        folder = args.onnx_folder or Path(temporary)
+        shared = ["--onnx-folder", str(folder)]
+        timed_table("speed", args, COLUMNS, partial(measured, args, folder), versions=versions, shared=shared)

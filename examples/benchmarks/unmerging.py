@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import compress
-from tokencut.data.image_set import ImageSet, open_images
+from tokencut.data.image_set import HELD_BYTES, HeldBatches, open_images
+from tokencut.data.preprocessing import preprocessing_of
 from tokencut.features import UNMERGE_RULES, Intermediates, Unmerging
 from tokencut.methods import methods
 from tokencut.model import CompressedModel
@@ -106,16 +107,17 @@ def compare(found: Tensor, dense: Tensor) -> Tensor:
     return torch.stack((error, torch.cosine_similarity(found, dense, dim=2).mean(1))).double().cpu()
 
 
-def judge(model: CompressedModel, images: ImageSet, dense: Sequence[list[Tensor]], device: torch.device,
+def judge(model: CompressedModel, images: HeldBatches, dense: Sequence[list[Tensor]], device: torch.device,
           args: argparse.Namespace) -> dict[str, Tensor]:  # fmt: skip
     """For each rule error and similarity, `(2 * blocks, 2)`: without the norm and with it, block by block.
 
     `dense` holds the dense model's maps of each batch, on the CPU.
     """
     judged: dict[str, list[Tensor]] = {rule: [] for rule in args.rules}
+    prepared = preprocessing_of(model)
     with inference_state(model, device):
-        for batch, wanted in zip(images.batches, dense, strict=True):
-            pixels = images.prepared.normalise(batch.images, device, torch.float32)
+        for batch, wanted in zip(images, dense, strict=True):
+            pixels = prepared.normalise(batch.images, device, torch.float32)
             unmergings = [unmerging_of(rule, model, args.neighbours, args.temperature) for rule in judged]
             maps = maps_of(model, pixels, args.blocks, unmergings)
             for rows, found in zip(judged.values(), maps, strict=True):
@@ -124,12 +126,14 @@ def judge(model: CompressedModel, images: ImageSet, dense: Sequence[list[Tensor]
     return {rule: torch.cat(rows, 2).mean(2) for rule, rows in judged.items()}
 
 
-def dense_maps(dense: nn.Module, images: ImageSet, device: torch.device, blocks: Sequence[int]) -> list[list[Tensor]]:
+def dense_maps(
+    dense: nn.Module, images: HeldBatches, device: torch.device, blocks: Sequence[int]
+) -> list[list[Tensor]]:
     """The dense model's maps of each batch, on the CPU."""
-    model, maps = compress(dense, keep=1.0), []
+    model, maps, prepared = compress(dense, keep=1.0), [], preprocessing_of(dense)
     with inference_state(model, device):
-        for batch in images.batches:
-            pixels = images.prepared.normalise(batch.images, device, torch.float32)
+        for batch in images:
+            pixels = prepared.normalise(batch.images, device, torch.float32)
             maps.append([each.cpu() for each in maps_of(model, pixels, blocks, [Unmerging("copy")])[0]])
     return maps
 
@@ -175,9 +179,10 @@ def main() -> None:
     """Judges every method at every keep rate, and prints the table line by line."""
     args = parse()
     dense, device = load_model(args.model).dense.float(), resolve_device(args.device)
-    images = open_images(dense, args.data, device=device, batch_size=args.batch_size, limit=args.limit, on_note=print)
+    found = open_images(dense, args.data, limit=args.limit, on_note=print)
+    images = found.batches(args.batch_size, device=device, held_bytes=HELD_BYTES)
     wanted = dense_maps(dense, images, device, args.blocks)
-    print(f"{args.model}, {len(images.indices):,} images of {args.data}, fp32, on {describe_device(device)}: error "
+    print(f"{args.model}, {len(found):,} images of {args.data}, fp32, on {describe_device(device)}: error "
           "(cosine similarity)\n")  # fmt: skip
     columns = [name for block in args.blocks for name in (f"block {block}", "normed")]
     columns = ["method", "keep", "rule", *columns, "last over copy"]

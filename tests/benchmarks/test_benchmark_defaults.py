@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
 from tokencut.models import digits
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "defaults.py"
 ROW = re.compile(r"\| (?P<setting>[^|]+) \| (?P<top1>[\d.]+) \((?P<kl>[\d.]+)\) \| [\d.]+ \((?P<mean>[\d.]+)\) \|")
 
 
-def test_a_small_grid_on_the_training_digits(run_script: Callable[..., tuple[str, str]]) -> None:
+def test_a_small_grid_on_the_training_digits(benchmark: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --data digits --limit 20 --grid pairs=0,0.25 neighbours=5 --methods topk --keep 0.2 --device cpu"
-    printed, _ = run_script(SCRIPT, *words.split())
+    printed, _ = benchmark("defaults", *words.split())
     assert printed.startswith("digits, 20 training images of digits: dense top-1 ")
     rows = {found["setting"]: found for found in ROW.finditer(printed)}
     assert list(rows) == sorted(rows, key=lambda name: float(rows[name]["mean"]))

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import timm
+import tuning_table
 
-from tokencut.cli.options import read_keep
-from tokencut.errors import TokencutError, UsageError
-
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 SMALL = ("--keep", "0.1", "--seeds", "1", "--epochs", "1", "--train-limit", "16", "--limit", "20", "-b", "8", "-j", "0",
          "--device", "cpu")  # fmt: skip
 WORDS = ("digits", "--train-data", "digits", "--data", "digits", *SMALL)
@@ -26,65 +19,32 @@ WORDS = ("digits", "--train-data", "digits", "--data", "digits", *SMALL)
 Script = Callable[..., tuple[str, str]]
 
 
-@pytest.fixture(autouse=True)
-def _beside_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
 @pytest.fixture
-def tables() -> ModuleType:
-    """The module with the tables."""
-    import bench_tuning_table  # type: ignore[import-not-found]
-
-    found: ModuleType = bench_tuning_table
-    return found
-
-
-@pytest.fixture
-def script(run_script: Script) -> Script:
-    """Runs the script with the words given: what it printed, and what it said on stderr."""
-    return partial(run_script, FOLDER / "finetune.py")
-
-
-def test_jobs_share_the_tasks_and_end_in_time() -> None:
-    from bench_jobs import carried_out  # type: ignore[import-not-found]
-
-    for jobs in (1, 2):
-        done = carried_out(operator.neg, [1, 2, 3, 4], jobs=jobs, until=math.inf)
-        assert sorted(done) == [(1, -1), (2, -2), (3, -3), (4, -4)]
-        assert list(carried_out(operator.neg, [1, 2], jobs=jobs, until=0.0)) == []
-
-
-def test_what_goes_wrong_in_a_job_is_told() -> None:
-    from bench_jobs import carried_out
-
-    with pytest.raises(UsageError, match="keep two is not a number"):
-        list(carried_out(read_keep, ["0.5", "two"], jobs=2, until=math.inf))
-    with pytest.raises(TokencutError) as caught:
-        list(carried_out(os._exit, [1, 1], jobs=2, until=math.inf))
-    assert str(caught.value) == "a process ended unexpectedly, often for want of memory; type fewer --jobs"
+def script(benchmark: Script) -> Script:
+    """Runs the benchmark with the words given: what it printed, and what it said on stderr."""
+    return partial(benchmark, "finetune")
 
 
 def row(correct: str) -> dict[str, Any]:
     return {"correct": correct, "top1": 100 * correct.count("1") / len(correct), "gmacs": 1.0}
 
 
-def test_what_was_recovered_by_hand(tables: ModuleType) -> None:
+def test_what_was_recovered_by_hand() -> None:
     # Dense 100, off the shelf 25, fine-tuned 50 and 100: 50 of 75 points on average.
-    line = tables.Line("bat", 0.5, row("1000"), {1: row("1100"), 2: row("1111")})
-    assert tables.recovered(line, 100.0) == "67 % of 75.00"
-    assert tables.recovered(line, 20.0) == "nothing was lost"
-    assert tables.spread(line) == "75.00 (50.00 to 100.00)"
+    line = tuning_table.Line("bat", 0.5, row("1000"), {1: row("1100"), 2: row("1111")})
+    assert tuning_table.recovered(line, 100.0) == "67 % of 75.00"
+    assert tuning_table.recovered(line, 20.0) == "nothing was lost"
+    assert tuning_table.spread(line) == "75.00 (50.00 to 100.00)"
 
 
-def test_differences_are_paired_over_images_and_averaged_over_seeds(tables: ModuleType) -> None:
-    first = tables.Line("bat", 0.5, row("0000"), {1: row("1100"), 2: row("1110"), 3: row("0000")})
-    second = tables.Line("evit", 0.5, row("0000"), {1: row("1000"), 2: row("0110"), 4: row("1111")})
+def test_differences_are_paired_over_images_and_averaged_over_seeds() -> None:
+    first = tuning_table.Line("bat", 0.5, row("0000"), {1: row("1100"), 2: row("1110"), 3: row("0000")})
+    second = tuning_table.Line("evit", 0.5, row("0000"), {1: row("1000"), 2: row("0110"), 4: row("1111")})
     # Of seeds 1 and 2, by image: (0 + 1) / 2, (1 + 0) / 2, (0 + 0) / 2, 0: a mean of 25 points.
-    found = tables.ahead([first], [second])
+    found = tuning_table.lead([first], [second])
     assert found.points == 25.0
     assert found.standard_error == pytest.approx(100 * (1 / 12) ** 0.5 / 2)
-    assert tables.ahead([first], [tables.Line("x", 0.5, row("0000"), {9: row("1111")})]) is None
+    assert tuning_table.lead([first], [tuning_table.Line("x", 0.5, row("0000"), {9: row("1111")})]) is None
 
 
 def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) -> None:
@@ -95,7 +55,7 @@ def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) 
     printed, said = script(*words)
     assert "4 of 4" in said
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
-    assert [line[:2] for line in lines[2:]] == [["| 1", "dense"], ["| 0.1", "evit"]]
+    assert [line[:2] for line in lines[1:]] == [["| 1", "dense"], ["| 0.1", "evit"]]
     assert "1 epochs, 2 updates of 8 images" in printed
     rows = json.loads(output.read_text())["rows"]
     assert set(rows) == {
@@ -117,7 +77,7 @@ def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) 
     assert f"timm 1.0 and {timm.__version__}" in again
     with pytest.raises(SystemExit) as caught:
         script(*words, "--precision", "bf16")
-    assert caught.value.code == f"error: {output} holds results of another --precision (fp32); give another -o"
+    assert caught.value.code == f"error: {output} holds results of precision fp32; give another -o"
 
 
 def test_a_grid_is_judged_on_training_images_held_out(tmp_path: Path, script: Script) -> None:

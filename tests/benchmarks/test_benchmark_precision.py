@@ -3,56 +3,47 @@
 from __future__ import annotations
 
 import re
-import runpy
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import precision
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "precision.py"
 ROW = re.compile(r"\| topk \| 0.5 \| bf16 \| (?P<kept>[\d.]+) \|  \| [+-][\d.]+ \| [+-][\d.]+ ± [\d.]+ \|")
-
-
-@pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    """The script's functions."""
-    return runpy.run_path(str(SCRIPT))
 
 
 # Six patches of one image: in fp32 {0, 2}, {1}, {3, 4} with 5 dropped; in half {0}, {1, 2}, {3, 4} with 5 dropped.
 FULL, HALF = torch.tensor([[0, 1, 0, 2, 2, -1]]), torch.tensor([[0, 1, 1, 2, 2, -1]])
 
 
-def test_first_patches_by_hand(script: dict[str, Any]) -> None:
-    assert script["first_patches"](FULL).tolist() == [[0, 1, 0, 3, 3, -1]]
-    assert script["first_patches"](HALF).tolist() == [[0, 1, 1, 3, 3, -1]]
+def test_first_patches_by_hand() -> None:
+    assert precision.first_patches(FULL).tolist() == [[0, 1, 0, 3, 3, -1]]
+    assert precision.first_patches(HALF).tolist() == [[0, 1, 1, 3, 3, -1]]
 
 
-def test_overlaps_by_hand(script: dict[str, Any]) -> None:
+def test_overlaps_by_hand() -> None:
     # Of the five that are left, patch 2 went elsewhere.
-    assert script["kept_overlap"](FULL, HALF) == 4 / 5
+    assert precision.kept_overlap(FULL, HALF) == 4 / 5
     # (3, 4) in both; (0, 2) and (1, 2) in one.
-    assert script["together_overlap"](FULL, HALF) == 1 / 3
-    assert script["together_overlap"](torch.tensor([[0, -1, -1]]), torch.tensor([[-1, 0, -1]])) is None
-    assert script["kept_overlap"](torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, -1, 1, -1]])) == 1 / 2
+    assert precision.together_overlap(FULL, HALF) == 1 / 3
+    assert precision.together_overlap(torch.tensor([[0, -1, -1]]), torch.tensor([[-1, 0, -1]])) is None
+    assert precision.kept_overlap(torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, -1, 1, -1]])) == 1 / 2
 
 
-def test_loss_beyond_the_dense_models_by_hand(script: dict[str, Any]) -> None:
-    judged = {name: script["Judged"]([torch.tensor(right)]) for name, right in {
+def test_loss_beyond_the_dense_models_by_hand() -> None:
+    judged = {name: precision.Judged([torch.tensor(right)]) for name, right in {
         "full": [True, True, True, False], "half": [True, False, False, False],
         "dense": [True, True, True, True], "dense half": [True, False, True, True],
     }.items()}  # fmt: skip
-    mean, error = script["lost_beyond"](*(judged[name] for name in ("full", "half", "dense", "dense half")))
-    assert mean == 25.0  # two of four lost, where dense loses one
-    assert error == pytest.approx(50 / 4**0.5)
+    found = precision.lost_beyond(*(judged[name] for name in ("full", "half", "dense", "dense half")))
+    assert found.points == 25.0  # two of four lost, where dense loses one
+    assert found.standard_error == pytest.approx(50 / 4**0.5)
 
 
-def test_the_script_on_the_digits(run_script: Callable[..., tuple[str, str]]) -> None:
+def test_the_script_on_the_digits(benchmark: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --data digits --limit 8 --keep 0.5 --methods topk --precision bf16 --device cpu"
-    printed, _ = run_script(SCRIPT, *words.split())
+    printed, _ = benchmark("precision", *words.split())
     assert printed.startswith("digits, 8 images of digits: dense top-1 ")
     found = ROW.search(printed)
     assert found

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timing
 import timm
 import torch
 
 from tokencut import cost
 from tokencut.model import compress, predicted_macs
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
-
 
 @pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def scaling() -> Iterator[Any]:
     """The script, on one thread."""
-    monkeypatch.syspath_prepend(str(FOLDER))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield importlib.import_module("scaling")
@@ -30,7 +28,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def run(scaling: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     given = "--model test_vit --size 32 64 --rounds 3 --max-seconds 0 --batch-size 2 --device cpu"
-    monkeypatch.setattr(sys, "argv", [str(FOLDER / "scaling.py"), *given.split(), *words])
+    monkeypatch.setattr(sys, "argv", ["run.py scaling", *given.split(), *words])
     scaling.main()
 
 
@@ -67,14 +65,14 @@ def test_a_row_for_each_size_and_model(
 def test_a_size_that_does_not_fit_is_said_and_the_rest_is_timed(
     scaling: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beside = scaling.beside_dense
+    beside = timing.beside_dense
 
     def small_machine(name: str, form: str, *others: Any, **options: Any) -> Any:
         if others[2].shape[-1] > 32:
             raise RuntimeError("can't allocate memory:\nyou tried to")
         return beside(name, form, *others, **options)
 
-    monkeypatch.setattr(scaling, "beside_dense", small_machine)
+    monkeypatch.setattr(timing, "beside_dense", small_machine)
     run(scaling, monkeypatch, "--methods", "topk")
     printed = capsys.readouterr().out
     assert [line[:2] for line in cells(printed)[1:]] == [["4", "dense"], ["4", "topk 0.5"]]

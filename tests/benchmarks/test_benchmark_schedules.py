@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -11,13 +10,11 @@ from tokencut import compress, cost, evaluate
 from tokencut.model import predicted_macs
 from tokencut.models import digits
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "schedules.py"
 
-
-def test_a_row_beside_the_fixed_stages(run_script: Callable[..., tuple[str, str]]) -> None:
+def test_a_row_beside_the_fixed_stages(benchmark: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --keep 0.2 --images 16 --effort 3 --limit 30"
-    printed, _ = run_script(SCRIPT, *words.split())
+    printed, _ = benchmark("schedules", *words.split())
     head, _, row = (line.strip("| ").split(" | ") for line in printed.splitlines()[:3])
     cells = dict(zip(head, row, strict=True))
     dense = digits.create()

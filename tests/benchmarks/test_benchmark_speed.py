@@ -4,57 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import onnx_forward
 import pytest
+import speed
+import timing
+import timing_table
 import torch
 from torch import Tensor, nn
 
 from tokencut.errors import ModelError, TokencutError, UsageError
 from tokencut.model import CompressedModel
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 SMALL = "--model test_vit --model-kwargs img_size=32 depth=1 --keep 0.5 --rounds 3 --max-seconds 0 --device cpu"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Has the scripts' folder where they are run from, and torch on one thread."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+def one_thread() -> Iterator[None]:
+    """Has torch on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def script(name: str = "speed") -> ModuleType:
-    return importlib.import_module(name)
-
-
 def arguments(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
-    monkeypatch.setattr(sys, "argv", [str(FOLDER / "speed.py"), *SMALL.split(), *words])
-    return script().parse()
+    monkeypatch.setattr(sys, "argv", ["run.py speed", *SMALL.split(), *words])
+    return speed.parse()
 
 
 def row(**values: Any) -> Any:
     given = {"model": "bat 0.5", "form": "eager", "batch": 4, "tokens": 16, "gmacs": 2.0, "stage_gmacs": 0.1,
              "flops_ratio": 2.0, "ms": 10.0, "ms_spread": (9.0, 12.0)}  # fmt: skip
-    return script("bench_table").Row(**{**given, **values})
+    return timing_table.Row(**{**given, **values})
 
 
 def test_a_row_by_hand() -> None:
     slow = row(speedup=1.5, speedup_spread=(1.4, 1.625), stage_share=0.0421)
     assert slow.kept == 0.75
-    assert [cell(slow) for cell in script().COLUMNS.values()] == [
+    assert [cell(slow) for cell in speed.COLUMNS.values()] == [
         "bat 0.5", "eager", "4", "2.000", "400", "10.00", "± 15.0 %", "1.50", "1.40 to 1.62", "2.00", "0.75", "4.2 %",
     ]  # fmt: skip
 
@@ -64,7 +60,7 @@ def test_runs_are_merged_by_their_medians() -> None:
         [row(model="dense", ms=30.0), row(ms=ms, speedup=faster, stage_share=share)]
         for ms, faster, share in ((10.0, 1.5, 0.25), (30.0, 1.75, None), (12.0, 1.25, 0.5))
     ]
-    dense, other = script("bench_table").merged(runs)
+    dense, other = timing_table.merged(runs)
     assert (dense.model, dense.ms, dense.ms_spread) == ("dense", 30.0, (30.0, 30.0))
     assert (other.ms, other.ms_spread) == (12.0, (10.0, 30.0))
     assert (other.speedup, other.speedup_spread) == (1.5, (1.25, 1.75))
@@ -83,7 +79,7 @@ def test_several_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
         "pathlib.Path(path).write_text(json.dumps({'rows': [row], 'notes': ['a note']}))\n"
     )
     notes: list[str] = []
-    [found] = script("bench_table").in_processes(2, worker, ["--keep"], notes.append)
+    [found] = timing_table.in_processes(2, [sys.executable, str(worker), "--keep"], notes.append)
     assert (found.ms, found.ms_spread, notes) == (15.0, (10.0, 20.0), ["a note"])
     captured = capfd.readouterr()
     assert captured.out == ""
@@ -94,11 +90,10 @@ def test_a_process_that_fails(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match="^error: process 1 of 2 failed, as said above$"):
-        script("bench_table").in_processes(2, worker, [], print)
+        timing_table.in_processes(2, [sys.executable, str(worker)], print)
 
 
 def test_a_time_limit() -> None:
-    timing = script("bench_timing")
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(timing.TooSlowError, match=r"^more than 0.01 s$"), timing.time_limit(0.01):
         time.sleep(10)
@@ -109,7 +104,7 @@ def test_a_time_limit() -> None:
 
 
 def test_the_clock_of_the_process_is_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    timing, args = script("bench_timing"), arguments(monkeypatch, "--clock", "process")
+    args = arguments(monkeypatch, "--clock", "process")
     clock = timing.chosen_clock(args)
     before = clock.mark()
     time.sleep(0.5)
@@ -123,9 +118,9 @@ def test_the_clock_of_the_process_is_for_one_thread(monkeypatch: pytest.MonkeyPa
 
 
 def test_naive_models_materialise_attention_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = script().candidates(arguments(monkeypatch, "--methods", "topk"))
+    models = speed.candidates(arguments(monkeypatch, "--methods", "topk"))
     assert list(models) == ["dense", "topk 0.5"]
-    naive = script().naive(models["topk 0.5"])
+    naive = speed.naive(models["topk 0.5"])
     assert isinstance(naive, CompressedModel)
     assert not any(block.attn.fused_attn for block in naive.model.blocks)
     assert all(block.attn.fused_attn for block in models["topk 0.5"].model.blocks)
@@ -137,7 +132,7 @@ class Failing(nn.Module):
 
 
 def test_what_cannot_be_timed_is_said_and_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    args, speed, notes = arguments(monkeypatch, "--methods", "topk", "random"), script(), list[str]()
+    args, notes = arguments(monkeypatch, "--methods", "topk", "random"), list[str]()
     models = speed.candidates(args)
     models = {"dense": models["dense"], "bat 0.5": Failing(), "tome 0.5": models["topk 0.5"], **models}
 
@@ -146,7 +141,7 @@ def test_what_cannot_be_timed_is_said_and_the_rest_is_timed(monkeypatch: pytest.
             raise ModelError("torch.compile failed")
         return models[name]
 
-    rows = list(speed.timed("form", models, make, torch.zeros(2, 3, 32, 32), args, notes.append))
+    rows = list(timing.in_turns("form, batch 2", "form", models, make, torch.zeros(2, 3, 32, 32), args, notes.append))
     assert [found.model for found in rows] == ["dense", "topk 0.5", "random 0.5"]
     assert notes == ["bat 0.5, form, batch 2: not timed (CUDA out of memory)",
                      "tome 0.5, form, batch 2: not timed (torch.compile failed)"]  # fmt: skip
@@ -154,12 +149,16 @@ def test_what_cannot_be_timed_is_said_and_the_rest_is_timed(monkeypatch: pytest.
 
     models["dense"] = Failing()
     with contextlib.suppress(StopIteration):
-        next(speed.timed("form", models, models.__getitem__, torch.zeros(2, 3, 32, 32), args, notes.append))
+        next(
+            timing.in_turns(
+                "form, batch 2", "form", models, models.__getitem__, torch.zeros(2, 3, 32, 32), args, notes.append
+            )
+        )
     assert notes[2:] == [f"{name}, form, batch 2: not timed (CUDA out of memory)" for name in list(models)[1:]]
 
 
 def test_compiling_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed, seen = script(), list[int]()
+    seen = list[int]()
 
     def slow(images: Tensor) -> Tensor:
         seen.append(len(images))
@@ -167,7 +166,7 @@ def test_compiling_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         return images
 
     monkeypatch.setattr(speed, "compile_model", lambda model, mode: slow)
-    with pytest.raises(speed.TooSlowError):
+    with pytest.raises(timing.TooSlowError):
         speed.compiled(nn.Identity(), "default", torch.zeros(2, 3, 4, 4), 0.01)
     assert seen == [2]
 
@@ -186,7 +185,6 @@ def test_the_script_on_a_small_model(
         pytest.importorskip(name)
     args = arguments(monkeypatch, "--methods", "topk", "--batch-size", "2", "--onnxruntime", "--compile")
     args.output, args.onnx_folder = tmp_path / "table.md", tmp_path
-    speed = script()
     # Capturing and compiling is for tests of the library; here it is a form as others are.
     monkeypatch.setattr(speed, "compile_model", lambda model, mode: model)
     monkeypatch.setattr(speed, "parse", lambda: args)
@@ -205,9 +203,8 @@ def test_the_script_on_a_small_model(
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "dense.onnx", "topk-0.5.onnx"}
 
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    forward = script("onnx_forward")
-    bound = forward.BoundSession(tmp_path / "dense.onnx", CPU)(images).numpy()  # as on a GPU
-    assert torch.equal(torch.from_numpy(bound), forward.onnx_forward(tmp_path / "dense.onnx", CPU)(images))
+    bound = onnx_forward.BoundSession(tmp_path / "dense.onnx", CPU)(images).numpy()  # as on a GPU
+    assert torch.equal(torch.from_numpy(bound), onnx_forward.onnx_forward(tmp_path / "dense.onnx", CPU)(images))
     with pytest.raises(TokencutError, match="^this onnxruntime runs on .*CPUExecutionProvider and not on mps; type "
                                             "pip install onnxruntime-gpu, or --device cpu$"):  # fmt: skip
-        forward.onnx_forward(tmp_path / "dense.onnx", torch.device("mps"))
+        onnx_forward.onnx_forward(tmp_path / "dense.onnx", torch.device("mps"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from augment import Augmentation, augment, centre
-from pixels import Held
 from timm.data import Mixup
 from timm.layers import DropPath, PatchDropout
 from timm.loss import SoftTargetCrossEntropy
@@ -22,6 +19,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from reference.augment import Augmentation, augment, centre
+from reference.pixels import Held
+from tokencut.errors import TokencutError
 from tokencut.runtime.devices import autocast
 
 # To measure how long a step takes: steps to compile and warm up by, and steps to time, in each phase.
@@ -215,7 +215,7 @@ class Training:
         """Trains one epoch, and notes it in the log.
 
         Raises:
-            FloatingPointError: The loss is no longer a finite number.
+            TokencutError: The loss is no longer a finite number.
         """
         began, epoch = time.perf_counter(), self.epoch
         torch.manual_seed(self.recipe.seed * 100_003 + epoch + 1)
@@ -232,8 +232,8 @@ class Training:
             self.ema.update(self.model, step=updates)
         loss = total.item() / self.steps
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller learning rate, such as "
-                                     f"--lr {self.recipe.lr / 2:g}")  # fmt: skip
+            raise TokencutError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller learning rate, such as "
+                                f"--lr {self.recipe.lr / 2:g}")  # fmt: skip
         self.epoch += 1
         seconds = time.perf_counter() - began
         lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -278,8 +278,3 @@ class Training:
         self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.step_update(self.epoch * self.steps)
-
-
-def say(text: str) -> None:
-    """A line of progress, at once."""
-    print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """The claims of "Beyond Attentive Tokens" (arXiv 2211.11315) on the models of train.py: measured, and written down.
 
-    python examples/reference/claims.py --model deit_tiny=runs/deit_tiny --model deit_small=runs/deit_small \\
+    python examples/benchmarks/run.py claims --model deit_tiny=runs/deit_tiny --model deit_small=runs/deit_small \\
         --train tin100-train.tar.gz --val tin100-val.tar -o runs/claims --device cuda --jobs 3 --time-limit 540
-    python examples/reference/claims.py ... -o runs/claims --list        # what is done and what is left
-    python examples/reference/claims.py ... -o runs/claims --time-limit 0   # only write the page again
+    python examples/benchmarks/run.py claims ... -o runs/claims --list        # what is done and what is left
+    python examples/benchmarks/run.py claims ... -o runs/claims --time-limit 0   # only write the page again
 
 Off the shelf all methods are swept over keep 0.9 to 0.2; then methods, parts and loss terms are fine-tuned with one
 recipe, beside the dense model fine-tuned alike; see worklist.py for the list, the most telling first. The first --model
@@ -18,27 +18,31 @@ import hashlib
 import json
 import math
 import shlex
-import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import page
 import timm
 import torch
-import typer
-from bench import Bench, Results
-from worklist import RECIPE, Plan
+from jobs import STARTED, carried_out, say
+from results import Results
 
-from tokencut.cli.app import app
+from reference import page
+from reference.judge import Judge, swept
+from reference.worklist import RECIPE, Job, Plan, Sweep, Task
 from tokencut.data.sources import open_source
 from tokencut.errors import TokencutError
 from tokencut.runtime.devices import describe_device, resolve_device
 
-PAGE = "RESULTS.md"
+PAGE, RESULTS = "RESULTS.md", "results.json"
 # Seconds kept back from the time limit for the page.
 RESERVE = 12.0
+# A job is begun if it takes no more than so much of the time left, by how long its like took.
+CAUTION = 1.15
+# So often a job may end without a result before it is left out.
+TRIES = 2
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -81,15 +85,9 @@ def conditions_of(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def options_of(command: str) -> set[str]:
-    """The options that a tokencut command has in this version."""
-    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-    return {option for parameter in parameters for option in parameter.opts}
-
-
 def command_of(args: argparse.Namespace) -> str:
     """The command line for the page: with the names of files, and not where they lie on this machine."""
-    words = ["python", "examples/reference/claims.py"]
+    words = ["python", "examples/benchmarks/run.py", "claims"]
     for text in args.model:
         name = text.partition("=")[0]
         words += ["--model", f"{name}=runs/{name}"]
@@ -111,49 +109,70 @@ def trained_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: config["training"] for name, config in configs.items() if "training" in config}
 
 
-def say(text: str) -> None:
-    """A line of progress, at once."""
-    print(text, file=sys.stderr, flush=True)
+def is_open(job: Job, results: Results) -> bool:
+    """Whether a job is still to be done."""
+    done = results.rows.get(job.key)
+    whole = done is not None and (not isinstance(job, Sweep) or job.complete(done["rows"]))
+    return results.tries(job.key) < TRIES and not whole
+
+
+def work_off(left: Sequence[Job], results: Results, judge: Judge, *, jobs: int, until: float) -> None:
+    """Does what there is time for, so many jobs at the same time, and keeps each result as soon as it is there."""
+
+    def expected(job: Job) -> float:
+        """Seconds that the longest of its like took, with some on top; 0 where there was none."""
+        like = [found["seconds"] for found in results.rows.values()
+                if isinstance(job, Task) and (found.get("label"), found.get("epochs")) == (job.label, job.epochs)
+               ]  # fmt: skip
+        return CAUTION * max(like, default=0.0)
+
+    def failed(job: Job, error: TokencutError) -> bool:
+        results.fail(job.key, str(error))
+        say(f"failed: {job.key}: {error}")
+        return is_open(job, results)
+
+    judge.work.mkdir(parents=True, exist_ok=True)
+    for job, found in carried_out(judge, left, jobs=jobs, until=until, seconds=expected, on_failure=failed):
+        results.content["failed"].pop(job.key, None)
+        results.add(job.key, found)
+        top1 = f", {found['top1']:.2f} %" if "top1" in found else ""
+        say(f"{time.monotonic() - STARTED:5.0f} s: {job.key}, {found['seconds']:.0f} s{top1}")
+    for job in left:
+        whole = results.rows.get(job.key, {}).get("whole")
+        if isinstance(job, Sweep) and not whole and (part := swept(job, judge.work)):
+            results.add(job.key, part)
 
 
 def main() -> None:
     """Does what is left and there is time for, and writes the page."""
     args = parse()
-    try:
-        conditions = conditions_of(args)
-        results = Results(args.output, conditions)
-        searches = "--target-gmacs" in options_of("compress")
-        plan = Plan(list(conditions["models"]), args.epochs, args.seeds, searches, tuple(args.keep))
-        jobs = plan.jobs()
-        if args.list:
-            for job in jobs:
-                print("left" if results.open(job) else "done", job.key)
-            return
-        folders = {name: folder for name, _, folder in (text.partition("=") for text in args.model)}
-        setup = {"folders": folders, "train": args.train, "val": args.val, "recipe": conditions["recipe"],
-                 "batch": args.batch_size, "workers": args.workers, "device": args.device, "precision": args.precision,
-                 "limit": args.limit}  # fmt: skip
-        bench = Bench(jobs, results, setup, args.work or args.output / "work", say)
-        if args.time_limit > RESERVE and bench.waiting:
-            device = describe_device(resolve_device(args.device))
-            run = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "device": device, "torch": torch.__version__,
-                   "timm": timm.__version__, "command": command_of(args)}  # fmt: skip
-            if run not in results.data["runs"]:
-                results.data["runs"].append(run)
-            results.data["trained"] = {**results.data.get("trained", {}), **trained_of(args)}
-            open_source(args.train, split="train", on_note=say)  # a .tar.gz is unpacked now, once for all jobs
-            bench.run(args.jobs, STARTED + args.time_limit - RESERVE)
-        if args.note:
-            results.data["notes"] = list(dict.fromkeys([*results.data.get("notes", []), *args.note]))
-            results.save()
-        text = page.write(results.data, jobs, args.output)
-        say(f"{sum(not results.open(job) for job in jobs)} of {len(jobs)} jobs done; wrote {args.output / PAGE}, "
-            f"{len(text.splitlines())} lines")  # fmt: skip
-    except TokencutError as error:
-        sys.exit(f"error: {error}")
-
-
-STARTED = time.monotonic()
-
-if __name__ == "__main__":
-    main()
+    conditions = conditions_of(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = Results(args.output / RESULTS, conditions, growing=("models",))
+    jobs = Plan(list(conditions["models"]), args.epochs, args.seeds, tuple(args.keep)).jobs()
+    left = [job for job in jobs if is_open(job, results)]
+    if args.list:
+        for job in jobs:
+            print("left" if job in left else "done", job.key)
+        return
+    content = results.content
+    if args.time_limit > RESERVE and left:
+        device = describe_device(resolve_device(args.device))
+        run = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "device": device, "torch": torch.__version__,
+               "timm": timm.__version__, "command": command_of(args)}  # fmt: skip
+        runs = content.setdefault("runs", [])
+        runs += [] if run in runs else [run]
+        content["trained"] = {**content.get("trained", {}), **trained_of(args)}
+        open_source(args.train, split="train", on_note=say)  # a .tar.gz is unpacked now, once for all jobs
+        judge = Judge(
+            {name: folder for name, _, folder in (text.partition("=") for text in args.model)}, args.train, args.val,
+            conditions["recipe"], args.batch_size, args.workers, args.device, args.precision, args.limit,
+            args.work or args.output / "work",
+        )  # fmt: skip
+        work_off(left, results, judge, jobs=args.jobs, until=STARTED + args.time_limit - RESERVE)
+    if args.note:
+        content["notes"] = list(dict.fromkeys([*content.get("notes", []), *args.note]))
+    results.save()
+    text = page.write(content, jobs, args.output)
+    say(f"{sum(not is_open(job, results) for job in jobs)} of {len(jobs)} jobs done; wrote {args.output / PAGE}, "
+        f"{len(text.splitlines())} lines")  # fmt: skip

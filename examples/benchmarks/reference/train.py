@@ -1,8 +1,8 @@
 """Trains DeiT of ImageNet's geometry on small images: 56 px in patches of 4 are 14 x 14 = 196 image tokens, as there.
 
-    python examples/reference/train.py deit_small --train tin100-train.tar.gz --val tin100-val.tar -o runs/deit_small
-    python examples/reference/train.py deit_tiny ... --time-limit 500 --fit      # as many epochs as fit
-    python examples/reference/train.py deit_tiny ... --time-limit 500 --resume   # go on with a run that was cut
+    python examples/benchmarks/run.py train deit_small --train tin100-train.tar.gz --val tin100-val.tar -o runs/small
+    python examples/benchmarks/run.py train deit_tiny ... --time-limit 500 --fit      # as many epochs as fit
+    python examples/benchmarks/run.py train deit_tiny ... --time-limit 500 --resume   # go on with a run that was cut
 
 Images are decoded once and held on the GPU, which augments them in batches. timm gives the model, mixup and cutmix, the
 optimizer, the schedule and the running average of weights (which is what is judged and saved). Two things make the most
@@ -12,66 +12,45 @@ in the first epochs.
 
 Into the output folder go config.json and model.safetensors (bf16; `local-dir:FOLDER` is then a MODEL for tokencut),
 log.csv, and resume.pt until the run is done. `--ship FOLDER` writes the model once more, in parts of under 16 MiB,
-which shards.py puts together. The same seed gives the same run, save for the order of a GPU's atomic additions.
+which `shards` puts together. The same seed gives the same run, save for the order of a GPU's atomic additions.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import dataclasses
+import math
+import pickle
 import time
+from pathlib import Path
+from typing import Any
 
-STARTED = time.monotonic()  # the time limit counts from here on: imports and decoding take their share
+import timm
+import torch
+from jobs import STARTED, say
+from torch import nn
 
-import argparse  # noqa: E402
-import csv  # noqa: E402
-import dataclasses  # noqa: E402
-import math  # noqa: E402
-import pickle  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import shards  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-from augment import Augmentation  # noqa: E402
-from loop import Recipe, Training, say  # noqa: E402
-from pixels import Held, read  # noqa: E402
-from torch import nn  # noqa: E402
-
-from tokencut.errors import TokencutError  # noqa: E402
-from tokencut.files import atomic_write  # noqa: E402
-from tokencut.models.model_args import parse_model_kwargs  # noqa: E402
-from tokencut.models.names import resolve_name  # noqa: E402
-from tokencut.runtime.devices import describe_device, resolve_device  # noqa: E402
+from reference import shards
+from reference.augment import Augmentation
+from reference.loop import Recipe, Training
+from reference.pixels import Held, read
+from tokencut.errors import TokencutError
+from tokencut.files import atomic_write
+from tokencut.models.model_args import parse_model_kwargs
+from tokencut.models.names import resolve_name
+from tokencut.runtime.devices import describe_device, resolve_device
 
 # What differs between the two: the larger one learns 45,000 images by heart unless it is held back more. At a learning
 # rate of 1e-3 DeiT-S stalled at 41 % where DeiT-T came to 46 %.
 SIZES: dict[str, dict[str, Any]] = {
-    "deit_tiny_patch16_224": {
-        "epochs": 160,
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "drop_path": 0.05,
-        "warmup": 10,
-        "patch_drop_share": 0.6,
-    },
-    "deit_small_patch16_224": {
-        "epochs": 150,
-        "lr": 6e-4,
-        "weight_decay": 0.1,
-        "drop_path": 0.15,
-        "warmup": 15,
-        "patch_drop_share": 0.7,
-    },
-}
-OTHERS: dict[str, Any] = {
-    "epochs": 100,
-    "lr": 5e-4,
-    "weight_decay": 0.1,
-    "drop_path": 0.1,
-    "warmup": 10,
-    "patch_drop_share": 0.7,
-}
+    "deit_tiny_patch16_224": {"epochs": 160, "lr": 1e-3, "weight_decay": 0.05, "drop_path": 0.05, "warmup": 10,
+                              "patch_drop_share": 0.6},
+    "deit_small_patch16_224": {"epochs": 150, "lr": 6e-4, "weight_decay": 0.1, "drop_path": 0.15, "warmup": 15,
+                               "patch_drop_share": 0.7},
+}  # fmt: skip
+OTHERS: dict[str, Any] = {"epochs": 100, "lr": 5e-4, "weight_decay": 0.1, "drop_path": 0.1, "warmup": 10,
+                          "patch_drop_share": 0.7}  # fmt: skip
 RESUME, LOG = "resume.pt", "log.csv"
 # Seconds kept back from the time limit to judge and save.
 RESERVE = 15.0
@@ -244,11 +223,4 @@ class Run:
 
 def main() -> None:
     """Trains."""
-    try:
-        Run(parse()).go()
-    except (TokencutError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    Run(parse()).go()

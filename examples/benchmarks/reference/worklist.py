@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 # Off the shelf: every keep rate, every method that needs no training, and the paper's own rule with its parts.
@@ -105,12 +106,16 @@ class Sweep:
     name: str
     methods: tuple[str, ...]
     keeps: tuple[float, ...] = KEEPS
-    options: tuple[str, ...] = ()
+    prop_attn: bool | None = None
 
     @property
     def key(self) -> str:
         """Its name among the results."""
         return f"{self.label} {self.name}"
+
+    def folder(self, work: Path) -> Path:
+        """Where it stands while it is under way."""
+        return work / self.key.replace(" ", "-")
 
     def complete(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether rows hold every method at every rate."""
@@ -120,7 +125,8 @@ class Sweep:
     def words(self, folder: str, val: str, output: str) -> list[str]:
         """What to type."""
         keeps, methods = ",".join(map(str, self.keeps)), ",".join(self.methods)
-        return ["tokencut", "sweep", f"local-dir:{folder}", "--keep", keeps, "--methods", methods, *self.options,
+        options = ["--no-prop-attn"] if self.prop_attn is False else []
+        return ["tokencut", "sweep", f"local-dir:{folder}", "--keep", keeps, "--methods", methods, *options,
                 "--no-latency", "--data", val, "-o", output]  # fmt: skip
 
 
@@ -137,10 +143,9 @@ class Search:
         """Its name among the results."""
         return f"{self.label} searched -{self.saved}%"
 
-    def words(self, folder: str, train: str, gmacs: float, output: str) -> list[str]:
-        """What to type."""
-        return ["tokencut", "compress", f"local-dir:{folder}", "--target-gmacs", f"{gmacs:.4f}", "--calibration", train,
-                "-o", output]  # fmt: skip
+    def gmacs(self, dense: float) -> float:
+        """The multiply-adds to search for, of a dense model's: as one would type them, in units of 1e9."""
+        return round((1 - self.saved / 100) * dense, 4)
 
 
 Job = Task | Sweep | Search
@@ -154,7 +159,6 @@ class Plan:
         labels: The models, by the names of `HEADLINE`, where they are among them.
         epochs: Of a fine-tune.
         seeds: For the first model's fine-tunes; others get the first only.
-        searches: Whether tokencut can search schedules.
         keeps: Rates of the sweep.
         methods: Methods of the sweep.
         tuned: Methods that are fine-tuned.
@@ -163,7 +167,6 @@ class Plan:
     labels: Sequence[str]
     epochs: int = 3
     seeds: Sequence[int] = (1, 2, 3)
-    searches: bool = True
     keeps: tuple[float, ...] = KEEPS
     methods: tuple[str, ...] = METHODS
     tuned: tuple[str, ...] = TUNED
@@ -177,12 +180,10 @@ class Plan:
         for label in reversed(self.labels):
             found += self.headline(label, first)
         found += self.methods_tuned(self.labels[0], first)
-        found += [
-            Sweep(label, "parts", tuple(PARTS.values()), self.keeps, ("--no-prop-attn",)) for label in self.labels
-        ]
+        found += [Sweep(label, "parts", tuple(PARTS.values()), self.keeps, prop_attn=False) for label in self.labels]
         found += self.parts_tuned(self.labels[0], first)
         found += [Search(label, HEADLINE[label][0], self.epochs) for label in self.labels
-                  if self.searches and label in HEADLINE]  # fmt: skip
+                  if label in HEADLINE]  # fmt: skip
         found += [replace(task, alpha=alpha, beta=beta) for task in self._tuned(self.labels[0], (PAPER,), (0.5,), first)
                   for alpha, beta in self.weights]  # fmt: skip
         for seed in self.seeds[1:]:

@@ -7,14 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import augment
-import loop
-import pixels
 import pytest
-import shards
 import torch
-import train
 from image_files import greys, write_folder
+from reference import augment, loop, pixels, shards, train
 from reference_runs import CLASSES, STILL, arguments
 
 from tokencut.data.preprocessing import preprocessing_of
@@ -92,7 +88,7 @@ def test_parts_of_a_model_come_together_as_the_whole(
     assert [path.name for path in parts][:1] == [f"model-00001-of-{len(parts):05}.safetensors"]
     assert len(parts) > 1 and all(path.stat().st_size < 12_000 for path in parts)
     whole = shards.assemble(tmp_path / "parts")
-    # To the byte, so that claims.py knows them for the same model.
+    # To the byte, so that `claims` knows them for the same model.
     assert whole.read_bytes() == (trained / "model.safetensors").read_bytes()
     parts[1].unlink()
     with pytest.raises(ArtifactError, match=rf"does not hold one whole model: {parts[1].name} is missing; copy all"):
@@ -191,7 +187,7 @@ def test_what_cannot_be_trained_is_said(data: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_ends_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = train.Run(arguments(data, tmp_path)).training
     monkeypatch.setattr(training, "_step", lambda chosen, small: torch.tensor(math.nan))
-    with pytest.raises(FloatingPointError, match=r"the loss is nan in epoch 1; try a smaller learning rate, such as"):
+    with pytest.raises(TokencutError, match=r"the loss is nan in epoch 1; try a smaller learning rate, such as"):
         training.run_epoch()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
-import numpy as np
-from bench_tuning import DENSE, Results, Task
-from numpy.typing import NDArray
+from results import Results
+from tables import ahead, markdown
+from tuning import DENSE, Task
 
-from tokencut.evaluation.statistics import Difference, paired_difference
+from tokencut.evaluation.statistics import Difference
 
 COLUMNS = ("keep", "method", "GMACs", "off the shelf", "fine-tuned", "against dense", "against dense fine-tuned",
            "recovered")  # fmt: skip
@@ -28,7 +29,7 @@ class Line:
     @property
     def top1(self) -> float:
         """Fine-tuned, in percent, averaged over the seeds."""
-        return float(np.mean([row["top1"] for row in self.tuned.values()]))
+        return mean([row["top1"] for row in self.tuned.values()])
 
 
 def lines(results: Results, tasks: Sequence[Task]) -> list[Line]:
@@ -44,22 +45,10 @@ def lines(results: Results, tasks: Sequence[Task]) -> list[Line]:
     return list(found.values())
 
 
-def hits(row: Mapping[str, Any]) -> NDArray[np.float64]:
-    """1 for each image that is right, 0 for the others."""
-    return np.array([mark == "1" for mark in row["correct"]], dtype=float)
-
-
-def ahead(first: Iterable[Line], second: Iterable[Line]) -> Difference | None:
-    """How far the first lines are ahead of the second, one by one, over the seeds that both have.
-
-    Returns:
-        The paired difference, averaged over lines and seeds for each image first; None without a common seed.
-    """
-    pairs = [(one.tuned[seed], other.tuned[seed]) for one, other in zip(first, second, strict=True)
-             for seed in one.tuned if seed in other.tuned]  # fmt: skip
-    if not pairs:
-        return None
-    return paired_difference([hits(one) for one, _ in pairs], [hits(other) for _, other in pairs])
+def lead(first: Iterable[Line], second: Iterable[Line]) -> Difference | None:
+    """How far the first lines are ahead of the second, one by one, over the seeds that both have."""
+    return ahead([(one.tuned[seed], other.tuned[seed]) for one, other in zip(first, second, strict=True)
+                  for seed in one.tuned if seed in other.tuned])  # fmt: skip
 
 
 def recovered(line: Line, dense: float) -> str:
@@ -85,15 +74,15 @@ def report(results: Results, tasks: Sequence[Task]) -> str:
     untouched = Line(DENSE, 1.0, dense, {seed: dense for line in found for seed in line.tuned})
     best = cut[0].variant
     rows = [[*_facts(control or untouched, tuned=control is not None),
-             "" if control is None else _shown(ahead([control], [untouched])), "", "", ""]]  # fmt: skip
+             "" if control is None else lead([control], [untouched]), "", "", ""]]  # fmt: skip
     for line in cut:
         first = next((other for other in cut if (other.variant, other.keep) == (best, line.keep)), None)
         rows.append([
-            *_facts(line), _shown(ahead([line], [untouched])),
-            "" if control is None else _shown(ahead([line], [control])), recovered(line, dense["top1"]),
-            "" if first is None or first is line else _shown(ahead([first], [line])),
+            *_facts(line), lead([line], [untouched]),
+            "" if control is None else lead([line], [control]), recovered(line, dense["top1"]),
+            "" if first is None or first is line else lead([first], [line]),
         ])  # fmt: skip
-    parts = [_table([*COLUMNS, f"{best} ahead by"], rows), _averages(cut, best), _measured(results, cut)]
+    parts = [markdown([*COLUMNS, f"{best} ahead by"], rows), _averages(cut, best), _measured(results, cut)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -114,10 +103,10 @@ def _averages(cut: Sequence[Line], best: str) -> str:
     for variant, at in by_variant.items():
         keeps = [keep for keep in by_variant[best] if keep in at]
         first, these = [by_variant[best][keep] for keep in keeps], [at[keep] for keep in keeps]
-        mean = float(np.mean([line.top1 for line in these]))
-        rows.append([variant, "/".join(f"{keep:g}" for keep in keeps), f"{mean:.2f}",
-                     "" if variant == best else _shown(ahead(first, these))])  # fmt: skip
-    return _table(["method", "mean of keep", "fine-tuned", f"{best} ahead by"], rows)
+        average = mean([line.top1 for line in these])
+        rows.append([variant, "/".join(f"{keep:g}" for keep in keeps), f"{average:.2f}",
+                     "" if variant == best else lead(first, these)])  # fmt: skip
+    return markdown(["method", "mean of keep", "fine-tuned", f"{best} ahead by"], rows)
 
 
 def _measured(results: Results, found: Sequence[Line]) -> str:
@@ -132,11 +121,3 @@ def _measured(results: Results, found: Sequence[Line]) -> str:
         f"{settings['precision']}, trained at {min(rates):.0f} to {max(rates):.0f} images/s a job; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
-
-
-def _shown(difference: Difference | None) -> str:
-    return "" if difference is None else str(difference)

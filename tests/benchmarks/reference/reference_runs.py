@@ -1,16 +1,11 @@
-"""What the tests of the reference models share: the scripts on the path, and the arguments of a small run."""
+"""What the tests of the reference models share: the arguments of a small run."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES / "reference"))
-
-import augment  # noqa: E402
-import train  # noqa: E402
+from reference import augment, train
 
 CLASSES = ("ant", "bee", "cat")
 STILL = augment.Augmentation((1, 1), (1, 1), hflip=0, rotation=0, jitter=0, three=0, erasing=0)

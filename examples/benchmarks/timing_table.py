@@ -121,15 +121,14 @@ def publish(args: argparse.Namespace, columns: Columns, title: str, measured: Me
     return rows
 
 
-def in_processes(count: int, script: Path, words: Sequence[str], note: Callable[[str], None]) -> list[Row]:
-    """Runs a script several times, each in a process of its own, and takes medians.
+def in_processes(count: int, command: Sequence[str], note: Callable[[str], None]) -> list[Row]:
+    """Runs a benchmark several times, each in a process of its own, and takes medians.
 
     Where memory lies, and so how fast a model is, differs from process to process by more than from round to round.
 
     Args:
         count: How many processes, one after the other; what they print goes to stderr.
-        script: The script.
-        words: Its command line; `--processes 1` and `--rows-to` are added.
+        command: Its command line; `--processes 1` and `--rows-to` are added.
         note: Told each process's notes, once.
 
     Returns:
@@ -144,8 +143,8 @@ def in_processes(count: int, script: Path, words: Sequence[str], note: Callable[
         for number in range(1, count + 1):
             print(f"process {number} of {count}", file=sys.stderr, flush=True)
             report = Path(folder, f"{number}.json")
-            command = [sys.executable, str(script), *words, "--processes", "1", "--rows-to", str(report)]
-            if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+            once = [*command, "--processes", "1", "--rows-to", str(report)]
+            if subprocess.run(once, check=False, stdout=sys.stderr).returncode:
                 raise SystemExit(f"error: process {number} of {count} failed, as said above")
             values = json.loads(report.read_text(encoding="utf-8"))
             runs.append([row_from(entry) for entry in values["rows"]])

@@ -1,4 +1,4 @@
-"""How the timing scripts time: their options, a model beside the dense one, and a limit to what may take too long."""
+"""How benchmarks time: their options, models in turns with the dense one, and a limit to what may take too long."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import dataclasses
 import datetime
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from bench_table import Row
+from timing_table import Columns, Measured, Row, in_processes, publish
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.errors import UsageError
+from tokencut.errors import TokencutError, UsageError
+from tokencut.messages import one_line
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.profiling.latency import Clock, Forward, Timing, clock_for, measure, share_of_time, speedup
 from tokencut.runtime.devices import PRECISIONS, describe_device, resolve_device
 
+EAGER, NAIVE = "eager", "naive"
+RUNNER = Path(__file__).resolve().parent / "run.py"
+
 
 def add_run_options(parser: argparse.ArgumentParser, *, rounds: int, max_seconds: float) -> None:
-    """The options that both scripts have: where and how precisely models run, how long, how often, and the output."""
+    """The options that all of them have: where and how precisely models run, how long, how often, and the output."""
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS), help="the weights are cast to it")
     parser.add_argument("--threads", type=int, help="torch's threads, and onnxruntime's; by default one a core")
@@ -116,7 +122,7 @@ def beside_dense(
         sides: The models themselves, `dense` and `name`: what they cost is read off them.
         forwards: What is called, by the same names.
         images: A batch.
-        args: The script's options.
+        args: The benchmark's options.
         shares: Whether to measure the share of the stages, where the model has any.
 
     Returns:
@@ -150,6 +156,73 @@ def _row(name: str, form: str, model: nn.Module, images: Tensor, timing: Timing,
         stage_share=share,
         memory_mib=timing.peak_memory_mib,
     )
+
+
+def in_turns(
+    what: str, form: str, models: Mapping[str, nn.Module], make: Callable[[str], Forward], images: Tensor,
+    args: argparse.Namespace, note: Callable[[str], None],
+) -> Iterator[Row]:  # fmt: skip
+    """Times the models of one form, one at a time beside the dense one; goes on where one cannot be timed.
+
+    Args:
+        what: What notes call this: the form and what else there is more than one of.
+        form: What the table calls the form.
+        models: By name, `dense` first.
+        make: What is called for a model of that name.
+        images: A batch.
+        args: The benchmark's options.
+        note: Told what could not be timed, and why.
+
+    Yields:
+        The dense model's row, then the others'.
+    """
+    forwards: dict[str, Forward] = {}
+    told = False
+    for name in models:
+        try:
+            forwards = {"dense": forwards.get("dense") or make("dense")}
+            if name == "dense":
+                continue
+            forwards[name] = make(name)
+            shares = form == EAGER and not name.startswith(NAIVE)
+            dense, row = beside_dense(name, form, models, forwards, images, args, shares=shares)
+        except (TokencutError, TooSlowError, RuntimeError) as error:  # RuntimeError: out of memory, above all
+            note(f"{name}, {what}: not timed ({one_line(str(error).partition(chr(10))[0])})")
+            if name == "dense":
+                return
+            continue
+        if not told:
+            yield dense
+        told = True
+        yield row
+
+
+def timed_table(
+    name: str, args: argparse.Namespace, columns: Columns, measured: Measured, *, versions: Mapping[str, str],
+    shared: Sequence[str] = (), more: str = "",
+) -> tuple[str, list[Row]]:  # fmt: skip
+    """Times everything, here or in several processes one after the other, and prints the table.
+
+    Args:
+        name: The benchmark's.
+        args: Its options.
+        columns: How each column's cells are made.
+        measured: Makes the rows; is given what to call with a note.
+        versions: Those of what runs beside torch.
+        shared: Words for the command line of each of several processes.
+        more: What else the line above the table says.
+
+    Returns:
+        That line, and the rows.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    chosen_clock(args)
+    title = heading(args, resolve_device(args.device), versions) + more
+    if args.processes > 1:
+        command = [sys.executable, str(RUNNER), name, *sys.argv[1:], *shared]
+        measured = partial(in_processes, args.processes, command)
+    return title, publish(args, columns, title, measured)
 
 
 def heading(args: argparse.Namespace, device: torch.device, versions: Mapping[str, str]) -> str:

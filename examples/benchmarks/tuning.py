@@ -1,25 +1,20 @@
-"""One fine-tune of the benchmark and its evaluation, and the file that keeps what was found."""
+"""A model made, fine-tuned and judged: one task of a benchmark."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
-import tokencut
 from tokencut import compress, cost, evaluate
 from tokencut.data.sampling import evenly_spread
 from tokencut.data.sources import Part, Source, hold_out, open_source
-from tokencut.errors import TokencutError, UsageError
-from tokencut.files import atomic_write
+from tokencut.errors import UsageError
 from tokencut.model import predicted_macs
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import describe_device, resolve_device
@@ -27,7 +22,6 @@ from tokencut.runtime.distributed import alone
 from tokencut.training.recipe import TrainingRecipe, recipe_named
 from tokencut.training.run import finetune
 from tokencut.training.setup import TrainingSetup
-from tokencut.training.state import remove_state
 
 DENSE = "dense"
 HOLD_OUT_SEED = 0
@@ -114,26 +108,56 @@ def carry_out(task: Task) -> dict[str, Any]:
     """Compresses, fine-tunes where that is wanted, and judges."""
     settings, given = task.settings, task.resources
     torch.set_num_threads(given.threads)
-    device = resolve_device(given.device)
     method, keep = ("topk", 1.0) if task.method == DENSE else (task.method, task.keep)
     model = compress(_dense(settings.model), keep=keep, method=method)
-    train, judged = _images(settings)
-    told: dict[str, Any] = {"gmacs": cost.total(predicted_macs(model)) / 1e9, "device": describe_device(device)}
-    if task.seed is not None:
-        setup = TrainingSetup(
-            batch_size=settings.batch_size, workers=given.workers, precision=settings.precision, seed=task.seed
-        )
+    recipe = None if task.seed is None else recipe_of(settings, task.changes)
+    setup = TrainingSetup(
+        batch_size=settings.batch_size, workers=given.workers, precision=settings.precision, seed=task.seed or 0
+    )
+    if recipe is not None:
         Path(given.folder).mkdir(exist_ok=True)
-        report = finetune(
-            model, train, recipe=recipe_of(settings, task.changes), setup=setup, group=alone(device), state=task.state,
-            resume=True,
-        )  # fmt: skip
-        told |= {"history": report.history}
-    score = evaluate(
-        model, judged, batch_size=settings.batch_size, workers=given.workers, device=device,
-        precision=settings.precision, limit=settings.limit,
+    return tuned_and_judged(
+        model, *_images(settings), recipe, setup, resolve_device(given.device), precision=settings.precision,
+        limit=settings.limit, state=task.state,
     )  # fmt: skip
-    return {**told, "top1": score.top1, "loss": score.loss, "correct": "".join("01"[hit] for hit in score.correct)}
+
+
+def tuned_and_judged(
+    model: nn.Module, train: Source, judged: Source, recipe: TrainingRecipe | None, setup: TrainingSetup,
+    device: torch.device, *, precision: str, limit: int | None, state: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tunes a model, and judges it.
+
+    Args:
+        model: It is changed.
+        train: Images to train on.
+        judged: Images to judge by.
+        recipe: How it is fine-tuned; not at all where None.
+        setup: How training runs; evaluation takes its batches and workers.
+        device: Where.
+        precision: Of the evaluation.
+        limit: Judge by an evenly spread sample of so many images.
+        state: Where training keeps its state, and goes on from one that is there.
+
+    Returns:
+        `gmacs`, `device`, `top1` in percent, `loss`, `images`, `correct` (1 or 0 for each image), and where it was
+        fine-tuned the `history` of that.
+    """
+    told: dict[str, Any] = {"gmacs": gmacs(model), "device": describe_device(device)}
+    if recipe is not None:
+        resumed = {} if state is None else {"state": state, "resume": True}
+        told["history"] = finetune(model, train, recipe=recipe, setup=setup, group=alone(device), **resumed).history
+    score = evaluate(
+        model, judged, batch_size=setup.batch_size, workers=setup.workers, device=device, precision=precision,
+        limit=limit,
+    )  # fmt: skip
+    correct = "".join("01"[hit] for hit in score.correct)
+    return {**told, "top1": score.top1, "loss": score.loss, "images": score.images, "correct": correct}
+
+
+def gmacs(model: nn.Module) -> float:
+    """Multiply-adds an image by the closed form, in units of 1e9."""
+    return cost.total(predicted_macs(model)) / 1e9
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,48 +175,3 @@ def _images(settings: Settings) -> tuple[Source, Source]:
     else:
         train, judged = hold_out(train, settings.held_out / len(train), HOLD_OUT_SEED)
     return Part(train, evenly_spread(len(train), settings.train_limit)), judged
-
-
-class Results:
-    """What was found so far, in a JSON file that is whole at any moment."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        """Opens the file, or begins one.
-
-        Raises:
-            UsageError: It holds the results of other settings.
-            TokencutError: It cannot be read.
-        """
-        self.path = path
-        versions = {"torch": torch.__version__, "timm": timm.__version__, "tokencut": tokencut.__version__}
-        self._versions = versions
-        self.content: dict[str, Any] = {"settings": asdict(settings), "versions": dict(versions), "rows": {}}
-        if not path.exists():
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            held, self.content["rows"] = found["settings"], dict(found["rows"])
-            self.content["versions"] = {**versions, **found["versions"]}
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise TokencutError(f"cannot read {path}: {error}; give another -o") from error
-        others = [name for name, value in asdict(settings).items() if held.get(name) != value]
-        if others:
-            option = "model" if others[0] == "model" else "--" + others[0].replace("_", "-")
-            raise UsageError(f"{path} holds results of another {option} ({held.get(others[0])}); give another -o")
-
-    @property
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """What was found, by the task's key."""
-        rows: dict[str, dict[str, Any]] = self.content["rows"]
-        return rows
-
-    def add(self, task: Task, found: dict[str, Any]) -> None:
-        """Keeps a result, and lets go of the training's state."""
-        self.rows[task.key] = found
-        held = self.content["versions"]
-        for name, version in self._versions.items():
-            if version not in held[name].split(" and "):
-                held[name] += f" and {version}"
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + os.linesep, encoding="utf-8")
-        remove_state(task.state)

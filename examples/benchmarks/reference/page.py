@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import verdicts
-from verdicts import Book, Verdict
-from worklist import DENSE, OURS, PAPER, PARTS, TUNED_KEEPS, Job, Search, Sweep, Task
+from tables import markdown
 
+from reference import verdicts
+from reference.verdicts import Book, Verdict
+from reference.worklist import DENSE, OURS, PAPER, PARTS, TUNED_KEEPS, Job, Search, Sweep, Task
 from tokencut.files import atomic_write
 from tokencut.visualization.plots import Series, accuracy_plot
 
@@ -82,19 +83,17 @@ class Page:
         said = [f"{label}, as trained: {_settings(told['recipe'])}; {_settings(told['augmentation'])}"
                 for label, told in trained.items()]  # fmt: skip
         said += self.book.data.get("notes", [])
-        return table(head, rows) + ("\n\n" + lines(said) if said else "")
+        return markdown(head, rows) + ("\n\n" + lines(said) if said else "")
 
     def control(self, label: str) -> Task:
         """The dense model fine-tuned alike."""
         return Task(label, epochs=self.book.epochs)
 
     def swept(self, label: str, plot: str | None) -> str:
-        rows = self.book.rows(f"{label} methods")
-        if not rows:
+        by_key, keeps = self.book.sweep(f"{label} methods")
+        if not by_key:
             return f"{label}: not measured."
-        keeps = sorted({row["keep"] for row in rows if row["method"] != DENSE}, reverse=True)
-        methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != DENSE))
-        by_key = {(row["method"], row["keep"]): row for row in rows}
+        methods = list(dict.fromkeys(method for method, _ in by_key if method != DENSE))
         dense = by_key[DENSE, 1.0]
         lines = []
         for method in methods:
@@ -106,10 +105,10 @@ class Page:
                       *(str(verdicts.of_rows(cell, dense)) if cell else "" for cell in first)))  # fmt: skip
         head = (f"{label} (dense {dense['top1']:.2f})", *(f"keep {keep:g}" for keep in keeps))
         picture = f"\n\n![Top-1 against multiply-adds, {label}]({plot})" if plot else ""
-        return table(head, lines) + picture
+        return markdown(head, lines) + picture
 
     def recipe(self) -> str:
-        held = self.book.data["conditions"]
+        held = self.book.data["settings"]
         words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in held["recipe"].items())
         return (f"One recipe for all: epochs {held['epochs']}, batch {held['batch']}, {held['precision']}, {words}, "
                 "half of the loss distilled from the dense model. *Minus control*: against the dense model fine-tuned "
@@ -135,22 +134,20 @@ class Page:
         head = (label, "keep", "fewer GMACs, %", "seeds", "top-1, % (± over seeds)", "minus dense as trained",
                 "minus control", f"`{OURS}` minus this")  # fmt: skip
         # A saving may come to a keep rate that is in the list anyway.
-        return table(head, list(dict.fromkeys(rows))) if rows else f"{label}: not measured."
+        return markdown(head, list(dict.fromkeys(rows))) if rows else f"{label}: not measured."
 
     def parts(self) -> str:
         said = []
         for label in self.labels:
-            rows = self.book.rows(f"{label} parts")
-            by_key = {(row["method"], row["keep"]): row for row in rows}
-            keeps = sorted({row["keep"] for row in rows if row["method"] != DENSE}, reverse=True)
+            by_key, keeps = self.book.sweep(f"{label} parts")
             lines: list[tuple[Any, ...]] = []
-            for name, method in list(PARTS.items()) if rows else []:
+            for name, method in list(PARTS.items()) if by_key else []:
                 pairs = [(by_key.get((method, keep)), by_key.get((PAPER, keep))) for keep in keeps]
                 whole = method == PAPER
                 lines.append((name, *("" if not (mine and all_) else f"{mine['top1']:.2f}" if whole
                                       else verdicts.of_rows(mine, all_) for mine, all_ in pairs)))  # fmt: skip
             if lines:
-                said.append(table((f"{label}, off the shelf", *(f"keep {keep:g}" for keep in keeps)), lines))
+                said.append(markdown((f"{label}, off the shelf", *(f"keep {keep:g}" for keep in keeps)), lines))
             tuned: list[tuple[Any, ...]] = []
             tasks = {(method, keep): Task(label, method, keep, epochs=self.book.epochs)
                      for method in PARTS.values() for keep in TUNED_KEEPS}  # fmt: skip
@@ -168,7 +165,7 @@ class Page:
             if len(tuned) > 1:
                 counted = f"{len(common)} seed{'s' * (len(common) > 1)}"
                 rates = (f"keep {keep:g}" for keep in TUNED_KEEPS)
-                said.append(table((f"{label}, fine-tuned, {counted}", *rates), tuned))
+                said.append(markdown((f"{label}, fine-tuned, {counted}", *rates), tuned))
         return "\n\n".join(said) if said else "Not measured."
 
     def weights(self) -> str:
@@ -177,7 +174,7 @@ class Page:
                 for task in tasks
                 if (difference := self.book.difference(task, replace(task, alpha=0.0, beta=0.0)))]  # fmt: skip
         head = ("model", "alpha (importance)", "beta (diversity)", "minus the same without")
-        return table(head, rows) if rows else "Not measured."
+        return markdown(head, rows) if rows else "Not measured."
 
     def searched(self) -> str:
         rows = []
@@ -194,7 +191,7 @@ class Page:
                          f"{found['searching']:.0f} s"))  # fmt: skip
         head = ("model", "fewer GMACs, %", "keep", "layers", "off the shelf, minus dense", "fine-tuned, minus dense",
                 "minus control", "search")  # fmt: skip
-        return table(head, rows) if rows else "Not measured."
+        return markdown(head, rows) if rows else "Not measured."
 
     def cut(self) -> str:
         left = [job.key for job in self.jobs if not self.book.whole(job.key)]
@@ -208,7 +205,7 @@ class Page:
         return "\n\n".join([*said, *(["Of these, tried and failed:", lines(failed)] if failed else [])])
 
     def commands(self) -> str:
-        held = self.book.data["conditions"]
+        held = self.book.data["settings"]
         label, epochs = self.labels[0], self.book.epochs
         sweeps = [job for job in self.jobs if isinstance(job, Sweep)][:1]
         folder, data = f"runs/{label}", (held["train"], held["val"], held["batch"], held["recipe"])
@@ -244,19 +241,13 @@ def negatives(claims: Sequence[Verdict]) -> str:
 def claim_table(claims: Sequence[Verdict]) -> str:
     """The paper's claims beside ours."""
     head = ("", "claim", "the paper, on ImageNet", "here", "reproduces")
-    return table(head, [(claim.letter, claim.what, claim.paper, claim.found, claim.verdict) for claim in claims])
+    return markdown(head, [(claim.letter, claim.what, claim.paper, claim.found, claim.verdict) for claim in claims])
 
 
 def _settings(values: Mapping[str, Any]) -> str:
     shown = {name: "/".join(f"{part:.3g}" for part in value) if isinstance(value, (list, tuple)) else f"{value:g}"
              for name, value in values.items()}  # fmt: skip
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
-
-
-def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    body = [f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in (head, *rows)]
-    return "\n".join([body[0], "|" + "---|" * len(head), *body[1:]])
 
 
 def lines(texts: Any) -> str:
@@ -269,14 +260,13 @@ def write(data: dict[str, Any], jobs: Sequence[Job], folder: Path) -> str:
     made = Page(Book(data), jobs)
     plots = {}
     for label in made.labels:
-        rows = made.book.rows(f"{label} methods")
-        if len(rows) < 2:
+        rows, keeps = made.book.sweep(f"{label} methods")
+        if not keeps:
             continue
-        dense = next(row for row in rows if row["method"] == DENSE)
-        series = [
-            Series(method, tuple((row["gmacs"], row["top1"]) for row in rows if row["method"] == method))
-            for method in dict.fromkeys(row["method"] for row in rows if row["method"] != DENSE)
-        ]
+        dense, points = rows[DENSE, 1.0], dict[str, list[tuple[float, float]]]()
+        for (method, _), row in rows.items():
+            points.setdefault(method, []).append((row["gmacs"], row["top1"]))
+        series = [Series(method, tuple(found)) for method, found in points.items() if method != DENSE]
         figure = accuracy_plot(
             series, (dense["gmacs"], dense["top1"]), "multiply-adds per image (G)", less_is_better=True
         )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from image_files import write_folder
-from reference_runs import CLASSES, arguments, train
+from reference import train
+from reference_runs import CLASSES, arguments
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from worklist import DENSE, HEADLINE, OURS, PAPER, PARTS, TUNED_KEEPS, Task
+from tables import ahead, hits
 
+from reference.worklist import DENSE, HEADLINE, OURS, PAPER, PARTS, TUNED_KEEPS, Task
 from tokencut.evaluation.statistics import CLEAR, Difference, paired_difference
 
 MISSING = "not measured"
@@ -53,22 +54,22 @@ class Book:
     @property
     def found(self) -> dict[str, Any]:
         """The results by the keys of their jobs."""
-        found: dict[str, Any] = self.data["found"]
+        found: dict[str, Any] = self.data["rows"]
         return found
 
     @property
     def epochs(self) -> int:
         """Of a fine-tune."""
-        return int(self.data["conditions"]["epochs"])
+        return int(self.data["settings"]["epochs"])
 
     def whole(self, key: str) -> bool:
         """Whether a job is done."""
         return key in self.found and bool(self.found[key].get("whole", True))
 
-    def rows(self, key: str) -> list[dict[str, Any]]:
-        """The rows of a sweep."""
-        rows: list[dict[str, Any]] = self.found.get(key, {}).get("rows", [])
-        return rows
+    def sweep(self, key: str) -> tuple[dict[tuple[str, float], dict[str, Any]], list[float]]:
+        """The rows of a sweep by method and keep rate, and its rates from the highest down, without the dense row's."""
+        rows = {(row["method"], row["keep"]): row for row in self.found.get(key, {}).get("rows", [])}
+        return rows, sorted({keep for method, keep in rows if method != DENSE}, reverse=True)
 
     def seeds(self, task: Task) -> dict[int, dict[str, Any]]:
         """The results of a task by seed."""
@@ -79,20 +80,12 @@ class Book:
     def difference(self, first: Task, second: Task) -> Difference | None:
         """How far one is ahead of the other, over the seeds that both have; what is not trained has them all."""
         mine, theirs = self.seeds(first), self.seeds(second)
-        common = sorted(mine.keys() & theirs.keys())
-        if not common:
-            return None
-        pairs = [(_bits(mine[seed]), _bits(theirs[seed])) for seed in common]
-        return paired_difference([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        return ahead([(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())])
 
 
 def of_rows(first: dict[str, Any], second: dict[str, Any]) -> Difference:
     """How far one result is ahead of another."""
-    return paired_difference(_bits(first), _bits(second))
-
-
-def _bits(found: dict[str, Any]) -> list[bool]:
-    return [sign == "1" for sign in found["correct"]]
+    return paired_difference(hits(first), hits(second))
 
 
 def judged(difference: Difference, least: float) -> str:
@@ -139,8 +132,8 @@ def importance(book: Book, label: str) -> list[Verdict]:
     """(c): ahead of importance only at every keep, most at a low one."""
     said = "ahead at every keep; against EViT +0.1 at keep 0.7, +0.5 at 0.5 (DeiT-S)"
     plain = f"{label}, off the shelf, both without proportional attention"
-    found = [_every_keep(book.rows(f"{label} parts"), PAPER, IMPORTANCE[0], plain, said)]
-    found += [_every_keep(book.rows(f"{label} methods"), OURS, other, f"{label}, off the shelf", said)
+    found = [_every_keep(book, f"{label} parts", PAPER, IMPORTANCE[0], plain, said)]
+    found += [_every_keep(book, f"{label} methods", OURS, other, f"{label}, off the shelf", said)
               for other in IMPORTANCE[1:]]  # fmt: skip
     for method in (PAPER, OURS):
         for other in IMPORTANCE[1:] if method == OURS else IMPORTANCE:
@@ -148,22 +141,18 @@ def importance(book: Book, label: str) -> list[Verdict]:
                      for keep in TUNED_KEEPS]  # fmt: skip
             differences = {keep: difference for keep, pair in zip(TUNED_KEEPS, tasks, strict=True)
                            if (difference := book.difference(*pair))}  # fmt: skip
-            found.append(_ahead(differences, f"{label}, fine-tuned: `{method}` over `{other}`", said))
+            found.append(_everywhere(differences, f"{label}, fine-tuned: `{method}` over `{other}`", said))
     return found
 
 
-def _every_keep(rows: Sequence[dict[str, Any]], mine: str, other: str, what: str, said: str) -> Verdict:
-    by_key = {(row["method"], row["keep"]): row for row in rows}
-    keeps = sorted({row["keep"] for row in rows if row["method"] != DENSE}, reverse=True)
-    differences = {
-        keep: of_rows(by_key[mine, keep], by_key[other, keep])
-        for keep in keeps
-        if (mine, keep) in by_key and (other, keep) in by_key
-    }
-    return _ahead(differences, f"{what}: `{mine}` over `{other}`", said)
+def _every_keep(book: Book, key: str, mine: str, other: str, what: str, said: str) -> Verdict:
+    rows, keeps = book.sweep(key)
+    pairs = {keep: (rows.get((mine, keep)), rows.get((other, keep))) for keep in keeps}
+    differences = {keep: of_rows(one, two) for keep, (one, two) in pairs.items() if one and two}
+    return _everywhere(differences, f"{what}: `{mine}` over `{other}`", said)
 
 
-def _ahead(differences: dict[float, Difference], what: str, said: str) -> Verdict:
+def _everywhere(differences: dict[float, Difference], what: str, said: str) -> Verdict:
     """Ahead everywhere, and most at the lowest keep."""
     if not differences:
         return Verdict("(c)", f"{what}, at every keep, most at the lowest", said, "", MISSING)
@@ -188,10 +177,10 @@ def parts(book: Book, label: str) -> list[Verdict]:
     found, said = [], "both are needed"
     for name, method in list(PARTS.items())[1:]:
         differences = {}
-        rows = {(row["method"], row["keep"]): row for row in book.rows(f"{label} parts")}
-        keeps = sorted({keep for other, keep in rows if other == PAPER and (method, keep) in rows}, reverse=True)
+        rows, rates = book.sweep(f"{label} parts")
+        keeps = [keep for keep in rates if (PAPER, keep) in rows and (method, keep) in rows]
         if keeps:
-            mine, theirs = ([_bits(rows[which, keep]) for keep in keeps] for which in (PAPER, method))
+            mine, theirs = ([hits(rows[which, keep]) for keep in keeps] for which in (PAPER, method))
             differences[f"off the shelf, mean of keep {keeps[0]:g} to {keeps[-1]:g}"] = paired_difference(mine, theirs)
         for keep in TUNED_KEEPS:
             task = Task(label, PAPER, keep, epochs=book.epochs)
