@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from tokencut.cli.search_options import TargetOptions
 
 if TYPE_CHECKING:
     from tokencut.cli.finetune_run import FinetuneRun
+    from tokencut.evaluation.accuracy import EvaluationReport
     from tokencut.training.setup import FinetuneReport
 
 
@@ -94,6 +96,10 @@ def compress(
         measured: dict[str, Any] = {"dense_gmacs": gmacs(subject.dense), "gmacs": gmacs(subject.model)}
         report, accuracies = _train_and_measure(work)
         measured |= accuracies
+        if search is not None and images is None and train is None and search.labelled:
+            calibrated = replace(work, val=search.source, data=replace(data, limit=search.images))
+            _warn_of_loss(calibrated, calibrated.measure(subject.dense, "dense"),
+                          calibrated.measure(subject.model, "compressed"))  # fmt: skip
         if group.main:
             stored = {name: value for name, value in measured.items() if name != "top1_before_finetuning"}
             save(subject.model, output, force=force, dtype=dtype, measured=stored)
@@ -125,9 +131,24 @@ def _train_and_measure(work: FinetuneRun) -> tuple[FinetuneReport | None, dict[s
         after = work.judged or work.measure(subject.model, "fine-tuned")
     for text in after.notes:
         render.note(text)
+    _warn_of_loss(work, before, after)
     measured = {"dense_top1": before.top1, "top1": after.top1, "dense_top5": before.top5, "top5": after.top5}
     untrained = {} if report is None else {"top1_before_finetuning": cut.top1}
     return report, {**measured, **untrained, "images": after.images}
+
+
+def _warn_of_loss(work: FinetuneRun, before: EvaluationReport, after: EvaluationReport) -> None:
+    """Says what may be typed where more is lost than is ordinary."""
+    from tokencut.evaluation.unusual_loss import unusual_loss
+    from tokencut.model import CompressedModel
+
+    model = work.subject.model
+    assert isinstance(model, CompressedModel) and work.val is not None
+    loss = unusual_loss(model, before, after, None if work.train is not None else work.measure)
+    if loss is not None:
+        render.note(f"{loss}; compare methods and rates with tokencut sweep {work.subject.name} --methods all --data "
+                    f"{work.val.name}, type a higher --keep, or let the loss choose the schedule: --max-drop 1 "
+                    "--calibration DIR")  # fmt: skip
 
 
 def _facts(

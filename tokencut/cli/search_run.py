@@ -28,6 +28,7 @@ class SearchRun:
     Attributes:
         target: What is asked for.
         report: What was found; None before that.
+        source: The calibration images.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class SearchRun:
         self.target.check()
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
-        self._source = open_source(options.calibration or "", split="train", on_note=render.note)
+        self.source = open_source(options.calibration or "", split="train", on_note=render.note)
         default = SearchSettings()
         self._settings = SearchSettings(
             images=default.images if options.calibration_limit is None else options.calibration_limit,
@@ -66,13 +67,23 @@ class SearchRun:
         )
 
     @property
+    def images(self) -> int:
+        """How many calibration images are looked at, at most."""
+        return self._settings.images
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the calibration images are known, after the search."""
+        return self.report is not None and self.report.found.top1 is not None
+
+    @property
     def option(self) -> str:
         """The option that asks for it, such as `--target-gmacs`."""
         return self.target.option.partition(" ")[0]
 
     def mind(self, data: str | None) -> None:
         """Warns where accuracy would be told of the images that the schedule is chosen by."""
-        calibration = self._source.name
+        calibration = self.source.name
         if data is None or DIGITS in (data, calibration) or Path(data).resolve() != Path(calibration).resolve():
             return  # of digits, each takes its own part
         render.note(f"--calibration and --data are both {data}: an accuracy on images that the schedule was chosen by "
@@ -95,7 +106,7 @@ class SearchRun:
         settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
         with StopRequest() as stop, render.progress(f"searching {loaded.name}") as advance:
             self.report = find_schedule(
-                loaded.dense, self._source, self.target, **settings, settings=self._settings,
+                loaded.dense, self.source, self.target, **settings, settings=self._settings,
                 on_progress=lambda now: advance(round(100 * now.share), 100, _status(now)), on_note=render.note,
                 should_stop=lambda: stop.requested,
             )  # fmt: skip
@@ -123,7 +134,7 @@ class SearchRun:
         sure = f"{report.sure_drop:.2f} with one standard error on top" if known else "one image tells no error of that"
         error = f" ± {report.drop_error:.2f}" if known else ""
         rows = [
-            ("asked for", f"{report.target}, searched by {_counted(report.images, 'image')} of {self._source.name}"),
+            ("asked for", f"{report.target}, searched by {_counted(report.images, 'image')} of {self.source.name}"),
             ("found", found.options),
             ("to lose", f"{report.expected_drop:.2f} {report.metric_name}, as expected on other images; "
                         f"{sure}"),
