@@ -11,8 +11,9 @@ import timm
 import torch
 
 import tokencut
-from tokencut.errors import TokencutError, UsageError
+from tokencut.errors import TokencutError
 from tokencut.files import atomic_write
+from tokencut.runtime.resume import require_same
 
 VERSIONS = {"torch": torch.__version__, "timm": timm.__version__, "tokencut": tokencut.__version__}
 
@@ -35,8 +36,7 @@ class Results:
             growing: The settings with parts that may be added; those that are there must stay as they are.
 
         Raises:
-            UsageError: It holds the results of other settings.
-            TokencutError: It cannot be read.
+            TokencutError: It cannot be read, or holds the results of other settings.
         """
         self.path = path
         self.content: dict[str, Any] = {
@@ -51,16 +51,15 @@ class Results:
             found = json.loads(path.read_text(encoding="utf-8"))
             held, wanted = dict(found["settings"]), dict(settings)
             for name in growing:
-                held[name], wanted[name] = {**settings[name], **held[name]}, {**held[name], **settings[name]}
+                held[name], wanted[name] = (
+                    {**held[name], **settings[name], **held[name]},
+                    {**held[name], **settings[name]},
+                )
             self.content |= {**found, "rows": dict(found["rows"]), "versions": {**VERSIONS, **found["versions"]}}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise TokencutError(f"cannot read {path}: {error}; give another -o") from error
-        others = [name for name, value in wanted.items() if held.get(name) != value]
-        if others:
-            told = (
-                f"other {name}" if isinstance(wanted[name], dict) else f"{name} {held.get(name)}" for name in others
-            )
-            raise UsageError(f"{path} holds results of {' and '.join(told)}; give another -o")
+        made, now = ({name: str(value) for name, value in each.items()} for each in (held, wanted))
+        require_same(f"{path} holds results", made, now, "give another -o")
         self.content["settings"] = held
 
     @property

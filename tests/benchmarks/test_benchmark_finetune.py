@@ -77,7 +77,10 @@ def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) 
     assert f"timm 1.0 and {timm.__version__}" in again
     with pytest.raises(SystemExit) as caught:
         script(*words, "--precision", "bf16")
-    assert caught.value.code == f"error: {output} holds results of precision fp32; give another -o"
+    assert (
+        caught.value.code
+        == f"error: {output} holds results made with other precision (fp32, not bf16); give another -o"
+    )
 
 
 def test_a_grid_is_judged_on_training_images_held_out(tmp_path: Path, script: Script) -> None:

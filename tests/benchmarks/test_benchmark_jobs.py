@@ -16,7 +16,7 @@ from jobs import carried_out
 from results import Results
 
 from tokencut.cli.options import read_keep
-from tokencut.errors import TokencutError, UsageError
+from tokencut.errors import ArtifactError, TokencutError, UsageError
 
 
 def test_jobs_share_the_tasks_and_end_in_time() -> None:
@@ -70,9 +70,11 @@ def test_results_are_kept_for_the_same_settings_only(tmp_path: Path) -> None:
     again = Results(path, {**settings, "models": {"tiny": "b"}}, growing=("models",))
     assert again.content["settings"]["models"] == {"tiny": "b", "small": "a"}
     assert (again.rows, again.tries("one"), again.tries("two")) == ({"two": {"top1": 50.0}}, 1, 0)
-    with pytest.raises(UsageError, match=r"results.json holds results of epochs 3 and other recipe; give another -o"):
+    with pytest.raises(
+        ArtifactError, match=r"results.json holds results made with other epochs \(3, not 1\) and other recipe"
+    ):
         Results(path, {**settings, "epochs": 1, "recipe": {"lr": 0.1, "warmup": 1}}, growing=("models",))
-    with pytest.raises(UsageError, match=r"holds results of other models; give another -o"):
+    with pytest.raises(ArtifactError, match=r"holds results made with other models .*; give another -o"):
         Results(path, {**settings, "models": {"small": "c"}}, growing=("models",))
     path.write_text(json.dumps({"rows": []}))
     with pytest.raises(TokencutError, match=r"cannot read .*results.json: .*; give another -o"):

@@ -28,7 +28,7 @@ NEW_WEIGHTS_LR = 10.0
 class TrainingRecipe:
     """Everything that decides a fine-tune beside the model, the images, the batch and the seed.
 
-    `alpha` and `beta` are 0: neither term helped where it was measured (README, "Fine-tuning").
+    `alpha` and `beta` are 0: neither term helped where it was measured (docs/fine-tuning.md).
 
     Attributes:
         epochs: Passes over the training images.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import sys
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import speed
 import typer
 from reference import claims, judge, page, verdicts, worklist
 from reference.worklist import PAPER, Plan, Sweep, Task
@@ -24,7 +22,6 @@ from tokencut.errors import TokencutError
 # The claims: work, results, verdicts, page.
 
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TOKENCUT = typer.main.get_command(app)
 
 
@@ -268,31 +265,3 @@ def test_the_benchmark_goes_on_where_it_was_and_writes_no_paths_of_this_machine(
     assert "done deit_tiny bat keep=0.5 epochs=3 seed=1" in run("--list").splitlines()
     monkeypatch.setattr(claims, "TRIES", 2)
     assert "left deit_tiny evit keep=0.5 epochs=3 seed=1" in run("--list").splitlines()
-
-
-# The commands of imagenet.md.
-
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", (EXAMPLES / "imagenet.md").read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines()
-]
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_the_commands_for_imagenet_are_spelt_right(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(line)
-    if words[0] == "torchrun":
-        assert words[1:5] == ["--nproc-per-node", "8", "-m", "tokencut"]
-        words = words[4:]
-    if words[0] == "python":
-        assert (EXAMPLES.parent / words[1]).is_file() and words[2] == "speed"
-        monkeypatch.setattr(sys, "argv", words[2:])
-        assert speed.parse().device == "cuda"
-        return
-    context = parsed(words)
-    assert context.params
-    if words[1] == "sweep":
-        from tokencut.sweep.rows import read_variants
-
-        assert len(read_variants(context.params["methods"].split(","))) in (5, 8)
