@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # import each other, without cycles.
 LAYERS = (
     "errors messages cost",
-    "files schedule ops",
+    "files schedule schema ops",
     "tokens",
     "attention",
     "methods adapters",

@@ -10,8 +10,26 @@ from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
 from tokencut.methods import make_method
 from tokencut.schedule import Schedule, StagePlan, make_schedule
+from tokencut.schema import TEXT, TRUTH, WHOLE, Fields, Items, Rule, is_list_of, is_number, is_whole, optional
 
 Setting = bool | int | float | str
+
+
+def _is_keep(value: Any) -> bool:
+    return value is None or is_number(value) or is_list_of(is_number, value)
+
+
+# Ranges that depend on each other or on the model are the schedule's to check.
+FIELDS = Fields({
+    "method": TEXT,
+    "method_options": Items(Rule(lambda value: isinstance(value, (bool, int, float, str)), "a setting"), named=True),
+    "keep": Rule(_is_keep, "a number, a list of numbers, or null"),
+    "layers": Items(WHOLE),
+    "reduce_by": optional(WHOLE),
+    "prop_attn": TRUTH,
+    "tokens": Rule(lambda value: is_whole(value, 1), "a whole number of at least 1"),
+    "stages": Items(Fields(dict.fromkeys(("block", "tokens_in", "tokens_out"), WHOLE))),
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,23 +93,9 @@ def recipe_from_json(data: Any, depth: int) -> Recipe:
     Raises:
         ArtifactError: A field is missing, unknown, of a wrong type, or out of range.
     """
-    wanted: dict[str, Any] = {
-        "method": str, "method_options": dict, "keep": (int, float, list, type(None)), "layers": list,
-        "reduce_by": (int, type(None)), "prop_attn": bool, "tokens": int, "stages": list,
-    }  # fmt: skip
-    if not isinstance(data, dict) or set(data) != set(wanted):
-        raise ArtifactError(f"the recipe in the file should have the fields {', '.join(sorted(wanted))}; "
-                            "it is damaged or was not written by tokencut: compress the model again")  # fmt: skip
-    for name, kind in wanted.items():
-        value = data[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ArtifactError(f"the recipe's {name} is {shorten(value)}, of a wrong type; compress the model again")
-    if data["tokens"] < 1:
-        raise ArtifactError(f"the recipe's tokens is {shorten(data['tokens'])}, less than 1; compress the model again")
-    for name, value in data["method_options"].items():
-        if not isinstance(value, (bool, int, float, str)):
-            raise ArtifactError(f"the recipe's setting {shorten(name)} is {shorten(value)}, of a wrong type; "
-                                "compress the model again")  # fmt: skip
+    problem = FIELDS.problem(data)
+    if problem:
+        raise ArtifactError(f"the recipe{problem}; compress the model again")
     try:
         schedule = make_schedule(depth, data["keep"], data["layers"], data["reduce_by"])
     except (UsageError, TypeError) as error:
@@ -100,14 +104,11 @@ def recipe_from_json(data: Any, depth: int) -> Recipe:
     return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, data["method_options"])
 
 
-def _stages_from_json(entries: list[Any], schedule: Schedule, tokens: int) -> tuple[StagePlan, ...]:
+def _stages_from_json(entries: list[dict[str, int]], schedule: Schedule, tokens: int) -> tuple[StagePlan, ...]:
     stages: list[StagePlan] = []
     for entry in entries:
         fits = (
-            isinstance(entry, dict)
-            and set(entry) == {"block", "tokens_in", "tokens_out"}
-            and all(type(value) is int for value in entry.values())
-            and entry["block"] in schedule.layers
+            entry["block"] in schedule.layers
             and entry["tokens_in"] == (stages[-1].tokens_out if stages else tokens)
             and 1 <= entry["tokens_out"] < entry["tokens_in"]
             and (not stages or entry["block"] > stages[-1].block)

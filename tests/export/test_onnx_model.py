@@ -219,7 +219,7 @@ def test_no_file_a_damaged_file_and_somebody_elses(files: Files, tmp_path: Path)
         "-o FILE.onnx$",
     ):
         OnnxModel(tmp_path / "bare.onnx")
-    graph.metadata_props.add(key=KEY, value='{"format": 7}')
+    graph.metadata_props.add(key=KEY, value='{"type": "exported-model", "format": 7}')
     onnx.save(graph, tmp_path / "newer.onnx")
     with pytest.raises(
         ArtifactError, match=r"^cannot load .*newer.onnx: the file has format 7, and this tokencut reads"

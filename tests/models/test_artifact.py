@@ -272,9 +272,9 @@ def test_a_model_that_could_not_be_built_again_is_refused(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         ({"dtype": "int8"}, "dtype 'int8' is not one of fp32, bf16, fp16; type dtype='bf16'"),
-        ({"measured": {"seconds": 3.0}}, "measured has 'seconds', which is not known; give some of dense_gmacs, gmacs"),
-        ({"measured": {"top1": "70"}}, "measured top1 is '70', not a number"),
-        ({"measured": {"top1": float("nan")}}, "measured top1 is nan, not a number"),
+        ({"measured": {"seconds": 3.0}}, "measured has an unknown field seconds; give some of dense_gmacs, gmacs"),
+        ({"measured": {"top1": "70"}}, "measured's top1 is '70', not a number"),
+        ({"measured": {"top1": float("nan")}}, "measured's top1 is nan, not a number"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

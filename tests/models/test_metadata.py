@@ -92,10 +92,11 @@ def test_keep_per_block_of_reduce_by(tmp_path: Path) -> None:
         ("[" * 100_000, "its metadata is not JSON that can be read (nested too deep)"),
         ("9" * 5000, "its metadata is not JSON that can be read ("),
         (" " * (MAX_LENGTH + 1), f"its metadata has {MAX_LENGTH + 1} characters, more than {MAX_LENGTH}"),
-        ("[]", "its metadata is not of the type 'compressed-model'"),
-        ('{"type": "other"}', "its metadata is not of the type 'compressed-model'"),
+        ("[]", "its metadata is [], not an object"),
+        ("{}", "its metadata's type is None, not 'compressed-model'"),
+        ('{"type": "other"}', "its metadata's type is 'other', not 'compressed-model'"),
         ('{"type": "compressed-model", "format": NaN}', "(NaN is not JSON)"),
-        ('{"type": "compressed-model", "format": "1"}', "its format is '1', not 1"),
+        ('{"type": "compressed-model", "format": "1"}', "its metadata's format is '1', not 1"),
         ('{"type": "compressed-model", "format": 1}', "its metadata has no field architecture"),
         (
             '{"type": "compressed-model", "format": 2}',
@@ -161,7 +162,7 @@ def test_a_bad_text(rewrite: Callable[..., Path], text: str, message: str) -> No
         ("label_names", {"x": "y"}, "its metadata's label_names is {'x': 'y'}, not a list of strings"),
         ("origin.kind", "nowhere", "its metadata's origin.kind is 'nowhere', not one of hub, url, checkpoint"),
         ("origin.seed", 1.5, "its metadata's origin.seed is 1.5, not a whole number or null"),
-        ("measured.seconds", 3, "measured has 'seconds', which is not known"),
+        ("measured.seconds", 3, "its metadata has an unknown field measured.seconds"),
         ("measured.top1", "x" * 500, "xxx..., not a number"),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_method_whose_defaults_changed_takes_no_rows(images: Path, tmp_path: P
     folder, few = tmp_path / "report", plan(methods=("bat",), keeps=(0.5,))
     sweep(small_model(), images, folder, few)
     text = (folder / "state.json").read_text()
-    (folder / "state.json").write_text(text.replace('"weights": "size"', '"weights": "attention"'))
+    (folder / "state.json").write_text(text.replace('"weights":"size"', '"weights":"attention"'))
     with pytest.raises(ArtifactError, match=r"made with other reduction options \(bat, keep 0.5\); add --force"):
         sweep(small_model(), images, folder, few)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
 from tokencut.errors import ArtifactError
 from tokencut.sweep.rows import DENSE, Row
-from tokencut.sweep.state import FILE, Speed, State, conditions_of, load_state, with_speed
+from tokencut.sweep.state import FILE, FORM, Speed, State, conditions_of, load_state, with_speed
 
 CONDITIONS = {"weights": "abc", "precision": "fp32"}
 RECIPE = {"method": "bat", "keep": [0.9, 0.5], "layers": [2, 4]}
@@ -45,8 +44,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
 
 def edited(**changes: Any) -> str:
-    data = state()._to_json()
-    return json.dumps({**data, **changes})
+    return FORM.write({**state()._to_json(), **changes})
 
 
 def row_with(**changes: Any) -> list[dict[str, Any]]:
@@ -54,51 +52,58 @@ def row_with(**changes: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "what"),
     [
-        "",
-        "{",
-        "[]",
-        "{}",
-        "null",
-        "[" * 100_000,
-        b"\xff\xfe",
-        edited(conditions=[1]),
-        edited(notes=3),
-        edited(rows={"a": 1}),
-        edited(rows=row_with(correct="01x")),
-        edited(rows=row_with(correct="011")),
-        edited(rows=row_with(correct="", images=0)),
-        edited(rows=row_with(keep="half")),
-        edited(rows=row_with(keep=0.5)),
-        edited(rows=row_with(gmacs=None)),
-        edited(speeds=[["bat", "0.5", 1, 2]]),
+        ("", "its state is not JSON that can be read (Expecting value: line 1 column 1 (char 0))"),
+        ("[" * 100_000, "its state is not JSON that can be read (nested too deep)"),
+        ("null", "its state is None, not an object"),
+        ("{}", "its state's type is None, not 'sweep'"),
+        (edited(conditions=[1]), "its state's conditions is [1], not an object"),
+        (edited(conditions={"weights": 1}), "its state's conditions['weights'] is 1, not a string"),
+        (edited(notes=3), "its state's notes is 3, not a list"),
+        (edited(rows={"a": 1}), "its state's rows is {'a': 1}, not a list"),
+        (edited(rows=row_with(correct="01x")), "its state's rows[0].correct is '01x', not 0 or 1 for each image"),
+        (edited(rows=row_with(correct="")), "its state's rows[0].correct is '', not 0 or 1 for each image"),
+        (edited(rows=row_with(keep="half")), "its state's rows[0].keep is 'half', not keep rates joined by /"),
+        (edited(rows=row_with(keep=0.5)), "its state's rows[0].keep is 0.5, not keep rates joined by /"),
+        (edited(rows=row_with(gmacs=None)), "its state's rows[0].gmacs is None, not a number"),
+        (edited(rows=row_with(recipe=[])), "its state's rows[0].recipe is [], not an object or null"),
+        (edited(speeds=[{"method": "bat", "keep": "0.5", "low": 1, "high": 2}]),
+         "its state has no field speeds[0].median"),
     ],
     ids=lambda text: str(text[:60]),
-)
-def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, text: str | bytes) -> None:
-    (tmp_path / FILE).write_bytes(text if isinstance(text, bytes) else text.encode())
+)  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / FILE).write_text(text)
     with pytest.raises(ArtifactError) as caught:
         load_state(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / FILE} is damaged, or not from this version's sweep; add --force to start again, or give another "
-        f"folder, such as -o {tmp_path}-2"
+        f"cannot go on with {tmp_path / FILE}: the file is damaged or was not written by tokencut: {what}; add --force "
+        f"to start again, or give another folder, such as -o {tmp_path}-2"
     )
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(edited(tokencut_sweep=2))
+    (tmp_path / FILE).write_text(edited().replace('"format":1', '"format":2'))
     with pytest.raises(ArtifactError) as caught:
         load_state(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path / FILE} has format 2, and this tokencut reads 1; add --force to start again, or give another "
-        f"folder, such as -o {tmp_path}-2"
+        f"cannot go on with {tmp_path / FILE}: the file has format 2, and this tokencut reads up to 1; add --force to "
+        f"start again, or give another folder, such as -o {tmp_path}-2"
     )
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
-    with pytest.raises(ArtifactError, match="is damaged"):
+    with pytest.raises(
+        ArtifactError, match="cannot go on with .*Is a directory.*; add --force to start again, or give"
+    ):
+        load_state(tmp_path)
+    (tmp_path / FILE).rmdir()
+    (tmp_path / FILE).write_bytes(b"\xff\xfe")
+    with pytest.raises(
+        ArtifactError, match="cannot go on with .*decode.*; add --force to start again, or give another"
+    ):
         load_state(tmp_path)
 
 

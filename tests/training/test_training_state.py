@@ -103,7 +103,7 @@ def test_nothing_in_the_file_is_run(tmp_path: Path) -> None:
 
 def test_another_format(tmp_path: Path) -> None:
     torch.save({"format": 2}, tmp_path / FILE)
-    with pytest.raises(ArtifactError, match="has format 2, and this tokencut reads 1; type --force to start again"):
+    with pytest.raises(ArtifactError, match="has format 2, and this tokencut reads up to 1; type --force"):
         load_state(tmp_path, CONDITIONS)
     torch.save({"format": 1, **{entry.name: None for entry in fields(TrainingState)}, "more": 1}, tmp_path / FILE)
     with pytest.raises(ArtifactError, match="cannot read"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,48 +11,47 @@ from torch import nn
 from tokencut import cost
 from tokencut.adapters import adapter_for
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import ArtifactError
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.artifact import origin_of
-from tokencut.models.metadata import MAX_LENGTH, Origin
-from tokencut.models.pretrained_cfg import LabelNames, class_count, label_names, name_of
-from tokencut.models.schema import (
-    FIELDS,
+from tokencut.models.fields import (
+    LABEL_NAMES,
     MAX_BLOCKS,
+    MAX_LENGTH,
     ORIGIN,
     PREPROCESSING,
-    Rule,
-    is_number,
+    as_tuples,
     labels_from_json,
     labels_to_json,
-    problem,
-)
+)  # fmt: skip
+from tokencut.models.metadata import Origin
+from tokencut.models.pretrained_cfg import LabelNames, class_count, label_names, name_of
 from tokencut.recipe import Recipe, recipe_from_json
+from tokencut.schema import COUNT, OBJECT, POSITIVE, TEXT, TRUTH, Fields, Form, Rule, is_whole, optional
 
 # Where a file keeps it: a key of an .onnx file's metadata_props, and of a .pt2 file's extra files.
 KEY = "tokencut"
-TYPE = "exported-model"
-FORMAT = 1
-
-_COST: Rule = (lambda value: is_number(value) and value > 0, "a positive number")
-_COUNT: Rule = (lambda value: type(value) is int and value >= 0, "a whole number of at least 0")
-_RULES: dict[str, Rule] = {
-    "type": (lambda value: value == TYPE, f"{TYPE!r}"),
-    "format": (lambda value: value == FORMAT and type(value) is int, str(FORMAT)),
-    "model": (lambda value: isinstance(value, str), "a string"),
-    "recipe": (lambda value: value is None or isinstance(value, dict), "an object or null"),
-    "depth": (lambda value: type(value) is int and 0 < value <= MAX_BLOCKS, f"a whole number from 1 to {MAX_BLOCKS}"),
-    "preprocessing": FIELDS["preprocessing"],
-    "normalises": (lambda value: isinstance(value, bool), "true or false"),
-    "batch_size": (lambda value: value is None or (type(value) is int and value > 0), "a positive number or null"),
-    "num_classes": _COUNT,
-    "label_names": FIELDS["label_names"],
-    "origin": FIELDS["origin"],
-    "gmacs": _COST,
-    "dense_gmacs": _COST,
-    "params": _COUNT,
-    "dense_params": _COUNT,
-}
+FORM = Form(
+    type="exported-model",
+    format=1,
+    fields=Fields({
+        "model": TEXT,
+        "recipe": optional(OBJECT),
+        "depth": Rule(lambda value: is_whole(value, 1, MAX_BLOCKS), f"a whole number from 1 to {MAX_BLOCKS}"),
+        "preprocessing": PREPROCESSING,
+        "normalises": TRUTH,
+        "batch_size": optional(Rule(lambda value: is_whole(value, 1), "a positive number")),
+        "num_classes": COUNT,
+        "label_names": LABEL_NAMES,
+        "origin": ORIGIN,
+        "gmacs": POSITIVE,
+        "dense_gmacs": POSITIVE,
+        "params": COUNT,
+        "dense_params": COUNT,
+    }),
+    called="metadata",
+    otherwise="export the model again",
+    most=MAX_LENGTH,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,8 @@ class ExportInfo:
 
     def to_text(self) -> str:
         """Sorted JSON on one line: the same for the same model."""
-        data = {
-            **asdict(self),
-            "type": TYPE,
-            "format": FORMAT,
-            "recipe": self.recipe and self.recipe.to_json(),
-            "label_names": labels_to_json(self.label_names),
-        }
-        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        recipe = self.recipe and self.recipe.to_json()
+        return FORM.write({**asdict(self), "recipe": recipe, "label_names": labels_to_json(self.label_names)})
 
 
 def describe_export(
@@ -137,7 +129,7 @@ def describe_export(
         model=name or name_of(inner),
         recipe=compressed.recipe if compressed else None,
         depth=len(adapter.blocks(inner)),
-        preprocessing={key: prepared[key] for key in PREPROCESSING},
+        preprocessing={key: prepared[key] for key in PREPROCESSING.checks},
         normalises=normalises,
         batch_size=batch_size,
         num_classes=class_count(inner),
@@ -161,41 +153,13 @@ def export_info_from_text(text: str) -> ExportInfo:
         ArtifactError: Not JSON, too large, of a newer format, or a field is missing, unknown, or does not hold what it
             should.
     """
-    data = _parse(text)
-    version = data.get("format") if isinstance(data, dict) else None
-    if type(version) is int and version > FORMAT:
-        raise ArtifactError(f"the file has format {version}, and this tokencut reads up to {FORMAT}; type "
-                            "pip install --upgrade tokencut")  # fmt: skip
-    if not isinstance(data, dict):
-        raise _damaged("its metadata is not an object")
-    wrong = (
-        problem(data, _RULES, "")
-        or problem(data["preprocessing"], PREPROCESSING, "preprocessing.")
-        or problem(data["origin"], ORIGIN, "origin.")
-    )
-    if wrong:
-        raise _damaged(f"its metadata{wrong}")
-    fields = {name: value for name, value in data.items() if name not in ("type", "format")}
-    images = {name: tuple(v) if isinstance(v, list) else v for name, v in data["preprocessing"].items()}
+    data = FORM.read(text)
     return ExportInfo(
         **{
-            **fields,
+            **data,
             "recipe": data["recipe"] and recipe_from_json(data["recipe"], data["depth"]),
-            "preprocessing": images,
+            "preprocessing": as_tuples(data["preprocessing"]),
             "label_names": labels_from_json(data["label_names"]),
             "origin": Origin(**data["origin"]),
         }
     )
-
-
-def _parse(text: str) -> Any:
-    if len(text) > MAX_LENGTH:
-        raise _damaged(f"its metadata has {len(text)} characters, more than {MAX_LENGTH}")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged("its metadata is not JSON") from error
-
-
-def _damaged(what: str) -> ArtifactError:
-    return ArtifactError(f"the file is damaged or was not written by tokencut: {what}; export the model again")

@@ -26,10 +26,10 @@ from tokencut.files import atomic_write, check_writable
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
 from tokencut.models.checkpoints import differences, open_safetensors
+from tokencut.models.fields import PRETRAINED_CFG
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
 from tokencut.models.pretrained_cfg import data_config, description_of, label_names
-from tokencut.models.schema import PRETRAINED_CFG
 
 SUFFIX = ".safetensors"
 # The one metadata key, and the prefix of tensors that timm's model does not have.
@@ -210,7 +210,7 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
         recipe=compressed.recipe,
         depth=_depth(compressed),
         preprocessing=data_config(model),
-        pretrained_cfg={name: cfg[name] for name in PRETRAINED_CFG if cfg.get(name) is not None},
+        pretrained_cfg={name: cfg[name] for name in PRETRAINED_CFG.checks if cfg.get(name) is not None},
         label_names=label_names(model),
     )
 

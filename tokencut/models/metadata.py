@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokencut.errors import ArtifactError, UsageError
-from tokencut.messages import shorten
-from tokencut.models.model_args import check_model_args
-from tokencut.models.pretrained_cfg import LabelNames
-from tokencut.models.schema import (
-    FIELDS,
+from tokencut.errors import UsageError
+from tokencut.models.fields import (
+    ARCHITECTURE,
+    LABEL_NAMES,
+    MAX_LENGTH,
+    MEASURED,
     ORIGIN,
     PREPROCESSING,
     PRETRAINED_CFG,
-    is_number,
+    as_tuples,
     labels_from_json,
     labels_to_json,
-    problem,
-)
+    per_block,
+)  # fmt: skip
+from tokencut.models.model_args import check_model_args
+from tokencut.models.pretrained_cfg import LabelNames
 from tokencut.recipe import Recipe, recipe_from_json
+from tokencut.schema import OBJECT, Fields, Form
 
-TYPE = "compressed-model"
-FORMAT = 1
-
-# ImageNet-21k's label names are some 0.5 MB; nothing else in a file is near that.
-MAX_LENGTH = 8_000_000
-
-MEASURED = ("dense_gmacs", "gmacs", "dense_top1", "top1", "dense_top5", "top5", "images")
+FORM = Form(
+    type="compressed-model",
+    format=1,
+    fields=Fields({
+        "architecture": ARCHITECTURE,
+        "model_args": OBJECT,
+        "recipe": OBJECT,
+        "keep_per_block": per_block(float),
+        "tokens_per_block": per_block(int),
+        "preprocessing": PREPROCESSING,
+        "pretrained_cfg": PRETRAINED_CFG,
+        "label_names": LABEL_NAMES,
+        "origin": ORIGIN,
+        "measured": MEASURED,
+    }),
+    called="metadata",
+    otherwise="compress the model again",
+    most=MAX_LENGTH,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,9 +133,7 @@ class ArtifactInfo:
 
     def to_text(self) -> str:
         """Sorted JSON on one line: the same for the same model."""
-        data = {
-            "type": TYPE,
-            "format": FORMAT,
+        return FORM.write({
             "architecture": self.architecture,
             "model_args": dict(self.model_args),
             "recipe": self.recipe.to_json(),
@@ -132,8 +144,7 @@ class ArtifactInfo:
             "label_names": labels_to_json(self.label_names),
             "origin": asdict(self.origin),
             "measured": dict(self.measured),
-        }
-        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        })  # fmt: skip
 
 
 def info_from_text(text: str) -> ArtifactInfo:
@@ -146,45 +157,30 @@ def info_from_text(text: str) -> ArtifactInfo:
         ArtifactError: Not JSON, too large or too deep, of another type or a newer format, or a field is missing,
             unknown, or does not hold what it should.
     """
-    data = _parse(text)
-    if not isinstance(data, dict) or data.get("type") != TYPE:
-        raise _damaged(f"its metadata is not of the type {TYPE!r}")
-    version = data.get("format")
-    if type(version) is int and version > FORMAT:
-        raise ArtifactError(f"the file has format {version}, and this tokencut reads up to {FORMAT}; type "
-                            "pip install --upgrade tokencut")  # fmt: skip
-    if version != FORMAT or type(version) is not int:
-        raise _damaged(f"its format is {shorten(version)}, not {FORMAT}")
-    wrong = (
-        problem(data, FIELDS, "")
-        or problem(data["preprocessing"], PREPROCESSING, "preprocessing.")
-        or problem({**dict.fromkeys(PRETRAINED_CFG), **data["pretrained_cfg"]}, PRETRAINED_CFG, "pretrained_cfg.")
-        or problem(data["origin"], ORIGIN, "origin.")
-    )
-    if wrong:
-        raise _damaged(f"its metadata{wrong}")
+    data = FORM.read(text)
     try:
         check_model_args(data["model_args"])
-        measured = check_measured(data["measured"])
     except UsageError as error:
-        raise _damaged(str(error).partition(";")[0]) from error
+        raise FORM.damaged(str(error).partition(";")[0]) from error
     depth = len(data["keep_per_block"])
     # Checked before a model is built: a depth of thousands would take minutes even without memory.
     if data["model_args"].get("depth", depth) != depth:
-        raise _damaged(f"its model_args say depth {data['model_args']['depth']}, its keep_per_block has {depth} blocks")
+        raise FORM.damaged(
+            f"its model_args say depth {data['model_args']['depth']}, its keep_per_block has {depth} blocks"
+        )
     info = ArtifactInfo(
         architecture=data["architecture"],
-        model_args={name: _as_tuple(value) for name, value in data["model_args"].items()},
+        model_args=as_tuples(data["model_args"]),
         recipe=recipe_from_json(data["recipe"], depth),
         depth=depth,
-        preprocessing={name: _as_tuple(value) for name, value in data["preprocessing"].items()},
-        pretrained_cfg={name: _as_tuple(value) for name, value in data["pretrained_cfg"].items()},
+        preprocessing=as_tuples(data["preprocessing"]),
+        pretrained_cfg=as_tuples(data["pretrained_cfg"]),
         label_names=labels_from_json(data["label_names"]),
         origin=Origin(**data["origin"]),
-        measured=measured,
+        measured=check_measured(data["measured"]),
     )
     if list(info.keep_per_block) != data["keep_per_block"] or list(info.tokens_per_block) != data["tokens_per_block"]:
-        raise _damaged("its keep_per_block or tokens_per_block is not what its recipe says")
+        raise FORM.damaged("its keep_per_block or tokens_per_block is not what its recipe says")
     return info
 
 
@@ -194,31 +190,7 @@ def check_measured(measured: Mapping[str, Any]) -> dict[str, float]:
     Raises:
         UsageError: An unknown name, or a value that is not a number.
     """
-    for name, value in measured.items():
-        if name not in MEASURED:
-            raise UsageError(f"measured has {shorten(name)}, which is not known; give some of {', '.join(MEASURED)}")
-        if value is not None and not is_number(value):
-            raise UsageError(f"measured {name} is {shorten(value)}, not a number; give it in GMACs, percent or images")
+    problem = MEASURED.problem(dict(measured))
+    if problem:
+        raise UsageError(f"measured{problem}; give some of {', '.join(MEASURED.checks)}, in GMACs, percent or images")
     return {name: value for name, value in measured.items() if value is not None}
-
-
-def _parse(text: str) -> Any:
-    if len(text) > MAX_LENGTH:
-        raise _damaged(f"its metadata has {len(text)} characters, more than {MAX_LENGTH}")
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deep" if isinstance(error, RecursionError) else shorten(str(error)).strip("'\"")
-        raise _damaged(f"its metadata is not JSON that can be read ({why})") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _damaged(what: str) -> ArtifactError:
-    return ArtifactError(f"the file is damaged or was not written by tokencut: {what}; compress the model again")
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

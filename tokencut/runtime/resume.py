@@ -1,35 +1,17 @@
-"""May this run go on with what an earlier one left: its format, its conditions, and the weights it was made with."""
+"""May this run go on with what an earlier one left: the same conditions, and the same weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from tokencut.errors import ArtifactError
-from tokencut.messages import shorten
 
 # Longer values, such as digests, say nothing to people.
 TOLD = 40
-
-
-def require_format(path: Path, found: object, known: int, otherwise: str) -> None:
-    """Refuses a file of another format.
-
-    Args:
-        path: The file.
-        found: Its format.
-        known: The format that is read.
-        otherwise: What to do instead; the end of the error.
-
-    Raises:
-        ArtifactError: They differ.
-    """
-    if found != known or type(found) is not int:
-        raise ArtifactError(f"{path} has format {shorten(found)}, and this tokencut reads {known}; {otherwise}")
 
 
 def require_same(what: str, made: Mapping[str, str], now: Mapping[str, str], otherwise: str) -> None:

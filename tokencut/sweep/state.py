@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +15,33 @@ from tokencut.adapters import adapter_for
 from tokencut.data.image_set import ImageSet
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
+from tokencut.messages import one_line
 from tokencut.runtime.devices import versions
-from tokencut.runtime.resume import require_format, require_same, weights_digest
+from tokencut.runtime.resume import require_same, weights_digest
+from tokencut.schema import NUMBER, OBJECT, TEXT, Fields, Form, Items, Rule, optional
 from tokencut.sweep.rows import Keep, Row, keep_text, pair_name
 
 FILE = "state.json"
-FORMAT = 1
+_NAMED = {"method": TEXT, "keep": Rule(lambda value: _rates(value) is not None, "keep rates joined by /")}
+FORM = Form(
+    type="sweep",
+    format=1,
+    fields=Fields({
+        "conditions": Items(TEXT, named=True),
+        "notes": Items(TEXT, most=None),
+        "rows": Items(Fields({
+            **_NAMED,
+            **dict.fromkeys(("gmacs", "top1", "top5", "loss"), NUMBER),
+            "recipe": optional(OBJECT),
+            "correct": Rule(lambda value: bool(re.fullmatch("[01]+", str(value))), "0 or 1 for each image"),
+        }), most=None),
+        "timed_on": Items(TEXT, named=True),
+        "speeds": Items(Fields({**_NAMED, **dict.fromkeys(("median", "low", "high"), NUMBER)}), most=None),
+    }),
+    called="state",
+    otherwise="add --force to start again",
+    newer="add --force to start again",
+)  # fmt: skip
 
 Key = tuple[str, Keep]
 
@@ -88,16 +110,18 @@ class State:
         except OSError as error:
             raise ArtifactError(f"cannot make the folder {folder}: {error.strerror}; give another -o") from error
         with atomic_write(folder / FILE) as temporary:
-            temporary.write_text(json.dumps(self._to_json(), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(FORM.write(self._to_json()) + "\n", encoding="utf-8")
 
     def _to_json(self) -> dict[str, Any]:
         return {
-            "tokencut_sweep": FORMAT,
             "conditions": self.conditions,
             "notes": list(self.notes),
             "rows": [_row_to_json(row, self.recipes[key]) for key, row in self.rows.items()],
             "timed_on": self.timed_on,
-            "speeds": [[key[0], keep_text(key[1]), *vars(speed).values()] for key, speed in self.speeds.items()],
+            "speeds": [
+                {"method": method, "keep": keep_text(keep), **vars(speed)}
+                for (method, keep), speed in self.speeds.items()
+            ],
         }
 
 
@@ -109,57 +133,46 @@ def load_state(folder: Path) -> State | None:
     """
     path = folder / FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        data = FORM.read(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path) from error
-    otherwise = f"add --force to start again, or give another folder, such as -o {folder}-2"
-    try:
-        data = json.loads(text)
-        require_format(path, data["tokencut_sweep"], FORMAT, otherwise)
-        return _from_json(data)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(path) from error
-
-
-def _unreadable(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} is damaged, or not from this version's sweep; add --force to start again, or give "
-                         f"another folder, such as -o {path.parent}-2")  # fmt: skip
-
-
-def _from_json(data: Any) -> State:
-    state = State(_texts(data["conditions"]), notes=tuple(map(str, data["notes"])), timed_on=_texts(data["timed_on"]))
+    except (OSError, ValueError, ArtifactError) as error:
+        why = error if isinstance(error, ArtifactError) else f"{one_line(error)}; {FORM.otherwise}"
+        raise ArtifactError(
+            f"cannot go on with {path}: {why}, or give another folder, such as -o {folder}-2"
+        ) from error
+    state = State(data["conditions"], notes=tuple(data["notes"]), timed_on=data["timed_on"])
     for entry in data["rows"]:
-        row = _row_from_json(entry)
-        state.add(row, entry["recipe"])
-    for method, keep, *speed in data["speeds"]:
-        median, low, high = map(float, speed)
-        state.speeds[str(method), _read_keep(keep)] = Speed(median, low, high)
+        state.add(_row_from_json(entry), entry["recipe"])
+    for entry in data["speeds"]:
+        state.speeds[_key(entry)] = Speed(entry["median"], entry["low"], entry["high"])
     return state
 
 
-def _texts(data: dict[str, Any]) -> dict[str, str]:
-    return {str(name): str(value) for name, value in data.items()}
-
-
 def _row_to_json(row: Row, recipe: Any) -> dict[str, Any]:
-    numbers = {name: getattr(row, name) for name in ("gmacs", "top1", "top5", "images", "loss")}
+    numbers = {name: getattr(row, name) for name in ("gmacs", "top1", "top5", "loss")}
     correct = "".join("01"[right] for right in row.correct)
     return {"method": row.method, "keep": keep_text(row.keep), **numbers, "recipe": recipe, "correct": correct}
 
 
 def _row_from_json(entry: dict[str, Any]) -> Row:
-    correct = tuple({"0": False, "1": True}[sign] for sign in entry["correct"])
-    gmacs, top1, top5, loss = (float(entry[name]) for name in ("gmacs", "top1", "top5", "loss"))
-    if len(correct) != entry["images"] or not correct:
-        raise ValueError
-    return Row(str(entry["method"]), _read_keep(entry["keep"]), gmacs, top1, top5, None, len(correct), loss, correct)
+    correct = tuple(sign == "1" for sign in entry["correct"])
+    top1, top5 = entry["top1"], entry["top5"]
+    return Row(*_key(entry), entry["gmacs"], top1, top5, None, len(correct), entry["loss"], correct)
 
 
-def _read_keep(text: str) -> Keep:
-    rates = tuple(float(rate) for rate in text.split("/"))
-    return rates if len(rates) > 1 else rates[0]
+def _key(entry: dict[str, Any]) -> Key:
+    rates = _rates(entry["keep"])
+    assert rates is not None
+    return entry["method"], rates if len(rates) > 1 else rates[0]
+
+
+def _rates(text: Any) -> tuple[float, ...] | None:
+    """The keep rates that stand in a state; None where they are none."""
+    try:
+        return tuple(float(rate) for rate in text.split("/"))
+    except (AttributeError, ValueError):
+        return None
 
 
 def with_speed(row: Row, speed: Speed) -> Row:

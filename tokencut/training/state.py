@@ -16,7 +16,8 @@ from torch import Tensor
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
 from tokencut.messages import one_line
-from tokencut.runtime.resume import require_format, require_same
+from tokencut.runtime.resume import require_same
+from tokencut.schema import require_format
 
 FILE = "state.pt"
 FORMAT = 1
