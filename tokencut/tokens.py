@@ -44,8 +44,8 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """`N`, the number of image tokens."""
-        return self.features.shape[1] - self.prefix
+        """`N`, the number of image tokens; a plain number also where `torch.jit.trace` makes tensors of sizes."""
+        return int(self.features.shape[1]) - self.prefix
 
     def known_sizes(self) -> Tensor:
         """The sizes of the image tokens, fp32 `(B, N)`: all one where nothing was merged yet."""

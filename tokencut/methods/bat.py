@@ -71,7 +71,7 @@ class Bat(Reduction):
         group = self._pair(scene, group, attentive, split)
         if split.clusters:
             points, held = take(self._points(scene), inattentive), take(sizes, inattentive)
-            parts = windows(points.shape[1], split.clusters, self.window)
+            parts = windows(scene.tokens.count - split.attentive, split.clusters, self.window)
             clusters = density_clusters(points, split.clusters, self.rule, held, parts)
             group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
         merged = ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
