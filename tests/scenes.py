@@ -110,3 +110,9 @@ def grouping(method: Reduction, scene: Scene, budget: int) -> Grouping:
 def patches_in(source: Tensor, tokens: int) -> Tensor:
     """How many patches a source map `(B, patches)` puts into each token, fp32 `(B, N)`."""
     return (source.unsqueeze(1) == torch.arange(tokens).view(1, tokens, 1)).sum(2).float()
+
+
+def centres_of(source: Tensor, tokens: int, places: Tensor) -> Tensor:
+    """Mean place of the patches that a source map `(B, patches)` puts into each token, `(B, N, 2)`."""
+    inside = (source.unsqueeze(1) == torch.arange(tokens).view(1, tokens, 1)).float()
+    return inside @ places / inside.sum(2, keepdim=True)

@@ -1,6 +1,6 @@
-"""The tokens in flight: features, sizes and source map, and the two things a stage can do with them.
+"""The tokens in flight: features, sizes, source map and positions, and the two things a stage can do with them.
 
-A reduction decides once (`ops/grouping.py`), and the same decision is then applied to features, sizes and source map.
+A reduction decides once (`ops/grouping.py`), and the same decision is then applied to all of these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokencut.ops import kernels
-from tokencut.ops.grouping import Decision, Grouping, Selection, group_sum, membership, norm_factors
+from tokencut.ops.grouping import Decision, Grouping, Selection, group_centres, group_sum, membership, norm_factors
+from tokencut.ops.ranking import take
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Tokens:
         sizes: How many patches each image token holds, fp32 `(B, N)`; None while each holds one.
         source: For each patch of the image the image token it went into, int64 `(B, patches)`, -1 where it was
             dropped; None where nobody asked for it.
+        positions: Where each image token is, in rows and columns of patches from the first, fp32 `(B, N, 2)`: the mean
+            over the patches that it holds. None where the model's blocks ask for no positions.
         policy: Which image tokens still count, fp32 `(B, N)`, 1 or 0 with a gradient: only while a method trains that
             hides tokens instead of dropping them (`Reduction.soft_policy`).
     """
@@ -35,6 +38,7 @@ class Tokens:
     prefix: int
     sizes: Tensor | None = None
     source: Tensor | None = None
+    positions: Tensor | None = None
     policy: Tensor | None = None
 
     @property
@@ -65,7 +69,7 @@ class Tokens:
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
-    """Carries out a decision on features, sizes and source map; prefix tokens pass through untouched.
+    """Carries out a decision on all that travels; prefix tokens pass through untouched.
 
     Args:
         tokens: The tokens entering, `N` image tokens.
@@ -87,7 +91,8 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
         place = place.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
-    return replace(tokens, features=features.gather(1, rows), sizes=sizes, source=source)
+    positions = None if tokens.positions is None else take(tokens.positions, index)
+    return replace(tokens, features=features.gather(1, rows), sizes=sizes, source=source, positions=positions)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -96,7 +101,10 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
         sizes = group_sum(decision.group, tokens.known_sizes(), decision.count)
     if source is not None:
         source = _follow(source, torch.where(decision.group < decision.count, decision.group, -1))
-    return replace(tokens, features=_merged(tokens, decision), sizes=sizes, source=source)
+    positions = tokens.positions
+    if positions is not None:
+        positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
+    return replace(tokens, features=_merged(tokens, decision), sizes=sizes, source=source, positions=positions)
 
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenes import patches_in, random_scene, scene_of
+from scenes import centres_of, patches_in, random_scene, scene_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,15 +78,21 @@ def check_leaving(stage: Stage, scene: Scene, budget: int) -> Tokens:
     merged=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_counts_prefix_sizes_and_source(
+def test_counts_prefix_sizes_source_and_positions(
     method: str, options: Options, counts: tuple[int, int], batch: int, prefix: int, merged: bool, seed: int
 ) -> None:
     tokens, budget = counts
     scene, stage = random_scene(seed, batch, tokens, prefix, merged=merged), stage_of(method, options)
-    left = check_leaving(stage, scene, budget)
-    before, after = scene.tokens.source, left.source
+    before = scene.tokens.source
     assert before is not None
+    places = torch.randn(before.shape[1], 2, generator=torch.Generator().manual_seed(seed))
+    scene = replace(scene, tokens=replace(scene.tokens, positions=centres_of(before, tokens, places)))
+    left = check_leaving(stage, scene, budget)
+    after = left.source
     assert after is not None
+    assert left.positions is not None
+    # A token is where its patches are on average, whatever its features weigh them by.
+    torch.testing.assert_close(left.positions, centres_of(after, budget, places), rtol=1e-4, atol=1e-5)
     # A patch that was dropped stays dropped, every other one lies in one token, and the sizes say how many do.
     assert (after[before < 0] == -1).all()
     assert after.max() < budget
