@@ -63,6 +63,18 @@ def test_the_log_size_bias_enters_the_class_row() -> None:
     torch.testing.assert_close(got, full_attention(maps, bias)[:, 0, 1:])
 
 
+@pytest.mark.parametrize("rows", [(0, 1), ()], ids=["class and distillation token", "no class token"])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 7), (1, 3, 7, 7), (2, 1, 7, 7), (2, 3, 1, 7)], ids=str)
+def test_a_bias_for_each_pair_enters_by_the_row_of_the_query(shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    maps, prefix = heads(), 2
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    logits = maps.query @ maps.key.transpose(-2, -1) / 2.0 + bias
+    # Logits are linear in the query, so the mean query's are the mean of those of the image tokens.
+    logits = logits[:, :, list(rows)] if rows else logits[:, :, prefix:].mean(2, keepdim=True)
+    got = Evidence(((maps,),), prefix, rows, bias).class_attention()
+    torch.testing.assert_close(got, logits.softmax(3).mean((1, 2))[:, prefix:])
+
+
 def test_no_mask_while_nothing_was_merged() -> None:
     assert log_size_bias(Tokens(torch.zeros(1, 7, 8), 1)) is None
 

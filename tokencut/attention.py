@@ -46,7 +46,7 @@ class Evidence:
             holds the layer's maps (differential attention has two).
         prefix: `P`, the number of prefix tokens.
         class_rows: Positions of the class token, or of class and distillation token; empty where there is none.
-        bias: Log-size bias on the attention logits, `(B, 1, 1, P + N)`, or None.
+        bias: What is added to the attention logits, as `fused_attention` takes it; None for nothing.
     """
 
     layers: tuple[tuple[Heads, ...], ...]
@@ -76,21 +76,32 @@ class Evidence:
 
 def _class_row(heads: Heads, evidence: Evidence) -> Tensor:
     """Class attention of one map, fp32 `(B, N)`."""
-    if evidence.class_rows:
-        query = heads.query[:, :, : len(evidence.class_rows)]
-    else:
-        query = heads.query[:, :, evidence.prefix :].float().mean(2, keepdim=True)
-    if not isinstance(heads.factor, Tensor) and kernels.usable(query, heads.key):
+    query, bias = _of_class(heads.query, evidence), evidence.bias
+    if bias is not None and not _same_for_all(bias):
+        bias = _of_class(bias.expand(-1, -1, heads.query.shape[2], -1), evidence)
+    elif not isinstance(heads.factor, Tensor) and kernels.usable(query, heads.key):
         from tokencut.ops.kernels.attention import class_rows
 
-        return class_rows(query, heads.key, evidence.bias)[:, evidence.prefix :]
+        return class_rows(query, heads.key, bias)[:, evidence.prefix :]
     query = query.float()
     with full_precision(query.device):
         logits = torch.matmul(query * heads.query.shape[-1] ** -0.5, heads.key.float().transpose(-2, -1))
-    if evidence.bias is not None:
-        logits = logits + evidence.bias.float()
+    if bias is not None:
+        logits = logits + bias.float()
     row = logits.softmax(-1)[..., evidence.prefix :].mean((1, 2))
     return row * heads.factor
+
+
+def _of_class(rows: Tensor, evidence: Evidence) -> Tensor:
+    """The rows of the class tokens, of `(B, H, P + N, ...)`; the mean row of the image tokens where there are none."""
+    if evidence.class_rows:
+        return rows[:, :, : len(evidence.class_rows)]
+    return rows[:, :, evidence.prefix :].float().mean(2, keepdim=True)
+
+
+def _same_for_all(bias: Tensor) -> bool:
+    """Whether a bias is the same for all queries and heads, `(B, 1, 1, P + N)`."""
+    return bool(bias.shape[1] == 1) and bool(bias.shape[2] == 1)
 
 
 def log_size_bias(tokens: Tokens) -> Tensor | None:
@@ -137,22 +148,24 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         query: `(B, H, P + N, d)`.
         key: `(B, H, P + N, d)`.
         value: `(B, H, P + N, d)`.
-        bias: Added to the logits, `(B, 1, 1, P + N)`, or None.
+        bias: Added to the logits, or None: `(B, 1, 1, P + N)` where it is the same for all queries and heads, else what
+            broadcasts to `(B, H, P + N, P + N)`.
         dropout: Probability that a weight is dropped.
 
     Returns:
         `(B, H, P + N, d)`.
     """
-    if bias is not None and not dropout and has_biased_kernel(query, key, value):
+    if bias is not None and not dropout and has_biased_kernel(bias, query, key, value):
         from tokencut.ops.kernels.attention import biased_attention
 
         return biased_attention(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
-def has_biased_kernel(*tensors: Tensor) -> bool:
-    """Whether attention with a bias has a kernel of its own for such tensors: half precision on a GPU."""
-    return all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) and kernels.usable(*tensors)
+def has_biased_kernel(bias: Tensor, *tensors: Tensor) -> bool:
+    """Whether attention with such a bias has a kernel of its own: half precision on a GPU, one bias for all queries."""
+    half = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    return half and kernels.usable(bias, *tensors) and _same_for_all(bias)
 
 
 def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
@@ -161,7 +174,7 @@ def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[T
     Args:
         layer: A `timm.layers.Attention`.
         x: Normed features, `(B, P + N, D)`.
-        bias: Added to the attention logits, `(B, 1, 1, P + N)`, or None.
+        bias: Added to the attention logits, as `fused_attention` takes it, or None.
 
     Returns:
         The attention's output `(B, P + N, D)`, and its one map.
@@ -196,7 +209,7 @@ def differential_core(
     Args:
         layer: The timm module with `_compute_lambda`, `sub_norm`, `q_norm`, `k_norm`, `num_heads`, `lambda_init`.
         qkv: Query, key, value, each `(B, P + N, D)`.
-        bias: Added to the attention logits, `(B, 1, 1, P + N)`, or None.
+        bias: Added to the attention logits, as `fused_attention` takes it, or None.
 
     Returns:
         The attention's output before its projection, `(B, P + N, D)`, and its two maps.

@@ -80,7 +80,7 @@ class ViTAdapter(Adapter):
     def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
             return block(features)
-        if has_biased_kernel(features):  # timm would pass the bias as a mask, which rules out the fastest kernels
+        if has_biased_kernel(bias, features):  # timm would pass the bias as a mask, which rules out the fastest kernels
             return self.proceed(block, vit_blocks.handler(block).attend(block, features, bias)[0])
         return block(features, attn_mask=bias)
 
