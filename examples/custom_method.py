@@ -23,10 +23,8 @@ import timm
 
 import tokencut
 from tokencut.cost import total
-from tokencut.methods import Reduction, Scene, StageShape, option, register
+from tokencut.methods import Reduction, Scene, Selection, StageShape, ascending, option, ranking, register
 from tokencut.model import predicted_macs
-from tokencut.ops.grouping import Selection
-from tokencut.ops.ranking import ranking
 
 
 @register
@@ -44,7 +42,7 @@ class LargestNorm(Reduction):
         # fp32 and a stable ranking: the same image then gives the same tokens, alone or in any batch.
         norms = scene.features("tokens").float().norm(dim=2)
         kept = ranking(norms if self.largest else -norms)[:, :budget]
-        return Selection(kept.sort(dim=1).values)
+        return Selection(ascending(kept))
 
     def macs(self, shape: StageShape) -> int:
         return 0  # norms are not counted, and there is no matrix product

@@ -139,7 +139,7 @@ def by_hand(compressed: CompressedModel, images: Tensor, unmerge: str) -> list[T
             else:
                 source = behind.source
             stage = behind.features if unmerge == "change" else None
-            outputs[number] = adapter.proceed(block, left[number].features)
+            outputs[number] = adapter.proceed(block, left[number]).features
         patches = placed(outputs[number], prefix, source, last, stage)
         full.append(torch.cat((outputs[number][:, :prefix], patches), 1))
     return full

@@ -204,7 +204,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch: pytest.Mon
     model = compress(fixture_model("test_vit"), keep=0.5, layers=[2])
     images = fixture_images(model.model)
     calls: list[object] = []
-    monkeypatch.setattr("tokencut.model.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    monkeypatch.setattr("tokencut.blocks.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
 
     def gradients() -> list[Tensor]:
         model.zero_grad()

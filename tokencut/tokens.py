@@ -32,6 +32,8 @@ class Tokens:
             over the patches that it holds. None where the model's blocks ask for no positions.
         policy: Which image tokens still count, fp32 `(B, N)`, 1 or 0 with a gradient: only while a method trains that
             hides tokens instead of dropping them (`Reduction.soft_policy`).
+        bias: What attention adds to its logits for the tokens' sizes and policy, `(B, 1, 1, P + N)` in the features'
+            dtype (`attention.attention_bias`); None for nothing. The block loop makes it, once behind each stage.
     """
 
     features: Tensor
@@ -40,6 +42,7 @@ class Tokens:
     source: Tensor | None = None
     positions: Tensor | None = None
     policy: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -92,7 +95,8 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
-    return replace(tokens, features=features.gather(1, rows), sizes=sizes, source=source, positions=positions)
+    features = features.gather(1, rows)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -104,7 +108,8 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     positions = tokens.positions
     if positions is not None:
         positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
-    return replace(tokens, features=_merged(tokens, decision), sizes=sizes, source=source, positions=positions)
+    features = _merged(tokens, decision)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:

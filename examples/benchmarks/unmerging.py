@@ -96,9 +96,9 @@ def maps_of(
     """For each rule the maps of 1-based blocks, with prefix tokens, without the final norm and with it."""
     watches = [Intermediates([block - 1 for block in blocks], unmerging) for unmerging in unmergings]
     # `forward_intermediates` knows no rules on trial.
-    model._run(model._embed(pixels, source=True), Several(watches))
-    prefix, norm = model.adapter.prefix(model.model), model.model.norm
-    return [[each[:, prefix:] for one in watch.found for each in (one, norm(one))] for watch in watches]
+    tokens, norm = model.loop.embed(pixels, source=True), model.model.norm
+    model.loop.run(tokens, model.recipe.stages_for(tokens.count), Several(watches))
+    return [[each[:, tokens.prefix :] for one in watch.found for each in (one, norm(one))] for watch in watches]
 
 
 def compare(found: Tensor, dense: Tensor) -> Tensor:

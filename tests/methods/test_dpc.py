@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scenes import given_scene, grouping
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
-from tokencut.model import Stage
 from tokencut.ops.merge_weights import WEIGHT_KINDS
 
 IMAGE = [[0.0], [10.0], [1.0], [2.0], [11.0]]

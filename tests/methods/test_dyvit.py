@@ -13,6 +13,7 @@ from scenes import given_scene
 from torch import Tensor, nn
 
 from tokencut.attention import HIDDEN
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method, methods
 from tokencut.methods.dyvit import (
     Predictor,
@@ -20,7 +21,7 @@ from tokencut.methods.dyvit import (
     ratio_loss,
     token_distillation_loss,
 )
-from tokencut.model import CompressedModel, Stage, compress
+from tokencut.model import CompressedModel, compress
 
 DYVIT = make_method("dyvit")
 # Rows that layer norm leaves as they are, up to its epsilon: mean 0, variance 1.
@@ -187,15 +188,14 @@ def test_hidden_tokens_change_nothing_that_others_see(name: str) -> None:
     assert traces[-1].tokens.count == traces[0].tokens.count
     hidden = traces[0].tokens.features.clone()
     # The hidden tokens' features are replaced behind the stage; only the share HIDDEN of their weight can be seen.
-    adapter = compressed.adapter
-    blocks = list(adapter.blocks(compressed.model).children())
     hidden[:, traces[0].tokens.prefix :] = torch.randn_like(hidden[:, traces[0].tokens.prefix :])
-    tokens = traces[0].tokens.with_features(adapter.proceed(blocks[0], hidden))
-    for block in blocks[1:]:
-        tokens = tokens.with_features(adapter.run(block, tokens.features, compressed._bias(tokens)))
+    loop = compressed.loop
+    tokens = loop.behind_stage(1, traces[0].tokens.with_features(hidden))
+    for number in range(2, loop.depth + 1):
+        tokens = loop.step(number, tokens)
     prefix = slice(0, tokens.prefix)
     assert torch.allclose(tokens.features[:, prefix], traces[-1].tokens.features[:, prefix], atol=1e-3)
-    assert torch.allclose(compressed._head(tokens), logits, atol=1e-3)
+    assert torch.allclose(loop.head(tokens), logits, atol=1e-3)
 
 
 def test_gradients_reach_every_predictor_through_later_blocks(model: nn.Module) -> None:

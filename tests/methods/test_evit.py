@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scenes import given_scene
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
-from tokencut.model import Stage
 from tokencut.schedule import make_schedule
 
 IMAGE = [[1.0], [2.0], [4.0], [8.0]]

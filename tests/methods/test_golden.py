@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from scenes import GivenEvidence, as_it_is, grouping
 from torch import Tensor, nn
 
+from tokencut.blocks import Stage
 from tokencut.methods import Scene, make_method
-from tokencut.model import Stage, compress
+from tokencut.model import compress
 from tokencut.tokens import Tokens
 
 Recording = dict[str, Tensor]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from scenes import given_scene, grouping
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
 from tokencut.methods.kmedoids import medoid_clusters
-from tokencut.model import Stage
 from tokencut.ops.density_peaks import squared_distances
 
 # On a line, the first two points being the first medoids: 0, 1, 2 and 9, 10, 12.

@@ -12,8 +12,8 @@ from scenes import centres_of, patches_in, random_scene, scene_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokencut.blocks import Stage
 from tokencut.methods import Scene, StageShape, make_method
-from tokencut.model import Stage
 from tokencut.ops.grouping import Selection
 from tokencut.tokens import Tokens
 

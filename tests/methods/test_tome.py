@@ -6,9 +6,9 @@ import pytest
 import torch
 from scenes import given_scene, grouping
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
 from tokencut.methods.tome import match_round, rounds
-from tokencut.model import Stage
 
 # Directions of six keys: 0, 2, 4 point along the axes, 1, 3, 5 nearly so.
 KEYS = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.3, 1.0], [-1.0, 0.0], [-1.0, 0.5]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from scenes import given_scene, kept
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
-from tokencut.model import Stage
 
 
 def test_keeps_the_most_attentive_in_order_of_place() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -11,6 +12,20 @@ from tokencut.attention import Evidence, TimmModule
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one block's attention is given beside features; made by `Adapter.context`, and read by that adapter alone.
+
+    A family whose attention takes more, such as rotations by `Tokens.positions`, has a subclass with fields for it.
+
+    Attributes:
+        bias: What is added to the attention logits: `Tokens.bias`, to which a family may add its own for each pair of
+            tokens, `(B, H, P + N, P + N)`. None for nothing.
+    """
+
+    bias: Tensor | None = None
 
 
 class Adapter(ABC):
@@ -68,21 +83,29 @@ class Adapter(ABC):
         """The transformer blocks, a sequence of modules."""
 
     @abstractmethod
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        """Everything before the first block: `(B, 3, H, W)` to `(B, P + N, D)`."""
+    def embed(self, model: TimmModule, images: Tensor) -> Tokens:
+        """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
+
+    def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
+        """What the attention of a block is given beside features.
+
+        Args:
+            model: The model.
+            number: The block's 1-based number.
+            tokens: The tokens entering the block.
+        """
+        return Context(tokens.bias)
 
     @abstractmethod
-    def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
-        """A whole block as timm runs it; `bias` is the log-size bias `(B, 1, 1, P + N)` or None."""
+    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+        """A whole block as timm runs it."""
 
     @abstractmethod
-    def attend(
-        self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Evidence]:
+    def attend(self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context) -> tuple[Tokens, Evidence]:
         """The first half of a reducing block, up to where its stage stands, and the attention's evidence."""
 
     @abstractmethod
-    def proceed(self, block: TimmModule, features: Tensor) -> Tensor:
+    def proceed(self, block: TimmModule, tokens: Tokens) -> Tokens:
         """The second half of a reducing block, on the tokens that left its stage."""
 
     @abstractmethod
@@ -94,7 +117,7 @@ class Adapter(ABC):
         """The norm behind the last block, token by token: `(B, P + N, D)` to the same."""
 
     @abstractmethod
-    def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`. Average pooling is weighted by size."""
 
     @abstractmethod

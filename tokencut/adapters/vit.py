@@ -10,8 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokencut.adapters import vit_blocks
-from tokencut.adapters.base import Adapter, Macs, ModelCost, linear_macs, register_adapter
+from tokencut.adapters.base import Adapter, Context, linear_macs, register_adapter
 from tokencut.attention import Evidence, TimmModule, has_biased_kernel
+from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
@@ -74,24 +75,25 @@ class ViTAdapter(Adapter):
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         return model.blocks
 
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        return model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, images))))
+    def embed(self, model: TimmModule, images: Tensor) -> Tokens:
+        features = model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, images))))
+        return Tokens(features, self.prefix(model))
 
-    def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
+    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+        features, bias = tokens.features, context.bias
         if bias is None:
-            return block(features)
+            return tokens.with_features(block(features))
         if has_biased_kernel(bias, features):  # timm would pass the bias as a mask, which rules out the fastest kernels
-            return self.proceed(block, vit_blocks.handler(block).attend(block, features, bias)[0])
-        return block(features, attn_mask=bias)
+            handler = vit_blocks.handler(block)
+            return tokens.with_features(handler.proceed(block, handler.attend(block, features, bias)[0]))
+        return tokens.with_features(block(features, attn_mask=bias))
 
-    def attend(
-        self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Evidence]:
-        features, layers = vit_blocks.handler(block).attend(block, features, bias)
-        return features, Evidence(layers, self.prefix(model), _class_rows(model), bias)
+    def attend(self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context) -> tuple[Tokens, Evidence]:
+        features, layers = vit_blocks.handler(block).attend(block, tokens.features, context.bias)
+        return tokens.with_features(features), Evidence(layers, tokens.prefix, _class_rows(model), context.bias)
 
-    def proceed(self, block: TimmModule, features: Tensor) -> Tensor:
-        return vit_blocks.handler(block).proceed(block, features)
+    def proceed(self, block: TimmModule, tokens: Tokens) -> Tokens:
+        return tokens.with_features(vit_blocks.handler(block).proceed(block, tokens.features))
 
     def normed(self, block: TimmModule, features: Tensor) -> Tensor:
         return vit_blocks.handler(block).normed(block, features)
@@ -100,8 +102,8 @@ class ViTAdapter(Adapter):
         normed: Tensor = model.norm(features)
         return normed
 
-    def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
-        features = self.final_norm(model, tokens.features)
+    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
+        features, bias = self.final_norm(model, tokens.features), tokens.bias
         weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
             pooled = _attention_pool(model, features, bias)
