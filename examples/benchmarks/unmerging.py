@@ -1,7 +1,7 @@
 """How near are un-merged feature maps to the dense model's?
 
-    python examples/benchmarks/unmerging.py local-dir:FOLDER --data train.tar --limit 64
-    python examples/benchmarks/unmerging.py deit_small --data /imagenet/val --keep 0.7 --methods bat tome --device cuda
+    python examples/benchmarks/run.py unmerging local-dir:FOLDER --data train.tar --limit 64
+    python examples/benchmarks/run.py unmerging deit_small --data /imagenet/val --keep 0.7 --methods tome --device cuda
 
 For each method, keep rate and rule, and for each block (1-based) without and with the model's final norm: the relative
 error of the map, `||y - dense|| / ||dense||` over all patches, and in brackets the mean cosine similarity of a patch to
@@ -193,7 +193,3 @@ def main() -> None:
             judged = judge(model, images, wanted, device, args)
             for rule, found in judged.items():
                 print(row(method, keep, rule, found, judged["copy"]), flush=True)
-
-
-if __name__ == "__main__":
-    main()
