@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from tokencut.attention import Evidence, log_size_bias
+from tokencut.attention import AttentionInfo, log_size_bias
 from tokencut.model import CompressedModel, compress
 from tokencut.recipe import Recipe
 from tokencut.schedule import StagePlan
@@ -33,8 +33,8 @@ class Notes:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, evidence: Evidence) -> None:
-        self.told.append((plan, entering.count, leaving.count, tuple(evidence.class_attention().shape)))
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
+        self.told.append((plan, entering.count, leaving.count, tuple(attention.class_attention().shape)))
 
     def block(self, number: int, tokens: Tokens) -> None:
         self.told.append((number, tokens.count))

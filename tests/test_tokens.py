@@ -88,7 +88,7 @@ def test_merging_by_adding_and_by_a_product(dtype: torch.dtype, monkeypatch: pyt
     group = [[4, 0, 1, 1, 2, 3, 0, 4, 0], [0, 1, 2, 3, 0, 0, 0, 4, 4], [3, 2, 1, 0, 4, 4, 4, 4, 4]]  # 4 is dropped
     group = in_order(torch.tensor(group), 4)
     weight = group_average(group, torch.rand(3, 9), torch.ones(3, 9), 4)
-    decision, tokens = Grouping(group, weight, 4), Tokens(features, prefix=2)
+    decision, tokens = Grouping(group, weight, 4), Tokens(features, num_prefix_tokens=2)
     added = apply_decision(tokens, decision).features
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # where sums must be products
     product = apply_decision(tokens, decision).features

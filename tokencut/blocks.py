@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
-from tokencut.methods import Reduction, Scene
-from tokencut.observers import Watch
+from tokencut.methods import Method, StageInput
+from tokencut.observers import BlockObserver
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens, apply_decision, full_precision
 
@@ -20,33 +20,33 @@ from tokencut.tokens import Tokens, apply_decision, full_precision
 class Stage(nn.Module):
     """One reduction: decides by its method, and carries the decision out.
 
-    Holds settings only, no parameter, but for a method that learns (`Reduction.make_module`): `learned`, else None.
+    Holds settings only, no parameter, but for a method that learns (`Method.make_module`): `learned`, else None.
     """
 
-    def __init__(self, method: Reduction, learned: nn.Module | None = None) -> None:
+    def __init__(self, method: Method, learned: nn.Module | None = None) -> None:
         super().__init__()
         self.method = method
         self.learned = learned
 
-    def forward(self, scene: Scene, budget: int) -> Tokens:
-        """Reduces the image tokens of a scene to `budget`.
+    def forward(self, stage_input: StageInput, budget: int) -> Tokens:
+        """Reduces the image tokens that enter to `budget`.
 
         Args:
-            scene: The tokens entering, `(B, P + N, D)`, and their evidence.
+            stage_input: The tokens entering, `(B, P + N, D)`, and what attention says about them.
             budget: `M`, the image tokens leaving.
 
         Returns:
             The tokens leaving, `(B, P + M, D)`; all of them where the method hides tokens while it trains.
         """
-        scene = replace(scene, learned=self.learned)
+        stage_input = replace(stage_input, learned=self.learned)
         # Decided in fp32 whatever the model runs in, so that selection does not change with precision.
-        with full_precision(scene.tokens.features.device):
-            policy = self.method.soft_policy(scene) if self.training else None
+        with full_precision(stage_input.tokens.features.device):
+            policy = self.method.soft_policy(stage_input) if self.training else None
             if policy is not None:
-                return replace(scene.tokens, policy=policy)
+                return replace(stage_input.tokens, policy=policy)
             with torch.no_grad():
-                decision = self.method.decide(scene, budget)
-        return apply_decision(scene.tokens, decision)
+                decision = self.method.decide(stage_input, budget)
+        return apply_decision(stage_input.tokens, decision)
 
     def extra_repr(self) -> str:
         return repr(self.method)
@@ -89,44 +89,46 @@ class BlockLoop:
         """The same tokens with what attention adds to their logits, for their sizes and their policy."""
         return replace(tokens, bias=attention_bias(tokens, self.proportional))
 
-    def step(self, number: int, tokens: Tokens, tokens_out: int | None = None, watch: Watch | None = None) -> Tokens:
+    def step(
+        self, number: int, tokens: Tokens, tokens_out: int | None = None, observer: BlockObserver | None = None
+    ) -> Tokens:
         """Runs one block.
 
         Args:
             number: Its 1-based number.
             tokens: The tokens entering, as `embed`, `weighed` or the step before gave them.
             tokens_out: The image tokens leaving its stage. None, or as many as enter, for the block as timm runs it.
-            watch: Is told of the stage.
+            observer: Is told of the stage.
 
         Returns:
             The block's output.
         """
         if tokens_out is None or tokens_out == tokens.count:
             return self._whole(number, tokens)
-        scene = self.before_stage(number, tokens)
-        left = self.weighed(self.stages[number](scene, tokens_out))
-        if watch is not None:
-            watch.stage(StagePlan(number, tokens.count, tokens_out), scene.tokens, left, scene.evidence)
-        return self.behind_stage(number, left)
+        stage_input = self.stage_input(number, tokens)
+        left = self.weighed(self.stages[number](stage_input, tokens_out))
+        if observer is not None:
+            observer.stage(StagePlan(number, tokens.count, tokens_out), stage_input.tokens, left, stage_input.attention)
+        return self.mlp_half(number, left)
 
-    def before_stage(self, number: int, tokens: Tokens) -> Scene:
+    def stage_input(self, number: int, tokens: Tokens) -> StageInput:
         """Runs the first half of a block: what a stage in its middle sees."""
         block, adapter = self._block(number), self.adapter
-        half, evidence = adapter.attend(self.model, block, tokens, adapter.context(self.model, number, tokens))
-        return Scene(half, evidence, lambda features: adapter.normed(block, features))
+        half, attention = adapter.attention_half(self.model, block, tokens, adapter.context(self.model, number, tokens))
+        return StageInput(half, attention, lambda features: adapter.pre_mlp_norm(block, features))
 
-    def behind_stage(self, number: int, tokens: Tokens) -> Tokens:
+    def mlp_half(self, number: int, tokens: Tokens) -> Tokens:
         """Runs the second half of a block on the tokens that left its stage."""
-        return self.adapter.proceed(self._block(number), tokens)
+        return self.adapter.mlp_half(self._block(number), tokens)
 
-    def run(self, tokens: Tokens, plans: Sequence[StagePlan], watch: Watch | None = None,
+    def run(self, tokens: Tokens, plans: Sequence[StagePlan], observer: BlockObserver | None = None,
             depth: int | None = None) -> Tokens:  # fmt: skip
         """Runs one block after the other.
 
         Args:
             tokens: The tokens entering the first block.
             plans: The stages, by their blocks.
-            watch: Is told of every stage and block.
+            observer: Is told of every stage and block.
             depth: How many blocks to run; all where None.
 
         Returns:
@@ -134,9 +136,9 @@ class BlockLoop:
         """
         budgets = {plan.block: plan.tokens_out for plan in plans}
         for number in range(1, (self.depth if depth is None else depth) + 1):
-            tokens = self.step(number, tokens, budgets.get(number), watch)
-            if watch is not None:
-                watch.block(number, tokens)
+            tokens = self.step(number, tokens, budgets.get(number), observer)
+            if observer is not None:
+                observer.block(number, tokens)
         return tokens
 
     def head(self, tokens: Tokens) -> Tensor:

@@ -15,8 +15,8 @@ from tokencut.attention import TimmModule
 from tokencut.blocks import BlockLoop, Stage
 from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
-from tokencut.methods import Reduction, StageShape, make_method
-from tokencut.observers import Trace, Tracer, Watch
+from tokencut.methods import Method, StageShape, make_method
+from tokencut.observers import BlockObserver, Trace, Tracer
 from tokencut.recipe import Recipe
 from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
 from tokencut.tokens import Tokens
@@ -156,9 +156,9 @@ class CompressedModel(nn.Module):
         if tokens.count != grid[0] * grid[1]:
             raise ModelError(f"patch dropout left {tokens.count} of {grid[0] * grid[1]} patches, and no full grid; "
                              "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
-        watch = Intermediates(taken, unmerging)
-        tokens = loop.run(tokens, plans, watch, max(taken) + 1 if stop_early else None)
-        return watch.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
+        observer = Intermediates(taken, unmerging)
+        tokens = loop.run(tokens, plans, observer, max(taken) + 1 if stop_early else None)
+        return observer.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
@@ -182,11 +182,13 @@ class CompressedModel(nn.Module):
         rows, columns = self._grid(images)
         return self.recipe.stages_for(rows * columns)
 
-    def _run(self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], watch: Watch | None = None) -> Tokens:
+    def _run(
+        self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], observer: BlockObserver | None = None
+    ) -> Tokens:
         """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
         if len(plans) > 0 and plans[0].tokens_in != tokens.count:
             plans = self.recipe.stages_for(tokens.count)
-        return loop.run(tokens, plans, watch)
+        return loop.run(tokens, plans, observer)
 
 
 def compress(
@@ -228,7 +230,7 @@ def compress(
         schedule=schedule,
         prop_attn=built.prop_attn if prop_attn is None else prop_attn,
         tokens=tokens,
-        stages=schedule.resolve(tokens, built.leaving),
+        stages=schedule.resolve(tokens, built.tokens_out),
         method_options=built.options(),
     )
     compressed = CompressedModel(copy.deepcopy(model), recipe)
@@ -259,7 +261,7 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     return cost.predict(shape, stages)
 
 
-def stage_cost(method: Reduction, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
+def stage_cost(method: Method, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
     """What a stage of a method costs in a model, for `cost.predict`.
 
     Args:

@@ -76,29 +76,32 @@ def unmerging_of(rule: str, model: CompressedModel, neighbours: int, temperature
 
 
 class Several:
-    """A watch that un-merges by several rules in one run."""
+    """An observer that un-merges by several rules in one run."""
 
-    def __init__(self, watches: Sequence[Intermediates]) -> None:
-        self._watches = watches
+    def __init__(self, observers: Sequence[Intermediates]) -> None:
+        self._observers = observers
 
     def stage(self, *told: Any) -> None:
-        for watch in self._watches:
-            watch.stage(*told)
+        for observer in self._observers:
+            observer.stage(*told)
 
     def block(self, *told: Any) -> None:
-        for watch in self._watches:
-            watch.block(*told)
+        for observer in self._observers:
+            observer.block(*told)
 
 
 def maps_of(
     model: CompressedModel, pixels: Tensor, blocks: Sequence[int], unmergings: Sequence[Unmerging]
 ) -> list[list[Tensor]]:
     """For each rule the maps of 1-based blocks, with prefix tokens, without the final norm and with it."""
-    watches = [Intermediates([block - 1 for block in blocks], unmerging) for unmerging in unmergings]
+    observers = [Intermediates([block - 1 for block in blocks], unmerging) for unmerging in unmergings]
     # `forward_intermediates` knows no rules on trial.
     tokens, norm = model.loop.embed(pixels, source=True), model.model.norm
-    model.loop.run(tokens, model.recipe.stages_for(tokens.count), Several(watches))
-    return [[each[:, tokens.prefix :] for one in watch.found for each in (one, norm(one))] for watch in watches]
+    model.loop.run(tokens, model.recipe.stages_for(tokens.count), Several(observers))
+    return [
+        [each[:, tokens.num_prefix_tokens :] for one in observer.found for each in (one, norm(one))]
+        for observer in observers
+    ]
 
 
 def compare(found: Tensor, dense: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import centres_of
+from given_inputs import centres_of
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class NearAdapter(outside.Adapter):
         if len(model.blocks) < 2:
             raise outside.ModelError("one block alone has nothing to gain; build a deeper model")
 
-    def prefix(self, model: outside.TimmModule) -> int:
+    def num_prefix_tokens(self, model: outside.TimmModule) -> int:
         return 1
 
     def grid(self, model: outside.TimmModule, height: int, width: int) -> tuple[int, int]:
@@ -95,16 +95,16 @@ class NearAdapter(outside.Adapter):
     def run(self, block: outside.TimmModule, tokens: outside.Tokens, context: outside.Context) -> outside.Tokens:
         return tokens.with_features(block(tokens.features, attn_mask=context.bias))
 
-    def attend(
+    def attention_half(
         self, model: outside.TimmModule, block: outside.TimmModule, tokens: outside.Tokens, context: outside.Context
-    ) -> tuple[outside.Tokens, outside.Evidence]:
+    ) -> tuple[outside.Tokens, outside.AttentionInfo]:
         y, maps = outside.self_attention(block.attn, block.norm1(tokens.features), context.bias)
-        return tokens.with_features(tokens.features + y), outside.Evidence((maps,), 1, (0,), context.bias)
+        return tokens.with_features(tokens.features + y), outside.AttentionInfo((maps,), 1, (0,), context.bias)
 
-    def proceed(self, block: outside.TimmModule, tokens: outside.Tokens) -> outside.Tokens:
+    def mlp_half(self, block: outside.TimmModule, tokens: outside.Tokens) -> outside.Tokens:
         return tokens.with_features(tokens.features + block.mlp(block.norm2(tokens.features)))
 
-    def normed(self, block: outside.TimmModule, features: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: outside.TimmModule, features: Tensor) -> Tensor:
         normed: Tensor = block.norm2(features)
         return normed
 
@@ -127,9 +127,9 @@ class NearAdapter(outside.Adapter):
             embed=16 * 3 * 8 * 8 * width,
             blocks=(block,) * len(model.blocks),
             head=outside.Macs(fixed=outside.linear_macs(model.head)),
-            prefix=1,
+            num_prefix_tokens=1,
             patches=16,
-            head_prefix=0,
+            head_prefix_tokens=0,
             width=width,
             key_width=width // model.blocks[0].attn.num_heads,
         )
@@ -171,9 +171,9 @@ def test_a_block_in_halves_is_the_whole_block(model: NearTransformer, halves: bo
     with torch.no_grad():
         tokens = loop.embed(x)
         whole = model.blocks[2](tokens.features, attn_mask=model.bias(3, grid(3)))
-        got = loop.behind_stage(3, loop.before_stage(3, tokens).tokens) if halves else loop.step(3, tokens)
+        got = loop.mlp_half(3, loop.stage_input(3, tokens).tokens) if halves else loop.step(3, tokens)
         torch.testing.assert_close(got.features, whole)
-        row = loop.before_stage(3, tokens).evidence.class_attention()
+        row = loop.stage_input(3, tokens).attention.class_attention()
     attn = model.blocks[2].attn
     with torch.no_grad():
         qkv = attn.qkv(model.blocks[2].norm1(tokens.features)).view(3, 17, 3, 3, 8).permute(2, 0, 3, 1, 4)

@@ -100,11 +100,11 @@ def test_the_reducing_path_with_nothing_removed_is_the_whole_block(name: str, pr
         whole, halves = embedded.features, replace(embedded, sizes=sizes, bias=bias)
         for number, block in enumerate(model.blocks, start=1):
             whole = block(whole) if bias is None else block(whole, attn_mask=bias)
-            halves, evidence = adapter.attend(model, block, halves, adapter.context(model, number, halves))
-            row = evidence.class_attention()
-            halves = adapter.proceed(block, halves)
+            halves, attention = adapter.attention_half(model, block, halves, adapter.context(model, number, halves))
+            row = attention.class_attention()
+            halves = adapter.mlp_half(block, halves)
         assert row.shape == sizes.shape and (row >= 0).all() and (row.sum(1) > 0).all()
-        assert evidence.keys().shape[:2] == sizes.shape
+        assert attention.keys().shape[:2] == sizes.shape
         torch.testing.assert_close(halves.features, whole, rtol=1e-5, atol=1e-5)
         assert (whole - embedded.features).abs().mean() > 0.05, "the blocks do too little for a test"
 
@@ -118,7 +118,7 @@ def test_the_head_with_every_token_once_is_timms(name: str) -> None:
         features = tokens.features
         for block in model.blocks:
             features = block(features)
-        ones = Tokens(features, tokens.prefix, torch.ones(2, tokens.count))
+        ones = Tokens(features, tokens.num_prefix_tokens, torch.ones(2, tokens.count))
         for proportional in (False, True):
             got = adapter.head(model, weighed(ones, proportional))
             torch.testing.assert_close(got, model.forward_head(model.norm(features)), rtol=1e-5, atol=1e-5)

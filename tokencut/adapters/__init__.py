@@ -15,8 +15,8 @@ from tokencut.adapters.base import (
     supported_modules,
 )
 from tokencut.attention import (
-    Evidence,
-    Heads,
+    AttentionInfo,
+    QueryKey,
     TimmModule,
     differential_attention,
     differential_core,
@@ -32,8 +32,8 @@ __all__ = [
     "Adapter",
     "BlockCost",
     "Context",
-    "Evidence",
-    "Heads",
+    "AttentionInfo",
+    "QueryKey",
     "Macs",
     "ModelCost",
     "ModelError",

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tokencut.attention import Evidence, TimmModule
+from tokencut.attention import AttentionInfo, TimmModule
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -32,7 +32,7 @@ class Adapter(ABC):
     """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
 
     A transformer block is run either whole, by the model's own `forward`, or, where it reduces, in two halves with the
-    stage between: `attend` up to the stage, `proceed` behind it.
+    stage between: `attention_half` up to the stage, `mlp_half` behind it.
 
     Attributes:
         family: What users call it, for messages.
@@ -55,7 +55,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def prefix(self, model: TimmModule) -> int:
+    def num_prefix_tokens(self, model: TimmModule) -> int:
         """`P`, the number of prefix tokens."""
 
     @abstractmethod
@@ -101,15 +101,17 @@ class Adapter(ABC):
         """A whole block as timm runs it."""
 
     @abstractmethod
-    def attend(self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context) -> tuple[Tokens, Evidence]:
-        """The first half of a reducing block, up to where its stage stands, and the attention's evidence."""
+    def attention_half(
+        self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
+    ) -> tuple[Tokens, AttentionInfo]:
+        """The first half of a reducing block, up to where its stage stands, and what its attention says."""
 
     @abstractmethod
-    def proceed(self, block: TimmModule, tokens: Tokens) -> Tokens:
+    def mlp_half(self, block: TimmModule, tokens: Tokens) -> Tokens:
         """The second half of a reducing block, on the tokens that left its stage."""
 
     @abstractmethod
-    def normed(self, block: TimmModule, features: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: TimmModule, features: Tensor) -> Tensor:
         """Features as the second half's norm sees them, `(B, N, D)`; unchanged where there is no such norm."""
 
     @abstractmethod

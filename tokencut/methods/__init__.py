@@ -1,4 +1,4 @@
-"""Reduction methods: one file each, built from the primitives, found through the registry.
+"""The methods: one file each, built from the primitives, found through the registry.
 
 All that a method of your own needs is imported from here: what it sees, the decisions it gives, the primitives.
 
@@ -13,10 +13,10 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
-from tokencut.attention import Evidence, Heads
+from tokencut.attention import AttentionInfo, QueryKey
 from tokencut.errors import TokencutError
 from tokencut.methods import base
-from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
 from tokencut.ops.density_peaks import (
     PeakRule,
     density_average,
@@ -45,12 +45,12 @@ __all__ = [
     "FEATURE_KINDS",
     "WEIGHT_KINDS",
     "Decision",
-    "Evidence",
+    "AttentionInfo",
     "Grouping",
-    "Heads",
+    "QueryKey",
     "PeakRule",
-    "Reduction",
-    "Scene",
+    "Method",
+    "StageInput",
     "Selection",
     "Split",
     "StageShape",
@@ -92,13 +92,13 @@ def _load_all() -> None:
                                 f"update it, or type: pip uninstall {package}") from error  # fmt: skip
 
 
-def methods() -> dict[str, type[Reduction]]:
+def methods() -> dict[str, type[Method]]:
     """All methods by name, in alphabetical order."""
     _load_all()
     return dict(sorted(base.methods().items()))
 
 
-def make_method(name: str, options: dict[str, object] | None = None) -> Reduction:
+def make_method(name: str, options: dict[str, object] | None = None) -> Method:
     """Builds a method from its name and settings; see `base.make_method`."""
     _load_all()
     return base.make_method(name, options)

@@ -31,9 +31,9 @@ class LatencyTable:
     Attributes:
         counts: The image tokens at which parts were timed, ascending.
         block: A whole block, after tokens were merged, at each of `counts`.
-        attend: The first half of a reducing block, likewise.
+        attention_half: The first half of a reducing block, likewise.
         stage: Its stage, letting 3 of 4 tokens out.
-        proceed: Its second half.
+        mlp_half: Its second half.
         fresh: A whole block before anything was merged, at all tokens.
         ends: Embedding and head.
         depth: The number of blocks.
@@ -41,9 +41,9 @@ class LatencyTable:
 
     counts: tuple[int, ...]
     block: tuple[float, ...]
-    attend: tuple[float, ...]
+    attention_half: tuple[float, ...]
     stage: tuple[float, ...]
-    proceed: tuple[float, ...]
+    mlp_half: tuple[float, ...]
     fresh: float
     ends: float
     depth: int
@@ -58,7 +58,7 @@ class LatencyTable:
         total, now = self.ends, self.counts[-1]
         for after in counts:
             if after < now:
-                total += self._at(self.attend, now) + self._at(self.stage, now) + self._at(self.proceed, after)
+                total += self._at(self.attention_half, now) + self._at(self.stage, now) + self._at(self.mlp_half, after)
             else:
                 total += self.fresh if now == self.counts[-1] else self._at(self.block, now)
             now = after
@@ -108,16 +108,18 @@ def latency_table(
     times = {name: t.median_ms / 1000 for name, t in measure(
         timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, on_round=on_round
     ).items()}  # fmt: skip
-    columns = {part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attend", "proceed")}
-    stage = tuple(max(0.0, times[f"stage {count}"] - times[f"attend {count}"]) for count in counts)
+    columns = {
+        part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attention_half", "mlp_half")
+    }
+    stage = tuple(max(0.0, times[f"stage {count}"] - times[f"attention_half {count}"]) for count in counts)
     ends = times["embed"] + times["head"]
-    return LatencyTable(tuple(counts), columns["block"], columns["attend"], stage, columns["proceed"], times["fresh"],
-                        ends, loop.depth)  # fmt: skip
+    return LatencyTable(tuple(counts), columns["block"], columns["attention_half"], stage, columns["mlp_half"],
+                        times["fresh"], ends, loop.depth)  # fmt: skip
 
 
 def _some(loop: BlockLoop, whole: Tokens, count: int, merged: bool) -> Tokens:
     """The first `count` image tokens; two patches in each where `merged`."""
-    features = whole.features[:, : whole.prefix + count].contiguous()
+    features = whole.features[:, : whole.num_prefix_tokens + count].contiguous()
     sizes = torch.full((len(features), count), 2.0, device=features.device) if merged else None
     positions = None if whole.positions is None else whole.positions[:, :count]
     return loop.weighed(replace(whole, features=features, sizes=sizes, positions=positions))
@@ -129,7 +131,7 @@ def _parts(loop: BlockLoop, tokens: Tokens) -> dict[str, Forward]:
     after = min(max(1, math.ceil(STAGE_KEEP * count)), count - 1)
     return {
         f"block {count}": lambda _: loop.step(1, tokens),
-        f"attend {count}": lambda _: loop.before_stage(1, tokens),
-        f"stage {count}": lambda _: loop.stages[1](loop.before_stage(1, tokens), after),
-        f"proceed {count}": lambda _: loop.behind_stage(1, tokens),
+        f"attention_half {count}": lambda _: loop.stage_input(1, tokens),
+        f"stage {count}": lambda _: loop.stages[1](loop.stage_input(1, tokens), after),
+        f"mlp_half {count}": lambda _: loop.mlp_half(1, tokens),
     }
