@@ -2,8 +2,8 @@
 
     python examples/custom_method.py
 
-A method is a frozen dataclass. Its fields are its settings, `decide` looks at a scene and says what becomes of the
-image tokens, and `macs` says what that costs. The decorator makes it known to `tokencut.compress` in this process.
+A method is a frozen dataclass. Its fields are its settings, `decide` looks at a stage's input and says what becomes of
+the image tokens, and `macs` says what that costs. The decorator makes it known to `tokencut.compress` in this process.
 
 For the command line, put the class into a package of your own, say into `my_package/norm_method.py`, and declare the
 module in that package's `pyproject.toml`:
@@ -23,15 +23,13 @@ import timm
 
 import tokencut
 from tokencut.cost import total
-from tokencut.methods import Reduction, Scene, StageShape, option, register
+from tokencut.methods import Method, Selection, StageInput, StageShape, ascending, option, ranking, register
 from tokencut.model import predicted_macs
-from tokencut.ops.grouping import Selection
-from tokencut.ops.ranking import ranking
 
 
 @register
 @dataclass(frozen=True)
-class LargestNorm(Reduction):
+class LargestNorm(Method):
     """Tokens of large norm stay, the others are dropped."""
 
     name = "norm"
@@ -40,11 +38,11 @@ class LargestNorm(Reduction):
 
     largest: bool = option(True, "keep the tokens of largest norm; the smallest where false")
 
-    def decide(self, scene: Scene, budget: int) -> Selection:
+    def decide(self, stage_input: StageInput, budget: int) -> Selection:
         # fp32 and a stable ranking: the same image then gives the same tokens, alone or in any batch.
-        norms = scene.features("tokens").float().norm(dim=2)
+        norms = stage_input.features("tokens").float().norm(dim=2)
         kept = ranking(norms if self.largest else -norms)[:, :budget]
-        return Selection(kept.sort(dim=1).values)
+        return Selection(ascending(kept))
 
     def macs(self, shape: StageShape) -> int:
         return 0  # norms are not counted, and there is no matrix product

@@ -32,15 +32,15 @@ def main() -> None:
     images = found.prepared.normalise(next(iter(found.batches(args.count))).images, torch.device("cpu"))
     model = compress(dense, layers=[args.block], keep=0.5)
     seen = {}
-    model.stages[str(args.block)].register_forward_pre_hook(lambda _, inputs: seen.update(scene=inputs[0]))
+    model.stages[str(args.block)].register_forward_pre_hook(lambda _, inputs: seen.update(stage_input=inputs[0]))
     with torch.no_grad():
         model(images)
-        scene, norm = seen["scene"], model.model.blocks[args.block - 1].norm2
+        stage_input, norm = seen["stage_input"], model.model.blocks[args.block - 1].norm2
         save_file(
             {
-                "tokens": scene.tokens.features.half().contiguous(),
-                "keys": scene.evidence.keys().half().contiguous(),
-                "class_attention": scene.evidence.class_attention().contiguous(),
+                "tokens": stage_input.tokens.features.half().contiguous(),
+                "keys": stage_input.attention.keys().half().contiguous(),
+                "class_attention": stage_input.attention.class_attention().contiguous(),
                 "norm.weight": norm.weight.detach().half(),
                 "norm.bias": norm.bias.detach().half(),
             },

@@ -86,9 +86,9 @@ def test_a_block_by_hand(method: str | None, by_hand: int) -> None:
 
 
 def test_predict_row_by_row() -> None:
-    block = BlockCost(before=Macs(1, 10, 2), after=Macs(per_token=7), evidence=Macs(per_token=3))
-    model = ModelCost(embed=100, blocks=(block, block), head=Macs(5, 1), prefix=1, patches=4, head_prefix=0,
-                      width=8, key_width=4)  # fmt: skip
+    block = BlockCost(before=Macs(1, 10, 2), after=Macs(per_token=7), class_row=Macs(per_token=3))
+    model = ModelCost(embed=100, blocks=(block, block), head=Macs(5, 1), num_prefix_tokens=1, patches=4,
+                      head_prefix_tokens=0, width=8, key_width=4)  # fmt: skip
     assert cost.predict(model, {}) == (
         BlockRow(0, 4, 4, 100, 0),
         BlockRow(1, 4, 4, (1 + 10 * 5 + 2 * 25) + 7 * 5, 0),
@@ -102,7 +102,7 @@ def test_predict_row_by_row() -> None:
         BlockRow(2, 2, 2, (1 + 10 * 3 + 2 * 9) + 7 * 3, 0),
         BlockRow(-1, 2, 2, 5 + 2, 0),
     )
-    assert cost.predict(model, {1: StageCost(4, 2, 1000, evidence=False)})[1].stage_macs == 1000
+    assert cost.predict(model, {1: StageCost(4, 2, 1000, reads_attention=False)})[1].stage_macs == 1000
     assert cost.total(reduced) == sum(row.macs for row in reduced)
 
 

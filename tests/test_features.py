@@ -90,7 +90,7 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_keep_one_is_timms_to_the_bit_and_keep_one_half_has_its_shapes(fixture: str) -> None:
     model, images = small(fixture), pictures(2)
-    assert adapter_for(model).prefix(model) == PREFIXES[fixture]
+    assert adapter_for(model).num_prefix_tokens(model) == PREFIXES[fixture]
     untouched, reduced = compress(model, keep=1.0).eval(), compress(model, keep=0.5, layers=(2, 3)).eval()
     for form in FORMS:
         with torch.no_grad():
@@ -119,7 +119,8 @@ def by_hand(compressed: CompressedModel, images: Tensor, unmerge: str) -> list[T
 
     Hooks see what enters the stages and what later blocks give; the second half of a reducing block is run again.
     """
-    model, adapter, prefix = compressed.model, compressed.adapter, compressed.adapter.prefix(compressed.model)
+    model, adapter = compressed.model, compressed.adapter
+    prefix = adapter.num_prefix_tokens(model)
     entering, outputs = {}, {}
     handles = [stage.register_forward_pre_hook(lambda _, args, n=int(name): entering.update({n: args[0].tokens}))
                for name, stage in compressed.stages.items()]  # fmt: skip
@@ -139,7 +140,7 @@ def by_hand(compressed: CompressedModel, images: Tensor, unmerge: str) -> list[T
             else:
                 source = behind.source
             stage = behind.features if unmerge == "change" else None
-            outputs[number] = adapter.proceed(block, left[number].features)
+            outputs[number] = adapter.mlp_half(block, left[number]).features
         patches = placed(outputs[number], prefix, source, last, stage)
         full.append(torch.cat((outputs[number][:, :prefix], patches), 1))
     return full

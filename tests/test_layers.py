@@ -126,6 +126,23 @@ def test_no_module_shares_its_name_with_what_its_package_hands_out() -> None:
     assert not shared, f"a package hands out something else under the names of its modules {shared}"
 
 
+@pytest.mark.parametrize("package", ["tokencut.methods", "tokencut.adapters"])
+def test_an_extension_finds_all_that_the_packages_own_modules_need(package: str) -> None:
+    """Whatever a method or an adapter of ours imports from the rest of tokencut, its package hands out to others."""
+    shown = handed_out(package)
+    needed = {
+        alias.name
+        for module, tree in TREES.items()
+        if within(module, {package}) and module not in (package, f"{package}.base")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and within(str(node.module), {"tokencut"})
+        for alias in node.names
+        if f"{node.module}.{alias.name}" not in TREES and not within(str(node.module), {"tokencut.ops.kernels"})
+    }
+    assert len(needed) > 10
+    assert not needed - shown, f"add to __all__ of {package}: {sorted(needed - shown)}"
+
+
 def handed_out(package: str) -> set[str]:
     """The names that `__all__` of a package lists, where it has one."""
     lists = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import tarfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -202,7 +204,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch: pytest.Mon
     model = compress(fixture_model("test_vit"), keep=0.5, layers=[2])
     images = fixture_images(model.model)
     calls: list[object] = []
-    monkeypatch.setattr("tokencut.model.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    monkeypatch.setattr("tokencut.blocks.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
@@ -228,3 +230,64 @@ def test_average_pooling_does_not_overflow_in_half_precision(name: str) -> None:
     pooled = vit._average_pool(model, features, counts)
     assert pooled.dtype == torch.float16
     assert torch.equal(pooled, torch.full_like(pooled, 600.0))
+
+
+SETTINGS: list[tuple[str, dict[str, object]]] = [
+    *((name, {}) for name in sorted(methods())),
+    ("bat", {"preset": "paper"}),
+    ("bat", {"inattentive": "drop"}),
+    ("bat", {"window": 8, "weights": "attention"}),
+    ("evit", {"extra_token": True}),
+]
+
+
+def tracing(test: Callable[..., None]) -> Callable[..., None]:
+    """Lets pass what the tracer warns of: that it is deprecated, and plain numbers for sizes (timm's checks, ours)."""
+    for warning in ("torch.jit.TracerWarning", "FutureWarning", "DeprecationWarning"):
+        message = "" if warning.startswith("torch") else r".*torch\.jit\."
+        test = pytest.mark.filterwarnings(f"ignore:{message}:{warning}")(test)
+    return test
+
+
+@tracing
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_a_traced_model_is_the_model_for_other_images_and_batches_too(method: str, settings: dict[str, object]) -> None:
+    # Keep 0.3 takes ToMe two rounds of matching.
+    compressed = compress(fixture_model("test_vit"), keep=0.3, layers=[2, 4], method=method, method_options=settings)
+    compressed.eval()
+    images = fixture_images(compressed.model)
+    traced = torch.jit.trace(compressed, images[:2])
+    with torch.no_grad():
+        assert torch.equal(traced(images[2:]), compressed(images[2:]))
+        torch.testing.assert_close(traced(images[:3]), compressed(images[:3]))
+
+
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_fvcores_own_analysis_of_a_model(method: str, settings: dict[str, object]) -> None:
+    compressed = compress(fixture_model("test_vit"), keep=0.5, layers=[2, 4], method=method, method_options=settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fvcore's imports warn of `torch.jit.script`
+        from fvcore.nn import FlopCountAnalysis
+    analysis = FlopCountAnalysis(compressed.eval(), fixture_images(compressed.model, 1))
+    found = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()["linear"]
+    # A block's linear layers take `n` tokens before its stage and `m` behind it; the head takes the class token.
+    shape, tokens, expected = compressed.adapter.cost(compressed.model), 100, 0
+    stages = {plan.block: plan for plan in compressed.recipe.stages}
+    for number, block in enumerate(shape.blocks, start=1):
+        leaving = stages[number].tokens_out if number in stages else tokens
+        expected += block.before.per_token * (1 + tokens) + block.after.per_token * (1 + leaving)
+        if method == "dyvit" and number in stages:  # its predictor: 64 to 64, to 32, to 16, to 2 numbers
+            expected += tokens * (64 * 64 + 64 * 32 + 32 * 16 + 16 * 2)
+        tokens = leaving
+    assert found == expected + shape.head.fixed
+
+
+@tracing
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_tensorboards_graph_of_a_model(method: str) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard._pytorch_graph import graph  # what `SummaryWriter.add_graph` writes
+
+    compressed = compress(fixture_model("test_vit"), keep=0.5, layers=[2, 4], method=method).eval()
+    drawn, _ = graph(compressed, fixture_images(compressed.model, 1))
+    assert any("/Stage[2]/" in node.name for node in drawn.node), sorted(node.name for node in drawn.node)[:50]

@@ -58,6 +58,29 @@ def test_a_token_alone_in_its_group_passes_unchanged_in_half_precision() -> None
     assert torch.equal(left.features[:, :4], features[:, :4])
 
 
+def placed(positions: list[list[float]], sizes: list[float] | None = None) -> Tokens:
+    """One image with a prefix token; each token is a number of ones, where and as large as told."""
+    return Tokens(torch.ones(1, 1 + len(positions), 2), 1, None if sizes is None else torch.tensor([sizes]),
+                  positions=torch.tensor([positions]))  # fmt: skip
+
+
+def test_tokens_that_stay_bring_their_positions() -> None:
+    left = apply_decision(placed([[0, 0], [0, 1], [1, 0], [1.5, 1]]), Selection(torch.tensor([[1, 3]])))
+    assert left.positions is not None and left.positions.tolist() == [[[0, 1], [1.5, 1]]]
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_merged_token_is_where_its_patches_are_on_average(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # where sums must be in one order
+    tokens = placed([[0, 8], [4, 0], [0.3, 0.7], [50, 50]], [1, 3, 2, 1])
+    # The first two become one, whatever weights their features take; the last one is dropped.
+    group, weight = torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0.9, 0.1, 1.0, 1.0]])
+    left = apply_decision(tokens, Grouping(group, weight, 2))
+    assert left.positions is not None and tokens.positions is not None
+    assert left.positions[0, 0].tolist() == [3, 2]  # (0 + 3 * 4) / 4 and (8 + 3 * 0) / 4
+    assert torch.equal(left.positions[0, 1], tokens.positions[0, 2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_by_adding_and_by_a_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -65,7 +88,7 @@ def test_merging_by_adding_and_by_a_product(dtype: torch.dtype, monkeypatch: pyt
     group = [[4, 0, 1, 1, 2, 3, 0, 4, 0], [0, 1, 2, 3, 0, 0, 0, 4, 4], [3, 2, 1, 0, 4, 4, 4, 4, 4]]  # 4 is dropped
     group = in_order(torch.tensor(group), 4)
     weight = group_average(group, torch.rand(3, 9), torch.ones(3, 9), 4)
-    decision, tokens = Grouping(group, weight, 4), Tokens(features, prefix=2)
+    decision, tokens = Grouping(group, weight, 4), Tokens(features, num_prefix_tokens=2)
     added = apply_decision(tokens, decision).features
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # where sums must be products
     product = apply_decision(tokens, decision).features

@@ -12,7 +12,7 @@ from tokencut.model import CompressedModel, compress
 from tokencut.runtime.distributed import alone
 from tokencut.training.recipe import TrainingRecipe
 from tokencut.training.run import finetune
-from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
+from tokencut.training.setup import FinetuneReport, TrainingCallbacks, TrainingProgress, TrainingSetup
 
 CPU = alone(torch.device("cpu"))
 # Everything random that there is.
@@ -46,10 +46,10 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def stop_after(steps: int) -> Watcher:
+def stop_after(steps: int) -> TrainingCallbacks:
     """Asks to stop once so many steps are done."""
     done: list[TrainingProgress] = []
-    return Watcher(on_step=done.append, should_stop=lambda: len(done) >= steps)
+    return TrainingCallbacks(on_step=done.append, should_stop=lambda: len(done) >= steps)
 
 
 def run(trained: CompressedModel, data: Any, recipe: TrainingRecipe = WILD, **options: Any) -> FinetuneReport:

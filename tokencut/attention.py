@@ -1,4 +1,4 @@
-"""Fused attention that leaves evidence behind: what a stage needs to know of a block's attention.
+"""Fused attention, and what a stage needs to know of it.
 
 The block keeps its fused attention and never materialises the `N x N` matrix; only the class row is computed beside it,
 in `O(N D)`. The functions call the sub-modules of timm's attention layers, so that q/k norm, gates and scale norms of
@@ -22,35 +22,35 @@ TimmModule: TypeAlias = Any
 
 
 @dataclass(frozen=True)
-class Heads:
+class QueryKey:
     """Queries and keys of one attention layer.
 
     Attributes:
         query: `(B, H, P + N, d)`, after q norm.
         key: `(B, H, P + N, d)`, after k norm.
-        factor: What this map counts for in the layer's attention: 1, or `-lambda` for the second map of differential
-            attention.
+        sign_weight: What this map counts for in the layer's attention: 1, or `-lambda` for the second map of
+            differential attention.
     """
 
     query: Tensor
     key: Tensor
-    factor: Tensor | float = 1.0
+    sign_weight: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
-class Evidence:
+class AttentionInfo:
     """What a block's attention says about its tokens, computed when a method asks for it.
 
     Attributes:
         layers: One entry for each attention layer that runs in the block (parallel blocks have several); each entry
             holds the layer's maps (differential attention has two).
-        prefix: `P`, the number of prefix tokens.
+        num_prefix_tokens: `P`, the number of prefix tokens.
         class_rows: Positions of the class token, or of class and distillation token; empty where there is none.
-        bias: Log-size bias on the attention logits, `(B, 1, 1, P + N)`, or None.
+        bias: What is added to the attention logits, as `fused_attention` takes it; None for nothing.
     """
 
-    layers: tuple[tuple[Heads, ...], ...]
-    prefix: int
+    layers: tuple[tuple[QueryKey, ...], ...]
+    num_prefix_tokens: int
     class_rows: tuple[int, ...]
     bias: Tensor | None = None
 
@@ -70,27 +70,38 @@ class Evidence:
 
     def keys(self) -> Tensor:
         """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""
-        every = [heads.key[:, :, self.prefix :].float().mean(1) for maps in self.layers for heads in maps]
+        every = [heads.key[:, :, self.num_prefix_tokens :].float().mean(1) for maps in self.layers for heads in maps]
         return torch.stack(every).mean(0) if len(every) > 1 else every[0]
 
 
-def _class_row(heads: Heads, evidence: Evidence) -> Tensor:
+def _class_row(heads: QueryKey, attention: AttentionInfo) -> Tensor:
     """Class attention of one map, fp32 `(B, N)`."""
-    if evidence.class_rows:
-        query = heads.query[:, :, : len(evidence.class_rows)]
-    else:
-        query = heads.query[:, :, evidence.prefix :].float().mean(2, keepdim=True)
-    if not isinstance(heads.factor, Tensor) and kernels.usable(query, heads.key):
+    query, bias = _of_class(heads.query, attention), attention.bias
+    if bias is not None and not _same_for_all(bias):
+        bias = _of_class(bias.expand(-1, -1, heads.query.shape[2], -1), attention)
+    elif not isinstance(heads.sign_weight, Tensor) and kernels.usable(query, heads.key):
         from tokencut.ops.kernels.attention import class_rows
 
-        return class_rows(query, heads.key, evidence.bias)[:, evidence.prefix :]
+        return class_rows(query, heads.key, bias)[:, attention.num_prefix_tokens :]
     query = query.float()
     with full_precision(query.device):
         logits = torch.matmul(query * heads.query.shape[-1] ** -0.5, heads.key.float().transpose(-2, -1))
-    if evidence.bias is not None:
-        logits = logits + evidence.bias.float()
-    row = logits.softmax(-1)[..., evidence.prefix :].mean((1, 2))
-    return row * heads.factor
+    if bias is not None:
+        logits = logits + bias.float()
+    row = logits.softmax(-1)[..., attention.num_prefix_tokens :].mean((1, 2))
+    return row * heads.sign_weight
+
+
+def _of_class(rows: Tensor, attention: AttentionInfo) -> Tensor:
+    """The rows of the class tokens, of `(B, H, P + N, ...)`; the mean row of the image tokens where there are none."""
+    if attention.class_rows:
+        return rows[:, :, : len(attention.class_rows)]
+    return rows[:, :, attention.num_prefix_tokens :].float().mean(2, keepdim=True)
+
+
+def _same_for_all(bias: Tensor) -> bool:
+    """Whether a bias is the same for all queries and heads, `(B, 1, 1, P + N)`."""
+    return bool(bias.shape[1] == 1) and bool(bias.shape[2] == 1)
 
 
 def log_size_bias(tokens: Tokens) -> Tensor | None:
@@ -105,7 +116,7 @@ def log_size_bias(tokens: Tokens) -> Tensor | None:
     """
     if tokens.sizes is None:
         return None
-    bias = F.pad(tokens.sizes.log(), (tokens.prefix, 0))
+    bias = F.pad(tokens.sizes.log(), (tokens.num_prefix_tokens, 0))
     return bias.to(tokens.features.dtype)[:, None, None, :]
 
 
@@ -126,7 +137,8 @@ def attention_bias(tokens: Tokens, proportional: bool) -> Tensor | None:
     bias = log_size_bias(tokens) if proportional else None
     if tokens.policy is None:
         return bias
-    hidden = F.pad((tokens.policy + HIDDEN).log(), (tokens.prefix, 0)).to(tokens.features.dtype)[:, None, None, :]
+    hidden = F.pad((tokens.policy + HIDDEN).log(), (tokens.num_prefix_tokens, 0))
+    hidden = hidden.to(tokens.features.dtype)[:, None, None, :]
     return hidden if bias is None else bias + hidden
 
 
@@ -137,31 +149,33 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         query: `(B, H, P + N, d)`.
         key: `(B, H, P + N, d)`.
         value: `(B, H, P + N, d)`.
-        bias: Added to the logits, `(B, 1, 1, P + N)`, or None.
+        bias: Added to the logits, or None: `(B, 1, 1, P + N)` where it is the same for all queries and heads, else what
+            broadcasts to `(B, H, P + N, P + N)`.
         dropout: Probability that a weight is dropped.
 
     Returns:
         `(B, H, P + N, d)`.
     """
-    if bias is not None and not dropout and has_biased_kernel(query, key, value):
+    if bias is not None and not dropout and has_biased_kernel(bias, query, key, value):
         from tokencut.ops.kernels.attention import biased_attention
 
         return biased_attention(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
-def has_biased_kernel(*tensors: Tensor) -> bool:
-    """Whether attention with a bias has a kernel of its own for such tensors: half precision on a GPU."""
-    return all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) and kernels.usable(*tensors)
+def has_biased_kernel(bias: Tensor, *tensors: Tensor) -> bool:
+    """Whether attention with such a bias has a kernel of its own: half precision on a GPU, one bias for all queries."""
+    half = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    return half and kernels.usable(bias, *tensors) and _same_for_all(bias)
 
 
-def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:
     """Runs timm's `Attention` by its own sub-modules, fused, and keeps queries and keys.
 
     Args:
         layer: A `timm.layers.Attention`.
         x: Normed features, `(B, P + N, D)`.
-        bias: Added to the attention logits, `(B, 1, 1, P + N)`, or None.
+        bias: Added to the attention logits, as `fused_attention` takes it, or None.
 
     Returns:
         The attention's output `(B, P + N, D)`, and its one map.
@@ -175,10 +189,10 @@ def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[T
     y = layer.norm(y.transpose(1, 2).reshape(batch, count, -1))
     if getattr(layer, "gate", None) is not None:
         y = y * layer.gate(x).sigmoid()
-    return layer.proj_drop(layer.proj(y)), (Heads(query, key),)
+    return layer.proj_drop(layer.proj(y)), (QueryKey(query, key),)
 
 
-def differential_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+def differential_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:
     """Runs timm's `DiffAttention` (arXiv 2410.05258) by its own sub-modules; arguments as in `self_attention`.
 
     Returns:
@@ -190,13 +204,13 @@ def differential_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) ->
 
 def differential_core(
     layer: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None
-) -> tuple[Tensor, tuple[Heads, ...]]:
+) -> tuple[Tensor, tuple[QueryKey, ...]]:
     """The difference of two fused attentions, for every timm layer that holds lambda, sub norm and q/k norm.
 
     Args:
         layer: The timm module with `_compute_lambda`, `sub_norm`, `q_norm`, `k_norm`, `num_heads`, `lambda_init`.
         qkv: Query, key, value, each `(B, P + N, D)`.
-        bias: Added to the attention logits, `(B, 1, 1, P + N)`, or None.
+        bias: Added to the attention logits, as `fused_attention` takes it, or None.
 
     Returns:
         The attention's output before its projection, `(B, P + N, D)`, and its two maps.
@@ -213,5 +227,5 @@ def differential_core(
         for i in (0, 1)
     )
     y = layer.sub_norm(first - weight * second) * (1 - layer.lambda_init)
-    maps = (Heads(query[:, :, 0], key[:, :, 0]), Heads(query[:, :, 1], key[:, :, 1], -weight.float()))
+    maps = (QueryKey(query[:, :, 0], key[:, :, 0]), QueryKey(query[:, :, 1], key[:, :, 1], -weight.float()))
     return y.transpose(1, 2).reshape(batch, count, width), maps

@@ -1,16 +1,163 @@
-"""A block of a model with a stage in its middle."""
+"""The blocks of a model and the stages between their halves: the only place that runs them."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokencut.adapters import Adapter
-from tokencut.attention import TimmModule
-from tokencut.methods import Scene
-from tokencut.tokens import Tokens
+from tokencut.attention import TimmModule, attention_bias
+from tokencut.methods import Method, StageInput
+from tokencut.observers import BlockObserver
+from tokencut.schedule import StagePlan
+from tokencut.tokens import Tokens, apply_decision, full_precision
 
 
-def before_stage(adapter: Adapter, model: TimmModule, block: TimmModule, tokens: Tokens, bias: Tensor | None) -> Scene:
-    """Runs the first half of a reducing block: what the stage in its middle sees."""
-    features, evidence = adapter.attend(model, block, tokens.features, bias)
-    return Scene(tokens.with_features(features), evidence, lambda image: adapter.normed(block, image))
+class Stage(nn.Module):
+    """One reduction: decides by its method, and carries the decision out.
+
+    Holds settings only, no parameter, but for a method that learns (`Method.make_module`): `learned`, else None.
+    """
+
+    def __init__(self, method: Method, learned: nn.Module | None = None) -> None:
+        super().__init__()
+        self.method = method
+        self.learned = learned
+
+    def forward(self, stage_input: StageInput, budget: int) -> Tokens:
+        """Reduces the image tokens that enter to `budget`.
+
+        Args:
+            stage_input: The tokens entering, `(B, P + N, D)`, and what attention says about them.
+            budget: `M`, the image tokens leaving.
+
+        Returns:
+            The tokens leaving, `(B, P + M, D)`; all of them where the method hides tokens while it trains.
+        """
+        stage_input = replace(stage_input, learned=self.learned)
+        # Decided in fp32 whatever the model runs in, so that selection does not change with precision.
+        with full_precision(stage_input.tokens.features.device):
+            policy = self.method.soft_policy(stage_input) if self.training else None
+            if policy is not None:
+                return replace(stage_input.tokens, policy=policy)
+            with torch.no_grad():
+                decision = self.method.decide(stage_input, budget)
+        return apply_decision(stage_input.tokens, decision)
+
+    def extra_repr(self) -> str:
+        return repr(self.method)
+
+
+@dataclass(frozen=True)
+class BlockLoop:
+    """A model from images to logits, block by block; it keeps nothing from one call to the next.
+
+    Attributes:
+        adapter: The model's adapter.
+        model: timm's model.
+        stages: The `Stage` of each block that may reduce, by 1-based block number.
+        proportional: Whether merged tokens weigh by size in attention.
+    """
+
+    adapter: Adapter
+    model: TimmModule
+    stages: Mapping[int, nn.Module]
+    proportional: bool
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.adapter.blocks(self.model))
+
+    def embed(self, images: Tensor, *, source: bool = False) -> Tokens:
+        """The tokens entering the first block.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            source: Whether to follow from here on which patch goes into which token.
+        """
+        tokens = self.weighed(self.adapter.embed(self.model, images))
+        if not source:
+            return tokens
+        return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
+
+    def weighed(self, tokens: Tokens) -> Tokens:
+        """The same tokens with what attention adds to their logits, for their sizes and their policy."""
+        return replace(tokens, bias=attention_bias(tokens, self.proportional))
+
+    def step(
+        self, number: int, tokens: Tokens, tokens_out: int | None = None, observer: BlockObserver | None = None
+    ) -> Tokens:
+        """Runs one block.
+
+        Args:
+            number: Its 1-based number.
+            tokens: The tokens entering, as `embed`, `weighed` or the step before gave them.
+            tokens_out: The image tokens leaving its stage. None, or as many as enter, for the block as timm runs it.
+            observer: Is told of the stage.
+
+        Returns:
+            The block's output.
+        """
+        if tokens_out is None or tokens_out == tokens.count:
+            return self._whole(number, tokens)
+        stage_input = self.stage_input(number, tokens)
+        left = self.weighed(self.stages[number](stage_input, tokens_out))
+        if observer is not None:
+            observer.stage(StagePlan(number, tokens.count, tokens_out), stage_input.tokens, left, stage_input.attention)
+        return self.mlp_half(number, left)
+
+    def stage_input(self, number: int, tokens: Tokens) -> StageInput:
+        """Runs the first half of a block: what a stage in its middle sees."""
+        block, adapter = self._block(number), self.adapter
+        half, attention = adapter.attention_half(self.model, block, tokens, adapter.context(self.model, number, tokens))
+        return StageInput(half, attention, lambda features: adapter.pre_mlp_norm(block, features))
+
+    def mlp_half(self, number: int, tokens: Tokens) -> Tokens:
+        """Runs the second half of a block on the tokens that left its stage."""
+        return self.adapter.mlp_half(self._block(number), tokens)
+
+    def run(self, tokens: Tokens, plans: Sequence[StagePlan], observer: BlockObserver | None = None,
+            depth: int | None = None) -> Tokens:  # fmt: skip
+        """Runs one block after the other.
+
+        Args:
+            tokens: The tokens entering the first block.
+            plans: The stages, by their blocks.
+            observer: Is told of every stage and block.
+            depth: How many blocks to run; all where None.
+
+        Returns:
+            The tokens behind the last block that ran, before the final norm.
+        """
+        budgets = {plan.block: plan.tokens_out for plan in plans}
+        for number in range(1, (self.depth if depth is None else depth) + 1):
+            tokens = self.step(number, tokens, budgets.get(number), observer)
+            if observer is not None:
+                observer.block(number, tokens)
+        return tokens
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """Final norm, pooling and classifier: logits `(B, classes)`, features `(B, D)` of a model without classes."""
+        return self.adapter.head(self.model, tokens)
+
+    def _block(self, number: int) -> TimmModule:
+        return self.adapter.blocks(self.model)[number - 1]
+
+    def _whole(self, number: int, tokens: Tokens) -> Tokens:
+        """A block as timm runs it; activations are computed again in backward where timm would."""
+        block, context = self._block(number), self.adapter.context(self.model, number, tokens)
+        if not (getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled()):
+            return self.adapter.run(block, tokens, context)
+
+        # The features are an argument: by them `checkpoint` finds the device whose random state it has to restore.
+        features = checkpoint(
+            lambda features: self.adapter.run(block, tokens.with_features(features), context).features,
+            tokens.features,
+            use_reentrant=False,
+        )
+        return tokens.with_features(features)

@@ -5,7 +5,7 @@ and attention (QK' and PV), the stages' own products included. Norms, softmax, s
 merge tokens are not counted.
 
 An adapter describes its model in pieces whose cost is a polynomial in the number of tokens; a method adds the products
-of its stage (`Reduction.macs`). `predict` sums both for a schedule, and equals what fvcore counts to the last digit.
+of its stage (`Method.macs`). `predict` sums both for a schedule, and equals what fvcore counts to the last digit.
 """
 
 from __future__ import annotations
@@ -37,28 +37,29 @@ class BlockCost:
     Attributes:
         before: The part that runs on the tokens entering (attention; the whole block where nothing follows the stage).
         after: The part that runs on the tokens leaving the stage (the MLP).
-        evidence: What a stage that reads class attention adds in this block for the class row, on the tokens entering.
+        class_row: What a stage that reads class attention adds in this block for the class row, on the tokens entering.
     """
 
     before: Macs
     after: Macs
-    evidence: Macs
+    class_row: Macs
 
 
 @dataclass(frozen=True)
 class ModelCost:
     """A whole model: `embed` (patch embedding), `blocks`, `head` (pooling and classifier, on the tokens leaving).
 
-    `prefix` and `patches` count the tokens entering the first block, `head_prefix` those prefix tokens that the head's
-    `per_token` part sees; `width` and `key_width` are the numbers in a token's features and in one head's key.
+    `num_prefix_tokens` and `patches` count the tokens entering the first block, `head_prefix_tokens` those prefix
+    tokens that the head's `per_token` part sees; `width` and `key_width` are the numbers in a token's features and in
+    one head's key.
     """
 
     embed: int
     blocks: tuple[BlockCost, ...]
     head: Macs
-    prefix: int
+    num_prefix_tokens: int
     patches: int
-    head_prefix: int
+    head_prefix_tokens: int
     width: int
     key_width: int
 
@@ -71,13 +72,13 @@ class StageCost:
         tokens_in: Image tokens entering.
         tokens_out: Image tokens leaving.
         macs: Multiply-adds of its own products.
-        evidence: Whether its method reads class attention, so that the block's `evidence` is computed for it.
+        reads_attention: Whether its method reads class attention, so that the block's class row is computed for it.
     """
 
     tokens_in: int
     tokens_out: int
     macs: int
-    evidence: bool = True
+    reads_attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def predict(model: ModelCost, stages: Mapping[int, StageCost]) -> tuple[BlockRow
     for number, block in enumerate(model.blocks, start=1):
         stage = stages.get(number)
         entering, leaving = tokens, tokens if stage is None else stage.tokens_out
-        row = block.evidence.at(model.prefix + entering) if stage is not None and stage.evidence else 0
+        before, after = model.num_prefix_tokens + entering, model.num_prefix_tokens + leaving
+        row = block.class_row.at(before) if stage is not None and stage.reads_attention else 0
         own = 0 if stage is None else stage.macs + row
-        macs = block.before.at(model.prefix + entering) + block.after.at(model.prefix + leaving) + own
+        macs = block.before.at(before) + block.after.at(after) + own
         rows.append(BlockRow(number, entering, leaving, macs, own))
         tokens = leaving
-    rows.append(BlockRow(-1, tokens, tokens, model.head.at(model.head_prefix + tokens), 0))
+    rows.append(BlockRow(-1, tokens, tokens, model.head.at(model.head_prefix_tokens + tokens), 0))
     return tuple(rows)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokencut.attention import Evidence
+from tokencut.attention import AttentionInfo
 from tokencut.errors import UsageError
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens, full_precision
@@ -80,7 +80,7 @@ class Unmerging:
 
         Args:
             rule: `change` or `copy`.
-            similar: Whether stages drop tokens or fuse unlike ones (not `Reduction.averages`).
+            similar: Whether stages drop tokens or fuse unlike ones (not `Method.averages`).
 
         Raises:
             UsageError: There is no such rule.
@@ -122,7 +122,7 @@ class Unmerging:
         """Prefix tokens, untouched, and all patches: `(B, P + patches, D)`."""
         if self._own is None:
             return tokens.features
-        return torch.cat((tokens.features[:, : tokens.prefix], self.patches(tokens)), 1)
+        return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], self.patches(tokens)), 1)
 
 
 @torch.no_grad()
@@ -240,7 +240,7 @@ class Form:
 
 
 class Intermediates:
-    """A watch that un-merges the outputs of chosen blocks."""
+    """An observer that un-merges the outputs of chosen blocks."""
 
     def __init__(self, taken: Sequence[int], unmerging: Unmerging) -> None:
         """Starts with none.
@@ -253,7 +253,7 @@ class Intermediates:
         self._taken = frozenset(taken)
         self._unmerging = unmerging
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, evidence: Evidence) -> None:
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
         """Keeps what every patch had before some are merged or dropped."""
         self._unmerging.stage(entering, leaving)
 
@@ -275,4 +275,4 @@ class Intermediates:
         """
         found = [norm(each) for each in self.found] if every else self.found
         final = None if form.intermediates_only else norm(self._unmerging.full(tokens))
-        return form.arranged(found, final, tokens.prefix, grid)
+        return form.arranged(found, final, tokens.num_prefix_tokens, grid)

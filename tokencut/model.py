@@ -1,64 +1,25 @@
-"""compress(model, ...) -> an nn.Module: a plain loop over blocks, with stages between attention and MLP."""
+"""compress(model, ...) -> an nn.Module: a model that runs its blocks with stages between attention and MLP."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tokencut import cost
 from tokencut.adapters import Adapter, adapter_for
-from tokencut.attention import TimmModule, attention_bias
-from tokencut.blocks import before_stage
+from tokencut.attention import TimmModule
+from tokencut.blocks import BlockLoop, Stage
 from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
-from tokencut.methods import Reduction, Scene, StageShape, make_method
-from tokencut.observers import Trace, Tracer, Watch
+from tokencut.methods import Method, StageShape, make_method
+from tokencut.observers import BlockObserver, Trace, Tracer
 from tokencut.recipe import Recipe
-from tokencut.schedule import Keep, Layers, make_schedule
-from tokencut.tokens import Tokens, apply_decision, full_precision
-
-
-class Stage(nn.Module):
-    """One reduction: decides by its method, and carries the decision out.
-
-    Holds settings only, no parameter, but for a method that learns (`Reduction.make_module`): `learned`, else None.
-    """
-
-    def __init__(self, method: Reduction, learned: nn.Module | None = None) -> None:
-        super().__init__()
-        self.method = method
-        self.learned = learned
-
-    def forward(self, scene: Scene, budget: int) -> Tokens:
-        """Reduces the image tokens of a scene to `budget`.
-
-        Args:
-            scene: The tokens entering, `(B, P + N, D)`, and their evidence.
-            budget: `M`, the image tokens leaving.
-
-        Returns:
-            The tokens leaving, `(B, P + M, D)`; all of them where the method hides tokens while it trains.
-        """
-        scene = replace(scene, learned=self.learned)
-        # Decided in fp32 whatever the model runs in, so that selection does not change with precision.
-        with full_precision(scene.tokens.features.device):
-            policy = self.method.soft_policy(scene) if self.training else None
-            if policy is not None:
-                return replace(scene.tokens, policy=policy)
-            with torch.no_grad():
-                decision = self.method.decide(scene, budget)
-        return apply_decision(scene.tokens, decision)
-
-    def extra_repr(self) -> str:
-        return repr(self.method)
+from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
+from tokencut.tokens import Tokens
 
 
 class CompressedModel(nn.Module):
@@ -95,6 +56,12 @@ class CompressedModel(nn.Module):
         ).to(next(model.parameters()).device)
 
     @property
+    def loop(self) -> BlockLoop:
+        """The model as a loop over blocks, to be run block by block."""
+        stages = {int(layer): stage for layer, stage in self.stages.items()}
+        return BlockLoop(self.adapter, self.model, stages, self.recipe.prop_attn)
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the head; 0 for a model without one."""
         return int(self.model.num_classes)
@@ -115,9 +82,11 @@ class CompressedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
-        if not self._reduces(images):
+        plans = self._plans(images)
+        if len(plans) == 0:  # torch.compile knows no bool(tuple)
             return self.model(images)  # timm's own forward, to the bit
-        return self._head(self._run(self._embed(images)))
+        loop = self.loop
+        return loop.head(self._run(loop, loop.embed(images), plans))
 
     def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
         """Logits, and the tokens behind each stage.
@@ -131,9 +100,9 @@ class CompressedModel(nn.Module):
             Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
             (`block` is then the number of blocks, and the features are those before the final norm).
         """
-        tracer = Tracer(self.method, attention)
-        tokens = self._run(self._embed(images, source=source), tracer)
-        return self._head(tokens), [*tracer.traces, Trace(len(self.adapter.blocks(self.model)), tokens)]
+        loop, tracer = self.loop, Tracer(self.method, attention)
+        tokens = self._run(loop, loop.embed(images, source=source), self._plans(images), tracer)
+        return loop.head(tokens), [*tracer.traces, Trace(loop.depth, tokens)]
 
     def forward_intermediates(
         self,
@@ -177,18 +146,19 @@ class CompressedModel(nn.Module):
         """
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
         unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
-        taken = block_indices(len(self.adapter.blocks(self.model)), indices)
-        if not self._reduces(x):
+        loop, plans = self.loop, self._plans(x)
+        taken = block_indices(loop.depth, indices)
+        if len(plans) == 0:
             return self.model.forward_intermediates(
                 x, taken, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
             )
-        grid, tokens = self._grid(x), self._embed(x, source=True)
+        grid, tokens = self._grid(x), loop.embed(x, source=True)
         if tokens.count != grid[0] * grid[1]:
             raise ModelError(f"patch dropout left {tokens.count} of {grid[0] * grid[1]} patches, and no full grid; "
                              "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
-        watch = Intermediates(taken, unmerging)
-        tokens = self._run(tokens, watch, max(taken) + 1 if stop_early else None)
-        return watch.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
+        observer = Intermediates(taken, unmerging)
+        tokens = loop.run(tokens, plans, observer, max(taken) + 1 if stop_early else None)
+        return observer.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
@@ -198,7 +168,7 @@ class CompressedModel(nn.Module):
         Stages go with their blocks, the recipe stays; what is left cannot be saved. `indices` as there; returned as
         0-based blocks, in the order given. `prune_norm` takes the final norm away, `prune_head` pooling and classifier.
         """
-        taken = block_indices(len(self.adapter.blocks(self.model)), indices)
+        taken = block_indices(self.loop.depth, indices)
         self.model.prune_intermediate_layers(taken, prune_norm, prune_head)
         for layer in [layer for layer in self.stages if int(layer) > max(taken) + 1]:
             del self.stages[layer]
@@ -207,45 +177,18 @@ class CompressedModel(nn.Module):
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return self.adapter.grid(self.model, images.shape[-2], images.shape[-1])
 
-    def _reduces(self, images: Tensor) -> bool:
-        """Whether any stage runs for images of this size."""
+    def _plans(self, images: Tensor) -> tuple[StagePlan, ...]:
+        """The stages for images of this size."""
         rows, columns = self._grid(images)
-        # Patch dropout leaves fewer tokens while training; where nothing goes of all, nothing goes of fewer.
-        return len(self.recipe.stages_for(rows * columns)) > 0  # torch.compile knows no bool(tuple)
+        return self.recipe.stages_for(rows * columns)
 
-    def _embed(self, images: Tensor, source: bool = False) -> Tokens:
-        tokens = Tokens(self.adapter.embed(self.model, images), self.adapter.prefix(self.model))
-        if not source:
-            return tokens
-        return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
-
-    def _bias(self, tokens: Tokens) -> Tensor | None:
-        return attention_bias(tokens, self.recipe.prop_attn)
-
-    def _head(self, tokens: Tokens) -> Tensor:
-        return self.adapter.head(self.model, tokens, self._bias(tokens))
-
-    def _run(self, tokens: Tokens, watch: Watch | None = None, depth: int | None = None) -> Tokens:
-        """The loop over the first `depth` blocks, all where None, with their stages."""
-        plans = {plan.block: plan for plan in self.recipe.stages_for(tokens.count)}
-        bias = self._bias(tokens)
-        run = self.adapter.run
-        if getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled():
-            run = partial(checkpoint, run, use_reentrant=False)
-        for number, block in enumerate(islice(self.adapter.blocks(self.model), depth), start=1):
-            plan = plans.get(number)
-            if plan is None:
-                tokens = tokens.with_features(run(block, tokens.features, bias))
-            else:
-                scene = before_stage(self.adapter, self.model, block, tokens, bias)
-                tokens = self.stages[str(number)](scene, plan.tokens_out)
-                bias = self._bias(tokens)
-                if watch is not None:
-                    watch.stage(plan, scene.tokens, tokens, scene.evidence)
-                tokens = tokens.with_features(self.adapter.proceed(block, tokens.features))
-            if watch is not None:
-                watch.block(number, tokens)
-        return tokens
+    def _run(
+        self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], observer: BlockObserver | None = None
+    ) -> Tokens:
+        """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
+        if len(plans) > 0 and plans[0].tokens_in != tokens.count:
+            plans = self.recipe.stages_for(tokens.count)
+        return loop.run(tokens, plans, observer)
 
 
 def compress(
@@ -287,7 +230,7 @@ def compress(
         schedule=schedule,
         prop_attn=built.prop_attn if prop_attn is None else prop_attn,
         tokens=tokens,
-        stages=schedule.resolve(tokens, built.leaving),
+        stages=schedule.resolve(tokens, built.tokens_out),
         method_options=built.options(),
     )
     compressed = CompressedModel(copy.deepcopy(model), recipe)
@@ -318,7 +261,7 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     return cost.predict(shape, stages)
 
 
-def stage_cost(method: Reduction, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
+def stage_cost(method: Method, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
     """What a stage of a method costs in a model, for `cost.predict`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Looking on while a compressed model runs: what its loop over blocks tells a watch, and one that keeps traces."""
+"""Looking on while a compressed model runs: what its loop over blocks tells an observer, and one that keeps traces."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tokencut.attention import Evidence
-from tokencut.methods import Reduction
+from tokencut.attention import AttentionInfo
+from tokencut.methods import Method
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens
 
@@ -31,11 +31,11 @@ class Trace:
     attentive: int = 0
 
 
-class Watch(Protocol):
+class BlockObserver(Protocol):
     """Is told of every stage and every block of a run, in order, and changes nothing."""
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, evidence: Evidence) -> None:
-        """A stage has run: the tokens before and behind it, and the attention's evidence that it saw."""
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
+        """A stage has run: the tokens before and behind it, and the attention that it saw."""
 
     def block(self, number: int, tokens: Tokens) -> None:
         """The block of this 1-based number has run; these are its output."""
@@ -44,7 +44,7 @@ class Watch(Protocol):
 class Tracer:
     """Keeps a trace for each stage."""
 
-    def __init__(self, method: Reduction, attention: bool) -> None:
+    def __init__(self, method: Method, attention: bool) -> None:
         """Starts with none.
 
         Args:
@@ -55,9 +55,9 @@ class Tracer:
         self._method = method
         self._attention = attention
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, evidence: Evidence) -> None:
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
         """Notes what left the stage."""
-        row = evidence.class_attention() if self._attention else None
+        row = attention.class_attention() if self._attention else None
         attentive = self._method.attentive(plan.tokens_in, plan.tokens_out)
         self.traces.append(Trace(plan.block, leaving, row, attentive))
 

@@ -67,7 +67,7 @@ class Recipe:
         """The stages for an input of `tokens` image tokens; those stored where it is the recipe's own size."""
         if tokens == self.tokens:
             return self.stages
-        return self.schedule.resolve(tokens, make_method(self.method, dict(self.method_options)).leaving)
+        return self.schedule.resolve(tokens, make_method(self.method, dict(self.method_options)).tokens_out)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""

@@ -16,8 +16,8 @@ from tokencut.errors import UsageError
 
 Keep = float | Sequence[float]
 Layers = Sequence[int] | Literal["all", "late", "gradual"]
-# Tokens entering a stage and its budget, to the tokens that leave it (`Reduction.leaving`).
-Leaving = Callable[[int, int], int]
+# Tokens entering a stage and its budget, to the tokens that leave it (`Method.tokens_out`).
+TokensOut = Callable[[int, int], int]
 
 # The paper's blocks, 1-based, and the depth they were written for.
 PAPER_LAYERS, PAPER_DEPTH = (4, 7, 10), 12
@@ -45,12 +45,12 @@ class Schedule:
     keep: float | tuple[float, ...] | None
     reduce_by: int | None
 
-    def resolve(self, tokens: int, leaving: Leaving | None = None) -> tuple[StagePlan, ...]:
+    def resolve(self, tokens: int, tokens_out: TokensOut | None = None) -> tuple[StagePlan, ...]:
         """The explicit list of stages for an input of `tokens` image tokens.
 
         Args:
             tokens: The image tokens entering the first block.
-            leaving: The method's say in how many tokens leave a stage that removes any; the budget itself where None.
+            tokens_out: The method's say in how many tokens leave a stage that removes any; as budgeted where None.
 
         Returns:
             A plan for each layer where something is removed; a layer that would remove nothing has no stage.
@@ -62,8 +62,8 @@ class Schedule:
             else:
                 keep = self.keep[position] if isinstance(self.keep, tuple) else self.keep
                 budget = kept_tokens(keep or 1.0, tokens)
-            if budget < tokens and leaving is not None:
-                budget = min(leaving(tokens, budget), tokens)
+            if budget < tokens and tokens_out is not None:
+                budget = min(tokens_out(tokens, budget), tokens)
             if budget < tokens:
                 plans.append(StagePlan(block, tokens, budget))
             tokens = budget

@@ -1,6 +1,6 @@
-"""The tokens in flight: features, sizes and source map, and the two things a stage can do with them.
+"""The tokens in flight: features, sizes, source map and positions, and the two things a stage can do with them.
 
-A reduction decides once (`ops/grouping.py`), and the same decision is then applied to features, sizes and source map.
+A reduction decides once (`ops/grouping.py`), and the same decision is then applied to all of these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokencut.ops import kernels
-from tokencut.ops.grouping import Decision, Grouping, Selection, group_sum, membership, norm_factors
+from tokencut.ops.grouping import Decision, Grouping, Selection, group_centres, group_sum, membership, norm_factors
+from tokencut.ops.ranking import take
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,35 @@ class Tokens:
 
     Attributes:
         features: Token features, `(B, P + N, D)`: `P` prefix tokens (class, distillation, register), `N` image tokens.
-        prefix: `P`, the number of prefix tokens; they stand first and are never reduced.
+        num_prefix_tokens: `P`, the number of prefix tokens; they stand first and are never reduced.
         sizes: How many patches each image token holds, fp32 `(B, N)`; None while each holds one.
         source: For each patch of the image the image token it went into, int64 `(B, patches)`, -1 where it was
             dropped; None where nobody asked for it.
+        positions: Where each image token is, in rows and columns of patches from the first, fp32 `(B, N, 2)`: the mean
+            over the patches that it holds. None where the model's blocks ask for no positions.
         policy: Which image tokens still count, fp32 `(B, N)`, 1 or 0 with a gradient: only while a method trains that
-            hides tokens instead of dropping them (`Reduction.soft_policy`).
+            hides tokens instead of dropping them (`Method.soft_policy`).
+        bias: What attention adds to its logits for the tokens' sizes and policy, `(B, 1, 1, P + N)` in the features'
+            dtype (`attention.attention_bias`); None for nothing. The block loop makes it, once behind each stage.
     """
 
     features: Tensor
-    prefix: int
+    num_prefix_tokens: int
     sizes: Tensor | None = None
     source: Tensor | None = None
+    positions: Tensor | None = None
     policy: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
         """The image tokens' features, `(B, N, D)`."""
-        return self.features[:, self.prefix :]
+        return self.features[:, self.num_prefix_tokens :]
 
     @property
     def count(self) -> int:
-        """`N`, the number of image tokens."""
-        return self.features.shape[1] - self.prefix
+        """`N`, the number of image tokens; a plain number also where `torch.jit.trace` makes tensors of sizes."""
+        return int(self.features.shape[1]) - self.num_prefix_tokens
 
     def known_sizes(self) -> Tensor:
         """The sizes of the image tokens, fp32 `(B, N)`: all one where nothing was merged yet."""
@@ -65,7 +72,7 @@ class Tokens:
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
-    """Carries out a decision on features, sizes and source map; prefix tokens pass through untouched.
+    """Carries out a decision on all that travels; prefix tokens pass through untouched.
 
     Args:
         tokens: The tokens entering, `N` image tokens.
@@ -79,15 +86,17 @@ def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
 
 def _select(tokens: Tokens, decision: Selection) -> Tokens:
     features, index = tokens.features, decision.index
-    prefix = torch.arange(tokens.prefix, device=index.device).expand(index.shape[0], -1)
-    rows = torch.cat((prefix, index + tokens.prefix), 1).unsqueeze(2).expand(-1, -1, features.shape[2])
+    prefix = torch.arange(tokens.num_prefix_tokens, device=index.device).expand(index.shape[0], -1)
+    rows = torch.cat((prefix, index + tokens.num_prefix_tokens), 1).unsqueeze(2).expand(-1, -1, features.shape[2])
     source = tokens.source
     if source is not None:
         place = torch.full((index.shape[0], tokens.count), -1, dtype=torch.int64, device=index.device)
         place = place.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
-    return replace(tokens, features=features.gather(1, rows), sizes=sizes, source=source)
+    positions = None if tokens.positions is None else take(tokens.positions, index)
+    features = features.gather(1, rows)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -96,7 +105,11 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
         sizes = group_sum(decision.group, tokens.known_sizes(), decision.count)
     if source is not None:
         source = _follow(source, torch.where(decision.group < decision.count, decision.group, -1))
-    return replace(tokens, features=_merged(tokens, decision), sizes=sizes, source=source)
+    positions = tokens.positions
+    if positions is not None:
+        positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
+    features = _merged(tokens, decision)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
@@ -105,9 +118,9 @@ def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
     if not decision.keep_norm:
         return sums
     with torch.no_grad():  # a part of the decision
-        lengths, merged = (values.float().norm(dim=2) for values in (tokens.image, sums[:, tokens.prefix :]))
+        lengths, merged = (values.float().norm(dim=2) for values in (tokens.image, sums[:, tokens.num_prefix_tokens :]))
         factors = norm_factors(decision.group, decision.weight, lengths, merged, decision.count)
-        factors = F.pad(factors, (tokens.prefix, 0), value=1.0).to(sums.dtype)
+        factors = F.pad(factors, (tokens.num_prefix_tokens, 0), value=1.0).to(sums.dtype)
     return sums * factors.unsqueeze(2)
 
 
@@ -117,7 +130,7 @@ def _weighted_sums(tokens: Tokens, decision: Grouping) -> Tensor:
         from tokencut.ops.kernels import merging
 
         return merging.merge(
-            tokens.features, tokens.prefix, decision.group, decision.weight, decision.count, decision.ordered
+            tokens.features, tokens.num_prefix_tokens, decision.group, decision.weight, decision.count, decision.ordered
         )
     # A token alone in its group has weight 1, so it passes unchanged in any precision.
     if tokens.features.is_cuda or torch.compiler.is_compiling():
@@ -129,17 +142,17 @@ def _merged_by_product(tokens: Tokens, decision: Grouping) -> Tensor:
     """Gather and weighted sum in one batched product: in the same order each time, and quick wherever products are."""
     matrix = membership(decision.group, decision.count) * decision.weight.to(tokens.features.dtype).unsqueeze(1)
     merged = torch.matmul(matrix, tokens.image)
-    return torch.cat((tokens.features[:, : tokens.prefix], merged), 1)
+    return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], merged), 1)
 
 
 def _merged_by_adding(tokens: Tokens, decision: Grouping) -> Tensor:
     """Adds each weighted token to its group's row: 0.2 ms on a CPU where the product takes 3.8 (16 x 196 x 384)."""
     batch, _, width = tokens.features.shape
-    dropped, leaving = decision.group == decision.count, tokens.prefix + decision.count
+    dropped, leaving = decision.group == decision.count, tokens.num_prefix_tokens + decision.count
     # Prefix tokens are groups of their own, and what is dropped adds nothing to the first token.
-    rows = F.pad((decision.group + tokens.prefix).masked_fill(dropped, 0), (tokens.prefix, 0))
-    rows = rows + F.pad(torch.arange(tokens.prefix, device=rows.device), (0, tokens.count))
-    weight = F.pad(decision.weight.masked_fill(dropped, 0), (tokens.prefix, 0), value=1.0)
+    rows = F.pad((decision.group + tokens.num_prefix_tokens).masked_fill(dropped, 0), (tokens.num_prefix_tokens, 0))
+    rows = rows + F.pad(torch.arange(tokens.num_prefix_tokens, device=rows.device), (0, tokens.count))
+    weight = F.pad(decision.weight.masked_fill(dropped, 0), (tokens.num_prefix_tokens, 0), value=1.0)
     rows = rows + leaving * torch.arange(batch, device=rows.device).unsqueeze(1)
     weighted = tokens.features * weight.unsqueeze(2)  # fp32, also where the features are not
     sums = weighted.new_zeros((batch * leaving, width)).index_add(0, rows.flatten(), weighted.flatten(0, 1))

@@ -1,7 +1,7 @@
 """How near are un-merged feature maps to the dense model's?
 
     python examples/benchmarks/run.py unmerging local-dir:FOLDER --data train.tar --limit 64
-    python examples/benchmarks/run.py unmerging deit_small --data /imagenet/val --keep 0.7 --methods bat tome
+    python examples/benchmarks/run.py unmerging deit_small --data /imagenet/val --keep 0.7 --methods tome --device cuda
 
 For each method, keep rate and rule, and for each block (1-based) without and with the model's final norm: the relative
 error of the map, `||y - dense|| / ||dense||` over all patches, and in brackets the mean cosine similarity of a patch to
@@ -76,29 +76,32 @@ def unmerging_of(rule: str, model: CompressedModel, neighbours: int, temperature
 
 
 class Several:
-    """A watch that un-merges by several rules in one run."""
+    """An observer that un-merges by several rules in one run."""
 
-    def __init__(self, watches: Sequence[Intermediates]) -> None:
-        self._watches = watches
+    def __init__(self, observers: Sequence[Intermediates]) -> None:
+        self._observers = observers
 
     def stage(self, *told: Any) -> None:
-        for watch in self._watches:
-            watch.stage(*told)
+        for observer in self._observers:
+            observer.stage(*told)
 
     def block(self, *told: Any) -> None:
-        for watch in self._watches:
-            watch.block(*told)
+        for observer in self._observers:
+            observer.block(*told)
 
 
 def maps_of(
     model: CompressedModel, pixels: Tensor, blocks: Sequence[int], unmergings: Sequence[Unmerging]
 ) -> list[list[Tensor]]:
     """For each rule the maps of 1-based blocks, with prefix tokens, without the final norm and with it."""
-    watches = [Intermediates([block - 1 for block in blocks], unmerging) for unmerging in unmergings]
+    observers = [Intermediates([block - 1 for block in blocks], unmerging) for unmerging in unmergings]
     # `forward_intermediates` knows no rules on trial.
-    model._run(model._embed(pixels, source=True), Several(watches))
-    prefix, norm = model.adapter.prefix(model.model), model.model.norm
-    return [[each[:, prefix:] for one in watch.found for each in (one, norm(one))] for watch in watches]
+    tokens, norm = model.loop.embed(pixels, source=True), model.model.norm
+    model.loop.run(tokens, model.recipe.stages_for(tokens.count), Several(observers))
+    return [
+        [each[:, tokens.num_prefix_tokens :] for one in observer.found for each in (one, norm(one))]
+        for observer in observers
+    ]
 
 
 def compare(found: Tensor, dense: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,10 @@ def images(model: nn.Module, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
 
 
+def weighed(tokens: Tokens, proportional: bool) -> Tokens:
+    return replace(tokens, bias=attention_bias(tokens, proportional))
+
+
 def test_all_names_are_there() -> None:
     assert len(NAMES) >= 179 and len(set(NAMES)) == len(NAMES)
 
@@ -89,18 +94,19 @@ def test_the_reducing_path_with_nothing_removed_is_the_whole_block(name: str, pr
     model = small_model(name)
     adapter = adapter_for(model)
     with torch.no_grad():
-        whole = halves = adapter.embed(model, images(model))
-        sizes = torch.rand(2, whole.shape[1] - adapter.prefix(model), generator=torch.Generator().manual_seed(2)) + 1
-        bias = attention_bias(Tokens(whole, adapter.prefix(model), sizes), proportional)
-        for block in model.blocks:
+        embedded = adapter.embed(model, images(model))
+        sizes = torch.rand(2, embedded.count, generator=torch.Generator().manual_seed(2)) + 1
+        bias = attention_bias(replace(embedded, sizes=sizes), proportional)
+        whole, halves = embedded.features, replace(embedded, sizes=sizes, bias=bias)
+        for number, block in enumerate(model.blocks, start=1):
             whole = block(whole) if bias is None else block(whole, attn_mask=bias)
-            halves, evidence = adapter.attend(model, block, halves, bias)
-            row = evidence.class_attention()
-            halves = adapter.proceed(block, halves)
+            halves, attention = adapter.attention_half(model, block, halves, adapter.context(model, number, halves))
+            row = attention.class_attention()
+            halves = adapter.mlp_half(block, halves)
         assert row.shape == sizes.shape and (row >= 0).all() and (row.sum(1) > 0).all()
-        assert evidence.keys().shape[:2] == sizes.shape
-        torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-5)
-        assert (whole - adapter.embed(model, images(model))).abs().mean() > 0.05, "the blocks do too little for a test"
+        assert attention.keys().shape[:2] == sizes.shape
+        torch.testing.assert_close(halves.features, whole, rtol=1e-5, atol=1e-5)
+        assert (whole - embedded.features).abs().mean() > 0.05, "the blocks do too little for a test"
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -108,13 +114,13 @@ def test_the_head_with_every_token_once_is_timms(name: str) -> None:
     model = small_model(name)
     adapter = adapter_for(model)
     with torch.no_grad():
-        features = adapter.embed(model, images(model))
+        tokens = adapter.embed(model, images(model))
+        features = tokens.features
         for block in model.blocks:
             features = block(features)
-        prefix = adapter.prefix(model)
-        ones = Tokens(features, prefix, torch.ones(2, features.shape[1] - prefix))
+        ones = Tokens(features, tokens.num_prefix_tokens, torch.ones(2, tokens.count))
         for proportional in (False, True):
-            got = adapter.head(model, ones, attention_bias(ones, proportional))
+            got = adapter.head(model, weighed(ones, proportional))
             torch.testing.assert_close(got, model.forward_head(model.norm(features)), rtol=1e-5, atol=1e-5)
 
 
@@ -160,7 +166,7 @@ def test_average_pooling_counts_a_token_as_often_as_it_holds_patches(pool: str, 
     # Sizes 1, 2 and 3: the same features repeated so often, pooled by timm.
     repeated = merged[:, [0, 1, 2, 2, 3, 3, 3]]
     with torch.no_grad():
-        got = adapter.head(model, Tokens(merged, prefix, torch.tensor([[1.0, 2.0, 3.0]])), None)
+        got = adapter.head(model, Tokens(merged, prefix, torch.tensor([[1.0, 2.0, 3.0]])))
         torch.testing.assert_close(got, model.forward_head(model.norm(repeated)), rtol=1e-5, atol=1e-5)
 
 
@@ -171,7 +177,7 @@ def test_attention_pooling_under_proportional_attention_sees_every_patch() -> No
     repeated = merged[:, [0, 1, 2, 2, 3, 3, 3]]
     tokens = Tokens(merged, prefix, torch.tensor([[1.0, 2.0, 3.0]]))
     with torch.no_grad():
-        got = adapter.head(model, tokens, attention_bias(tokens, True))
+        got = adapter.head(model, weighed(tokens, True))
         torch.testing.assert_close(got, model.forward_head(model.norm(repeated)), rtol=1e-5, atol=1e-5)
 
 
@@ -180,9 +186,9 @@ def test_proportional_attention_is_attention_to_every_patch() -> None:
     adapter, block = adapter_for(model), model.blocks[0]
     merged = torch.randn(1, 4, model.embed_dim, generator=torch.Generator().manual_seed(0))
     repeated = merged[:, [0, 1, 2, 2, 3, 3, 3]]
-    bias = attention_bias(Tokens(merged, 1, torch.tensor([[1.0, 2.0, 3.0]])), True)
+    tokens = weighed(Tokens(merged, 1, torch.tensor([[1.0, 2.0, 3.0]])), True)
     with torch.no_grad():
-        got = adapter.run(block, merged, bias)
+        got = adapter.run(block, tokens, adapter.context(model, 1, tokens)).features
         torch.testing.assert_close(got, block(repeated)[:, [0, 1, 2, 4]], rtol=1e-5, atol=1e-5)
 
 

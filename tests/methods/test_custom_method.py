@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from scenes import given_scene, kept
+from given_inputs import given_input, kept
 from torch import nn
 
 import tokencut.methods
@@ -66,9 +66,9 @@ def test_a_decorated_method_is_found_by_make_method_and_compress(model: nn.Modul
 
 def test_the_examples_method_keeps_the_largest_norms() -> None:
     runpy.run_path(str(EXAMPLE), run_name="norm_method")
-    scene = given_scene([[1.0, 0.0], [0.0, -3.0], [2.0, 2.0], [0.5, 0.5]])
-    assert kept(make_method("norm"), scene, 2) == [[1, 2]]
-    assert kept(make_method("norm", {"largest": False}), scene, 2) == [[0, 3]]
+    stage_input = given_input([[1.0, 0.0], [0.0, -3.0], [2.0, 2.0], [0.5, 0.5]])
+    assert kept(make_method("norm"), stage_input, 2) == [[1, 2]]
+    assert kept(make_method("norm", {"largest": False}), stage_input, 2) == [[0, 3]]
 
 
 def test_an_entry_point_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:

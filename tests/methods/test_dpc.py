@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from scenes import given_scene, grouping
+from given_inputs import given_input, grouping
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
-from tokencut.model import Stage
 from tokencut.ops.merge_weights import WEIGHT_KINDS
 
 IMAGE = [[0.0], [10.0], [1.0], [2.0], [11.0]]
@@ -22,17 +22,17 @@ IMAGE = [[0.0], [10.0], [1.0], [2.0], [11.0]]
     ],
 )
 def test_a_cluster_becomes_its_average(weights: str, expected: list[float]) -> None:
-    scene = given_scene(IMAGE, attention=[0.25, 0.1, 0.25, 0.5, 0.3], sizes=[1.0, 1.0, 1.0, 3.0, 1.0])
-    left = Stage(make_method("dpc", {"weights": weights, "neighbours": 2}))(scene, 2)
+    stage_input = given_input(IMAGE, attention=[0.25, 0.1, 0.25, 0.5, 0.3], sizes=[1.0, 1.0, 1.0, 3.0, 1.0])
+    left = Stage(make_method("dpc", {"weights": weights, "neighbours": 2}))(stage_input, 2)
     assert left.image[0, :, 0].tolist() == pytest.approx(expected)
     assert left.sizes is not None
     assert left.sizes.tolist() == [[5.0, 2.0]]
 
 
 def test_features_decide_what_is_compared() -> None:
-    scene = given_scene(IMAGE, keys=[[0.0], [1.0], [50.0], [51.0], [52.0]])
+    stage_input = given_input(IMAGE, keys=[[0.0], [1.0], [50.0], [51.0], [52.0]])
     method = make_method("dpc", {"features": "keys", "neighbours": 2})
-    assert grouping(method, scene, 2).group.tolist() == [[0, 0, 1, 1, 1]]
+    assert grouping(method, stage_input, 2).group.tolist() == [[0, 0, 1, 1, 1]]
 
 
 def test_costs_all_pairs_of_tokens() -> None:

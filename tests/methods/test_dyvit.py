@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from scenes import given_scene
+from given_inputs import given_input
 from torch import Tensor, nn
 
 from tokencut.attention import HIDDEN
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method, methods
 from tokencut.methods.dyvit import (
     Predictor,
@@ -20,7 +21,7 @@ from tokencut.methods.dyvit import (
     ratio_loss,
     token_distillation_loss,
 )
-from tokencut.model import CompressedModel, Stage, compress
+from tokencut.model import CompressedModel, compress
 
 DYVIT = make_method("dyvit")
 # Rows that layer norm leaves as they are, up to its epsilon: mean 0, variance 1.
@@ -98,10 +99,10 @@ def test_an_image_without_any_token_left_has_an_average_of_zero(predictor: Predi
 def test_running_drops_the_tokens_scored_lowest(predictor: Predictor) -> None:
     # Tokens 0 and 2 score alike and above token 1.
     stage = Stage(DYVIT, predictor).eval()
-    left = stage(given_scene(ROWS), 2)
+    left = stage(given_input(ROWS), 2)
     assert left.image[0].tolist() == [ROWS[0], ROWS[2]]
     assert left.policy is None
-    assert stage(given_scene(ROWS), 1).image[0].tolist() == [ROWS[0]]
+    assert stage(given_input(ROWS), 1).image[0].tolist() == [ROWS[0]]
 
 
 def test_half_precision_weights_decide_in_fp32(predictor: Predictor) -> None:
@@ -114,13 +115,13 @@ def test_half_precision_weights_decide_in_fp32(predictor: Predictor) -> None:
 def test_training_hides_tokens_and_keeps_those_hidden_before(predictor: Predictor) -> None:
     certain(predictor, keep=True)
     stage = Stage(DYVIT, predictor).train()
-    scene = given_scene(ROWS)
-    kept = stage(scene, 1)
+    stage_input = given_input(ROWS)
+    kept = stage(stage_input, 1)
     assert kept.policy is not None
     assert kept.policy.tolist() == [[1.0, 1.0, 1.0]]
-    assert torch.equal(kept.features, scene.tokens.features)
+    assert torch.equal(kept.features, stage_input.tokens.features)
     certain(predictor, keep=False)
-    gone = stage(scene, 1)
+    gone = stage(stage_input, 1)
     assert gone.policy is not None
     assert gone.policy.tolist() == [[0.0, 0.0, 0.0]]
     gone.policy.sum().backward()
@@ -129,10 +130,10 @@ def test_training_hides_tokens_and_keeps_those_hidden_before(predictor: Predicto
 
 def test_a_hidden_token_never_comes_back(predictor: Predictor) -> None:
     certain(predictor, keep=True)
-    scene = given_scene(ROWS)
+    stage_input = given_input(ROWS)
     before = torch.tensor([[0.0, 1.0, 0.0]])
-    tokens = replace(scene.tokens, policy=before)
-    after = Stage(DYVIT, predictor).train()(replace(scene, tokens=tokens), 1)
+    tokens = replace(stage_input.tokens, policy=before)
+    after = Stage(DYVIT, predictor).train()(replace(stage_input, tokens=tokens), 1)
     assert after.policy is not None
     assert after.policy.tolist() == before.tolist()
 
@@ -159,9 +160,9 @@ def test_it_is_the_only_method_that_says_it_needs_training() -> None:
     assert [name for name, method in methods().items() if method.needs_training] == ["dyvit"]
 
 
-def test_a_scene_without_a_predictor_is_refused() -> None:
+def test_an_input_without_a_predictor_is_refused() -> None:
     with pytest.raises(TypeError, match="method dyvit decides by the predictor of its stage"):
-        DYVIT.decide(given_scene(ROWS), 1)
+        DYVIT.decide(given_input(ROWS), 1)
 
 
 def test_training_with_everything_kept_is_the_dense_model(model: nn.Module) -> None:
@@ -187,15 +188,14 @@ def test_hidden_tokens_change_nothing_that_others_see(name: str) -> None:
     assert traces[-1].tokens.count == traces[0].tokens.count
     hidden = traces[0].tokens.features.clone()
     # The hidden tokens' features are replaced behind the stage; only the share HIDDEN of their weight can be seen.
-    adapter = compressed.adapter
-    blocks = list(adapter.blocks(compressed.model).children())
-    hidden[:, traces[0].tokens.prefix :] = torch.randn_like(hidden[:, traces[0].tokens.prefix :])
-    tokens = traces[0].tokens.with_features(adapter.proceed(blocks[0], hidden))
-    for block in blocks[1:]:
-        tokens = tokens.with_features(adapter.run(block, tokens.features, compressed._bias(tokens)))
-    prefix = slice(0, tokens.prefix)
+    hidden[:, traces[0].tokens.num_prefix_tokens :] = torch.randn_like(hidden[:, traces[0].tokens.num_prefix_tokens :])
+    loop = compressed.loop
+    tokens = loop.mlp_half(1, traces[0].tokens.with_features(hidden))
+    for number in range(2, loop.depth + 1):
+        tokens = loop.step(number, tokens)
+    prefix = slice(0, tokens.num_prefix_tokens)
     assert torch.allclose(tokens.features[:, prefix], traces[-1].tokens.features[:, prefix], atol=1e-3)
-    assert torch.allclose(compressed._head(tokens), logits, atol=1e-3)
+    assert torch.allclose(loop.head(tokens), logits, atol=1e-3)
 
 
 def test_gradients_reach_every_predictor_through_later_blocks(model: nn.Module) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from given_inputs import GivenAttention, as_it_is, grouping
 from safetensors.torch import load_file
-from scenes import GivenEvidence, as_it_is, grouping
 from torch import Tensor, nn
 
-from tokencut.methods import Scene, make_method
-from tokencut.model import Stage, compress
+from tokencut.blocks import Stage
+from tokencut.methods import StageInput, make_method
+from tokencut.model import compress
 from tokencut.tokens import Tokens
 
 Recording = dict[str, Tensor]
@@ -36,10 +37,10 @@ def dense(shared: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{shared / 'checkpoints' / 'cifar10_vit'}", pretrained=True).eval()
 
 
-def recorded_scene(stages: Recording, block: int) -> Scene:
-    """The scene of a recording; class token first."""
-    given = GivenEvidence((), 1, (0,), points=stages[f"block{block}.keys"][:, 1:])
-    return Scene(Tokens(stages[f"block{block}.tokens"], 1), given, as_it_is)
+def recorded_input(stages: Recording, block: int) -> StageInput:
+    """The stage's input in a recording; class token first."""
+    given = GivenAttention((), 1, (0,), points=stages[f"block{block}.keys"][:, 1:])
+    return StageInput(Tokens(stages[f"block{block}.tokens"], 1), given, as_it_is)
 
 
 def named_by_smallest(group: Tensor) -> Tensor:
@@ -80,12 +81,12 @@ def test_tome_logits(dense: nn.Module, models: Recording, reduce_by: int, record
 @pytest.mark.parametrize("block", [4, 8])
 @pytest.mark.parametrize("removed", [8, 24])
 def test_tome_matching_and_merging(stages: Recording, block: int, removed: int) -> None:
-    scene, recorded = recorded_scene(stages, block), f"block{block}.tome.r{removed}"
+    stage_input, recorded = recorded_input(stages, block), f"block{block}.tome.r{removed}"
     method = make_method("tome")
-    group = grouping(method, scene, 64 - removed).group
+    group = grouping(method, stage_input, 64 - removed).group
     # The recording numbers the class token 0.
     assert torch.equal(named_by_smallest(group) + 1, stages[f"{recorded}.group"][:, 1:])
-    left = Stage(method)(scene, 64 - removed)
+    left = Stage(method)(stage_input, 64 - removed)
     into = group.unsqueeze(2).expand(-1, -1, left.image.shape[2])
     assert torch.allclose(left.image.gather(1, into), stages[f"{recorded}.value"][:, 1:], atol=1e-5, rtol=0)
     assert torch.equal(left.features[:, 0], stages[f"{recorded}.value"][:, 0])
@@ -97,7 +98,7 @@ def test_tome_matching_and_merging(stages: Recording, block: int, removed: int) 
 @pytest.mark.parametrize("clusters", [32, 12])
 def test_density_peak_clusters(stages: Recording, block: int, clusters: int) -> None:
     method = make_method("dpc", {"features": "tokens", "neighbours": 5})
-    group = grouping(method, recorded_scene(stages, block), clusters).group
+    group = grouping(method, recorded_input(stages, block), clusters).group
     recorded = f"block{block}.dpc.clusters{clusters}"
     valid = stages[f"{recorded}.valid"]
     assert valid.any()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scenes import given_scene, grouping
+from given_inputs import given_input, grouping
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
 from tokencut.methods.kmedoids import medoid_clusters
-from tokencut.model import Stage
 from tokencut.ops.density_peaks import squared_distances
 
 # On a line, the first two points being the first medoids: 0, 1, 2 and 9, 10, 12.
@@ -55,17 +55,17 @@ def test_ties_go_to_the_earlier_point_and_no_cluster_is_empty() -> None:
 def test_a_tie_in_a_pair_goes_to_the_more_attentive() -> None:
     # First medoids are the tokens at 0 and 10; 6 joins 10, and 4 joins 0. Either of {6, 10} may be their medoid. The
     # more attentive 10 stays it; were it 6, which stands first, 4 would go over.
-    scene = given_scene([[6.0], [0.0], [10.0], [4.0]], attention=[0.1, 0.3, 0.2, 0.1])
-    assert grouping(make_method("kmedoids", {"weights": "equal"}), scene, 2).group.tolist() == [[0, 1, 0, 1]]
+    stage_input = given_input([[6.0], [0.0], [10.0], [4.0]], attention=[0.1, 0.3, 0.2, 0.1])
+    assert grouping(make_method("kmedoids", {"weights": "equal"}), stage_input, 2).group.tolist() == [[0, 1, 0, 1]]
 
 
 def test_method_starts_from_the_attentive_and_merges_to_averages() -> None:
-    scene = given_scene(
+    stage_input = given_input(
         LINE[0].tolist(), attention=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1], sizes=[1.0, 1.0, 2.0, 1.0, 1.0, 1.0]
     )
-    start = Stage(make_method("kmedoids", {"iterations": 0, "weights": "equal"}))(scene, 2)
+    start = Stage(make_method("kmedoids", {"iterations": 0, "weights": "equal"}))(stage_input, 2)
     assert start.image[0, :, 0].tolist() == pytest.approx([0.0, 34 / 5])
-    settled = Stage(make_method("kmedoids", {"weights": "size"}))(scene, 2)
+    settled = Stage(make_method("kmedoids", {"weights": "size"}))(stage_input, 2)
     assert settled.image[0, :, 0].tolist() == pytest.approx([5 / 4, 31 / 3])
     assert settled.sizes is not None
     assert settled.sizes.tolist() == [[4.0, 3.0]]

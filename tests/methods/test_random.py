@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from scenes import as_it_is, kept
+from given_inputs import as_it_is, kept
 
-from tokencut.attention import Evidence
-from tokencut.methods import Scene, StageShape, make_method
+from tokencut.attention import AttentionInfo
+from tokencut.methods import StageInput, StageShape, make_method
 from tokencut.tokens import Tokens
 
 
 def places(tokens: int, budget: int, batch: int = 2, **options: object) -> list[list[int]]:
-    scene = Scene(Tokens(torch.zeros(batch, 1 + tokens, 4), 1), Evidence((), 1, (0,)), as_it_is)
-    return kept(make_method("random", options), scene, budget)
+    stage_input = StageInput(Tokens(torch.zeros(batch, 1 + tokens, 4), 1), AttentionInfo((), 1, (0,)), as_it_is)
+    return kept(make_method("random", options), stage_input, budget)
 
 
 def test_every_image_has_the_same_places_in_order_and_no_place_twice() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from given_inputs import GivenAttention
 from safetensors.torch import load_file
-from scenes import GivenEvidence
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokencut import compress
-from tokencut.methods import Scene, make_method
+from tokencut.methods import StageInput, make_method
 from tokencut.ops import density_peaks
 from tokencut.ops.density_peaks import PeakRule
 from tokencut.ops.grouping import Grouping, Selection, group_sum
@@ -163,24 +163,24 @@ def recorded() -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in load_file(file).items()}
 
 
-def scene_from(recorded: dict[str, Tensor], k: float = 1.0) -> Scene:
+def input_from(recorded: dict[str, Tensor], k: float = 1.0) -> StageInput:
     """The stage's input with the stream, the keys and the norm's gains times k."""
     tokens = Tokens(k * recorded["tokens"], 1)
-    evidence = GivenEvidence((), 1, (0,), attention=recorded["class_attention"], points=k * recorded["keys"])
+    attention = GivenAttention((), 1, (0,), attention=recorded["class_attention"], points=k * recorded["keys"])
     gain, bias, width = k * recorded["norm.weight"], k * recorded["norm.bias"], recorded["norm.weight"].numel()
 
     def norm(features: Tensor) -> Tensor:
         return torch.nn.functional.layer_norm(features, (width,), gain, bias, eps=1e-6 * k * k)
 
-    return Scene(tokens, evidence, norm)
+    return StageInput(tokens, attention, norm)
 
 
 @pytest.mark.parametrize(("method", "options"), [case for case in CASES if case[0] != "dyvit"], ids=str)
 def test_the_same_tokens_of_a_real_model(method: str, options: dict[str, Any], recorded: dict[str, Tensor]) -> None:
     built = make_method(method, options)
-    expected = built.decide(scene_from(recorded), 128)
+    expected = built.decide(input_from(recorded), 128)
     for k in FACTORS:
-        got = built.decide(scene_from(recorded, k), 128)
+        got = built.decide(input_from(recorded, k), 128)
         if isinstance(expected, Selection):
             assert isinstance(got, Selection)
             assert torch.equal(got.index, expected.index)
@@ -191,12 +191,12 @@ def test_the_same_tokens_of_a_real_model(method: str, options: dict[str, Any], r
 
 def spread(recorded: dict[str, Tensor], options: dict[str, Any]) -> float:
     """What clusters lose: the mean squared distance of unit tokens from the direction of their cluster's token."""
-    scene = scene_from(recorded)
-    decision = make_method("bat", options).decide(scene, 128)
+    stage_input = input_from(recorded)
+    decision = make_method("bat", options).decide(stage_input, 128)
     assert isinstance(decision, Grouping)
-    left = torch.nn.functional.normalize(apply_decision(scene.tokens, decision).image, dim=2)
+    left = torch.nn.functional.normalize(apply_decision(stage_input.tokens, decision).image, dim=2)
     index = decision.group.unsqueeze(2).expand(-1, -1, left.shape[2])
-    return float((scene.features("unit") - left.gather(1, index)).square().sum(2).mean())
+    return float((stage_input.features("unit") - left.gather(1, index)).square().sum(2).mean())
 
 
 def test_on_a_real_model_density_does_not_drown_separation(recorded: dict[str, Tensor]) -> None:
@@ -206,6 +206,6 @@ def test_on_a_real_model_density_does_not_drown_separation(recorded: dict[str, T
 
 
 def test_every_cluster_of_a_real_model_has_a_member(recorded: dict[str, Tensor]) -> None:
-    decision = make_method("bat").decide(scene_from(recorded), 77)
+    decision = make_method("bat").decide(input_from(recorded), 77)
     assert isinstance(decision, Grouping)
     assert (group_sum(decision.group, torch.ones_like(decision.weight), 77) >= 1).all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scenes import given_scene, grouping
+from given_inputs import given_input, grouping
 
+from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
 from tokencut.methods.tome import match_round, rounds
-from tokencut.model import Stage
 
 # Directions of six keys: 0, 2, 4 point along the axes, 1, 3, 5 nearly so.
 KEYS = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.3, 1.0], [-1.0, 0.0], [-1.0, 0.5]]
@@ -44,8 +44,8 @@ def test_several_may_join_the_same_token() -> None:
 
 def test_one_stage_merges_by_size() -> None:
     image = [[float(number)] for number in range(6)]
-    scene = given_scene(image, keys=KEYS, sizes=[3.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    left = Stage(make_method("tome"))(scene, 5)
+    stage_input = given_input(image, keys=KEYS, sizes=[3.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    left = Stage(make_method("tome"))(stage_input, 5)
     assert left.features[0, :, 0].tolist() == [9.0, 3.0, 5.0, 0.25, 2.0, 4.0]
     assert left.sizes is not None
     assert left.sizes.tolist() == [[1.0, 1.0, 4.0, 1.0, 1.0]]
@@ -55,8 +55,8 @@ def test_second_round_compares_size_averaged_keys() -> None:
     # Side A: 1, 3; side B: 0, 2. First round: 1 joins 0 (cosine 1) and 3 joins 2 (cosine 1), leaving {0, 1}, {2, 3}.
     # Then {2, 3} (position 2, side A) joins {0, 1}.
     image = [[0.0], [4.0], [8.0], [16.0]]
-    scene = given_scene(image, keys=[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]], sizes=[1.0, 1.0, 1.0, 5.0])
-    decision = grouping(make_method("tome"), scene, 1)
+    stage_input = given_input(image, keys=[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]], sizes=[1.0, 1.0, 1.0, 5.0])
+    decision = grouping(make_method("tome"), stage_input, 1)
     assert decision.group.tolist() == [[0, 0, 0, 0]]
     assert decision.weight.tolist() == [[0.125, 0.125, 0.125, 0.625]]
 
@@ -67,8 +67,8 @@ def test_keys_of_the_second_round_by_hand() -> None:
     # plain mean would be (0, 1); {4, 5} = (-1, 0). Only {2, 3} is on side A: cosine -0.24 to the first and 0.24 to the
     # last, so it joins the last (by plain mean it would tie and join the first).
     keys = [[1.0, 0.0], [1.0, 0.0], [-0.5, 1.0], [0.5, 1.0], [-1.0, 0.0], [-1.0, 0.0]]
-    scene = given_scene([[0.0]] * 6, keys=keys, sizes=[1.0, 1.0, 3.0, 1.0, 1.0, 1.0])
-    assert grouping(make_method("tome"), scene, 2).group.tolist() == [[0, 0, 1, 1, 1, 1]]
+    stage_input = given_input([[0.0]] * 6, keys=keys, sizes=[1.0, 1.0, 3.0, 1.0, 1.0, 1.0])
+    assert grouping(make_method("tome"), stage_input, 2).group.tolist() == [[0, 0, 1, 1, 1, 1]]
 
 
 def test_costs_by_hand() -> None:

@@ -215,7 +215,7 @@ def test_a_machine_on_which_nothing_is_faster(calibration: Path, monkeypatch: py
 def test_parts_are_timed_on_this_machine() -> None:
     table = latency_table(reduced(), batch_size=2, device=torch.device("cpu"), rounds=3, max_seconds=0.1)
     assert table.counts[-1] == 16
-    assert min(*table.block, *table.attend, *table.proceed, table.fresh, table.ends) > 0
+    assert min(*table.block, *table.attention_half, *table.mlp_half, table.fresh, table.ends) > 0
     assert table.dense == table.ends + 6 * table.fresh
     assert table.speedup((16,) * 6) == pytest.approx(1)
 

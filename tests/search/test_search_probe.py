@@ -48,7 +48,7 @@ def test_damage_is_that_of_the_compressed_model(method: str) -> None:
 def test_a_method_that_lets_more_leave_than_its_budget_is_judged_as_it_runs() -> None:
     options = {"extra_token": True}
     model = reduced(method="evit", method_options=options)
-    layers, keep = keeps(16, (16, 9, 9, 6, 6, 6), model.method.leaving)
+    layers, keep = keeps(16, (16, 9, 9, 6, 6, 6), model.method.tokens_out)
     compressed = compress(small_model(), keep=keep, layers=layers, method="evit", method_options=options).eval()
     assert [plan.tokens_out for plan in compressed.recipe.stages] == [9, 6]
     outcome = Probe(model, images(), None).measure((16, 9, 9, 6, 6, 6))

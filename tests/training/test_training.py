@@ -20,7 +20,7 @@ from tokencut.models import digits
 from tokencut.runtime.distributed import Group
 from tokencut.training import run as training
 from tokencut.training.recipe import SHORT
-from tokencut.training.setup import Watcher
+from tokencut.training.setup import TrainingCallbacks
 from tokencut.training.state import load_state
 from tokencut.training.step import Trainer, TrainingDivergedError
 
@@ -40,7 +40,13 @@ def test_it_wins_back_what_was_lost_on_digits() -> None:
 
 def test_the_history_tells_terms_apart(few: Source) -> None:
     rows: list[Any] = []
-    report = run(model(), few, WILD, judge=lambda judged: 42.0, watcher=Watcher(on_epoch=lambda h: rows.append(len(h))))
+    report = run(
+        model(),
+        few,
+        WILD,
+        judge=lambda judged: 42.0,
+        callbacks=TrainingCallbacks(on_epoch=lambda h: rows.append(len(h))),
+    )
     first, last = report.history
     assert {"loss", "task", "distillation", "importance", "diversity", "top1", "lr", "seconds"} <= set(first)
     halves, tenths = first["task"] + first["distillation"], first["importance"] + first["diversity"]
@@ -93,8 +99,8 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
 
 def test_a_new_head_trains_without_distillation_and_says_so(few: Source) -> None:
     notes: list[str] = []
-    watcher = Watcher(on_start=notes.extend)
-    report = run(model(), few, SHORT.changed(epochs=1), setup=setup(new_head=True), watcher=watcher)
+    callbacks = TrainingCallbacks(on_start=notes.extend)
+    report = run(model(), few, SHORT.changed(epochs=1), setup=setup(new_head=True), callbacks=callbacks)
     assert "distillation" not in report.history[0]
     assert notes[-1].startswith("the head is new, so there are no logits to distil from: distillation is off")
     features = SHORT.changed(epochs=1, distill="features")
@@ -125,7 +131,7 @@ def test_drop_path_stays_as_the_model_has_it(few: Source) -> None:
     trained = model(drop_path_rate=0.3)
     rates = [module.drop_prob for module in trained.modules() if hasattr(module, "drop_prob")]
     assert max(rates) == pytest.approx(0.3)
-    run(trained, few, SHORT.changed(epochs=1), watcher=stop_after(1))
+    run(trained, few, SHORT.changed(epochs=1), callbacks=stop_after(1))
     assert [module.drop_prob for module in trained.modules() if hasattr(module, "drop_prob")] == rates
 
 

@@ -1,6 +1,53 @@
-"""What differs between model families: one adapter a family, found by `adapter_for`."""
+"""What differs between model families: one adapter a family, found by `adapter_for`.
+
+All that an adapter of your own needs is imported from here.
+"""
 
 from tokencut.adapters import vit  # noqa: F401  (registers itself)
-from tokencut.adapters.base import Adapter, adapter_for, known_adapter, supported_modules
+from tokencut.adapters.base import (
+    Adapter,
+    Context,
+    adapter_for,
+    fused_attention_macs,
+    known_adapter,
+    linear_macs,
+    register_adapter,
+    supported_modules,
+)
+from tokencut.attention import (
+    AttentionInfo,
+    QueryKey,
+    TimmModule,
+    differential_attention,
+    differential_core,
+    fused_attention,
+    has_biased_kernel,
+    self_attention,
+)
+from tokencut.cost import BlockCost, Macs, ModelCost
+from tokencut.errors import ModelError
+from tokencut.tokens import Tokens
 
-__all__ = ["Adapter", "adapter_for", "known_adapter", "supported_modules"]
+__all__ = [
+    "Adapter",
+    "BlockCost",
+    "Context",
+    "AttentionInfo",
+    "QueryKey",
+    "Macs",
+    "ModelCost",
+    "ModelError",
+    "TimmModule",
+    "Tokens",
+    "adapter_for",
+    "differential_attention",
+    "differential_core",
+    "fused_attention",
+    "fused_attention_macs",
+    "has_biased_kernel",
+    "known_adapter",
+    "linear_macs",
+    "register_adapter",
+    "self_attention",
+    "supported_modules",
+]

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tokencut.attention import Evidence, TimmModule
+from tokencut.attention import AttentionInfo, TimmModule
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one block's attention is given beside features; made by `Adapter.context`, and read by that adapter alone.
+
+    A family whose attention takes more, such as rotations by `Tokens.positions`, has a subclass with fields for it.
+
+    Attributes:
+        bias: What is added to the attention logits: `Tokens.bias`, to which a family may add its own for each pair of
+            tokens, `(B, H, P + N, P + N)`. None for nothing.
+    """
+
+    bias: Tensor | None = None
 
 
 class Adapter(ABC):
     """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
 
     A transformer block is run either whole, by the model's own `forward`, or, where it reduces, in two halves with the
-    stage between: `attend` up to the stage, `proceed` behind it.
+    stage between: `attention_half` up to the stage, `mlp_half` behind it.
 
     Attributes:
         family: What users call it, for messages.
@@ -40,7 +55,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def prefix(self, model: TimmModule) -> int:
+    def num_prefix_tokens(self, model: TimmModule) -> int:
         """`P`, the number of prefix tokens."""
 
     @abstractmethod
@@ -68,25 +83,35 @@ class Adapter(ABC):
         """The transformer blocks, a sequence of modules."""
 
     @abstractmethod
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        """Everything before the first block: `(B, 3, H, W)` to `(B, P + N, D)`."""
+    def embed(self, model: TimmModule, images: Tensor) -> Tokens:
+        """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
+
+    def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
+        """What the attention of a block is given beside features.
+
+        Args:
+            model: The model.
+            number: The block's 1-based number.
+            tokens: The tokens entering the block.
+        """
+        return Context(tokens.bias)
 
     @abstractmethod
-    def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
-        """A whole block as timm runs it; `bias` is the log-size bias `(B, 1, 1, P + N)` or None."""
+    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+        """A whole block as timm runs it."""
 
     @abstractmethod
-    def attend(
-        self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Evidence]:
-        """The first half of a reducing block, up to where its stage stands, and the attention's evidence."""
+    def attention_half(
+        self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
+    ) -> tuple[Tokens, AttentionInfo]:
+        """The first half of a reducing block, up to where its stage stands, and what its attention says."""
 
     @abstractmethod
-    def proceed(self, block: TimmModule, features: Tensor) -> Tensor:
+    def mlp_half(self, block: TimmModule, tokens: Tokens) -> Tokens:
         """The second half of a reducing block, on the tokens that left its stage."""
 
     @abstractmethod
-    def normed(self, block: TimmModule, features: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: TimmModule, features: Tensor) -> Tensor:
         """Features as the second half's norm sees them, `(B, N, D)`; unchanged where there is no such norm."""
 
     @abstractmethod
@@ -94,7 +119,7 @@ class Adapter(ABC):
         """The norm behind the last block, token by token: `(B, P + N, D)` to the same."""
 
     @abstractmethod
-    def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`. Average pooling is weighted by size."""
 
     @abstractmethod

@@ -10,8 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokencut.adapters import vit_blocks
-from tokencut.adapters.base import Adapter, Macs, ModelCost, linear_macs, register_adapter
-from tokencut.attention import Evidence, TimmModule, has_biased_kernel
+from tokencut.adapters.base import Adapter, Context, linear_macs, register_adapter
+from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
+from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
@@ -48,7 +49,7 @@ class ViTAdapter(Adapter):
             raise ModelError(f"the attention pooling {type(pool).__name__} is not known to tokencut; "
                              "please report the model's name")  # fmt: skip
 
-    def prefix(self, model: TimmModule) -> int:
+    def num_prefix_tokens(self, model: TimmModule) -> int:
         return int(model.num_prefix_tokens)
 
     def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
@@ -74,34 +75,38 @@ class ViTAdapter(Adapter):
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
         return model.blocks
 
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        return model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, images))))
+    def embed(self, model: TimmModule, images: Tensor) -> Tokens:
+        features = model.norm_pre(model.patch_drop(model._pos_embed(_patches(model.patch_embed, images))))
+        return Tokens(features, self.num_prefix_tokens(model))
 
-    def run(self, block: TimmModule, features: Tensor, bias: Tensor | None) -> Tensor:
+    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+        features, bias = tokens.features, context.bias
         if bias is None:
-            return block(features)
-        if has_biased_kernel(features):  # timm would pass the bias as a mask, which rules out the fastest kernels
-            return self.proceed(block, vit_blocks.handler(block).attend(block, features, bias)[0])
-        return block(features, attn_mask=bias)
+            return tokens.with_features(block(features))
+        if has_biased_kernel(bias, features):  # timm would pass the bias as a mask, which rules out the fastest kernels
+            handler = vit_blocks.handler(block)
+            return tokens.with_features(handler.mlp_half(block, handler.attention_half(block, features, bias)[0]))
+        return tokens.with_features(block(features, attn_mask=bias))
 
-    def attend(
-        self, model: TimmModule, block: TimmModule, features: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Evidence]:
-        features, layers = vit_blocks.handler(block).attend(block, features, bias)
-        return features, Evidence(layers, self.prefix(model), _class_rows(model), bias)
+    def attention_half(
+        self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
+    ) -> tuple[Tokens, AttentionInfo]:
+        features, layers = vit_blocks.handler(block).attention_half(block, tokens.features, context.bias)
+        info = AttentionInfo(layers, tokens.num_prefix_tokens, _class_rows(model), context.bias)
+        return tokens.with_features(features), info
 
-    def proceed(self, block: TimmModule, features: Tensor) -> Tensor:
-        return vit_blocks.handler(block).proceed(block, features)
+    def mlp_half(self, block: TimmModule, tokens: Tokens) -> Tokens:
+        return tokens.with_features(vit_blocks.handler(block).mlp_half(block, tokens.features))
 
-    def normed(self, block: TimmModule, features: Tensor) -> Tensor:
-        return vit_blocks.handler(block).normed(block, features)
+    def pre_mlp_norm(self, block: TimmModule, features: Tensor) -> Tensor:
+        return vit_blocks.handler(block).pre_mlp_norm(block, features)
 
     def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
         normed: Tensor = model.norm(features)
         return normed
 
-    def head(self, model: TimmModule, tokens: Tokens, bias: Tensor | None) -> Tensor:
-        features = self.final_norm(model, tokens.features)
+    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
+        features, bias = self.final_norm(model, tokens.features), tokens.bias
         weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
             pooled = _attention_pool(model, features, bias)
@@ -114,14 +119,14 @@ class ViTAdapter(Adapter):
     def cost(self, model: TimmModule) -> ModelCost:
         embed = model.patch_embed
         patches = _patch_count(embed)
-        pooled, head_prefix = _pool_macs(model)
+        pooled, head_prefix_tokens = _pool_macs(model)
         return ModelCost(
             embed=embed.proj.weight.numel() * patches,
             blocks=tuple(vit_blocks.handler(b).cost(b, max(1, len(_class_rows(model)))) for b in model.blocks),
             head=pooled,
-            prefix=self.prefix(model),
+            num_prefix_tokens=self.num_prefix_tokens(model),
             patches=patches,
-            head_prefix=head_prefix,
+            head_prefix_tokens=head_prefix_tokens,
             width=model.embed_dim,
             key_width=vit_blocks.handler(model.blocks[0]).key_width(model.blocks[0]),
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters.base import fused_attention_macs, linear_macs
 from tokencut.attention import (
-    Heads,
+    QueryKey,
     TimmModule,
     differential_attention,
     differential_core,
@@ -25,8 +25,8 @@ from tokencut.attention import (
 from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
-Layers = tuple[tuple[Heads, ...], ...]
-AttentionRun = Callable[[TimmModule, Tensor, Tensor | None], tuple[Tensor, tuple[Heads, ...]]]
+Layers = tuple[tuple[QueryKey, ...], ...]
+AttentionRun = Callable[[TimmModule, Tensor, Tensor | None], tuple[Tensor, tuple[QueryKey, ...]]]
 
 _ATTENTION: dict[type[nn.Module], AttentionRun] = {Attention: self_attention, DiffAttention: differential_attention}
 
@@ -45,16 +45,16 @@ class BlockHandler:
         """The block's attention layers."""
         return [block.attn]
 
-    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         """Up to the stage: features `(B, P + N, D)` after the attention residual, and the attention's heads."""
         y, maps = _ATTENTION[type(block.attn)](block.attn, block.norm1(x), bias)
         return x + block.drop_path1(block.ls1(y)), (maps,)
 
-    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         """Behind the stage, `(B, P + M, D)` to the same."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
         """Features as the second half's norm gives them."""
         return block.norm2(x)
 
@@ -76,14 +76,14 @@ class BlockHandler:
 class ResPostBlockHandler(BlockHandler):
     """`ResPostBlock`: the norms stand behind attention and MLP."""
 
-    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         y, maps = _ATTENTION[type(block.attn)](block.attn, x, bias)
         return x + block.drop_path1(block.norm1(y)), (maps,)
 
-    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         return x + block.drop_path2(block.norm2(block.mlp(x)))
 
-    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
         return x
 
 
@@ -93,7 +93,7 @@ class ParallelThingsHandler(BlockHandler):
     def attentions(self, block: TimmModule) -> list[TimmModule]:
         return [branch.attn for branch in block.attns]
 
-    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         outputs, layers = [], []
         for branch in block.attns:
             y, maps = _ATTENTION[type(branch.attn)](branch.attn, branch.norm(x), bias)
@@ -101,10 +101,10 @@ class ParallelThingsHandler(BlockHandler):
             layers.append(maps)
         return x + torch.stack(outputs).sum(dim=0), tuple(layers)
 
-    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         return x + torch.stack([branch(x) for branch in block.ffns]).sum(dim=0)
 
-    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
         return block.ffns[0].norm(x)
 
     def mlp_macs(self, block: TimmModule) -> int:
@@ -117,7 +117,7 @@ class ParallelScalingHandler(BlockHandler):
     def attentions(self, block: TimmModule) -> list[TimmModule]:
         return []
 
-    def attend(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         hidden, *qkv = torch.split(block.in_proj(block.in_norm(x)), block.in_split, dim=-1)
         if block.mlp_bias is not None:
             hidden = hidden + block.mlp_bias
@@ -129,18 +129,20 @@ class ParallelScalingHandler(BlockHandler):
             y = block.attn_out_proj(y) + block.mlp_out_proj(hidden)
         return x + block.drop_path(block.ls(y)), (maps,)
 
-    def mix(self, block: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+    def mix(
+        self, block: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None
+    ) -> tuple[Tensor, tuple[QueryKey, ...]]:
         """The attention inside the block: query, key, value `(B, P + N, D)` to its output before the projection."""
         query, key, value = (t.unflatten(2, (block.num_heads, -1)).transpose(1, 2) for t in qkv)
         query, key = block.q_norm(query), block.k_norm(key)
         dropout = block.attn_drop.p if block.training else 0.0
         y = fused_attention(query, key, value, bias, dropout)
-        return y.transpose(1, 2).flatten(2), (Heads(query, key),)
+        return y.transpose(1, 2).flatten(2), (QueryKey(query, key),)
 
-    def proceed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         return x
 
-    def normed(self, block: TimmModule, x: Tensor) -> Tensor:
+    def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
         return x
 
     def cost(self, block: TimmModule, class_rows: int) -> BlockCost:
@@ -159,7 +161,9 @@ class ParallelScalingHandler(BlockHandler):
 class DiffParallelScalingHandler(ParallelScalingHandler):
     """`DiffParallelScalingBlock`: the same with differential attention (arXiv 2410.05258)."""
 
-    def mix(self, block: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None) -> tuple[Tensor, tuple[Heads, ...]]:
+    def mix(
+        self, block: TimmModule, qkv: tuple[Tensor, ...], bias: Tensor | None
+    ) -> tuple[Tensor, tuple[QueryKey, ...]]:
         return differential_core(block, qkv, bias)
 
     def attention_macs(self, width: int) -> Macs:

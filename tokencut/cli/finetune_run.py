@@ -132,7 +132,7 @@ class FinetuneRun:
                 report = finetune(
                     model, self.train, recipe=self.tuning.training_recipe(), setup=self.setup(), group=self.group,
                     state=folder, resume=bool(self.tuning.resume), judge=self._judge() if self.val else None,
-                    watcher=view.watcher(stop),
+                    callbacks=view.callbacks(stop),
                 )  # fmt: skip
             except TrainingDivergedError as error:
                 raise self._keep_last_good(model, error) from error

@@ -15,7 +15,7 @@ from tokencut.cli.process import StopRequest
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
 from tokencut.runtime.distributed import Group
-from tokencut.training.setup import TrainingProgress, Watcher
+from tokencut.training.setup import TrainingCallbacks, TrainingProgress
 from tokencut.training.step import TERMS
 from tokencut.training.tensorboard_log import TensorboardLog
 
@@ -47,9 +47,9 @@ class RunView:
         self.curves = curves
         self.rows: list[dict[str, float]] = []
 
-    def watcher(self, stop: StopRequest) -> Watcher:
+    def callbacks(self, stop: StopRequest) -> TrainingCallbacks:
         """What the fine-tune is to tell."""
-        return Watcher(
+        return TrainingCallbacks(
             on_start=self.on_start,
             on_step=self.on_step,
             on_epoch=self.on_epoch,

@@ -1,4 +1,6 @@
-"""Reduction methods: one file each, built from the primitives, found through the registry.
+"""The methods: one file each, built from the primitives, found through the registry.
+
+All that a method of your own needs is imported from here: what it sees, the decisions it gives, the primitives.
 
 Every module of this package is imported, so that a file with a registered method is all that a new method takes.
 Methods from other packages are found through the entry point group `tokencut.methods`.
@@ -11,11 +13,70 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
+from tokencut.attention import AttentionInfo, QueryKey
 from tokencut.errors import TokencutError
 from tokencut.methods import base
-from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
+from tokencut.ops.density_peaks import (
+    PeakRule,
+    density_average,
+    density_clusters,
+    nearest_centre,
+    squared_distances,
+    windows,
+)
+from tokencut.ops.grouping import (
+    Decision,
+    Grouping,
+    Selection,
+    group_average,
+    group_sum,
+    in_order,
+    membership,
+    ordered_average,
+)
+from tokencut.ops.matching import match_pairs
+from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
+from tokencut.ops.ranking import ascending, by_attention, ranking, take
+from tokencut.schedule import Split, split_budget
+from tokencut.tokens import Tokens
 
-__all__ = ["Reduction", "Scene", "StageShape", "make_method", "methods", "option", "register"]
+__all__ = [
+    "FEATURE_KINDS",
+    "WEIGHT_KINDS",
+    "Decision",
+    "AttentionInfo",
+    "Grouping",
+    "QueryKey",
+    "PeakRule",
+    "Method",
+    "StageInput",
+    "Selection",
+    "Split",
+    "StageShape",
+    "Tokens",
+    "ascending",
+    "by_attention",
+    "density_average",
+    "density_clusters",
+    "group_average",
+    "group_sum",
+    "in_order",
+    "make_method",
+    "match_pairs",
+    "membership",
+    "methods",
+    "nearest_centre",
+    "option",
+    "ordered_average",
+    "ranking",
+    "raw_weights",
+    "register",
+    "split_budget",
+    "squared_distances",
+    "take",
+    "windows",
+]
 
 
 @cache
@@ -31,13 +92,13 @@ def _load_all() -> None:
                                 f"update it, or type: pip uninstall {package}") from error  # fmt: skip
 
 
-def methods() -> dict[str, type[Reduction]]:
+def methods() -> dict[str, type[Method]]:
     """All methods by name, in alphabetical order."""
     _load_all()
     return dict(sorted(base.methods().items()))
 
 
-def make_method(name: str, options: dict[str, object] | None = None) -> Reduction:
+def make_method(name: str, options: dict[str, object] | None = None) -> Method:
     """Builds a method from its name and settings; see `base.make_method`."""
     _load_all()
     return base.make_method(name, options)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencut.attention import Evidence
+from tokencut.attention import AttentionInfo
 from tokencut.errors import UsageError
 from tokencut.messages import nearest_known
 from tokencut.ops.grouping import Decision
@@ -19,18 +19,18 @@ from tokencut.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class StageInput:
     """What a method sees of one stage.
 
     Attributes:
         tokens: The tokens entering, `N` image tokens.
-        evidence: What the block's attention says about them.
+        attention: What the block's attention says about them.
         norm: The norm behind the stage (`norm2`), for methods that compare normed features.
-        learned: What `Reduction.make_module` built for this stage.
+        learned: What `Method.make_module` built for this stage.
     """
 
     tokens: Tokens
-    evidence: Evidence
+    attention: AttentionInfo
     norm: Callable[[Tensor], Tensor]
     learned: nn.Module | None = None
 
@@ -42,13 +42,13 @@ class Scene:
                 `norm2`) or `keys` (averaged over heads).
         """
         if kind == "keys":
-            return self.evidence.keys()
+            return self.attention.keys()
         if kind == "tokens":
             return self.tokens.image
         if kind == "unit":
             return F.normalize(self.tokens.image.float(), dim=2)
         # The prefix tokens are normed along: slicing them off before would copy all the others.
-        return self.norm(self.tokens.features)[:, self.tokens.prefix :]
+        return self.norm(self.tokens.features)[:, self.tokens.num_prefix_tokens :]
 
 
 FEATURE_KINDS = ("tokens", "unit", "normed", "keys")
@@ -64,7 +64,7 @@ class StageShape:
     key_width: int
 
     def feature_width(self, kind: str) -> int:
-        """Width of `Scene.features(kind)`."""
+        """Width of `StageInput.features(kind)`."""
         return self.key_width if kind == "keys" else self.width
 
 
@@ -83,7 +83,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reduction(ABC):
+class Method(ABC):
     """A method: a frozen set of settings, and a decision for a stage.
 
     A subclass is a frozen dataclass whose fields are made by `option`, registered with `@register`.
@@ -103,11 +103,11 @@ class Reduction(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
-    def decide(self, scene: Scene, budget: int) -> Decision:
+    def decide(self, stage_input: StageInput, budget: int) -> Decision:
         """Decides which image tokens stay, merge or go; called under `no_grad` with autocast off.
 
         Args:
-            scene: The tokens entering and their evidence.
+            stage_input: The tokens entering, and what attention says about them.
             budget: `M`, the image tokens that leave, `1 <= M < N`.
 
         Returns:
@@ -133,7 +133,7 @@ class Reduction(ABC):
         """Whether `decide` asks for class attention (once), whose row is then computed beside the block's attention."""
         return True
 
-    def leaving(self, tokens: int, budget: int) -> int:
+    def tokens_out(self, tokens: int, budget: int) -> int:
         """How many of `tokens` image tokens leave a stage with this budget; another number only as published."""
         return budget
 
@@ -145,7 +145,7 @@ class Reduction(ABC):
         """What a stage of this method learns, for features of `width` numbers; the same weights for the same `seed`."""
         return None
 
-    def soft_policy(self, scene: Scene) -> Tensor | None:
+    def soft_policy(self, stage_input: StageInput) -> Tensor | None:
         """A differentiable stand-in for `decide` while training, for a method that learns what to drop.
 
         No token leaves the stage then; those that would are hidden from the attention of later blocks.
@@ -160,10 +160,10 @@ class Reduction(ABC):
         return dataclasses.asdict(self)
 
 
-_METHODS: dict[str, type[Reduction]] = {}
+_METHODS: dict[str, type[Method]] = {}
 
 
-def register(method: type[Reduction]) -> type[Reduction]:
+def register(method: type[Method]) -> type[Method]:
     """Class decorator: makes a method known under its `name`.
 
     Raises:
@@ -178,12 +178,12 @@ def register(method: type[Reduction]) -> type[Reduction]:
     return method
 
 
-def methods() -> Mapping[str, type[Reduction]]:
+def methods() -> Mapping[str, type[Method]]:
     """All registered methods by name, the package's own first."""
     return _METHODS
 
 
-def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reduction:
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """Builds a method from its name and settings.
 
     Args:
@@ -213,7 +213,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Reductio
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
-def _preset(method: type[Reduction], name: str) -> Mapping[str, Any]:
+def _preset(method: type[Method], name: str) -> Mapping[str, Any]:
     if name not in method.presets:
         known = f"its presets are {', '.join(method.presets)}" if method.presets else "it has none"
         raise UsageError(f"method {method.name} has no preset {name!r}{nearest_known(name, method.presets)} {known}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
 from tokencut.ops.density_peaks import PeakRule, density_average, density_clusters, windows
 from tokencut.ops.grouping import Decision, Selection, ordered_average
 from tokencut.ops.matching import match_pairs
@@ -18,7 +18,7 @@ from tokencut.schedule import Split, split_budget
 
 @register
 @dataclass(frozen=True)
-class Bat(Reduction):
+class Bat(Method):
     """Attentive tokens are kept apart and matched in pairs, inattentive ones clustered around density peaks.
 
     `preset=paper` (with `--no-prop-attn`) is the paper's own rule, whose density depends on the scale of a model's
@@ -57,21 +57,21 @@ class Bat(Reduction):
     weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)
     keep_norm: bool = option(True, "whether a merged token is as long as its members on average")
 
-    def decide(self, scene: Scene, budget: int) -> Decision:
-        split, sizes = self.split(scene.tokens.count, budget), scene.tokens.known_sizes()
-        attention = scene.evidence.class_attention() if self.reads_attention() else None
+    def decide(self, stage_input: StageInput, budget: int) -> Decision:
+        split, sizes = self.split(stage_input.tokens.count, budget), stage_input.tokens.known_sizes()
+        attention = stage_input.attention.class_attention() if self.reads_attention() else None
         if attention is None or split.attentive == 0:
-            weight, points = raw_weights(self.weights, sizes, attention), self._points(scene)
-            parts = windows(scene.tokens.count, split.clusters, self.window)
+            weight, points = raw_weights(self.weights, sizes, attention), self._points(stage_input)
+            parts = windows(stage_input.tokens.count, split.clusters, self.window)
             return density_average(points, weight, sizes, split.clusters, self.rule, parts, self.keep_norm)
         attentive, inattentive = by_attention(attention, split.attentive)
         if not self.merges():
             return Selection(ascending(attentive))
         group = torch.full_like(attention, budget, dtype=torch.int64)
-        group = self._pair(scene, group, attentive, split)
+        group = self._pair(stage_input, group, attentive, split)
         if split.clusters:
-            points, held = take(self._points(scene), inattentive), take(sizes, inattentive)
-            parts = windows(points.shape[1], split.clusters, self.window)
+            points, held = take(self._points(stage_input), inattentive), take(sizes, inattentive)
+            parts = windows(stage_input.tokens.count - split.attentive, split.clusters, self.window)
             clusters = density_clusters(points, split.clusters, self.rule, held, parts)
             group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
         merged = ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
@@ -83,16 +83,16 @@ class Bat(Reduction):
         balance = self.balance if self.density == "scale_free" else None
         return PeakRule(self.neighbours, self.mass, balance, cosine=self.features == "unit")
 
-    def _points(self, scene: Scene) -> Tensor:
+    def _points(self, stage_input: StageInput) -> Tensor:
         """What clusters compare; lengths are left to the comparison, which knows them from its products."""
-        return scene.features("tokens" if self.features == "unit" else self.features)
+        return stage_input.features("tokens" if self.features == "unit" else self.features)
 
-    def _pair(self, scene: Scene, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
+    def _pair(self, stage_input: StageInput, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
         """Groups the attentive tokens as `0..K-R-1`; the sides alternate by rank of class attention."""
         stays = torch.ones_like(attentive)
         if split.pairs:
             ranks = torch.arange(split.attentive, device=group.device).expand_as(attentive)
-            points = take(scene.features(self.match_features), attentive)
+            points = take(stage_input.features(self.match_features), attentive)
             away, joined = match_pairs(points, ranks[:, 1::2], ranks[:, ::2], split.pairs)
             stays = stays.scatter(1, away, 0)
         place = stays.cumsum(1) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
 from tokencut.ops.density_peaks import PeakRule, density_average
 from tokencut.ops.grouping import Grouping
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
@@ -12,7 +12,7 @@ from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
 
 @register
 @dataclass(frozen=True)
-class DPC(Reduction):
+class DPC(Method):
     """Every token joins the nearest of the budget's density peaks; a cluster becomes its members' average.
 
     TCFormer weighs members by a score it learns. Untrained, that score is the same for all: `weights=equal`.
@@ -29,11 +29,11 @@ class DPC(Reduction):
     features: str = option("tokens", "what clusters compare", choices=FEATURE_KINDS)
     weights: str = option("equal", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
 
-    def decide(self, scene: Scene, budget: int) -> Grouping:
-        sizes = scene.tokens.known_sizes()
-        attention = scene.evidence.class_attention() if self.reads_attention() else None
+    def decide(self, stage_input: StageInput, budget: int) -> Grouping:
+        sizes = stage_input.tokens.known_sizes()
+        attention = stage_input.attention.class_attention() if self.reads_attention() else None
         weight = raw_weights(self.weights, sizes, attention)
-        return density_average(scene.features(self.features), weight, sizes, budget, PeakRule(self.neighbours))
+        return density_average(stage_input.features(self.features), weight, sizes, budget, PeakRule(self.neighbours))
 
     def macs(self, shape: StageShape) -> int:
         return shape.tokens * shape.tokens * shape.feature_width(self.features)

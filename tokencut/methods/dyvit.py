@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ascending, by_attention
 
 
 @register
 @dataclass(frozen=True)
-class DynamicViT(Reduction):
+class DynamicViT(Method):
     """The tokens with the highest predicted probability of being worth keeping stay, the others are dropped.
 
     While training every token goes on; Gumbel-softmax draws which of them later blocks cannot see.
@@ -30,14 +30,14 @@ class DynamicViT(Reduction):
     def make_module(self, width: int, seed: int) -> nn.Module:
         return Predictor(width, seed)
 
-    def decide(self, scene: Scene, budget: int) -> Selection:
-        scores = _predictor(scene)(scene.tokens.image)[..., 0]
+    def decide(self, stage_input: StageInput, budget: int) -> Selection:
+        scores = _predictor(stage_input)(stage_input.tokens.image)[..., 0]
         kept, _ = by_attention(scores, budget)
         return Selection(ascending(kept))
 
-    def soft_policy(self, scene: Scene) -> Tensor:
-        before = scene.tokens.policy
-        scores = _predictor(scene)(scene.tokens.image, before)
+    def soft_policy(self, stage_input: StageInput) -> Tensor:
+        before = stage_input.tokens.policy
+        scores = _predictor(stage_input)(stage_input.tokens.image, before)
         drawn = F.gumbel_softmax(scores, hard=True, dim=2)[..., 0]
         return drawn if before is None else drawn * before
 
@@ -53,10 +53,10 @@ class DynamicViT(Reduction):
         return False
 
 
-def _predictor(scene: Scene) -> Predictor:
-    if not isinstance(scene.learned, Predictor):
-        raise TypeError("method dyvit decides by the predictor of its stage: give the scene what make_module built")
-    return scene.learned
+def _predictor(stage_input: StageInput) -> Predictor:
+    if not isinstance(stage_input.learned, Predictor):
+        raise TypeError("method dyvit decides by the predictor of its stage: give its input what make_module built")
+    return stage_input.learned
 
 
 class Predictor(nn.Module):

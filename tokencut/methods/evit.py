@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import Method, StageInput, StageShape, option, register
 from tokencut.ops.grouping import Grouping, in_order, ordered_average
 from tokencut.ops.ranking import by_attention
 
 
 @register
 @dataclass(frozen=True)
-class EViT(Reduction):
+class EViT(Method):
     """The tokens of highest class attention stay; the others become one token, their attention-weighted sum.
 
     The published sum is not divided by its weights, so the fused token is short where little attention was left.
@@ -26,8 +26,8 @@ class EViT(Reduction):
     normalized: bool = option(False, "divide the fused token's weights by their sum")
     extra_token: bool = option(False, "the published count: the fused token comes on top of the budget")
 
-    def decide(self, scene: Scene, budget: int) -> Grouping:
-        attention, sizes = scene.evidence.class_attention(), scene.tokens.known_sizes()
+    def decide(self, stage_input: StageInput, budget: int) -> Grouping:
+        attention, sizes = stage_input.attention.class_attention(), stage_input.tokens.known_sizes()
         attentive, inattentive = by_attention(attention, budget - 1)
         rank = torch.arange(budget - 1, device=attentive.device).expand_as(attentive)
         group = torch.full_like(attention, budget - 1, dtype=torch.int64).scatter(1, attentive, rank)
@@ -37,7 +37,7 @@ class EViT(Reduction):
         weight = torch.ones_like(attention).scatter(1, inattentive, attention.gather(1, inattentive))
         return Grouping(group, weight, budget)
 
-    def leaving(self, tokens: int, budget: int) -> int:
+    def tokens_out(self, tokens: int, budget: int) -> int:
         return budget + 1 if self.extra_token else budget
 
     def attentive(self, tokens: int, budget: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencut.methods.base import FEATURE_KINDS, Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
 from tokencut.ops.density_peaks import nearest_centre, squared_distances
 from tokencut.ops.grouping import Grouping, membership, ordered_average
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
@@ -16,7 +16,7 @@ from tokencut.ops.ranking import ascending, ranking, take
 
 @register
 @dataclass(frozen=True)
-class KMedoids(Reduction):
+class KMedoids(Method):
     """Clusters around medoids; the tokens of highest class attention are the first. A cluster becomes its average.
 
     The same weights decide what a member adds to a medoid's total distance and to the average. Ties go to the more
@@ -31,12 +31,12 @@ class KMedoids(Reduction):
     features: str = option("tokens", "what clusters compare", choices=FEATURE_KINDS)
     weights: str = option("size", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
 
-    def decide(self, scene: Scene, budget: int) -> Grouping:
-        attention, sizes = scene.evidence.class_attention(), scene.tokens.known_sizes()
+    def decide(self, stage_input: StageInput, budget: int) -> Grouping:
+        attention, sizes = stage_input.attention.class_attention(), stage_input.tokens.known_sizes()
         weight = raw_weights(self.weights, sizes, attention)
         # Clustered in order of attention, so that ties do not depend on where a token stands.
         order = ranking(attention)
-        points = take(scene.features(self.features), order)
+        points = take(stage_input.features(self.features), order)
         ranked = medoid_clusters(squared_distances(points), take(weight, order), budget, self.iterations)
         return ordered_average(torch.empty_like(ranked).scatter(1, order, ranked), weight, sizes, budget)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencut.methods.base import Reduction, Scene, StageShape, option, register
+from tokencut.methods.base import Method, StageInput, StageShape, option, register
 from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ascending, ranking
 
 
 @register
 @dataclass(frozen=True)
-class Random(Reduction):
+class Random(Method):
     """Drops tokens by a fixed draw: the same places for every image, so that no image depends on its batch."""
 
     name = "random"
@@ -23,9 +23,9 @@ class Random(Reduction):
 
     seed: int = option(0, "which draw", low=0)
 
-    def decide(self, scene: Scene, budget: int) -> Selection:
-        features = scene.tokens.features
-        keys = _scramble(torch.arange(scene.tokens.count, device=features.device), self.seed)
+    def decide(self, stage_input: StageInput, budget: int) -> Selection:
+        features = stage_input.tokens.features
+        keys = _scramble(torch.arange(stage_input.tokens.count, device=features.device), self.seed)
         kept = ascending(ranking(-keys.unsqueeze(0))[:, :budget])
         return Selection(kept.expand(features.shape[0], -1))
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops.grouping import Grouping, group_average, membership
 from tokencut.ops.matching import match_pairs
 
 
 @register
 @dataclass(frozen=True)
-class ToMe(Reduction):
+class ToMe(Method):
     """Tokens with similar keys merge, in rounds of at most half of them each, weighted by size.
 
     Tokens stand on two sides by their position in the sequence, prefix included: those at even positions are merged
@@ -26,8 +26,8 @@ class ToMe(Reduction):
     source = "arXiv 2210.09461"
     prop_attn = True
 
-    def decide(self, scene: Scene, budget: int) -> Grouping:
-        keys, sizes = scene.evidence.keys(), scene.tokens.known_sizes()
+    def decide(self, stage_input: StageInput, budget: int) -> Grouping:
+        keys, sizes = stage_input.attention.keys(), stage_input.tokens.known_sizes()
         group = torch.arange(sizes.shape[1], device=sizes.device).expand(sizes.shape[0], -1)
         current, now = keys, sizes.shape[1]
         for leaving in rounds(now, budget):
@@ -35,7 +35,7 @@ class ToMe(Reduction):
                 # A group's key is the mean over its patches: keys are linear, so it can be taken from the first ones.
                 matrix = membership(group, now) * group_average(group, sizes, sizes, now).unsqueeze(1)
                 current = torch.matmul(matrix, keys)
-            group = match_round(current, scene.tokens.prefix, now - leaving).gather(1, group)
+            group = match_round(current, stage_input.tokens.num_prefix_tokens, now - leaving).gather(1, group)
             now = leaving
         return Grouping(group, group_average(group, sizes, sizes, budget), budget)
 

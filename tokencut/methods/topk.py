@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencut.methods.base import Reduction, Scene, StageShape, register
+from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import ascending, by_attention
 
 
 @register
 @dataclass(frozen=True)
-class TopK(Reduction):
+class TopK(Method):
     """The tokens of highest class attention stay, the others are dropped."""
 
     name = "topk"
     source = "arXiv 2202.07800"
     prop_attn = False
 
-    def decide(self, scene: Scene, budget: int) -> Selection:
-        attentive, _ = by_attention(scene.evidence.class_attention(), budget)
+    def decide(self, stage_input: StageInput, budget: int) -> Selection:
+        attentive, _ = by_attention(stage_input.attention.class_attention(), budget)
         return Selection(ascending(attentive))
 
     def macs(self, shape: StageShape) -> int:

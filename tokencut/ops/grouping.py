@@ -100,6 +100,26 @@ def group_sum(group: Tensor, values: Tensor, count: int) -> Tensor:
     return _sums(group, values, count)[:, :count]
 
 
+def group_centres(group: Tensor, positions: Tensor, sizes: Tensor, count: int) -> Tensor:
+    """The mean position of the patches of each group, whatever weights its features take.
+
+    Args:
+        group: Group of each token, int64 `(B, N)`; `M` for none.
+        positions: Mean position of each token's patches, fp32 `(B, N, 2)`.
+        sizes: Patches held by each token, fp32 `(B, N)`.
+        count: `M`, the number of groups.
+
+    Returns:
+        fp32 `(B, M, 2)`; a token alone in its group keeps its position to the bit.
+    """
+    weight = group_average(group, sizes, sizes, count)
+    if positions.is_cuda or torch.compiler.is_compiling():
+        # Sums in the same order each time; a batched product might round its operands to 10 bits there (TF32).
+        matrix = membership(group, count) * weight.unsqueeze(1)
+        return torch.stack([(matrix * line.unsqueeze(1)).sum(2) for line in positions.unbind(2)], 2)
+    return torch.stack([group_sum(group, weight * line, count) for line in positions.unbind(2)], 2)
+
+
 def norm_factors(group: Tensor, weight: Tensor, lengths: Tensor, merged: Tensor, count: int) -> Tensor:
     """What each group's sum is multiplied by, so that it is as long as its members on average.
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from tokencut.runtime.devices import weights_dtype
 
@@ -172,7 +171,7 @@ def _trace(model: nn.Module, images: Tensor) -> MacCount:
     analysis.clear_op_handles()
     analysis.set_op_handle(**COUNTED, **{kind: _noting(kind, seen) for kind in UNCOUNTED}, **dict.fromkeys(MOVES))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with torch.no_grad(), _PlainSizes():
+    with torch.no_grad():
         total = int(analysis.total())
     groups: dict[str, set[str]] = {}
     for kind in seen:
@@ -200,19 +199,6 @@ def _noting(kind: str, seen: set[str]) -> Handle:
         return 0
 
     return note
-
-
-class _PlainSizes(TorchFunctionMode):
-    """Under the tracer a tensor's sizes are tensors themselves; schedules and budgets are worked out with numbers."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # `==`, since every look at `Tensor.shape` makes a new wrapper.
-        if func == torch.Tensor.shape.__get__ or func == torch.Tensor.size:  # type: ignore[attr-defined]
-            return torch.Size(map(int, result)) if isinstance(result, tuple) else int(result)
-        return result
 
 
 def _weightless(model: nn.Module) -> nn.Module:

@@ -8,16 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tokencut.adapters import Adapter
-from tokencut.attention import TimmModule, attention_bias
-from tokencut.blocks import before_stage
+from tokencut.blocks import BlockLoop
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.methods import Scene
-from tokencut.model import CompressedModel, Stage
+from tokencut.model import CompressedModel
 from tokencut.profiling.latency import Forward, measure
 from tokencut.profiling.measuring import random_images
+from tokencut.search.probe import any_block_reduces
 from tokencut.search.space import Counts
 from tokencut.tokens import Tokens
 
@@ -34,9 +31,9 @@ class LatencyTable:
     Attributes:
         counts: The image tokens at which parts were timed, ascending.
         block: A whole block, after tokens were merged, at each of `counts`.
-        attend: The first half of a reducing block, likewise.
+        attention_half: The first half of a reducing block, likewise.
         stage: Its stage, letting 3 of 4 tokens out.
-        proceed: Its second half.
+        mlp_half: Its second half.
         fresh: A whole block before anything was merged, at all tokens.
         ends: Embedding and head.
         depth: The number of blocks.
@@ -44,9 +41,9 @@ class LatencyTable:
 
     counts: tuple[int, ...]
     block: tuple[float, ...]
-    attend: tuple[float, ...]
+    attention_half: tuple[float, ...]
     stage: tuple[float, ...]
-    proceed: tuple[float, ...]
+    mlp_half: tuple[float, ...]
     fresh: float
     ends: float
     depth: int
@@ -61,7 +58,7 @@ class LatencyTable:
         total, now = self.ends, self.counts[-1]
         for after in counts:
             if after < now:
-                total += self._at(self.attend, now) + self._at(self.stage, now) + self._at(self.proceed, after)
+                total += self._at(self.attention_half, now) + self._at(self.stage, now) + self._at(self.mlp_half, after)
             else:
                 total += self.fresh if now == self.counts[-1] else self._at(self.block, now)
             now = after
@@ -96,60 +93,45 @@ def latency_table(
         max_seconds: After so much time no new round is begun.
         on_round: Told rounds done and rounds in all.
     """
-    parts = _Parts(model)
+    loop = any_block_reduces(model)
     images = random_images(model, (batch_size, *preprocessing_of(model).config["input_size"]), device)
     with torch.no_grad():
-        whole = Tokens(parts.adapter.embed(parts.model, images), parts.adapter.prefix(parts.model))
+        whole = loop.embed(images)
     counts = sorted({max(2, math.ceil(share * whole.count)) for share in SHARES})
     timed: dict[str, Forward] = {
-        "fresh": lambda _: parts.run(whole),
-        "embed": lambda batch: parts.adapter.embed(parts.model, batch),
-        "head": lambda _: parts.head(whole),
+        "fresh": lambda _: loop.step(1, whole),
+        "embed": lambda batch: loop.embed(batch),
+        "head": lambda _: loop.head(whole),
     }
     for count in counts:
-        timed |= parts.timed(whole, count)
+        timed |= _parts(loop, _some(loop, whole, count, merged=model.method.merges()))
     times = {name: t.median_ms / 1000 for name, t in measure(
         timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, on_round=on_round
     ).items()}  # fmt: skip
-    columns = {part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attend", "proceed")}
-    stage = tuple(max(0.0, times[f"stage {count}"] - times[f"attend {count}"]) for count in counts)
+    columns = {
+        part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attention_half", "mlp_half")
+    }
+    stage = tuple(max(0.0, times[f"stage {count}"] - times[f"attention_half {count}"]) for count in counts)
     ends = times["embed"] + times["head"]
-    depth = len(parts.adapter.blocks(parts.model))
-    return LatencyTable(tuple(counts), columns["block"], columns["attend"], stage, columns["proceed"], times["fresh"],
-                        ends, depth)  # fmt: skip
+    return LatencyTable(tuple(counts), columns["block"], columns["attention_half"], stage, columns["mlp_half"],
+                        times["fresh"], ends, loop.depth)  # fmt: skip
 
 
-class _Parts:
-    """A model's parts as functions to be timed."""
+def _some(loop: BlockLoop, whole: Tokens, count: int, merged: bool) -> Tokens:
+    """The first `count` image tokens; two patches in each where `merged`."""
+    features = whole.features[:, : whole.num_prefix_tokens + count].contiguous()
+    sizes = torch.full((len(features), count), 2.0, device=features.device) if merged else None
+    positions = None if whole.positions is None else whole.positions[:, :count]
+    return loop.weighed(replace(whole, features=features, sizes=sizes, positions=positions))
 
-    def __init__(self, model: CompressedModel) -> None:
-        self.adapter: Adapter = model.adapter
-        self.model: TimmModule = model.model
-        self.proportional = model.recipe.prop_attn
-        self.method = model.method
-        self.stage = Stage(model.method).eval()
-        self.first: TimmModule = next(iter(self.adapter.blocks(self.model)))
 
-    def timed(self, whole: Tokens, count: int) -> dict[str, Forward]:
-        """The parts with `count` image tokens; the stage is timed together with the half block that feeds it."""
-        features = whole.features[:, : whole.prefix + count].contiguous()
-        sizes = torch.full((len(features), count), 2.0, device=features.device) if self.method.merges() else None
-        tokens, after = replace(whole, features=features, sizes=sizes), max(1, math.ceil(STAGE_KEEP * count))
-        return {
-            f"block {count}": lambda _: self.run(tokens),
-            f"attend {count}": lambda _: self.attend(tokens),
-            f"stage {count}": lambda _: self.stage(self.attend(tokens), min(after, count - 1)),
-            f"proceed {count}": lambda _: self.adapter.proceed(self.first, features),
-        }
-
-    def run(self, tokens: Tokens) -> Tensor:
-        return self.adapter.run(self.first, tokens.features, self._bias(tokens))
-
-    def attend(self, tokens: Tokens) -> Scene:
-        return before_stage(self.adapter, self.model, self.first, tokens, self._bias(tokens))
-
-    def head(self, tokens: Tokens) -> Tensor:
-        return self.adapter.head(self.model, tokens, None)
-
-    def _bias(self, tokens: Tokens) -> Tensor | None:
-        return attention_bias(tokens, self.proportional)
+def _parts(loop: BlockLoop, tokens: Tokens) -> dict[str, Forward]:
+    """The parts to be timed on such tokens; the stage is timed together with the half block that feeds it."""
+    count = tokens.count
+    after = min(max(1, math.ceil(STAGE_KEEP * count)), count - 1)
+    return {
+        f"block {count}": lambda _: loop.step(1, tokens),
+        f"attention_half {count}": lambda _: loop.stage_input(1, tokens),
+        f"stage {count}": lambda _: loop.stages[1](loop.stage_input(1, tokens), after),
+        f"mlp_half {count}": lambda _: loop.mlp_half(1, tokens),
+    }

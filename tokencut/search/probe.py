@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokencut import cost
-from tokencut.adapters import Adapter
-from tokencut.attention import TimmModule, attention_bias
-from tokencut.blocks import before_stage
+from tokencut.blocks import BlockLoop, Stage
 from tokencut.errors import ModelError
-from tokencut.methods import Reduction
-from tokencut.model import CompressedModel, Stage, stage_cost
+from tokencut.model import CompressedModel, stage_cost
 from tokencut.search.space import Counts
 from tokencut.tokens import Tokens
 
@@ -84,6 +81,12 @@ class Costs:
         return known
 
 
+def any_block_reduces(model: CompressedModel) -> BlockLoop:
+    """The loop of a model whose schedule does not count: any of its blocks may have a stage."""
+    loop = model.loop
+    return replace(loop, stages=dict.fromkeys(range(1, loop.depth + 1), Stage(model.method).eval()))
+
+
 class Probe:
     """Runs a model under any schedule; call it in the model's `inference_state`.
 
@@ -109,36 +112,27 @@ class Probe:
         Raises:
             ModelError: The model's output is not one vector an image, or not finite.
         """
-        self.adapter: Adapter = model.adapter
-        self.model: TimmModule = model.model
-        self.method: Reduction = model.method
-        self.proportional = model.recipe.prop_attn
+        self.loop = any_block_reduces(model)
         self.costs = Costs(model)
         self.targets = None if targets is None else targets.cpu()
         self.on_batch = on_batch
         self._device = batches[0].device
-        self._stage = Stage(self.method).eval()
         with torch.no_grad():
-            self._embedded = [
-                Tokens(self.adapter.embed(self.model, b), self.adapter.prefix(self.model)) for b in batches
-            ]
-            outputs = [self._checked(self.model(batch)) for batch in batches]
+            self._embedded = [self.loop.embed(batch) for batch in batches]
+            outputs = [self._checked(self.loop.model(batch)) for batch in batches]
         self._outputs = outputs
         self._sharpness = 1.0 if targets is None else sharpness(torch.cat(outputs), targets.to(self._device))
         self.images = sum(len(batch) for batch in batches)
         features = self._embedded[0].features
         block_bytes = self.images * features[0].numel() * features.element_size()
         # Twice: the reference's tokens, and those of the schedule that may become it.
-        self._every = max(1, math.ceil(2 * block_bytes * len(self._blocks()) / KEPT_BYTES))
+        self._every = max(1, math.ceil(2 * block_bytes * self.loop.depth / KEPT_BYTES))
         self._reference: Counts = ()
         self._kept: dict[int, list[Tokens]] = {}
         self._fresh: tuple[Counts, dict[int, list[Tokens]]] = ((), {})
         self.dense = self._outcome(outputs)
-        self.passes = self.images * self.costs.gmacs((self.costs.shape.patches,) * len(self._blocks()))
+        self.passes = self.images * self.costs.gmacs((self.costs.shape.patches,) * self.loop.depth)
         self.spent = self.passes
-
-    def _blocks(self) -> Sequence[TimmModule]:
-        return list(self.adapter.blocks(self.model))
 
     def _checked(self, output: Tensor) -> Tensor:
         if output.dim() != 2:
@@ -192,21 +186,11 @@ class Probe:
     @torch.no_grad()
     def _run(self, number: int, counts: Counts, first: int, fresh: dict[int, list[Tokens]]) -> Tensor:
         tokens = self._kept[first][number] if first else self._embedded[number]
-        for block, module in enumerate(self._blocks()[first:], start=first + 1):
-            tokens = self._block(module, tokens, counts[block - 1])
+        for block in range(first + 1, self.loop.depth + 1):
+            tokens = self.loop.step(block, tokens, min(counts[block - 1], tokens.count))
             if block % self._every == 0:
                 fresh.setdefault(block, []).append(tokens)
-        return self.adapter.head(self.model, tokens, self._bias(tokens)).float()
-
-    def _block(self, block: TimmModule, tokens: Tokens, leaving: int) -> Tokens:
-        if leaving >= tokens.count:
-            return tokens.with_features(self.adapter.run(block, tokens.features, self._bias(tokens)))
-        scene = before_stage(self.adapter, self.model, block, tokens, self._bias(tokens))
-        tokens = self._stage(scene, leaving)
-        return tokens.with_features(self.adapter.proceed(block, tokens.features))
-
-    def _bias(self, tokens: Tokens) -> Tensor | None:
-        return attention_bias(tokens, self.proportional)
+        return self.loop.head(tokens).float()
 
     def _is_behind(self, outputs: list[Tensor], rival: Outcome) -> bool:
         damage = self._damage(outputs)
@@ -227,7 +211,7 @@ class Probe:
     @property
     def has_head(self) -> bool:
         """Whether the outputs are logits."""
-        return int(self.model.num_classes) > 0
+        return int(self.loop.model.num_classes) > 0
 
     def _outcome(self, outputs: list[Tensor]) -> Outcome:
         damage = self._damage(outputs)

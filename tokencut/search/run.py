@@ -129,7 +129,7 @@ class _Run:
             table = self.table
             price = self.costs.gmacs if table is None else table.seconds
             shape, recipe = self.costs.shape, self.model.recipe
-            space = Space(shape.patches, len(shape.blocks), tuple(recipe.layers), price, self.model.method.leaving)
+            space = Space(shape.patches, len(shape.blocks), tuple(recipe.layers), price, self.model.method.tokens_out)
             self.climber = Climber(probe, space, self.settings.seed, self._on_best)
             self.counts = self._sought(self.climber, self.settings.effort * probe.passes)
         except _StoppedError:
@@ -166,7 +166,7 @@ class _Run:
 
     def _timed(self, counts: Counts) -> float:
         """A schedule's speed-up, dense and compressed in turn."""
-        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.leaving)
+        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.tokens_out)
         recipe = self.model.recipe
         made = compress(self.model.model, keep=keep, layers=layers, method=recipe.method, prop_attn=recipe.prop_attn,
                         method_options=recipe.method_options).eval()  # fmt: skip
@@ -177,7 +177,7 @@ class _Run:
         return times["dense"].median_ms / times["compressed"].median_ms
 
     def _point(self, counts: Counts, outcome: Outcome) -> FrontPoint:
-        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.leaving)
+        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.tokens_out)
         return FrontPoint(
             layers=layers,
             keep=keep,

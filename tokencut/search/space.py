@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from tokencut.schedule import PLACEMENTS, Leaving, default_layers, kept_tokens, named_layers
+from tokencut.schedule import PLACEMENTS, TokensOut, default_layers, kept_tokens, named_layers
 
 Counts = tuple[int, ...]
 Price = Callable[[Counts], float]
@@ -32,14 +32,14 @@ class Space:
         depth: The number of blocks.
         blocks: The 1-based blocks that may reduce, ascending.
         price: The cost of a schedule, in any unit: a search holds it at or below a target.
-        leaving: How many tokens leave a stage with a budget (`Reduction.leaving`).
+        tokens_out: How many tokens leave a stage with a budget (`Method.tokens_out`).
     """
 
     tokens: int
     depth: int
     blocks: Counts
     price: Price
-    leaving: Leaving = lambda tokens, budget: budget
+    tokens_out: TokensOut = lambda tokens, budget: budget
 
     @property
     def dense(self) -> Counts:
@@ -58,7 +58,7 @@ class Space:
             exact *= math.exp(-removals.get(block, 0.0))
             budget = max(1, round(exact))
             if block in removals and budget < now:
-                now = min(now, self.leaving(now, budget))
+                now = min(now, self.tokens_out(now, budget))
             counts.append(now)
         return tuple(counts)
 
@@ -125,7 +125,7 @@ class Space:
 
     def _one_more(self, counts: Counts, block: int) -> Counts | None:
         entering = self.tokens if block == 1 else counts[block - 2]
-        if counts[block - 1] >= entering or self.leaving(entering, entering - 1) != entering - 1:
+        if counts[block - 1] >= entering or self.tokens_out(entering, entering - 1) != entering - 1:
             return None
         # Blocks that may not reduce take what enters, so the run of them behind this block changes along.
         until = next((b for b in range(block + 1, self.depth + 1) if b in self.blocks), self.depth + 1)
@@ -158,9 +158,9 @@ def _times(removals: dict[int, float], factor: float) -> dict[int, float]:
     return {block: min(MOST, factor * removal) for block, removal in removals.items()}
 
 
-def budget_for(tokens: int, count: int, leaving: Leaving) -> int:
+def budget_for(tokens: int, count: int, tokens_out: TokensOut) -> int:
     """The budget of a stage that lets `count` of `tokens` image tokens leave; `count` where no budget does."""
-    return next((budget for budget in range(count, 0, -1) if leaving(tokens, budget) == count), count)
+    return next((budget for budget in range(count, 0, -1) if tokens_out(tokens, budget) == count), count)
 
 
 def keep_for(tokens: int, budget: int) -> float:
@@ -173,13 +173,13 @@ def keep_for(tokens: int, budget: int) -> float:
     return budget / tokens
 
 
-def keeps(tokens: int, counts: Counts, leaving: Leaving) -> tuple[Counts, tuple[float, ...]]:
+def keeps(tokens: int, counts: Counts, tokens_out: TokensOut) -> tuple[Counts, tuple[float, ...]]:
     """A schedule as `--layers` and `--keep` have it.
 
     Args:
         tokens: Image tokens entering the first block.
         counts: Image tokens leaving each block.
-        leaving: How many tokens leave a stage with a budget.
+        tokens_out: How many tokens leave a stage with a budget.
 
     Returns:
         The 1-based blocks that reduce, and the keep rate of each.
@@ -188,5 +188,5 @@ def keeps(tokens: int, counts: Counts, leaving: Leaving) -> tuple[Counts, tuple[
     for block, (before, after) in enumerate(zip((tokens, *counts), counts, strict=False), start=1):
         if after < before:
             layers.append(block)
-            rates.append(keep_for(before, budget_for(before, after, leaving)))
+            rates.append(keep_for(before, budget_for(before, after, tokens_out)))
     return tuple(layers), tuple(rates)

@@ -26,7 +26,7 @@ from tokencut.runtime.resume import weights_digest
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
-from tokencut.training.setup import FinetuneReport, TrainingProgress, TrainingSetup, Watcher
+from tokencut.training.setup import FinetuneReport, TrainingCallbacks, TrainingProgress, TrainingSetup
 from tokencut.training.state import Best, TrainingState, copy_of, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
@@ -48,7 +48,7 @@ def finetune(
     state: Path | None = None,
     resume: bool = False,
     judge: Judge | None = None,
-    watcher: Watcher | None = None,
+    callbacks: TrainingCallbacks | None = None,
 ) -> FinetuneReport:
     """Fine-tunes a compressed model in place; afterwards it is in eval mode and where it was.
 
@@ -61,7 +61,7 @@ def finetune(
         state: A folder to keep the run's state in; none is kept where None.
         resume: Whether to go on with the state in that folder, if there is one.
         judge: Measures top-1 after each epoch, for the history alone.
-        watcher: Who is told, and who may stop it.
+        callbacks: Who is told, and who may stop it.
 
     Returns:
         The report.
@@ -81,7 +81,7 @@ def finetune(
     try:
         with random_states_kept(group.device):
             source = open_source(data, split="train")
-            run = _Run(model, source, recipe, setup, group, state, judge, watcher or Watcher())
+            run = _Run(model, source, recipe, setup, group, state, judge, callbacks or TrainingCallbacks())
             return run.train(resume=resume)
     finally:
         model.to(home).eval()
@@ -116,10 +116,10 @@ class _Run:
         group: Group,
         folder: Path | None,
         judge: Judge | None,
-        watcher: Watcher,
+        callbacks: TrainingCallbacks,
     ) -> None:
         self.model, self.recipe, self.setup, self.group = model, recipe, setup, group
-        self.folder, self.judge, self.watcher = folder, judge, watcher
+        self.folder, self.judge, self.callbacks = folder, judge, callbacks
         self.class_map = training_classes(source, model)
         self.held: Part | None = None
         if setup.select == "best":
@@ -171,7 +171,7 @@ class _Run:
         )  # fmt: skip
         try:
             state = self._start(found)
-            self.watcher.on_start(tuple(self.notes))
+            self.callbacks.on_start(tuple(self.notes))
             finished = self._epochs(state)
         except TrainingDivergedError:
             self._save(state)
@@ -211,7 +211,7 @@ class _Run:
             while state.epoch < self.epochs:
                 while state.step < self.order.steps:
                     stopped = not self._step(state, batches)
-                    if stopped or self.group.any(self.watcher.should_stop()):
+                    if stopped or self.group.any(self.callbacks.should_stop()):
                         self._save(state)
                         return False
                     if time.monotonic() - saved > SAVE_EVERY:
@@ -227,13 +227,13 @@ class _Run:
         try:
             sums = self.trainer.step(state.epoch, state.step, map(self._checked, batches))
         except DataError:
-            if self.group.size == 1 and self.watcher.should_stop():
+            if self.group.size == 1 and self.callbacks.should_stop():
                 return False
             raise
         state.step += 1
         for name, value in {**sums, "seconds": time.perf_counter() - began}.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-        self.watcher.on_step(self._progress(state, sums))
+        self.callbacks.on_step(self._progress(state, sums))
         return True
 
     def _checked(self, batch: Batch) -> Batch:
@@ -264,7 +264,8 @@ class _Run:
         self.model.train()
         state.history.append(row)
         state.epoch, state.step, state.sums = number, 0, {}
-        self.watcher.on_epoch(state.history)  # first: a run killed before it is saved does, and tells, all of it again
+        # Told first: a run killed before it is saved does, and tells, all of it again.
+        self.callbacks.on_epoch(state.history)
         self._save(state)
 
     def _judge(self, model: CompressedModel) -> float | None:
@@ -281,7 +282,7 @@ class _Run:
             return
         state.model, state.optimizer = self.model.state_dict(), self.trainer.optimizer.state_dict()
         state.ema = self.trainer.ema.module.state_dict() if self.trainer.ema else None
-        self.watcher.on_save()
+        self.callbacks.on_save()
         save_state(self.folder, state)
 
     def _take_result(self, state: TrainingState) -> int:

@@ -96,7 +96,7 @@ class FinetuneReport:
 
 
 @dataclass(frozen=True)
-class Watcher:
+class TrainingCallbacks:
     """Who is told how a fine-tune goes, and who may stop it.
 
     Attributes:

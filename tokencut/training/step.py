@@ -194,8 +194,8 @@ def warmed(recipe: Recipe, share: float) -> Recipe:
     rates = keep if isinstance(keep, tuple) else (keep or 1.0,) * len(recipe.schedule.layers)
     eased = tuple(round(1 - share * (1 - rate), 6) for rate in rates)
     schedule = replace(recipe.schedule, keep=eased)
-    leaving = make_method(recipe.method, dict(recipe.method_options)).leaving
-    return replace(recipe, schedule=schedule, stages=schedule.resolve(recipe.tokens, leaving))
+    tokens_out = make_method(recipe.method, dict(recipe.method_options)).tokens_out
+    return replace(recipe, schedule=schedule, stages=schedule.resolve(recipe.tokens, tokens_out))
 
 
 def _mixup(recipe: TrainingRecipe, classes: int) -> Mixup | None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from tokencut.attention import AttentionInfo, QueryKey, fused_attention, has_biased_kernel
 from tokencut.ops.kernels.attention import biased_attention, class_rows
 
 
@@ -25,6 +26,18 @@ def test_biased_attention(width: int, device: str) -> None:
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     torch.testing.assert_close(got.cpu(), expected)
     assert got.transpose(1, 2).is_contiguous()  # so that the heads stand side by side without a copy
+
+
+@pytest.mark.gpu
+def test_a_bias_for_each_pair_is_left_to_pytorch() -> None:
+    query, key, value = (t.cuda().half() for t in heads(16))
+    bias = torch.randn(2, 3, 70, 70).cuda().half()
+    assert has_biased_kernel(bias[:, :1, :1], query, key, value) and not has_biased_kernel(bias, query, key, value)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    assert torch.equal(fused_attention(query, key, value, bias), expected)
+    attention = AttentionInfo(((QueryKey(query, key),),), 1, (0,), bias)
+    logits = (query.float() @ key.float().transpose(2, 3)) / 4 + bias.float()
+    torch.testing.assert_close(attention.class_attention(), logits[:, :, 0].softmax(2).mean(1)[:, 1:])
 
 
 @pytest.mark.parametrize("queries", [1, 2])

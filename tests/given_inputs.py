@@ -1,4 +1,4 @@
-"""Scenes built directly, without a model."""
+"""Inputs of a stage built directly, without a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencut.attention import Evidence, Heads
-from tokencut.methods import Reduction, Scene
+from tokencut.attention import AttentionInfo, QueryKey
+from tokencut.methods import Method, StageInput
 from tokencut.ops.grouping import Grouping, Selection
 from tokencut.tokens import Tokens
 
@@ -16,8 +16,8 @@ Rows = list[list[float]]
 
 
 @dataclass(frozen=True)
-class GivenEvidence(Evidence):
-    """Evidence as a test writes it down: class attention `(B, N)` and keys `(B, N, d)`."""
+class GivenAttention(AttentionInfo):
+    """Attention as a test writes it down: class attention `(B, N)` and keys `(B, N, d)`."""
 
     attention: Tensor | None = None
     points: Tensor | None = None
@@ -36,28 +36,28 @@ def as_it_is(points: Tensor) -> Tensor:
     return points
 
 
-def given_scene(
+def given_input(
     image: Rows,
     attention: list[float] | None = None,
     keys: Rows | None = None,
     sizes: list[float] | None = None,
-) -> Scene:
+) -> StageInput:
     """One image as a test writes it down, with one prefix token full of nines."""
     features = torch.tensor([[[9.0] * len(image[0]), *image]])
-    given = GivenEvidence(
+    given = GivenAttention(
         (),
         1,
         (),
         attention=None if attention is None else torch.tensor([attention]),
         points=None if keys is None else torch.tensor([keys]),
     )
-    return Scene(Tokens(features, 1, None if sizes is None else torch.tensor([sizes])), given, as_it_is)
+    return StageInput(Tokens(features, 1, None if sizes is None else torch.tensor([sizes])), given, as_it_is)
 
 
-def scene_of(
+def input_of(
     features: Tensor, query: Tensor, key: Tensor, prefix: int, sizes: Tensor | None = None, source: Tensor | None = None
-) -> Scene:
-    """A scene with real evidence.
+) -> StageInput:
+    """An input with real attention.
 
     Args:
         features: `(B, P + N, D)`.
@@ -67,11 +67,13 @@ def scene_of(
         sizes: `(B, N)` or None.
         source: `(B, patches)` or None.
     """
-    evidence = Evidence(((Heads(query, key),),), prefix, (0,) if prefix else ())
-    return Scene(Tokens(features, prefix, sizes, source), evidence, as_it_is)
+    attention = AttentionInfo(((QueryKey(query, key),),), prefix, (0,) if prefix else ())
+    return StageInput(Tokens(features, prefix, sizes, source), attention, as_it_is)
 
 
-def random_scene(seed: int, batch: int, tokens: int, prefix: int = 1, width: int = 8, merged: bool = False) -> Scene:
+def random_input(
+    seed: int, batch: int, tokens: int, prefix: int = 1, width: int = 8, merged: bool = False
+) -> StageInput:
     """Normal features, queries and keys of two heads.
 
     Where `merged`, tokens hold several patches and some patches were dropped, of twice as many as there are tokens.
@@ -87,22 +89,22 @@ def random_scene(seed: int, batch: int, tokens: int, prefix: int = 1, width: int
         more = torch.randint(-1, tokens, (batch, tokens), generator=generator)
         source = torch.cat((source, more), 1)
         sizes = patches_in(source, tokens)
-    return scene_of(
+    return input_of(
         normal(batch, count, width), normal(batch, 2, count, 4), normal(batch, 2, count, 4), prefix, sizes, source
     )
 
 
-def kept(method: Reduction, scene: Scene, budget: int) -> list[list[int]]:
+def kept(method: Method, stage_input: StageInput, budget: int) -> list[list[int]]:
     """The tokens that a dropping method keeps."""
-    decision = method.decide(scene, budget)
+    decision = method.decide(stage_input, budget)
     assert isinstance(decision, Selection)
     index: list[list[int]] = decision.index.tolist()
     return index
 
 
-def grouping(method: Reduction, scene: Scene, budget: int) -> Grouping:
+def grouping(method: Method, stage_input: StageInput, budget: int) -> Grouping:
     """The decision of a merging method."""
-    decision = method.decide(scene, budget)
+    decision = method.decide(stage_input, budget)
     assert isinstance(decision, Grouping)
     return decision
 
@@ -110,3 +112,9 @@ def grouping(method: Reduction, scene: Scene, budget: int) -> Grouping:
 def patches_in(source: Tensor, tokens: int) -> Tensor:
     """How many patches a source map `(B, patches)` puts into each token, fp32 `(B, N)`."""
     return (source.unsqueeze(1) == torch.arange(tokens).view(1, tokens, 1)).sum(2).float()
+
+
+def centres_of(source: Tensor, tokens: int, places: Tensor) -> Tensor:
+    """Mean place of the patches that a source map `(B, patches)` puts into each token, `(B, N, 2)`."""
+    inside = (source.unsqueeze(1) == torch.arange(tokens).view(1, tokens, 1)).float()
+    return inside @ places / inside.sum(2, keepdim=True)
