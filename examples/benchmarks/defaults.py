@@ -31,6 +31,7 @@ from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
 from tokencut.evaluation.statistics import mean_and_error, paired_difference
 from tokencut.methods import methods
+from tokencut.model import CompressedModel
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import inference_state, resolve_device
 
@@ -39,7 +40,9 @@ GRID = [
     "pairs=0,0.25",
     "neighbours=3,5",
     "mass=0,0.125",
-    "features=normed,tokens,keys",
+    "features=unit,normed,tokens,keys",
+    "balance=0.35,0.5,0.65",
+    "keep_norm=true,false",
     "weights=size,attention",
 ]
 KEEPS = [0.7, 0.5, 0.3, 0.2]
@@ -53,6 +56,7 @@ class Setting:
         method: Its name.
         options: Its settings.
         prop_attn: Whether attention is proportional; the method's default where None.
+        layers: Blocks that reduce; the default where None.
         right: Whether top-1 is right, `(images,)` for each keep rate.
         divergence: From the dense model, in thousandths of a nat, `(images,)` for each keep rate.
     """
@@ -60,6 +64,7 @@ class Setting:
     method: str
     options: dict[str, str]
     prop_attn: bool | None = None
+    layers: Sequence[int] | str | None = None
     right: list[Tensor] = field(default_factory=list)
     divergence: list[Tensor] = field(default_factory=list)
 
@@ -69,22 +74,39 @@ class Setting:
         return " ".join([self.method, *words, *weighed])
 
 
-def settings(grid: Sequence[str], others: Sequence[str]) -> Iterator[Setting]:
-    """bat as it is and as in the paper, every point of the grid, each with proportional attention and without it."""
+def settings(grid: Sequence[str], others: Sequence[str], method: str = "bat") -> Iterator[Setting]:
+    """bat as it is and as in the paper, every point of the grid, each with proportional attention and without it.
+
+    Args:
+        grid: Settings and their values, as `neighbours=3,5`.
+        others: Further methods.
+        method: The method whose settings the grid combines.
+    """
     yield Setting("bat", {})
     yield Setting("bat", {"preset": "paper"}, prop_attn=False)
     axes = [axis.partition("=") for axis in grid]
     for values in itertools.product(*(choices.split(",") for _, _, choices in axes)):
         options = dict(zip((key for key, _, _ in axes), values, strict=True))
-        yield Setting("bat", options, prop_attn=True)
-        yield Setting("bat", options, prop_attn=False)
+        yield Setting(method, options, prop_attn=True)
+        yield Setting(method, options, prop_attn=False)
     for method in others:
         yield Setting(method, {})
 
 
 def log_probabilities(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     """Log-probabilities of the classes, `(images, classes)`."""
-    return torch.cat([F.log_softmax(model(batch).float(), dim=1) for batch in batches])
+    traced = isinstance(model, CompressedModel)  # methods on trial may look at the source map
+    outputs = (model.trace(batch)[0] if traced else model(batch) for batch in batches)
+    return torch.cat([F.log_softmax(output.float(), dim=1) for output in outputs])
+
+
+def load_images(dense: nn.Module, args: argparse.Namespace, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """The training images in normalised batches, and their classes."""
+    source = open_source(args.data, split="train", on_note=print)
+    images = open_images(dense, source, limit=args.limit)
+    loaded = [batch for batch in images.batches(args.batch_size) if len(batch)]
+    batches = [images.prepared.normalise(batch.images, device) for batch in loaded]
+    return batches, torch.cat([batch.targets for batch in loaded]).to(device)
 
 
 def judge(
@@ -92,8 +114,9 @@ def judge(
 ) -> None:
     """Adds what a setting comes to at a keep rate; `wanted` holds the dense model's log-probabilities."""
     model = compress(
-        dense, keep=keep, method=setting.method, method_options=setting.options, prop_attn=setting.prop_attn
-    )
+        dense, keep=keep, layers=setting.layers, method=setting.method, method_options=setting.options,
+        prop_attn=setting.prop_attn,
+    )  # fmt: skip
     found = log_probabilities(model, batches)
     setting.right.append((found.argmax(dim=1) == truth).cpu())
     setting.divergence.append(1000 * F.kl_div(found, wanted, log_target=True, reduction="none").sum(dim=1).cpu())
@@ -131,24 +154,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="training images: a folder, a tar, or digits")
     parser.add_argument("--limit", type=int, default=5000, help="an evenly spread sample of so many")
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
-    parser.add_argument("--grid", nargs="*", default=GRID, metavar="KEY=V,V", help="settings of bat to combine")
+    parser.add_argument("--grid", nargs="*", default=GRID, metavar="KEY=V,V", help="settings to combine")
     parser.add_argument("--methods", nargs="*", default=known, choices=known, help="the other methods")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 
-@torch.no_grad()
 def main() -> None:
     """Judges every setting at every keep rate, and prints the table."""
+    judge_grid("bat")
+
+
+@torch.no_grad()
+def judge_grid(method: str) -> None:
+    """Judges every setting of a method at every keep rate, and prints the table."""
     args = parse()
     dense, device = load_model(args.model).dense, resolve_device(args.device)
-    source = open_source(args.data, split="train", on_note=print)
-    images = open_images(dense, source, limit=args.limit)
-    loaded = list(images.batches(args.batch_size))
-    batches = [images.prepared.normalise(batch.images, device) for batch in loaded if len(batch)]
-    truth = torch.cat([batch.targets for batch in loaded]).to(device)
-    table = list(settings(args.grid, args.methods))
+    batches, truth = load_images(dense, args, device)
+    table = list(settings(args.grid, args.methods, method))
     with inference_state(dense, device):
         wanted, started = log_probabilities(dense, batches), time.monotonic()
         top1 = 100 * (wanted.argmax(dim=1) == truth).float().mean().item()
