@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from tokencut.errors import ArtifactError
+from tokencut.methods import make_method
 from tokencut.recipe import Recipe, recipe_from_json
 from tokencut.schedule import StagePlan, make_schedule
 
+SETTINGS = {"pairs": 0.5, "features": "keys", "neighbours": 5, "density": "published", "keep_norm": False}
 DEPTH = 12
 
 
 def make_recipe(keep: Any = 0.7, layers: Any = None, reduce_by: int | None = None) -> Recipe:
     schedule = make_schedule(DEPTH, keep, layers, reduce_by)
-    return Recipe(
-        "bat", schedule, True, 196, schedule.resolve(196), {"pairs": 0.5, "features": "keys", "neighbours": 5}
-    )
+    return Recipe("bat", schedule, True, 196, schedule.resolve(196), SETTINGS)
 
 
 def as_written(recipe: Recipe) -> Any:
@@ -43,7 +43,7 @@ def test_what_is_written() -> None:
     # ceil(0.7 * 196) = ceil(137.2) = 138; ceil(0.7 * 138) = ceil(96.6) = 97; ceil(0.7 * 97) = ceil(67.9) = 68.
     assert make_recipe().to_json() == {
         "method": "bat",
-        "method_options": {"pairs": 0.5, "features": "keys", "neighbours": 5},
+        "method_options": SETTINGS,
         "keep": 0.7,
         "layers": [4, 7, 10],
         "reduce_by": None,
@@ -55,6 +55,15 @@ def test_what_is_written() -> None:
             {"block": 10, "tokens_in": 97, "tokens_out": 68},
         ],
     }
+
+
+def test_a_setting_that_came_later_is_what_the_method_did_before() -> None:
+    written = as_written(make_recipe())
+    for name in ("density", "keep_norm"):
+        del written["method_options"][name]
+    assert recipe_from_json(written, DEPTH) == make_recipe()
+    built = make_method("bat", dict(recipe_from_json(written, DEPTH).method_options))
+    assert (built.density, built.keep_norm) == ("published", False)  # type: ignore[attr-defined]
 
 
 def test_another_input_size_is_resolved_anew_and_the_own_one_is_not() -> None:

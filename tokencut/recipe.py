@@ -8,7 +8,7 @@ from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
-from tokencut.methods import make_method
+from tokencut.methods import as_recorded, make_method
 from tokencut.schedule import Schedule, StagePlan, make_schedule
 from tokencut.schema import TEXT, TRUTH, WHOLE, Fields, Items, Rule, is_list_of, is_number, is_whole, optional
 
@@ -101,7 +101,8 @@ def recipe_from_json(data: Any, depth: int) -> Recipe:
     except (UsageError, TypeError) as error:
         raise ArtifactError(f"the recipe in the file does not fit its model: {error}") from error
     stages = _stages_from_json(data["stages"], schedule, data["tokens"])
-    return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, data["method_options"])
+    options = as_recorded(data["method"], data["method_options"])
+    return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, options)
 
 
 def _stages_from_json(entries: list[dict[str, int]], schedule: Schedule, tokens: int) -> tuple[StagePlan, ...]:

@@ -145,6 +145,9 @@ def _nearest_mean(points: Tensor, group: Tensor, sizes: Tensor, count: int, part
     return distances.masked_fill(window.view(1, -1, 1) != theirs.unsqueeze(1), torch.inf).argmin(2)
 
 
+parse = defaults.parse  # the command line is that of defaults
+
+
 def main() -> None:
     """Judges every setting of the levers at every keep rate, and prints the table."""
     defaults.judge_grid("levers")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from tokencut.attention import AttentionInfo, QueryKey
 from tokencut.errors import TokencutError
@@ -55,6 +57,7 @@ __all__ = [
     "Split",
     "StageShape",
     "Tokens",
+    "as_recorded",
     "ascending",
     "by_attention",
     "density_average",
@@ -96,6 +99,12 @@ def methods() -> dict[str, type[Method]]:
     """All methods by name, in alphabetical order."""
     _load_all()
     return dict(sorted(base.methods().items()))
+
+
+def as_recorded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a recipe means; see `base.as_recorded`."""
+    _load_all()
+    return base.as_recorded(name, options)
 
 
 def make_method(name: str, options: dict[str, object] | None = None) -> Method:

@@ -69,7 +69,7 @@ class StageShape:
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low: float | None = None,
-           high: float | None = None) -> Any:  # fmt: skip
+           high: float | None = None, formerly: Any = None) -> Any:  # fmt: skip
     """A setting of a method: its default, what it does, and the values it may take.
 
     Args:
@@ -78,8 +78,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
         choices: Allowed strings.
         low: Smallest number allowed.
         high: Largest number allowed.
+        formerly: For a setting that came later: the value with which the method does as it did before, which is what a
+            recipe means that does not name it; the default where None.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    limits = {"help": help, "choices": choices, "low": low, "high": high, "formerly": formerly}
+    return dataclasses.field(default=default, metadata=limits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +211,18 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
             raise UsageError(f"method {name} has no setting {key!r}{nearest_known(key, fields)} {known}")
         values[key] = _read(name, fields[key], value)
     return method(**values)
+
+
+def as_recorded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a recipe means, with those that came after it as the method was before them.
+
+    Args:
+        name: The method; the settings are returned as they are where there is none of that name.
+        options: The settings that the recipe names.
+    """
+    fields = dataclasses.fields(_METHODS[name]) if name in _METHODS else ()
+    former = {field.name: field.metadata["formerly"] for field in fields if field.metadata["formerly"] is not None}
+    return {**former, **options}
 
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")

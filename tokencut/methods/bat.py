@@ -46,7 +46,7 @@ class Bat(Method):
     mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
     density: str = option(
         "scale_free", "how near tokens make a density; published depends on the scale of the features",
-        choices=("scale_free", "published"),
+        choices=("scale_free", "published"), formerly="published",
     )  # fmt: skip
     balance: float = option(0.5, "what a scale-free density counts against separation", low=0.0)
     window: int = option(
@@ -55,7 +55,7 @@ class Bat(Method):
     features: str = option("unit", "what clusters compare", choices=FEATURE_KINDS)
     match_features: str = option("unit", "what pairs compare", choices=FEATURE_KINDS)
     weights: str = option("size", "what a merged token is weighted by", choices=WEIGHT_KINDS)
-    keep_norm: bool = option(True, "whether a merged token is as long as its members on average")
+    keep_norm: bool = option(True, "whether a merged token is as long as its members on average", formerly=False)
 
     def decide(self, stage_input: StageInput, budget: int) -> Decision:
         split, sizes = self.split(stage_input.tokens.count, budget), stage_input.tokens.known_sizes()
