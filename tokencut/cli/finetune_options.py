@@ -26,6 +26,7 @@ RECIPE_HELP = (
     "short: 1 epoch, or 300 updates where those are more; paper: 30 epochs as published. The options below change it."
 )
 LR_HELP = "Learning rate, at a batch of 256 (paper: 1024); it grows with the square root of the batch."
+LR_SCALING_HELP = "rms: --lr times the size of each matrix's weights, so that it suits any model; none: as it is."
 SELECT_HELP = "The epoch to keep: last, or best on a tenth of the training images that is held out."
 RESUME_HELP = "Go on with a run that was stopped; type the options it was started with."
 TENSORBOARD_HELP = "Write losses and top-1 for TensorBoard, into a sub-folder named after the output."
@@ -58,6 +59,7 @@ class FinetuneOptions:
     alpha: Annotated[float | None, tuning_option("--alpha", **FRACTION, help="Weight of the importance term.")] = None
     beta: Annotated[float | None, tuning_option("--beta", **FRACTION, help="Weight of the diversity term.")] = None
     lr: Annotated[float | None, tuning_option("--lr", **FRACTION, help=LR_HELP)] = None
+    lr_scaling: Annotated[str | None, tuning_option("--lr-scaling", metavar="rms|none", help=LR_SCALING_HELP)] = None
     min_lr: Annotated[
         float | None, tuning_option("--min-lr", **FRACTION, help="Where the cosine ends, as a share of --lr.")
     ] = None

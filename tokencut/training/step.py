@@ -92,8 +92,10 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step, of pretrained weights in the last block."""
-        return max(group["lr"] / max(1.0, group.get("lr_scale", 1.0)) for group in self.optimizer.param_groups)
+        """The learning rate of the last step, before the factors of the groups."""
+        first = self.optimizer.param_groups[0]
+        rate: float = first["lr"] / first["lr_scale"]
+        return rate
 
     def restore(self, model: Any, optimizer: dict[str, Any], ema: Any, updates: int) -> None:
         """Goes back to a state that was saved after so many updates."""
