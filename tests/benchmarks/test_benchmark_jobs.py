@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import operator
 import os
 import time
@@ -60,6 +61,11 @@ def test_a_process_that_died_is_replaced() -> None:
     found = list(carried_out(os._exit, [3, 4], jobs=1, until=time.monotonic() + 500,
                              on_failure=lambda task, error: lost.append(task) is not None))  # fmt: skip
     assert (found, lost) == ([], [3, 4])
+
+
+def test_a_job_starts_processes_as_the_platform_does() -> None:
+    asked = "__import__('multiprocessing').get_start_method()"  # of the process that answers
+    assert list(carried_out(eval, [asked], jobs=2)) == [(asked, multiprocessing.get_all_start_methods()[0])]
 
 
 def test_results_are_kept_for_the_same_settings_only(tmp_path: Path) -> None:
