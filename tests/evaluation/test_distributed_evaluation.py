@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from image_files import write_folder
 
 from tokencut.data import image_set
 from tokencut.data.sources import Part, open_source
@@ -38,11 +40,27 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
     merged = _merged(parts)
     assert (merged.images, merged.top1, merged.top5) == (31, whole.top1, whole.top5)
     assert merged.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (merged.correct, merged.numbers) == (whole.correct, tuple(range(31)))
     with pytest.raises(DataError, match="2 images in 'digits' are too few for 3 processes"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Part(source, [0, 1]), workers=0)
     monkeypatch.setattr(_Dealt, "collect", lambda self, value: [parts[0], value])
     with pytest.raises(UsageError, match="a batch size of 0 is too small"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0, batch_size=0)
+
+
+def test_images_stay_in_order_where_some_cannot_be_read_or_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "set", [str(number) for number in range(10)], images=21)
+    (folder / "3" / "6.jpg").write_bytes(b"no image")
+    judged = digits.create()
+    whole = accuracy.evaluate(judged, folder, workers=0, device="cpu", limit=105)
+    assert 0 < sum(whole.correct) < len(whole.correct) == 104
+    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    source, cpu = open_source(folder), torch.device("cpu")
+    merged = _merged([evaluate_spread(_Dealt(rank, 4, cpu), judged, source, workers=0, limit=105) for rank in range(4)])
+    assert (merged.correct, merged.numbers) == (whole.correct, whole.numbers)
+    assert "numbers" not in merged.to_dict()
 
 
 def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +74,7 @@ def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.Mon
 
     def evaluate(*args: object, of: int | None = None, **options: object) -> accuracy.EvaluationReport:
         asked.append(of)
-        return dataclasses.replace(report, unreadable=("a.png",))
+        return dataclasses.replace(report, unreadable=("a.png",), numbers=(), correct=())
 
     monkeypatch.setattr("tokencut.evaluation.distributed.evaluate", evaluate)
     monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])

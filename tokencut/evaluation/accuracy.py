@@ -65,6 +65,7 @@ class EvaluationReport:
         unreadable: The images that could not be decoded.
         notes: What a user should know: how classes were matched, what was passed over.
         correct: For each judged image, in natural order, whether top-1 is right: for differences image by image.
+        numbers: The number of each of these images in the source.
     """
 
     model: str
@@ -79,10 +80,11 @@ class EvaluationReport:
     unreadable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     correct: tuple[bool, ...] = field(default=(), repr=False, compare=False)
+    numbers: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, without the image-by-image results."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "correct"}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.repr}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -226,6 +228,7 @@ class Tally:
             unreadable=tuple(self.images.filenames(self.unreadable)),
             notes=self.images.notes(self.unreadable),
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
+            numbers=tuple(self.indices),
         )
 
 

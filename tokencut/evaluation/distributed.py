@@ -41,13 +41,14 @@ def evaluate_spread(
     mine: EvaluationReport | TokencutError
     try:
         part = Part(source, indices[group.rank :: group.size])
-        mine = evaluate(model, part, of=len(indices), device=group.device, **options)
+        found = evaluate(model, part, of=len(indices), device=group.device, **options)
+        mine = dataclasses.replace(found, numbers=tuple(part.indices[number] for number in found.numbers))
     except TokencutError as error:  # the others are waiting for a report
         mine = error
     reports = group.collect(mine)
-    for found in reports:
-        if isinstance(found, TokencutError):
-            raise found
+    for other in reports:
+        if isinstance(other, TokencutError):
+            raise other
     report = _merged(reports)
     if len(indices) < len(source):
         report = dataclasses.replace(report, notes=(*report.notes, sample_note(len(indices), len(source))))
@@ -56,7 +57,7 @@ def evaluate_spread(
 
 
 def _merged(reports: Sequence[EvaluationReport]) -> EvaluationReport:
-    """One report of several over different images; without the list of images that were right."""
+    """One report of several over different images."""
     images = sum(report.images for report in reports)
 
     def mean(name: str) -> float:
@@ -66,6 +67,10 @@ def _merged(reports: Sequence[EvaluationReport]) -> EvaluationReport:
         # Counts are whole: what rounding did to a percentage does not add up.
         return 100 * sum(round(getattr(report, name) * report.images / 100) for report in reports) / images
 
+    right = {
+        number: hit for report in reports for number, hit in zip(report.numbers, report.correct, strict=True)
+    }  # fmt: skip
+    numbers = tuple(sorted(right))
     seconds = max(report.seconds for report in reports)
     return dataclasses.replace(
         reports[0],
@@ -77,5 +82,6 @@ def _merged(reports: Sequence[EvaluationReport]) -> EvaluationReport:
         images_per_second=images / seconds,
         unreadable=tuple(name for report in reports for name in report.unreadable),
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
-        correct=(),
+        correct=tuple(right[number] for number in numbers),
+        numbers=numbers,
     )
