@@ -33,7 +33,8 @@ def test_it_trains_judges_logs_and_leaves_a_file_that_loads(
     words = ("--train-data", train, "--data", pictures, "--alpha", "0.1", "-o", output, "--json")
     done = run("compress", compressed, *FINETUNE, *words)
     assert done.code == 0, done.err
-    assert done.json["finetune"] == {"epochs": 2, "chosen": 2, "log": str(tmp_path / "out.log.csv")}
+    log = str(tmp_path / "out.log.csv")
+    assert done.json["finetune"] == {"epochs": 2, "chosen": 2, "held_out": None, "log": log}
     assert {"dense_top1", "top1", "top1_before_finetuning"} <= set(done.json)
     assert names_in(tmp_path) == ["out.log.csv", "out.safetensors"]
     rows = log_of(output)

@@ -55,19 +55,22 @@ def test_the_history_tells_terms_apart(few: Source) -> None:
 
 
 def test_select_best_takes_the_best_epoch_of_held_out_images(few: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, kept = iter((10.0, 30.0, 20.0)), []
+    scores, kept = iter((0, 1, 3, 2)), []
 
     def score(group: Group, judged: nn.Module, held: Source, **_: Any) -> Any:
         kept.append(weights(judged))
         assert len(held) == 4
-        return type("Report", (), {"top1": next(scores)})
+        hits = next(scores)
+        return type("Report", (), {"numbers": range(4), "correct": [number < hits for number in range(4)]})
 
     monkeypatch.setattr(training, "evaluate_spread", score)
     trained = model()
     report = run(trained, few, SHORT.changed(epochs=3), setup=setup(select="best"))
     assert report.chosen == 2
-    assert same(kept[1], weights(trained))
-    assert [row["top1"] for row in report.history] == [10.0, 30.0, 20.0]
+    assert same(kept[2], weights(trained))
+    assert [row["top1"] for row in report.history] == [25.0, 75.0, 50.0]
+    assert report.held_out is not None
+    assert (report.held_out.before, report.held_out.after, report.held_out.kept) == (0.0, 75.0, "after")
     assert report.history[0]["updates"] == 4  # of 36 images
 
 

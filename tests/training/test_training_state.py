@@ -34,7 +34,8 @@ CONDITIONS = {"--seed": "0", "--batch-size": "64"}
 def state(step: int = 3) -> TrainingState:
     return TrainingState(
         dict(CONDITIONS), 1, step, {"weight": torch.arange(4.0)}, {"state": {0: {"step": torch.tensor(2.0)}}},
-        best=Best(1, 97.5, {"weight": torch.ones(4)}), history=[{"epoch": 1, "loss": 0.5}], sums={"images": 64.0},
+        before={0: True, 7: False},
+        best=Best(1, {3: True}, {"weight": torch.ones(4)}), history=[{"epoch": 1, "loss": 0.5}], sums={"images": 64.0},
     )  # fmt: skip
 
 
@@ -47,8 +48,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     found, saved = load_state(folder, CONDITIONS), state()
     assert torch.equal(found.model["weight"], saved.model["weight"])
     assert found.best is not None
-    assert (found.best.epoch, found.best.top1) == (1, 97.5)
-    for name in ("epoch", "step", "history", "sums", "conditions", "ema", "optimizer"):
+    assert (found.best.epoch, found.best.right) == (1, {3: True})
+    for name in ("epoch", "step", "history", "sums", "conditions", "ema", "before", "optimizer"):
         assert getattr(found, name) == getattr(saved, name)
     remove_state(folder)
     assert not folder.exists()

@@ -128,7 +128,8 @@ def _train_and_measure(work: FinetuneRun) -> tuple[FinetuneReport | None, dict[s
     report, cut = None, after
     if work.train is not None:
         report = work.train_model()
-        after = work.judged or work.measure(subject.model, "fine-tuned")
+        if report.chosen:  # else its weights are those that were cut
+            after = work.judged or work.measure(subject.model, "fine-tuned")
     for text in after.notes:
         render.note(text)
     _warn_of_loss(work, before, after)
@@ -163,7 +164,11 @@ def _facts(
         ("GMACs per image", f"{render.gmacs_text(before)} -> {render.gmacs_text(after)} ({saved})"),
     ]
     if report is not None:
-        rows.append(("fine-tuned", f"epoch {report.chosen} of {report.epochs}"))
+        taken = f"epoch {report.chosen} of {report.epochs}" if report.chosen else "no, the weights from before are kept"
+        rows.append(("fine-tuned", taken))
+        if (found := report.held_out) is not None:
+            rows.append(("held out", f"{found.before:.2f} % -> {found.after:.2f} % ({found.difference}) on "
+                                     f"{found.images:,} training images"))  # fmt: skip
     if "top1" in measured:
         drop = measured["top1"] - measured["dense_top1"]
         change = f"{measured['dense_top1']:.2f} % -> {measured['top1']:.2f} % ({drop:+.2f} points)"

@@ -23,6 +23,7 @@ from tokencut.data.labels import classes_for
 from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, DataError, TokencutError
 from tokencut.evaluation.accuracy import EvaluationReport
+from tokencut.evaluation.statistics import if_known
 from tokencut.files import check_writable
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel
@@ -172,7 +173,15 @@ class FinetuneRun:
 
     def summary(self, report: FinetuneReport) -> dict[str, Any]:
         """What `--json` tells of the fine-tune."""
-        return {"epochs": report.epochs, "chosen": report.chosen, "log": str(log_for(self.output))}
+        held_out = None
+        if (found := report.held_out) is not None:
+            held_out = {
+                "images": found.images, "before": found.before, "after": found.after, "kept": found.kept,
+                "difference": found.difference.points, "standard_error": if_known(found.difference.standard_error),
+            }  # fmt: skip
+        return {
+            "epochs": report.epochs, "chosen": report.chosen, "held_out": held_out, "log": str(log_for(self.output)),
+        }  # fmt: skip
 
     def _keep_last_good(self, model: CompressedModel, error: TokencutError) -> TokencutError:
         path = self.output.with_name(f"{self.output.stem}-last-good.safetensors")  # --force removes the run's folder

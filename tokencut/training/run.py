@@ -23,15 +23,14 @@ from tokencut.models.pretrained_cfg import require_head
 from tokencut.runtime.devices import resolve_device
 from tokencut.runtime.distributed import Group, alone
 from tokencut.runtime.resume import weights_digest
+from tokencut.training.held_out import CHOICE, HeldOutComparison, Right, compared, guard_size, top1_of
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
 from tokencut.training.setup import FinetuneReport, TrainingCallbacks, TrainingProgress, TrainingSetup
-from tokencut.training.state import Best, TrainingState, copy_of, has_state, load_state, save_state
+from tokencut.training.state import Best, TrainingState, Weights, copy_of, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
-# Share of the training images that `select="best"` holds out.
-HELD_OUT = 0.1
 # A checkpoint is written at least this often, in seconds: an epoch of ImageNet may take hours.
 SAVE_EVERY = 900.0
 
@@ -51,6 +50,9 @@ def finetune(
     callbacks: TrainingCallbacks | None = None,
 ) -> FinetuneReport:
     """Fine-tunes a compressed model in place; afterwards it is in eval mode and where it was.
+
+    Where there are enough training images, some are held out and judged before and after; a model that got worse on
+    them gets its weights from before back, and a note says what to type.
 
     Args:
         model: What `compress` returned.
@@ -121,17 +123,34 @@ class _Run:
         self.model, self.recipe, self.setup, self.group = model, recipe, setup, group
         self.folder, self.judge, self.callbacks = folder, judge, callbacks
         self.class_map = training_classes(source, model)
+        self.notes: list[str] = []
         self.held: Part | None = None
-        if setup.select == "best":
-            source, self.held = hold_out(source, HELD_OUT, setup.seed)
-        self.source = source
+        self.source = source = self._hold_out(source)
         self.images = images_for(model, source, self.class_map)
         self.order = Order(len(source), setup.batch_size, setup.accumulate, setup.seed, group.rank, group.size)
         self.epochs = recipe.epochs_for(self.order.steps)
-        self.notes = [*self.images.notes()]
+        self.notes += self.images.notes()
         self.settings = self._objective_settings()
         self.unreadable: dict[int, Unreadable] = {}
         self.conditions = self._conditions()
+
+    @property
+    def _guarded(self) -> bool:
+        return self.held is not None and self.setup.guard and not self.setup.new_head
+
+    def _hold_out(self, source: Source) -> Source:
+        """Holds images out to judge by, where that is wanted and there are enough; those to train on."""
+        setup, total = self.setup, len(source)
+        if setup.select == "best":
+            source, self.held = hold_out(source, CHOICE, setup.seed)
+        elif setup.guard and not setup.new_head:
+            count = guard_size(total)
+            if count:
+                source, self.held = hold_out(source, count / total, setup.seed)
+            else:
+                self.notes.append(f"{total:,} training images are too few to hold some out, so it will not be known "
+                                  "whether the fine-tune does harm; --data DIR tells")  # fmt: skip
+        return source
 
     def _objective_settings(self) -> ObjectiveSettings:
         wanted = self.recipe.objective
@@ -165,6 +184,7 @@ class _Run:
     def train(self, *, resume: bool) -> FinetuneReport:
         """Runs to the end, or until told to stop."""
         found = self._found() if resume else None
+        original = copy_of(self.model.state_dict()) if self._guarded else {}
         self.trainer = Trainer(
             self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
             precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
@@ -178,10 +198,16 @@ class _Run:
             raise
         finally:
             self.trainer.objective.close()
-        chosen = self._take_result(state) if finished else state.epoch
+        chosen, held_out = self._take_result(state, original) if finished else (state.epoch, None)
         skipped = len(set().union(*self.group.collect(set(self.unreadable))))
-        notes = (f"training images skipped, since they could not be decoded: {skipped}",) if skipped else ()
-        return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, notes)
+        notes = [f"training images skipped, since they could not be decoded: {skipped}"] if skipped else []
+        if held_out is not None and held_out.is_worse:
+            notes.append(
+                f"the fine-tune did harm: top-1 on {held_out.images:,} training images held out went from "
+                f"{held_out.before:.2f} to {held_out.after:.2f} % ({held_out.difference}), so the weights from before "
+                f"are kept; type --lr {self.recipe.lr / 10:.2g}"
+            )
+        return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, held_out, tuple(notes))
 
     def _found(self) -> TrainingState | None:
         """The state in the folder, if there is one."""
@@ -191,9 +217,11 @@ class _Run:
 
     def _start(self, found: TrainingState | None) -> TrainingState:
         """The state to begin with: the one found, with which the trainer goes on, or a new one."""
-        self.model.train()
         if found is None:
-            return TrainingState(self.conditions, 0, 0, {}, {})
+            before = self._right(self.model) if self._guarded else None
+            self.model.train()
+            return TrainingState(self.conditions, 0, 0, {}, {}, before=before)
+        self.model.train()
         updates = found.epoch * self.order.steps + found.step
         self.trainer.restore(found.model, found.optimizer, found.ema, updates)
         self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
@@ -256,11 +284,13 @@ class _Run:
         row: dict[str, float] = {"epoch": number, "updates": number * self.order.steps, "lr": self.trainer.lr}
         row |= term_means(sums)
         row |= {"images_per_second": sums["images"] / max(sums["seconds"], 1e-9), "seconds": sums["seconds"]}
-        top1 = self._judge(self.trainer.result)
-        if top1 is not None:
-            row["top1"] = top1
-            if self.held is not None and (state.best is None or top1 > state.best.top1):
-                state.best = Best(number, top1, copy_of(self.trainer.result.state_dict()))
+        if self.setup.select == "best":
+            right = self._right(self.trainer.result)
+            row["top1"] = top1_of(right)
+            if state.best is None or row["top1"] > top1_of(state.best.right):
+                state.best = Best(number, right, copy_of(self.trainer.result.state_dict()))
+        elif self.judge is not None:
+            row["top1"] = self.judge(self.trainer.result)
         self.model.train()
         state.history.append(row)
         state.epoch, state.step, state.sums = number, 0, {}
@@ -268,14 +298,14 @@ class _Run:
         self.callbacks.on_epoch(state.history)
         self._save(state)
 
-    def _judge(self, model: CompressedModel) -> float | None:
-        if self.held is None:
-            return None if self.judge is None else self.judge(model)
+    def _right(self, model: CompressedModel) -> Right:
+        """Which of the held-out images a model is right on."""
+        assert self.held is not None
         report = evaluate_spread(
             self.group, model, self.held, batch_size=self.setup.batch_size, workers=self.setup.workers,
             precision=self.setup.precision,
         )  # fmt: skip
-        return report.top1
+        return dict(zip(report.numbers, report.correct, strict=True))
 
     def _save(self, state: TrainingState) -> None:
         if self.folder is None or not self.group.main:
@@ -285,11 +315,17 @@ class _Run:
         self.callbacks.on_save()
         save_state(self.folder, state)
 
-    def _take_result(self, state: TrainingState) -> int:
-        """Gives the model its final weights; the epoch they are of."""
+    def _take_result(self, state: TrainingState, original: Weights) -> tuple[int, HeldOutComparison | None]:
+        """Gives the model its final weights: the epoch they are of, and how they compare to those from before."""
+        epoch = self.epochs
         if state.best is not None:
             self.model.load_state_dict(dict(state.best.weights))
-            return state.best.epoch
-        if self.trainer.ema:
+            epoch = state.best.epoch
+        elif self.trainer.ema:
             self.model.load_state_dict(self.trainer.ema.module.state_dict())
-        return self.epochs
+        if state.before is None:
+            return epoch, None
+        found = compared(state.before, self._right(self.model) if state.best is None else state.best.right)
+        if found.is_worse:
+            self.model.load_state_dict(dict(original))
+        return (0 if found.is_worse else epoch), found

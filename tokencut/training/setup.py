@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tokencut.errors import UsageError
 from tokencut.runtime.devices import check_batch_size
+from tokencut.training.held_out import HeldOutComparison
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class TrainingSetup:
         seed: Decides order, augmentation, dropout and what is held out.
         compiled: Whether to use `torch.compile`.
         select: `last` takes the last epoch, `best` the best one by images held out of the training images.
+        guard: Whether to judge the model on held-out training images before and after, and to keep the weights from
+            before where it got worse. Without effect with a new head, which knows nothing before.
         new_head: Whether the classifier starts from nothing, so that the teacher's logits mean nothing.
     """
 
@@ -31,6 +34,7 @@ class TrainingSetup:
     seed: int = 0
     compiled: bool = False
     select: str = "last"
+    guard: bool = True
     new_head: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +88,8 @@ class FinetuneReport:
         epochs: Epochs in all.
         history: For each epoch done: `epoch`, `updates`, `lr`, `loss`, its terms, `images_per_second`, `seconds`, and
             `top1` where it was judged.
-        chosen: The epoch whose weights were taken, from 1 on.
+        chosen: The epoch whose weights were taken, from 1 on; 0 where those from before were kept.
+        held_out: Before and after on held-out training images; None where that was not judged.
         notes: What a user should know.
     """
 
@@ -92,6 +97,7 @@ class FinetuneReport:
     epochs: int
     history: tuple[dict[str, float], ...]
     chosen: int
+    held_out: HeldOutComparison | None
     notes: tuple[str, ...]
 
 

@@ -18,6 +18,7 @@ from tokencut.files import atomic_write
 from tokencut.messages import one_line
 from tokencut.runtime.resume import require_same
 from tokencut.schema import require_format
+from tokencut.training.held_out import Right
 
 FILE = "state.pt"
 FORMAT = 1
@@ -27,10 +28,10 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Best:
-    """The best epoch so far by the held-out images: its number from 1 on, its top-1 in percent, its weights."""
+    """The best epoch so far by the held-out images: its number from 1 on, which of them are right, its weights."""
 
     epoch: int
-    top1: float
+    right: Right
     weights: Weights
 
 
@@ -45,6 +46,8 @@ class TrainingState:
         model: The model's weights.
         optimizer: The optimizer's state.
         ema: The weights' running average, where there is one.
+        before: Which of the held-out images were right before the first step, where harm is to be known. (The weights
+            from before are those of the model that the run is started with, again where it goes on.)
         best: The best epoch, where one is to be chosen.
         history: What the log says of the epochs that are done.
         sums: The current epoch's losses so far, each times its images, and its `images` and `seconds`.
@@ -56,6 +59,7 @@ class TrainingState:
     model: Weights
     optimizer: dict[str, Any]
     ema: Weights | None = None
+    before: Right | None = None
     best: Best | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
