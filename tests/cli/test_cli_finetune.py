@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,9 +18,13 @@ from outcome import CLASSES, FINETUNE, TINY, Run, log_of
 from safetensors.torch import load_file
 
 from tokencut.cli import render
+from tokencut.cli.cmd_compress import _facts
 from tokencut.cli.finetune_view import duration
 from tokencut.errors import ArtifactError
 from tokencut.models import artifact
+from tokencut.training import held_out
+from tokencut.training.held_out import compared
+from tokencut.training.setup import FinetuneReport
 from tokencut.training.state import folder_for
 from tokencut.training.step import Trainer, TrainingDivergedError
 
@@ -75,6 +80,67 @@ def test_the_best_epoch_is_chosen_on_held_out_images(run: Run, tmp_path: Path, t
     rows = log_of(output)
     best = max(rows, key=lambda row: float(row["top1"]))
     assert done.json["finetune"]["chosen"] == int(best["epoch"])
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_fine_tune_that_harms_keeps_the_weights_from_before(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(held_out, "GUARD_LARGEST_SHARE", 0.9)
+    monkeypatch.setattr(held_out, "GUARD_LEAST", 1000)
+    output, plain = tmp_path / "out.safetensors", tmp_path / "plain.safetensors"
+    base = ("compress", "digits", "--keep", "0.5", "--data", "digits", "--limit", "20", "-j", "0", "--json", "-o")
+    assert run(*base, plain).code == 0
+    tuning = ("--train-data", "digits", "--finetune-epochs", "1", "--lr", "0.5", "--min-lr", "1", "--select", select)
+    done = run(*base, output, *tuning)
+    assert done.code == 0, done.err
+    told = done.json["finetune"]
+    found = told["held_out"]
+    images = 1000 if select == "last" else 120
+    assert (told["chosen"], found["kept"], found["images"]) == (0, "before", images)
+    assert found["difference"] == pytest.approx(found["after"] - found["before"])
+    assert found["difference"] < -2 * found["standard_error"] < 0
+    assert [note for note in done.notes if note.startswith("the fine-tune did harm")] == [
+        f"the fine-tune did harm: top-1 on {images:,} training images held out went from {found['before']:.2f} to "
+        f"{found['after']:.2f} % ({found['difference']:+.2f} ± {found['standard_error']:.2f}), so the weights from "
+        "before are kept; type --lr 0.05"
+    ]
+    assert output.read_bytes() == plain.read_bytes()  # the accuracy in it is that of these weights, too
+    assert done.json["top1"] == done.json["top1_before_finetuning"]
+    assert names_in(tmp_path) == ["out.log.csv", "out.safetensors", "plain.safetensors"]
+
+
+def test_two_processes_judge_the_held_out_images_together(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    words = ("compress", "digits", "--keep", "0.1", "-j", "0", "--json", "--train-data", "digits", "--finetune-epochs",
+             "1", "--lr", "0.5", "--min-lr", "1", "--select", "best", "-o")  # fmt: skip
+    alone = run(*words, one, "-b", "128").json["finetune"]["held_out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*torchrun, "tokencut", *map(str, words), str(two), "-b", "64"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["finetune"]
+    assert (told["chosen"], told["held_out"]["kept"]) == (0, "before")
+    assert (told["held_out"]["images"], told["held_out"]["before"]) == (alone["images"], alone["before"])
+    assert done.stderr.count("the fine-tune did harm") == 1
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_people_see_what_was_held_out() -> None:
+    comparison = compared({number: number > 3 for number in range(400)}, dict.fromkeys(range(400), True))
+    better = FinetuneReport(True, 2, (), 2, comparison, ())
+    worse = FinetuneReport(True, 2, (), 0, compared(dict.fromkeys(range(9), True), dict.fromkeys(range(9), False)), ())
+    measured = {"dense_gmacs": 1.0, "gmacs": 0.5}
+    rows = dict(_facts("out", "model", "reduction", measured, better))
+    assert rows["fine-tuned"] == "epoch 2 of 2"
+    assert rows["held out"] == "99.00 % -> 100.00 % (+1.00 ± 0.50) on 400 training images"
+    assert dict(_facts("out", "model", "reduction", measured, worse))["fine-tuned"] == (
+        "no, the weights from before are kept"
+    )
 
 
 def test_dyvit_trains_through_the_same_loop(run: Run, tmp_path: Path, train: Path) -> None:
