@@ -4,6 +4,8 @@
         --keep 0.5 0.3 --seeds 1 2 3 --device cuda --precision bf16 --jobs 6 -o results.json
     python examples/benchmarks/run.py finetune local-dir:FOLDER --train-data train.tar.gz --held-out 5000 \\
         --train-limit 10000 --methods bat --grid alpha=0,0.1 beta=0,0.1 -o grid.json
+    python examples/benchmarks/run.py finetune local-dir:FOLDER --train-data train.tar.gz --held-out 5000 \\
+        --methods bat --keep 0.5 --grid lr=2e-4,5e-5 lr_scaling=none,rms -o rates.json
     python examples/benchmarks/run.py finetune digits --train-data digits --data digits --keep 0.3 -o digits.json
 
 Every result goes to the JSON file as soon as it is there, and a training keeps its state beside it: the same command
@@ -13,8 +15,9 @@ which may share one GPU.
 The dense model is fine-tuned with the same recipe, images and seeds (`dense` in the table): what it gains owes nothing
 to the reduction. `recovered` is the share of what a method lost against the dense model as it came. Differences are
 points of top-1, averaged over the seeds image by image and paired over the images, with their standard error over the
-images. `--grid` tries every combination of values of the recipe, without that control; what is chosen by it has to be
-chosen on training images that were not trained on: `--held-out N` judges by so many of them, in the place of `--data`.
+images. `--grid` tries every combination of values of the recipe, each with its own control; what is chosen by it has to
+be chosen on training images that were not trained on: `--held-out N` judges by so many of them, in the place of
+`--data`. Weights that a fine-tune harmed are not put back here: what harms is to be seen.
 """
 
 from __future__ import annotations
@@ -90,8 +93,7 @@ def tasks(args: argparse.Namespace, settings: Settings, resources: Resources) ->
 
     made = [task(DENSE, 1.0, None), *(task(method, keep, None) for keep in args.keep for method in args.methods)]
     for seed in args.seeds:
-        if not args.grid:
-            made.append(task(DENSE, 1.0, seed))
+        made += [task(DENSE, 1.0, seed, changes) for changes in combinations(args.grid)]
         for keep, method in itertools.product(args.keep, args.methods):
             made += [task(method, keep, seed, changes) for changes in combinations(args.grid)]
     return made

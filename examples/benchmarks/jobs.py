@@ -134,7 +134,7 @@ class _Worker:
 def _serve(link: Connection, work: Work, parent: int) -> None:
     """Works on what the parent sends, as long as it lives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends this
-    # A spawned process would have those that load images spawned too, each importing torch: minutes for every loader.
+    # A spawned process has those that load images spawned too, each of which imports torch: half a minute for a loader.
     multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while True:

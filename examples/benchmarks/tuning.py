@@ -113,7 +113,7 @@ def carry_out(task: Task) -> dict[str, Any]:
     recipe = None if task.seed is None else recipe_of(settings, task.changes)
     setup = TrainingSetup(
         batch_size=settings.batch_size, workers=given.workers, precision=settings.precision, seed=task.seed or 0,
-        guard=False,  # what harms is to be seen
+        guard=False,
     )  # fmt: skip
     if recipe is not None:
         Path(given.folder).mkdir(exist_ok=True)

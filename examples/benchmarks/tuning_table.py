@@ -27,6 +27,11 @@ class Line:
     tuned: Mapping[int, Mapping[str, Any]]
 
     @property
+    def method(self) -> str:
+        """The variant without its changes to the recipe."""
+        return self.variant.partition(" ")[0]
+
+    @property
     def top1(self) -> float:
         """Fine-tuned, in percent, averaged over the seeds."""
         return mean([row["top1"] for row in self.tuned.values()])
@@ -66,16 +71,17 @@ def spread(line: Line) -> str:
 def report(results: Results, tasks: Sequence[Task]) -> str:
     """The tables in Markdown, with what they were measured on."""
     found = lines(results, tasks)
-    cut = [line for line in found if line.variant != DENSE]
+    cut = [line for line in found if line.method != DENSE]
     if not cut:
         return "nothing has been fine-tuned yet"
-    control = next((line for line in found if line.variant == DENSE), None)
+    controls = {line.variant.removeprefix(DENSE): line for line in found if line.method == DENSE}
     dense = next(results.rows[task.key] for task in tasks if task.method == DENSE)
     untouched = Line(DENSE, 1.0, dense, {seed: dense for line in found for seed in line.tuned})
     best = cut[0].variant
-    rows = [[*_facts(control or untouched, tuned=control is not None),
-             "" if control is None else lead([control], [untouched]), "", "", ""]]  # fmt: skip
+    rows = [[*_facts(control), lead([control], [untouched]), "", "", ""] for control in controls.values()]
+    rows = rows or [[*_facts(untouched, tuned=False), "", "", "", ""]]
     for line in cut:
+        control = controls.get(line.variant.removeprefix(line.method))
         first = next((other for other in cut if (other.variant, other.keep) == (best, line.keep)), None)
         rows.append([
             *_facts(line), lead([line], [untouched]),

@@ -86,18 +86,25 @@ def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) 
 def test_a_grid_is_judged_on_training_images_held_out(tmp_path: Path, script: Script) -> None:
     pytest.importorskip("sklearn")
     printed, _ = script("digits", "--train-data", "digits", "--held-out", "30", *SMALL, "--methods", "bat",
-                        "--grid", "alpha=0,0.1", "beta=0.1", "-o", tmp_path / "grid.json")  # fmt: skip
-    assert "| 0.1 | bat alpha=0.1 beta=0.1 |" in printed
+                        "--grid", "alpha=0,0.1", "lr_scaling=none,rms", "-o", tmp_path / "grid.json")  # fmt: skip
+    # A row of each with the dense model fine-tuned alike beside it; of those, against the dense model as it came.
+    lines = [line.split(" | ") for line in printed.splitlines()]
+    for variant in (f"alpha={alpha} lr_scaling={scaling}" for alpha in ("0", "0.1") for scaling in ("none", "rms")):
+        (dense,) = (line for line in lines if line[:2] == ["| 1", f"dense {variant}"])
+        (cut,) = (line for line in lines if line[:2] == ["| 0.1", f"bat {variant}"])
+        assert all("±" in cell for cell in (dense[5], cut[5], cut[6]))
     assert "judged by 20 images of training images held out" in printed
     rows = json.loads((tmp_path / "grid.json").read_text())["rows"]
-    assert rows["bat alpha=0.1 beta=0.1 at 0.1, seed 1"]["history"][0]["importance"] > 0
-    assert "importance" not in rows["bat alpha=0 beta=0.1 at 0.1, seed 1"]["history"][0]
+    assert rows["bat alpha=0.1 lr_scaling=rms at 0.1, seed 1"]["history"][0]["importance"] > 0
+    assert "importance" not in rows["bat alpha=0 lr_scaling=rms at 0.1, seed 1"]["history"][0]
+    assert len(rows) == 2 + 8
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (("--grid", "speed=1"), "error: --grid speed is no part of a recipe, expected one of epochs, "),
+        (("--grid", "lr_scaling=size"), "error: --lr-scaling size is not one of rms, none; type --lr-scaling rms"),
         (("--grid", "alpha=-1"), "error: --alpha -1.0 is not a number of at least 0; type --alpha 0.0"),
     ],
 )
