@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,8 @@ def carry_out(task: Task) -> dict[str, Any]:
     model = compress(_dense(settings.model), keep=keep, method=method)
     recipe = None if task.seed is None else recipe_of(settings, task.changes)
     setup = TrainingSetup(
-        batch_size=settings.batch_size, workers=given.workers, precision=settings.precision, seed=task.seed or 0,
-        guard=False,
-    )  # fmt: skip
+        batch_size=settings.batch_size, workers=given.workers, precision=settings.precision, seed=task.seed or 0
+    )
     if recipe is not None:
         Path(given.folder).mkdir(exist_ok=True)
     return tuned_and_judged(
@@ -127,7 +126,7 @@ def tuned_and_judged(
     model: nn.Module, train: Source, judged: Source, recipe: TrainingRecipe | None, setup: TrainingSetup,
     device: torch.device, *, precision: str, limit: int | None, state: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fine-tunes a model, and judges it.
+    """Fine-tunes a model on all images, whatever comes of it, and judges it.
 
     Args:
         model: It is changed.
@@ -147,6 +146,7 @@ def tuned_and_judged(
     told: dict[str, Any] = {"gmacs": gmacs(model), "device": describe_device(device)}
     if recipe is not None:
         resumed = {} if state is None else {"state": state, "resume": True}
+        setup = replace(setup, guard=False)
         told["history"] = finetune(model, train, recipe=recipe, setup=setup, group=alone(device), **resumed).history
     score = evaluate(
         model, judged, batch_size=setup.batch_size, workers=setup.workers, device=device, precision=precision,

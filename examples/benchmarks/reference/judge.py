@@ -109,7 +109,9 @@ class Judge:
         model = compress(dense, keep=1.0 if task.method == DENSE else keep, layers=task.layers, **reduction)
         recipe = None
         if task.epochs:
-            recipe = TrainingRecipe(epochs=task.epochs, alpha=task.alpha, beta=task.beta, **self.recipe)
+            recipe = TrainingRecipe(
+                epochs=task.epochs, lr_scaling="none", alpha=task.alpha, beta=task.beta, **self.recipe
+            )
         setup = TrainingSetup(batch_size=self.batch, workers=self.workers, seed=task.seed, precision=self.precision)
         train, val = self.sources
         found = tuned_and_judged(model, train, val, recipe, setup, resolve_device(self.device), precision="fp32",
