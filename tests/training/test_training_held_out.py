@@ -136,6 +136,8 @@ def test_a_new_head_and_too_few_images_are_not_guarded(some: Source, few: Source
     assert told[0] == ("40 training images are too few to hold some out, so it will not be known whether the fine-tune "
                        "does harm; --data DIR tells")  # fmt: skip
     told.clear()
+    run(model(), few, HARMLESS, callbacks=callbacks, judge=lambda judged: 42.0)  # who judges will see it
+    assert not any("hold" in note for note in told)
     report = run(model(), some, HARMLESS, setup=setup(guard=False), callbacks=callbacks)
     assert (report.held_out, report.history[0]["updates"]) == (None, 25)
     assert not any("hold" in note for note in told)

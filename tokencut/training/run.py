@@ -147,7 +147,7 @@ class _Run:
             count = guard_size(total)
             if count:
                 source, self.held = hold_out(source, count / total, setup.seed)
-            else:
+            elif self.judge is None:
                 self.notes.append(f"{total:,} training images are too few to hold some out, so it will not be known "
                                   "whether the fine-tune does harm; --data DIR tells")  # fmt: skip
         return source
