@@ -94,8 +94,11 @@ def test_a_fine_tune_that_does_not_harm_is_the_result(some: Source) -> None:
     trained = trained_digits()
     before = weights(trained)
     seen: list[int] = []
+    told: list[str] = []
     report = run(trained, some, HARMLESS, setup=setup(batch_size=20),
-                 callbacks=TrainingCallbacks(on_epoch=lambda rows: seen.append(int(rows[-1]["updates"]))))  # fmt: skip
+                 callbacks=TrainingCallbacks(on_epoch=lambda rows: seen.append(int(rows[-1]["updates"])),
+                                             on_start=told.extend))  # fmt: skip
+    assert told[0] == "40 of 200 training images are held out, to know whether the fine-tune does harm"
     assert not same(before, weights(trained))
     assert report.held_out is not None
     assert (report.chosen, report.held_out.kept, report.notes) == (1, "after", ())

@@ -60,6 +60,17 @@ class HeldOutComparison:
         """Whose weights are the result: `before` or `after`."""
         return "before" if self.is_worse else "after"
 
+    def warning(self, lr: float) -> str:
+        """What is said of a fine-tune that did harm, with what to type.
+
+        Args:
+            lr: The learning rate that it had.
+        """
+        return (
+            f"the fine-tune did harm: top-1 on {self.images:,} training images held out went from {self.before:.2f} to "
+            f"{self.after:.2f} % ({self.difference}), so the weights from before are kept; type --lr {lr / 10:.2g}"
+        )
+
 
 def compared(before: Right, after: Right) -> HeldOutComparison:
     """A model before and after, on the images that could be judged both times.

@@ -147,6 +147,8 @@ class _Run:
             count = guard_size(total)
             if count:
                 source, self.held = hold_out(source, count / total, setup.seed)
+                self.notes.append(f"{count:,} of {total:,} training images are held out, to know whether the fine-tune "
+                                  "does harm")  # fmt: skip
             elif self.judge is None:
                 self.notes.append(f"{total:,} training images are too few to hold some out, so it will not be known "
                                   "whether the fine-tune does harm; --data DIR tells")  # fmt: skip
@@ -192,6 +194,8 @@ class _Run:
         try:
             state = self._start(found)
             self.callbacks.on_start(tuple(self.notes))
+            if found is None and self._guarded:
+                state.before = self._right(self.model)
             finished = self._epochs(state)
         except TrainingDivergedError:
             self._save(state)
@@ -202,11 +206,7 @@ class _Run:
         skipped = len(set().union(*self.group.collect(set(self.unreadable))))
         notes = [f"training images skipped, since they could not be decoded: {skipped}"] if skipped else []
         if held_out is not None and held_out.is_worse:
-            notes.append(
-                f"the fine-tune did harm: top-1 on {held_out.images:,} training images held out went from "
-                f"{held_out.before:.2f} to {held_out.after:.2f} % ({held_out.difference}), so the weights from before "
-                f"are kept; type --lr {self.recipe.lr / 10:.2g}"
-            )
+            notes.append(held_out.warning(self.recipe.lr))
         return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, held_out, tuple(notes))
 
     def _found(self) -> TrainingState | None:
@@ -218,10 +218,7 @@ class _Run:
     def _start(self, found: TrainingState | None) -> TrainingState:
         """The state to begin with: the one found, with which the trainer goes on, or a new one."""
         if found is None:
-            before = self._right(self.model) if self._guarded else None
-            self.model.train()
-            return TrainingState(self.conditions, 0, 0, {}, {}, before=before)
-        self.model.train()
+            return TrainingState(self.conditions, 0, 0, {}, {})
         updates = found.epoch * self.order.steps + found.step
         self.trainer.restore(found.model, found.optimizer, found.ema, updates)
         self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
@@ -235,6 +232,7 @@ class _Run:
             workers=self.setup.workers, pin_memory=self.group.device.type == "cuda",
         )  # fmt: skip
         saved = time.monotonic()
+        self.model.train()
         with closing(iter(loader)) as batches:
             while state.epoch < self.epochs:
                 while state.step < self.order.steps:
@@ -323,7 +321,7 @@ class _Run:
             epoch = state.best.epoch
         elif self.trainer.ema:
             self.model.load_state_dict(self.trainer.ema.module.state_dict())
-        if state.before is None:
+        if state.before is None or not self._guarded:
             return epoch, None
         found = compared(state.before, self._right(self.model) if state.best is None else state.best.right)
         if found.is_worse:
