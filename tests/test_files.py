@@ -67,6 +67,33 @@ def test_writes_the_whole_file_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.txt"]
 
 
+def test_new_content_is_on_disk_before_it_takes_the_place_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    flushed: list[tuple[int, str, str]] = []
+
+    def fsync(handle: int) -> None:
+        flushed.append((os.fstat(handle).st_ino, os.pread(handle, 100, 0).decode(), target.read_text()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+    assert flushed == [(target.stat().st_ino, "new", "old")]
+
+
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    with target.open() as reader:
+        with atomic_write(target) as temporary:
+            temporary.write_text("new")
+            written = temporary.stat().st_ino
+        assert reader.read() == "old"
+    assert target.stat().st_ino == written  # renamed, never copied
+
+
 def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "out.txt") as temporary:
         temporary.write_text("new")
