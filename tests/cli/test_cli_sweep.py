@@ -176,7 +176,7 @@ WRONG = [
     ((*SWEEP[:-1], "{tmp}/no/report"), 1,
      "cannot write {tmp}/no/report: the folder {tmp}/no does not exist; create it first"),
     ((*SWEEP[:-1], "{pictures}/ant/1.jpg"), 1,
-     "{pictures}/ant/1.jpg is a file, and a report is a folder; give another, such as -o {pictures}/ant/1.jpg-report"),
+     "cannot make the folder {pictures}/ant/1.jpg: it is a file; move that, or give another name"),
 ]  # fmt: skip
 
 
