@@ -76,6 +76,17 @@ def test_too_many_unreadable_images_end_it(run: Run, compressed: Path, pictures:
     assert "at most 1 % may be" in done.err.splitlines()[-1]
 
 
+def test_predictions_are_not_replaced_without_force(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    table = tmp_path / "precious.csv"
+    table.write_text("mine")
+    words = ("eval", compressed, "--data", pictures, "-j", "0", "--predictions", table)
+    refused = run(*words)
+    assert (refused.code, refused.err) == (1, f"error: {table} exists; add --force to replace it, or give another -o\n")
+    assert table.read_text() == "mine"
+    assert run(*words, "--force").code == 0
+    assert table.read_text().startswith("path,label,")
+
+
 def test_predictions_are_checked_before_the_model_is_loaded(
     run: Run, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

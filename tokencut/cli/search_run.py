@@ -147,7 +147,6 @@ class SearchRun:
 
 
 def _checked(front: Path, *, force: bool) -> Path:
-    # `profile` replaces fronts unasked, so a model or an image that was typed there by mistake would be lost.
     if front.suffix != ".json":
         raise UsageError(f"--front {front} does not end in .json, and a front is written as JSON; type --front "
                          f"{front.with_suffix('.json')}")  # fmt: skip

@@ -185,6 +185,8 @@ def measure_accuracy(
     predictions: Path | None = None,
     group: Group | None = None,
     compile_mode: str | None = None,
+    *,
+    force: bool = False,
 ) -> EvaluationReport:
     """Evaluates a model as the options say, with a progress bar.
 
@@ -198,6 +200,7 @@ def measure_accuracy(
         predictions: A CSV file to write.
         group: The processes that share the images; this one alone where None.
         compile_mode: How the model is compiled; not at all where None.
+        force: Whether the CSV file may be replaced.
     """
     with render.progress(f"evaluating {name}") as advance:
         return evaluate_spread(
@@ -210,6 +213,7 @@ def measure_accuracy(
             compile_mode=compile_mode,
             limit=data.limit,
             predictions=predictions,
+            force=force,
             gmacs=gmacs(model),
             name=name,
             on_progress=lambda now: advance(
