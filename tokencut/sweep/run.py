@@ -34,6 +34,7 @@ from tokencut.runtime.devices import (
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
 from tokencut.sweep.picture import picture_of
+from tokencut.sweep.report import JSON as RESULTS
 from tokencut.sweep.report import SweepReport, check_folder, write_report
 from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
 from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, with_speed
@@ -124,8 +125,9 @@ def sweep(
     """Judges a model under several methods and budgets on the same images, and writes a report; the model stays as is.
 
     Finished rows are kept in the folder: called again with the same model, images and options, a sweep goes on where it
-    was interrupted, and one with more methods or budgets adds theirs. Speeds are measured last, with all models taking
-    turns, and again whenever models were added.
+    was interrupted, and one with more methods or budgets adds theirs; one whose report would lack rows of the report
+    that is there is refused. Speeds are measured last, with all models taking turns, and again whenever models were
+    added.
 
     Args:
         model: A timm model with a classification head, of a supported family.
@@ -162,6 +164,8 @@ def sweep(
     }
     if state is not None:
         state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)
+        if (into / RESULTS).exists():
+            state.require_named((DENSE_KEY, *recipes), into)
     run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, tell)
     finished = len(recipes) + 1 - len(run.left())
     if finished and on_note:
