@@ -244,6 +244,15 @@ def test_what_a_run_would_need_and_others_wrote_is_told_before_any_work(
     assert "File name too long; give another name" in refusal(run, *words[: -1 - len(force)], long, *force)
 
 
+def test_outputs_among_the_images_are_told_before_any_work(
+    run: Run, tmp_path: Path, train: Path, compressed: Path
+) -> None:
+    words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o")
+    for output, curves in ((train / "out.safetensors", tmp_path), (tmp_path / "out.safetensors", train / "curves")):
+        assert "would lie among the images of" in refusal(run, *words, output, "--tensorboard", curves)
+    assert {path.suffix for path in train.rglob("*")} == {"", ".jpg"} and "curves" not in names_in(train)
+
+
 def refusal(run: Run, *words: object) -> str:
     """The error line of a command that came to no step of training."""
     done = run(*words)

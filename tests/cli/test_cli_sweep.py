@@ -260,3 +260,11 @@ def test_help_shows_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         "--keep", "--methods", "--layers", "--prop-attn", "--data", "--limit", "--workers", "--device", "--precision",
         "--batch-size", "--seed", "--no-latency", "--force", "--output", "--json", "--checkpoint",
     }  # fmt: skip
+
+
+def test_a_report_among_the_images_is_refused_before_any_work(run: Run, pictures: Path) -> None:
+    before = sorted(pictures.rglob("*"))
+    done = run("sweep", *TINY, "--methods", "topk", "--keep", "0.5", "--data", pictures, "-o", pictures / "report")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines()[-1].startswith(f"error: {pictures / 'report'} would lie among the images of")
+    assert sorted(pictures.rglob("*")) == before

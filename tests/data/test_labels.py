@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tokencut.data import labels
 from tokencut.data.labels import ClassMap, map_classes
 from tokencut.errors import DataError
 
@@ -63,6 +64,35 @@ def test_a_model_with_other_classes_is_no_imagenet_model() -> None:
     with pytest.raises(DataError, match="'cup' match none"):
         map_classes(["cup"], shop, 1000)
     assert map_classes(["n01440764"], shop, 1000).targets == (0,)  # wnids are ImageNet's beyond doubt
+
+
+def test_a_numbered_subset() -> None:
+    mapped = map_classes(["0", "5", "007"], None, 1000)
+    assert mapped.targets == (0, 5, 7)
+    assert mapped.class_names[4:8] == ("4", "5", "6", "007")
+    assert mapped.notes == (
+        "the folders' names are taken for the numbers of the model's classes, the first of which is 0: '0', '5', '007'",
+        "3 of the model's 1000 classes are present",
+    )
+    for folders in (["1", "2", "1000"], ["0", "five"], ["7", "07"], ["0", "²"]):
+        with pytest.raises(DataError):
+            map_classes(folders, None, 1000)
+
+
+def test_thousands_of_folders_are_matched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of the names is made a few times in all, not for every folder."""
+    made: list[int] = []
+    index = labels._lookup
+    monkeypatch.setattr(labels, "_lookup", lambda names: made.append(len(names)) or index(names))
+    names = [f"thing {number}" for number in range(2000)]
+    assert len(map_classes([*names[:-1], "other"], names, 2000).targets) == 2000
+    with pytest.raises(DataError):
+        map_classes([*names, "other"], names, 2000)
+    assert len(made) <= 6
+
+
+def test_digits_that_are_no_decimals() -> None:
+    assert map_classes(["10²", "①", "9²"], None, 3).targets == (1, 2, 0)
 
 
 def test_as_many_folders_as_classes_map_in_natural_order() -> None:

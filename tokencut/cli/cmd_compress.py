@@ -60,9 +60,9 @@ def compress(
       tokencut compress vit_small_patch16_224 --checkpoint weights.pth \\
           --num-classes 10 --keep 0.9/0.7/0.5 -o out.safetensors
     """
-    from tokencut.cli.finetune_run import FinetuneRun, check_run, fit_classes
+    from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes
     from tokencut.cli.subject import gmacs, prepare
-    from tokencut.data.sources import open_source
+    from tokencut.data.sources import check_apart, open_source
     from tokencut.model import CompressedModel
     from tokencut.models.artifact import check_output, save
     from tokencut.runtime.devices import resolve_device
@@ -78,6 +78,9 @@ def compress(
     with process_group(device) as group:
         images = None if data.data is None else open_source(data.data, on_note=render.note)
         train = open_source(tuning.train_data, split="train", on_note=render.note) if tuning.train_data else None
+        if train is not None:
+            for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
+                check_apart(place, train, images)
         search = None
         if sought:
             from tokencut.cli.search_run import search_wanted

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
-from tokencut.data.listing import Layout, arrange, scan_folder
+from tokencut.data.listing import Layout, arrange, images_in, scan_folder
 from tokencut.data.sampling import stratified
 from tokencut.errors import DataError
 
@@ -140,6 +140,39 @@ def open_source(
     except OSError as error:
         raise DataError(f"cannot read {name!r}: {error.strerror or error}; give a file that you may read") from error
     raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}")
+
+
+def check_apart(output: Path, *sources: Source | None) -> None:
+    """Refuses an output among images, where the next run would take it for a class or an image.
+
+    Args:
+        output: A file or folder to be written.
+        sources: Where the images of this run come from.
+
+    Raises:
+        DataError: It lies in the folder of one of them.
+    """
+    place = output.resolve()
+    for source in sources:
+        if isinstance(source, FolderSource) and place.is_relative_to(root := source.root.resolve()):
+            raise DataError(f"{output} would lie among the images of {source.name!r}, where the next run would take it "
+                            f"for one of them; give a place outside, such as {root.parent / output.name}")  # fmt: skip
+
+
+def class_folder_note(output: Path) -> str:
+    """What has to be said of a picture in a folder of images that stands beside others, as class folders do.
+
+    Only said: folders of photos stand beside each other as well, and a picture beside its photo is what most want.
+    """
+    folder = output.resolve().parent
+    if len({*images_in(folder)} - {output.name}) < 2:
+        return ""
+    others = (other for other in sorted(folder.parent.iterdir()) if other != folder)
+    beside = next((other for other in others if len(images_in(other)) > 1), None)
+    if beside is None:
+        return ""
+    return (f"{output} lies among the images in {folder.name!r}; where that is a class folder, as {beside.name!r} "
+            "beside it may be, the picture will be taken for one of them: keep it elsewhere then")  # fmt: skip
 
 
 class Part(Source):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokencut import cost
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
-from tokencut.data.sources import Source
+from tokencut.data.sources import Source, check_apart
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, Tally
 from tokencut.evaluation.statistics import paired_difference
@@ -152,6 +152,7 @@ def sweep(
     dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)
     images = open_images(model, data, limit=plan.limit, on_note=on_note)
+    check_apart(into, images.source)
     batches = images.batches(plan.batch_size, workers=plan.workers, device=device, held_bytes=plan.held_bytes)
     tell = on_progress or (lambda progress: None)
     state = None if force else load_state(into)
