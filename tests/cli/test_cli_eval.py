@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_dense_leaves_a_model_as_it_is(run: Run, pictures: Path) -> None:
 def test_keep_1_is_the_dense_model_to_the_last_digit(run: Run, pictures: Path) -> None:
     words = ("eval", *TINY, "--data", pictures, "-j", "0", "--json")
     assert run(*words, "--keep", "1.0").json["loss"] == run(*words, "--dense").json["loss"]
+
+
+def test_a_folder_with_a_tokencut_file_is_that_file(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(compressed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 3}))
+    words = ("--data", pictures, "-j", "0", "--json")
+    file, folder = (run("eval", spec, *words).json for spec in (compressed, f"local-dir:{tmp_path}"))
+    timed = {"model", "seconds", "images_per_second"}
+    assert {name: file[name] for name in file.keys() - timed} == {name: folder[name] for name in file.keys() - timed}
+    assert folder["keep"] == 0.5
 
 
 def test_predictions_and_limit(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:

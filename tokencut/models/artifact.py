@@ -126,6 +126,15 @@ def save(
     return dataclasses.replace(info, parameters=sum(tensor.numel() for tensor in ready.values()))
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether a file of weights is one that `save` wrote, damaged or not."""
+    try:
+        with open_safetensors(path) as file:
+            return KEY in (file.metadata() or {})
+    except ArtifactError:
+        return False
+
+
 def read_info(path: str | os.PathLike[str]) -> ArtifactInfo:
     """Reads what a file says about its model, without building the model.
 
