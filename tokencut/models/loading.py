@@ -17,7 +17,7 @@ from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
 from tokencut.models import artifact, building, digits, hub
-from tokencut.models.checkpoints import load_strictly, random_state, read_checkpoint, sha256
+from tokencut.models.checkpoints import load_strictly, not_finite, random_state, read_checkpoint, sha256
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
@@ -297,6 +297,8 @@ def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request
         new_head = True
         told.append(f"the head of {model.num_classes} classes is new: its weights are random (seed {request.seed}) "
                     "until it is trained")  # fmt: skip
+    if origin is not None and (problem := not_finite(model.state_dict())):
+        raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by --checkpoint FILE")
     make_true(model, own_weights=origin is not None and origin.kind != "checkpoint")
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)
