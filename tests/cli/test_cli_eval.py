@@ -55,6 +55,22 @@ def test_a_folder_with_a_tokencut_file_is_that_file(run: Run, compressed: Path, 
     assert folder["keep"] == 0.5
 
 
+def test_a_class_map_tells_the_order_of_the_classes(run: Run, pictures: Path, tmp_path: Path) -> None:
+    order = tmp_path / "map.txt"
+    order.write_text("cat\nant\nbee\n")
+    table = tmp_path / "out.csv"
+    words = ("eval", *TINY, "--dense", "--data", pictures, "-j", "0", "--predictions", table)
+    assert run(*words, "--class-map", order).code == 0
+    with table.open(newline="") as file:
+        mapped = {(row["label"], row["top1"]) for row in csv.DictReader(file)}
+    assert run(*words, "--force").code == 0
+    with table.open(newline="") as file:
+        natural = {(row["label"], row["top1"]) for row in csv.DictReader(file)}
+    # The same logits, under other names.
+    renamed = {"ant": "cat", "bee": "ant", "cat": "bee"}
+    assert mapped == {(label, renamed[top1]) for label, top1 in natural}
+
+
 def test_predictions_and_limit(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
     table = tmp_path / "predictions.csv"
     done = run("eval", compressed, "--data", pictures, "-j", "0", "--limit", "6", "--predictions", table)

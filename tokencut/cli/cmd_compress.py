@@ -76,8 +76,10 @@ def compress(
         check_run(output, tuning, force=force)
     device = resolve_device(run.device)
     with process_group(device) as group:
-        images = None if data.data is None else open_source(data.data, on_note=render.note)
-        train = open_source(tuning.train_data, split="train", on_note=render.note) if tuning.train_data else None
+        images = None if data.data is None else open_source(data.data, on_note=render.note, class_map=data.class_map)
+        train = None
+        if tuning.train_data:
+            train = open_source(tuning.train_data, split="train", on_note=render.note, class_map=data.class_map)
         if train is not None:
             for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
                 check_apart(place, train, images)
@@ -87,8 +89,9 @@ def compress(
 
             front = wish.front or output.with_suffix(".front.json")
             search = search_wanted(
-                wish, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers
-            )
+                wish, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers,
+                class_map=data.class_map,
+            )  # fmt: skip
             search.mind(data.data)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)

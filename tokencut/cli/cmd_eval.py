@@ -69,7 +69,7 @@ def evaluate(
         check_predictions(predictions, force=force)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
-    images = open_source(data.data, on_note=render.note)
+    images = open_source(data.data, on_note=render.note, class_map=data.class_map)
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(
         subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,

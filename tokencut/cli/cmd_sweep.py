@@ -78,7 +78,7 @@ def sweep(
     )
     plan.pairs()
     check_folder(output, force=force)
-    images = open_source(data.data, on_note=render.note)
+    images = open_source(data.data, on_note=render.note, class_map=data.class_map)
     check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
     mind_recipe(model, taken_by="a sweep", instead=instead)

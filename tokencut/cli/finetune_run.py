@@ -85,7 +85,7 @@ def fit_classes(subject: Subject, train: Source, val: Source | None) -> None:
             owner.pretrained_cfg = owner.default_cfg = cfg
     if val is None or set(val.classes) <= set(train.classes):
         return
-    judged = classes_for(model, val.classes)
+    judged = classes_for(model, val)
     known = set(classes.targets)
     strangers = [name for name, target in zip(val.classes, judged.targets, strict=True) if target not in known]
     if judged.class_names != classes.class_names or strangers:

@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from tokencut.data.listing import natural_order
+from tokencut.data.sources import Source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
 from tokencut.models.pretrained_cfg import LabelNames, label_names, require_head
@@ -30,15 +31,30 @@ class ClassMap:
     notes: tuple[str, ...] = ()
 
 
-def classes_for(model: nn.Module, folder_names: Sequence[str]) -> ClassMap:
-    """Finds the class of a classifier that each folder stands for, as `map_classes` does.
+def classes_for(model: nn.Module, source: Source) -> ClassMap:
+    """Finds the class of a classifier that each folder of a source stands for, as `map_classes` does.
 
     Raises:
         ModelError: The model has no classification head.
         DataError: The folders do not fit its classes.
     """
     classes = require_head(model)
-    return map_classes(folder_names, label_names(model), classes)
+    if source.class_order:
+        return _in_given_order(source.classes, source.class_order, classes)
+    return map_classes(source.classes, label_names(model), classes)
+
+
+def _in_given_order(folder_names: Sequence[str], order: Sequence[str], num_classes: int) -> ClassMap:
+    """Maps folders by the order of classes that the user told."""
+    number = {name: index for index, name in enumerate(order)}
+    strangers = [name for name in folder_names if name not in number]
+    if strangers:
+        raise DataError(f"the class map lacks the class folders {quoted(strangers)}; it holds {quoted(order)}")
+    if len(order) > num_classes:
+        raise DataError(f"the class map has {len(order)} classes and the model's head {num_classes}; give the map that "
+                        "the model was trained with")  # fmt: skip
+    targets = tuple(number[name] for name in folder_names)
+    return ClassMap(targets, _class_names(dict(enumerate(order)), num_classes), _subset_note(targets, num_classes))
 
 
 def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_classes: int) -> ClassMap:
@@ -149,6 +165,14 @@ def _natural_order(folder_names: Sequence[str], labels: LabelNames | None, unmat
     rank = {name: index for index, name in enumerate(ordered)}
     why = f"folders {quoted(unmatched)} match no label name" if labels else "the model has no label names"
     notes = [f"{why}: the {len(ordered)} folders stand for the model's classes in natural order"]
+    by_string = sorted(folder_names)
+    if not labels and by_string != ordered:
+        other = next(name for name in by_string if by_string.index(name) != rank[name])
+        notes.append(
+            f"in the order of strings, by which torchvision, fastai and Keras train, they are {quoted(by_string)}: "
+            f"{other!r} would be class {by_string.index(other)}, not {rank[other]}; if the model was trained so, give "
+            "a class map, a text file with the folders' names in that order"
+        )
     if labels:
         own = dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels))
         lookup = _lookup(own)

@@ -106,8 +106,8 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
         path: Where it was read from, for the message.
 
     Raises:
-        ModelError: Tensors are missing, unexpected, of another shape or of a type for no weights, or not finite: all are
-            counted and the first few named.
+        ModelError: Tensors are missing, unexpected, of another shape, of a type for no weights, or not finite: all
+            are counted and the first few named.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
