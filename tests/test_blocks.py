@@ -79,6 +79,22 @@ def test_sizes_weigh_in_attention_from_the_stage_on() -> None:
         assert torch.equal(left.bias, expected) if proportional else left.bias is None
 
 
+@pytest.mark.parametrize(("name", "classes"), [("test_vit3", 5), ("test_vit2", 5), ("test_vit3", 0)])
+@torch.no_grad()
+def test_the_head_sees_a_merged_token_as_often_as_it_holds_patches(name: str, classes: int) -> None:
+    # test_vit3 pools by attention, to which sizes come as a bias; test_vit2 averages.
+    torch.manual_seed(0)
+    dense = timm.create_model(name, img_size=64, num_classes=classes).eval()
+    loop, prefix = compress(dense, keep=0.5, prop_attn=True).eval().loop, dense.num_prefix_tokens
+    merged = torch.randn(2, prefix + 3, dense.embed_dim)
+    places = [*range(prefix), prefix, prefix + 1, prefix + 1, prefix + 2, prefix + 2, prefix + 2]
+    tokens = loop.weighed(Tokens(merged, prefix, torch.tensor([[1.0, 2.0, 3.0]] * 2)))
+    expected = dense.forward_head(dense.norm(merged[:, places]))
+    torch.testing.assert_close(loop.head(tokens), expected, rtol=1e-5, atol=1e-5)
+    once = dense.forward_head(dense.norm(merged))
+    assert (expected - once).abs().max() > 1e-3, "sizes make no difference that a test could see"
+
+
 def test_hidden_tokens_weigh_next_to_nothing_from_the_stage_on() -> None:
     loop = halved("dyvit").train().loop
     left = loop.step(2, loop.embed(images()), 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokencut.errors import ArtifactError
-from tokencut.files import atomic_write, check_writable
+from tokencut.files import atomic_write, check_writable, check_writable_folder
 
 
 def fail_halfway(target: Path, failure: BaseException) -> None:
@@ -67,6 +67,33 @@ def test_writes_the_whole_file_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.txt"]
 
 
+def test_new_content_is_on_disk_before_it_takes_the_place_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    flushed: list[tuple[int, str, str]] = []
+
+    def fsync(handle: int) -> None:
+        flushed.append((os.fstat(handle).st_ino, os.pread(handle, 100, 0).decode(), target.read_text()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+    assert flushed == [(target.stat().st_ino, "new", "old")]
+
+
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    with target.open() as reader:
+        with atomic_write(target) as temporary:
+            temporary.write_text("new")
+            written = temporary.stat().st_ino
+        assert reader.read() == "old"
+    assert target.stat().st_ino == written  # renamed, never copied
+
+
 def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "out.txt") as temporary:
         temporary.write_text("new")
@@ -101,6 +128,50 @@ def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ArtifactError) as caught, atomic_write(target):
         pytest.fail("the block must not run")
     assert str(caught.value) == f"cannot write {target}: Permission denied"
+
+
+def test_a_name_that_can_be_written_leaves_room_for_the_temporary_one(tmp_path: Path) -> None:
+    for name in ("n" * 255, "ü" * 127):
+        with atomic_write(tmp_path / name) as temporary:
+            temporary.write_text("new")
+        assert (tmp_path / name).read_text() == "new"
+
+
+def test_what_could_never_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "file"
+    one.symlink_to(two)
+    two.symlink_to(one)
+    file.write_text("mine")
+    lost = tmp_path / "lost"
+    lost.symlink_to(tmp_path / "gone" / "out.txt")
+    cases = {
+        one: f"cannot write {one}: Too many levels of symbolic links; give another name",
+        one / "out.txt": f"cannot write {one / 'out.txt'}: Too many levels of symbolic links; give another name",
+        tmp_path / ("n" * 256): f"cannot write {tmp_path / ('n' * 256)}: File name too long; give another name",
+        file / "out.txt": f"cannot write {file / 'out.txt'}: the folder {file} does not exist; create it first",
+        lost: f"cannot write {lost}: the folder {tmp_path / 'gone'} does not exist; create it first",
+    }
+    for path, message in cases.items():
+        for check in (lambda path: check_writable(path, force=True), check_writable_folder):
+            with pytest.raises(ArtifactError) as caught:
+                check(path)
+            assert str(caught.value) == message
+        with pytest.raises(ArtifactError), atomic_write(path):
+            pytest.fail("the block must not run")
+
+
+def test_folders(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (tmp_path, tmp_path / "new"):
+        assert check_writable_folder(path) == path
+    assert check_writable_folder(tmp_path / "new" / "newer", parents=True) == tmp_path / "new" / "newer"
+    for path, parents, what in ((file, False, "it"), (file, True, "it"), (file / "new" / "newer", True, file)):
+        with pytest.raises(ArtifactError) as caught:
+            check_writable_folder(path, parents=parents)
+        told = f"cannot make the folder {path}: {what} is a file; move that, or give another name"
+        assert str(caught.value) == told
+    assert not (tmp_path / "new").exists()
 
 
 def test_refusals(tmp_path: Path) -> None:

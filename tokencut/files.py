@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokencut.errors import ArtifactError
+
+# How the name of a temporary file ends.
+PART = ".part"
 
 
 def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
@@ -22,22 +26,77 @@ def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
         The path.
 
     Raises:
-        ArtifactError: The folder does not exist or may not be written to, the path is a folder or a device, or the file
-            exists and `force` is off.
+        ArtifactError: The folder does not exist or may not be written to, the path is a folder or a device, leads in
+            circles or is too long, or the file exists and `force` is off.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ArtifactError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
-    if target.is_dir():
+    place = _place_of(target)
+    if place.is_dir():
         example = target / "out.safetensors"
         raise ArtifactError(f"cannot write {target}: it is a folder; name a file in it, such as {example}")
-    if target.exists() and not target.is_file():  # a device, which the file would take the place of
+    if place.exists() and not place.is_file():  # a device, which the file would take the place of
         raise ArtifactError(f"cannot write {target}: it is no file; give another name")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise ArtifactError(f"cannot write {target}: no permission in {target.parent}; give another folder")
-    if target.exists() and not force:
+    _check_permission(target, place.parent)
+    if place.exists() and not force:
         raise ArtifactError(f"{target} exists; add --force to replace it, or give another -o")
     return target
+
+
+def check_writable_folder(path: str | os.PathLike[str], *, parents: bool = False) -> Path:
+    """Refuses a folder that files could not be written to, before any work is done for them.
+
+    Args:
+        path: The folder, which need not exist.
+        parents: Whether what it lies in need not exist either.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArtifactError: It is a file, what it lies in does not exist, one of them may not be written to, or the path
+            leads in circles or is too long.
+    """
+    target = Path(path)
+    place = _place_of(target, parents=parents)
+    while parents and not os.path.lexists(place):
+        place = place.parent
+    if place.exists() and not place.is_dir():
+        what = "it" if place.name == target.name else place
+        raise ArtifactError(f"cannot make the folder {target}: {what} is a file; move that, or give another name")
+    _check_permission(target, place if place.is_dir() else place.parent)
+    return target
+
+
+def _place_of(target: Path, *, parents: bool = False) -> Path:
+    """Where a path leads by its links; what it lies in is there, unless `parents` may be made.
+
+    Raises:
+        ArtifactError: It leads nowhere, with the system's reason.
+    """
+    place = Path(os.path.realpath(target))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            place.stat()
+        if place.is_symlink():  # a loop of links, which some systems only find when asked for more
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    except NotADirectoryError:
+        pass  # told below, by the part of the path that is a file
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; give another name") from error
+    if not parents and not place.parent.is_dir():
+        shown = place.parent if target.is_symlink() else target.parent
+        raise ArtifactError(f"cannot write {target}: the folder {shown} does not exist; create it first")
+    return place
+
+
+def _check_permission(target: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write {target}: no permission in {folder}; give another folder")
+
+
+def part_prefix(target: Path) -> str:
+    """How the names of a file's temporary files begin: short, so that any name that can be written leaves room."""
+    return f".{target.name[:40]}"
 
 
 @contextlib.contextmanager
@@ -59,7 +118,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterato
     target = check_writable(path, force=force)
     target = target.resolve() if target.is_symlink() else target  # the link stays, and points to the new content
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{part_prefix(target)}.", suffix=PART)
         os.close(handle)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from error

@@ -206,8 +206,8 @@ def test_checkpoint_of_another_shape(run: Run, tmp_path: Path, compressed: Path)
 def test_truncated_file(run: Run, tmp_path: Path, compressed: Path) -> None:
     part = tmp_path / "part.safetensors"
     part.write_bytes(compressed.read_bytes()[:-1000])
-    for words in (("profile", part), ("info", part), ("eval", part, "--data", tmp_path / "none")):
-        assert words[0] == "eval" or "truncated or damaged" in refused(run, *words)
+    for words in (("profile", part), ("info", part), ("eval", part, "--data", "digits")):
+        assert "truncated or damaged" in refused(run, *words)
 
 
 def test_pickle_under_another_name(run: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,32 @@ def test_keep_1_is_the_dense_model_to_the_last_digit(run: Run, pictures: Path) -
     assert run(*words, "--keep", "1.0").json["loss"] == run(*words, "--dense").json["loss"]
 
 
+def test_a_folder_with_a_tokencut_file_is_that_file(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(compressed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 3}))
+    words = ("--data", pictures, "-j", "0", "--json")
+    file, folder = (run("eval", spec, *words).json for spec in (compressed, f"local-dir:{tmp_path}"))
+    timed = {"model", "seconds", "images_per_second"}
+    assert {name: file[name] for name in file.keys() - timed} == {name: folder[name] for name in file.keys() - timed}
+    assert folder["keep"] == 0.5
+
+
+def test_a_class_map_tells_the_order_of_the_classes(run: Run, pictures: Path, tmp_path: Path) -> None:
+    order = tmp_path / "map.txt"
+    order.write_text("cat\nant\nbee\n")
+    table = tmp_path / "out.csv"
+    words = ("eval", *TINY, "--dense", "--data", pictures, "-j", "0", "--predictions", table)
+    assert run(*words, "--class-map", order).code == 0
+    with table.open(newline="") as file:
+        mapped = {(row["label"], row["top1"]) for row in csv.DictReader(file)}
+    assert run(*words, "--force").code == 0
+    with table.open(newline="") as file:
+        natural = {(row["label"], row["top1"]) for row in csv.DictReader(file)}
+    # The same logits, under other names.
+    renamed = {"ant": "cat", "bee": "ant", "cat": "bee"}
+    assert mapped == {(label, renamed[top1]) for label, top1 in natural}
+
+
 def test_predictions_and_limit(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
     table = tmp_path / "predictions.csv"
     done = run("eval", compressed, "--data", pictures, "-j", "0", "--limit", "6", "--predictions", table)
@@ -74,6 +101,17 @@ def test_too_many_unreadable_images_end_it(run: Run, compressed: Path, pictures:
     done = run("eval", compressed, "--data", folder, "-j", "0", "--json")
     assert (done.code, done.out) == (1, "")
     assert "at most 1 % may be" in done.err.splitlines()[-1]
+
+
+def test_predictions_are_not_replaced_without_force(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    table = tmp_path / "precious.csv"
+    table.write_text("mine")
+    words = ("eval", compressed, "--data", pictures, "-j", "0", "--predictions", table)
+    refused = run(*words)
+    assert (refused.code, refused.err) == (1, f"error: {table} exists; add --force to replace it, or give another -o\n")
+    assert table.read_text() == "mine"
+    assert run(*words, "--force").code == 0
+    assert table.read_text().startswith("path,label,")
 
 
 def test_predictions_are_checked_before_the_model_is_loaded(

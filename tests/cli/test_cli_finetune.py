@@ -285,6 +285,48 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_weights(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_what_a_run_would_need_and_others_wrote_is_told_before_any_work(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, force: tuple[str, ...]
+) -> None:
+    output = tmp_path / "out.safetensors"
+    folder = folder_for(output)
+    words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o", output, *force)
+    folder.write_text("mine")
+    assert f"cannot make the folder {folder}: it is a file; move that" in refusal(run, *words)
+    folder.unlink()
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    assert f"{folder}, where the state of the run is to be kept, holds what tokencut did not write: 'precious.txt'" in (
+        refusal(run, *words)
+    )
+    assert (folder / "precious.txt").read_text() == "mine"
+    (folder / "precious.txt").unlink()
+    good = tmp_path / "out-last-good.safetensors"
+    good.write_text("mine")
+    if not force:
+        assert refusal(run, *words) == f"error: {good} exists; add --force to replace it, or give another -o"
+    assert good.read_text() == "mine"
+    long = tmp_path / f"{'n' * 240}.safetensors"
+    assert "File name too long; give another name" in refusal(run, *words[: -1 - len(force)], long, *force)
+
+
+def test_outputs_among_the_images_are_told_before_any_work(
+    run: Run, tmp_path: Path, train: Path, compressed: Path
+) -> None:
+    words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o")
+    for output, curves in ((train / "out.safetensors", tmp_path), (tmp_path / "out.safetensors", train / "curves")):
+        assert "would lie among the images of" in refusal(run, *words, output, "--tensorboard", curves)
+    assert {path.suffix for path in train.rglob("*")} == {"", ".jpg"} and "curves" not in names_in(train)
+
+
+def refusal(run: Run, *words: object) -> str:
+    """The error line of a command that came to no step of training."""
+    done = run(*words)
+    assert (done.code, done.out) == (1, "") and "epoch" not in done.err
+    return done.err.splitlines()[-1]
+
+
 # (words, exit code, the line): {tmp} is an empty folder, {file} a tokencut file, {train} the training images.
 WRONG = [
     (("--finetune-epochs", "2"), 2,

@@ -57,7 +57,11 @@ def test_profile_writes_a_front_only_where_it_is_told(run: Run, pictures: Path, 
     assert first.code == 0
     assert first.json["search"]["front"] is None
     path = tmp_path / "front.json"
-    second = run(*words, "--front", path)
+    path.write_text("mine")
+    refused = run(*words, "--front", path)
+    assert (refused.code, refused.err.splitlines()[-1].partition(";")[0]) == (1, f"error: {path} exists")
+    assert path.read_text() == "mine"
+    second = run(*words, "--front", path, "--force")
     assert second.json["search"]["found"] == first.json["search"]["found"]
     assert json.loads(path.read_text())["target"] == "--max-drop 70"
 

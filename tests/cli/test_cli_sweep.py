@@ -176,7 +176,7 @@ WRONG = [
     ((*SWEEP[:-1], "{tmp}/no/report"), 1,
      "cannot write {tmp}/no/report: the folder {tmp}/no does not exist; create it first"),
     ((*SWEEP[:-1], "{pictures}/ant/1.jpg"), 1,
-     "{pictures}/ant/1.jpg is a file, and a report is a folder; give another, such as -o {pictures}/ant/1.jpg-report"),
+     "cannot make the folder {pictures}/ant/1.jpg: it is a file; move that, or give another name"),
 ]  # fmt: skip
 
 
@@ -260,3 +260,11 @@ def test_help_shows_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         "--keep", "--methods", "--layers", "--prop-attn", "--data", "--limit", "--workers", "--device", "--precision",
         "--batch-size", "--seed", "--no-latency", "--force", "--output", "--json", "--checkpoint",
     }  # fmt: skip
+
+
+def test_a_report_among_the_images_is_refused_before_any_work(run: Run, pictures: Path) -> None:
+    before = sorted(pictures.rglob("*"))
+    done = run("sweep", *TINY, "--methods", "topk", "--keep", "0.5", "--data", pictures, "-o", pictures / "report")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines()[-1].startswith(f"error: {pictures / 'report'} would lie among the images of")
+    assert sorted(pictures.rglob("*")) == before

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from image_files import write_folder
 from outcome import TINY, Run
 from PIL import Image
 
@@ -164,3 +165,12 @@ def test_without_matplotlib_one_line_says_what_to_type(
     assert (done.code, done.err) == (
         1, "error: pictures need matplotlib, which is not installed; type pip install 'tokencut[plot]'\n",
     )  # fmt: skip
+
+
+def test_a_picture_in_a_class_folder_is_told_of(run: Run, tmp_path: Path, compressed: Path) -> None:
+    folder = write_folder(tmp_path / "set", ("ant", "bee"), images=2)
+    words = ("visualize", compressed, folder / "ant" / "1.jpg", "-o")
+    assert "lies among" not in run(*words, folder / "tokens.png").err
+    told = run(*words, folder / "ant" / "tokens.png")
+    assert told.code == 0
+    assert any("lies among the images in 'ant'" in note and "'bee'" in note for note in told.notes)

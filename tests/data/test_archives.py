@@ -28,8 +28,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def left_in(cache: Path) -> list[Path]:
-    """What a cache holds beside its empty locks."""
-    return [path for path in cache.iterdir() if path.suffix != ".lock" or path.stat().st_size]
+    """What a cache holds beside its empty locks, and the lists of what was unpacked."""
+    lists = [archives._list_of(path) for path in cache.iterdir() if path.is_dir()]
+    assert all(path.is_file() for path in lists)
+    return [path for path in cache.iterdir() if (path.suffix != ".lock" or path.stat().st_size) and path not in lists]
 
 
 def write_link(path: Path, mode: Literal["w", "w:gz"], kind: bytes = tarfile.SYMTYPE) -> Path:
@@ -135,6 +137,40 @@ def test_a_python_whose_tarfile_has_no_filters_unpacks_as_well(
     for owner, name in ((tarfile, "data_filter"), (tarfile.TarInfo, "replace")):
         monkeypatch.delattr(owner, name, raising=False)
     assert (archives.unpack(path) / "cat/1.jpg").read_bytes() == b"meow"
+
+
+@pytest.mark.parametrize("harm", ["lost", "emptied", "list lost", "list damaged"])
+def test_what_lost_files_is_unpacked_anew(tmp_path: Path, cache: Path, harm: str) -> None:
+    """As cleaners of temporary folders do."""
+    files = {"cat/1.jpg": b"meow", "cat/2.jpg": b"purr", "dög/1.jpg": b"woof"}
+    path, notes = write_tar(tmp_path / "set.tar.gz", files, "w:gz"), []
+    folder = archives.unpack(path)
+    lists = [entry for entry in cache.iterdir() if entry.suffix == ".list"]
+    if harm == "lost":
+        (folder / "cat/2.jpg").unlink()
+    elif harm == "emptied":
+        (folder / "dög/1.jpg").write_bytes(b"")
+    elif harm == "list lost":
+        lists[0].unlink()
+    else:
+        lists[0].write_text("what")
+    assert archives.unpack(path, notes.append) == folder
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert notes == [f"{folder}, where {path} was unpacked, is no longer as it was",
+                     f"unpacking {path} into {folder}, this once"]  # fmt: skip
+    assert archives.unpack(path, lambda text: pytest.fail(text)) == folder
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_was_never_unpacked_is_not_removed(tmp_path: Path, cache: Path, listed: bool) -> None:
+    path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"meow"}, "w:gz")
+    folder = archives.unpack(path)
+    (folder / "cat" / "mine.jpg").write_bytes(b"mine")
+    if not listed:
+        next(entry for entry in cache.iterdir() if entry.suffix == ".list").unlink()
+    with pytest.raises(DataError, match="holds 'cat/mine.jpg', which it did not come with; move that away$"):
+        archives.unpack(path)
+    assert (folder / "cat" / "mine.jpg").read_bytes() == b"mine"
 
 
 def test_modes_in_the_archive_do_not_count(tmp_path: Path, cache: Path) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import timm
+from image_files import write_folder
+
+from tokencut.data import labels
 from tokencut.data.labels import ClassMap, map_classes
+from tokencut.data.sources import Part, open_source
 from tokencut.errors import DataError
 
 ANIMALS = ("cat", "polar bear", "Dog", "horse")
@@ -65,12 +71,51 @@ def test_a_model_with_other_classes_is_no_imagenet_model() -> None:
     assert map_classes(["n01440764"], shop, 1000).targets == (0,)  # wnids are ImageNet's beyond doubt
 
 
+def test_a_numbered_subset() -> None:
+    mapped = map_classes(["0", "5", "007"], None, 1000)
+    assert mapped.targets == (0, 5, 7)
+    assert mapped.class_names[4:8] == ("4", "5", "6", "007")
+    assert mapped.notes == (
+        "the folders' names are taken for the numbers of the model's classes, the first of which is 0: '0', '5', '007'",
+        "3 of the model's 1000 classes are present",
+    )
+    for folders in (["1", "2", "1000"], ["0", "five"], ["7", "07"], ["0", "²"]):
+        with pytest.raises(DataError):
+            map_classes(folders, None, 1000)
+
+
+def test_thousands_of_folders_are_matched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of the names is made a few times in all, not for every folder."""
+    made: list[int] = []
+    index = labels._lookup
+    monkeypatch.setattr(labels, "_lookup", lambda names: made.append(len(names)) or index(names))
+    names = [f"thing {number}" for number in range(2000)]
+    assert len(map_classes([*names[:-1], "other"], names, 2000).targets) == 2000
+    with pytest.raises(DataError):
+        map_classes([*names, "other"], names, 2000)
+    assert len(made) <= 6
+
+
+def test_digits_that_are_no_decimals() -> None:
+    assert map_classes(["10²", "①", "9²"], None, 3).targets == (1, 2, 0)
+
+
 def test_as_many_folders_as_classes_map_in_natural_order() -> None:
-    mapped = map_classes(["class10", "class9", "Class1"], None, 3)
+    mapped = map_classes(["class9", "class8", "Class1"], None, 3)
     assert mapped.targets == (2, 1, 0)
-    assert mapped.class_names == ("Class1", "class9", "class10")
+    assert mapped.class_names == ("Class1", "class8", "class9")
     assert mapped.notes == (
         "the model has no label names: the 3 folders stand for the model's classes in natural order",
+    )
+
+
+def test_another_order_of_the_folders_is_told_with_an_example() -> None:
+    mapped = map_classes([str(number) for number in range(1, 11)], None, 10)
+    assert mapped.targets == tuple(range(10))
+    assert mapped.notes[1:] == (
+        "in the order of strings, by which torchvision, fastai and Keras train, they are '1', '10', '2' and 7 more: "
+        "'10' would be class 1, not 9; if the model was trained so, give a class map, a text file with the folders' "
+        "names in that order",
     )
 
 
@@ -86,6 +131,33 @@ def test_natural_order_against_the_label_names_is_warned_of() -> None:
 
 def test_natural_order_in_line_with_the_label_names_is_not_warned_of() -> None:
     assert len(map_classes(["a", "b", "plane"], ["a", "b", "airplane"], 3).notes) == 1
+
+
+def test_the_order_that_the_user_tells(tmp_path: Path) -> None:
+    write_folder(tmp_path / "set", ["1", "10", "2"], images=1)
+    order = tmp_path / "map.txt"
+    order.write_text("1\n10\n2\n3\n\n")
+    source = open_source(tmp_path / "set", class_map=order)
+    model = timm.create_model("test_vit", num_classes=5)
+    assert source.classes == ("1", "2", "10")
+    for images in (source, Part(source, [1, 2])):
+        assert labels.classes_for(model, images) == ClassMap(
+            (0, 2, 1), ("1", "10", "2", "3", "4"), ("3 of the model's 5 classes are present",)
+        )
+    for text, message in (
+        ("1\n2\n", r"lacks the class folders '10'; it holds '1', '2'$"),
+        ("\n".join("123456"), r"lacks the class folders '10'"),
+        ("\n".join(["10", *"12345"]), r"has 6 classes and the model's head 5; give the map"),
+        ("1\n2\n1\n", r"has '1' twice; give a text file"),
+        ("", r"is empty; give a text file"),
+    ):
+        order.write_text(text)
+        with pytest.raises(DataError, match=message):
+            labels.classes_for(model, open_source(tmp_path / "set", class_map=order))
+    order.write_bytes(b"\xff\xfe")
+    for path, message in ((order, "it is not text"), (tmp_path / "none", "No such file or directory")):
+        with pytest.raises(DataError, match=f"cannot read the class map {path}: {message}; give a text file"):
+            open_source(tmp_path / "set", class_map=path)
 
 
 def test_folders_that_match_nothing_are_named_with_what_was_expected() -> None:

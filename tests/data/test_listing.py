@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,11 +51,46 @@ def test_links_in_archives_are_told() -> None:
     assert layout("a/1.jpg", others=("a/2.jpg",)).notes == ("links or special files passed over: 1 ('a/2.jpg')",)
 
 
-def test_an_empty_class_folder_counts_as_a_class() -> None:
-    found = layout("b/1.jpg", folders=("a", "b"))
-    assert found.classes == ("a", "b")
-    assert found.images == (("b/1.jpg", 1),)
-    assert found.notes == ("class folders without images: 1 ('a')",)
+def test_a_folder_without_images_is_no_class() -> None:
+    found = layout("b/1.jpg", "c/notes.txt", "c/old/notes.txt", "d/1.jpg", folders=("a", "b", "b/none"))
+    assert found.classes == ("b", "d")
+    assert found.images == (("b/1.jpg", 0), ("d/1.jpg", 1))
+    assert found.notes == ("files passed over for their extension: 2 ('c/notes.txt', 'c/old/notes.txt')",
+                           "folders without images passed over: 2 ('a', 'c')")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information"])
+def test_what_systems_leave_behind_is_no_class_and_no_image(name: str) -> None:
+    found = layout("cat/1.jpg", f"{name}/cat/1.jpg", f"dog/{name}/1.jpg", "dog/1.jpg", f"dog/x/{name}/y/2.jpg",
+                   folders=(name,))  # fmt: skip
+    assert found.classes == ("cat", "dog")
+    assert found.images == (("cat/1.jpg", 0), ("dog/1.jpg", 1))
+    assert [note.partition(" (")[0] for note in found.notes] == ["folders that systems leave behind passed over: 3"]
+
+
+def test_an_archive_made_on_a_mac_is_stepped_into() -> None:
+    found = layout("lfw/ann/1.jpg", "lfw/bob/1.jpg", "__MACOSX/lfw/ann/._1.jpg", "__MACOSX/._lfw", "notes/x.txt")
+    assert found.classes == ("ann", "bob")
+    assert found.notes == (
+        "files passed over for their extension: 1 ('notes/x.txt')",
+        "folders that systems leave behind passed over: 1 ('__MACOSX')",
+        "folders without images passed over: 1 ('notes')",
+        "the class folders are those in 'lfw', the only folder with images",
+    )
+
+
+def test_what_a_system_left_behind_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "cat").mkdir()
+    scandir = os.scandir
+
+    def guarded(folder: Path) -> Any:
+        if Path(folder).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert scan_folder(tmp_path).folders == {"cat", "lost+found"}
 
 
 def test_images_below_a_class_folder_belong_to_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,16 @@ from image_files import tar_of, write_folder
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
-from tokencut.data.sources import FolderSource, Part, Source, TarSource, hold_out, open_source
+from tokencut.data.sources import (
+    FolderSource,
+    Part,
+    Source,
+    TarSource,
+    check_apart,
+    class_folder_note,
+    hold_out,
+    open_source,
+)
 from tokencut.errors import DataError
 
 EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
@@ -79,6 +89,30 @@ def test_timm_keeps_its_own_extensions(folder: Path) -> None:
     Image.new("RGB", (4, 4)).save(folder / "c1/3.webp")
     assert len(open_source(folder)) == 7
     assert get_img_extensions(as_set=True) == before
+
+
+def test_outputs_lie_outside_of_the_images(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, archive = open_source(folder), open_source(tar_of(folder, tmp_path / "set.tar"))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for output in (folder / "report", folder / "c1" / "report", folder, Path("report"), tmp_path / "link" / "report"):
+        with pytest.raises(DataError, match=f"^{output} would lie among the images of '{folder}', .* give a place out"):
+            check_apart(output, None, source)
+    for output in (tmp_path / "report", tmp_path / "settled"):
+        check_apart(output, None, source, archive)
+
+
+def test_a_picture_in_a_class_folder_is_told_of(folder: Path, tmp_path: Path) -> None:
+    picture = folder / "c1" / "tokens.png"
+    assert class_folder_note(picture) == (
+        f"{picture} lies among the images in 'c1'; where that is a class folder, as 'c10' beside it may be, the "
+        "picture will be taken for one of them: keep it elsewhere then"
+    )
+    (tmp_path / "photos").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        shutil.copy(folder / "c1" / name, tmp_path / "photos")
+    for place in (tmp_path / "photos", folder, tmp_path):  # beside a photo, beside the class folders, and outside
+        assert not class_folder_note(place / "tokens.png")
 
 
 def test_digits_are_a_source() -> None:

@@ -128,7 +128,7 @@ def test_folders_are_matched_by_name(folder: Path) -> None:
         target = {"cow": "cow", "Bee": "bee", "ant": "ant"}.get(name)
         if target:
             (renamed / target).rename(renamed / f"{number}")
-    (renamed / "1").mkdir()
+    (renamed / "1").mkdir()  # a folder without images
     assert sorted(evaluate(small_model(4), renamed, workers=0).correct) == sorted(report.correct)
 
 

@@ -60,10 +60,12 @@ def test_odd_images_are_judged(tmp_path: Path) -> None:
     (root / "a/notes.txt").write_text("text")
     for name, image in odd.items():
         image.save(root / "a" / name)
+    (root / "b").mkdir()
+    picture(4).save(root / "b" / "plain.jpg")
     report = evaluate(small_model(2), root, workers=0)
-    assert report.images == 5
+    assert report.images == 6
     assert report.notes == (
         "files passed over for their extension: 1 ('a/notes.txt')",
-        "class folders without images: 1 ('empty')",
+        "folders without images passed over: 1 ('empty')",
         "the model has no label names: the 2 folders stand for the model's classes in natural order",
     )

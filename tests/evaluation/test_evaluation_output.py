@@ -27,7 +27,7 @@ def test_predictions_are_written_by_name(tmp_path: Path) -> None:
     model = black_or_not()
     path = tmp_path / "out.csv"
     path.write_text("old")
-    evaluate(model, root, workers=0, predictions=path)
+    evaluate(model, root, workers=0, predictions=path, force=True)
     with path.open(newline="") as file:
         assert list(csv.reader(file)) == [
             ["path", "label", "top1", "top2"],
@@ -45,6 +45,16 @@ def test_predictions_hold_five_classes_in_the_models_words(folder: Path, tmp_pat
     assert list(rows[0]) == ["path", "label", "top1", "top2", "top3", "top4", "top5"]
     assert tuple(row["label"] == row["top1"] for row in rows) == report.correct
     assert {row["label"] for row in rows} == {"cow", "Bee", "ant"}
+
+
+def test_predictions_that_are_there_are_not_replaced(folder: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    (tmp_path / "out.csv").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"out\.csv exists"):
+        evaluate(small_model(), folder, workers=0, predictions=tmp_path / "out.csv", on_progress=seen.append)
+    assert not seen and (tmp_path / "out.csv").read_text() == "mine"
+    evaluate(small_model(), folder, workers=0, predictions=tmp_path / "out.csv", force=True)
+    assert (tmp_path / "out.csv").read_text().startswith("path,label")
 
 
 def test_a_folder_for_predictions_must_exist_before_anything_is_done(folder: Path, tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_without_clustering_inattentive_tokens_are_dropped() -> None:
     assert decision.group[0, 4:].tolist() == [3, 3] and decision.group[0, :4].max() == 2
 
 
+def test_of_a_pair_the_less_attentive_side_is_merged_away() -> None:
+    # By rank of attention 0, 1, 2, 3: the paper's sides are {1, 3}, which are merged away, into {0, 2}. 1 and 3 are
+    # both nearest to 0, so that 2 stays alone; were {0, 2} merged away, 2 would have to join one of them.
+    points = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, -0.1]]
+    stage_input = given_input(points, [0.4, 0.3, 0.2, 0.1])
+    options = {"preset": "paper", "inattentive": "drop", "pairs": 1}
+    assert grouping(make_method("bat", options), stage_input, 2).group.tolist() == [[0, 0, 1, 0]]
+
+
 def test_importance_only_is_topk() -> None:
     stage_input = given_input(POINTS, ATTENTION)
     decision = make_method("bat", {"inattentive": "drop", "pairs": 0}).decide(stage_input, 3)

@@ -274,7 +274,8 @@ def test_a_stage_is_captured_as_one_graph(method: str) -> None:
     inputs = stage_input.tokens.features, heads.query, heads.key
     with torch.no_grad():
         captured = torch.compile(reduce, backend="eager", fullgraph=True, dynamic=False)
-        assert torch.equal(captured(*inputs), reduce(*inputs))
+        # Captured, groups are summed by a product, else by adding row to row: in another order, so not to the bit.
+        torch.testing.assert_close(captured(*inputs), reduce(*inputs), rtol=1e-5, atol=1e-6)
 
 
 @every_method

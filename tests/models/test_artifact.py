@@ -322,6 +322,33 @@ def test_weights_without_a_recipe_are_called_so(tmp_path: Path) -> None:
         assert refusal(path).endswith(f"name their architecture and type --checkpoint {path}")
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_types_for_no_weights_are_refused(saved: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    tensors, path = load_file(saved), tmp_path / "edited.safetensors"
+    tensors["head.weight"] = tensors["head.weight"].to(kind)
+    save_file(tensors, path, metadata=metadata_of(saved))
+    assert "its tensors are not as they were written: 1 in a type for no weights: head.weight (" in refusal(path)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_types_for_weights_are_taken(saved: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    tensors, path = load_file(saved), tmp_path / "edited.safetensors"
+    tensors["head.weight"] = tensors["head.weight"].to(kind)
+    save_file(tensors, path, metadata=metadata_of(saved))
+    assert torch.equal(artifact.load(path).model.head.weight, tensors["head.weight"].float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(saved: Path, tmp_path: Path, value: float) -> None:
+    tensors, path = load_file(saved), tmp_path / "edited.safetensors"
+    tensors["blocks.3.norm1.weight"][2] = value
+    save_file(tensors, path, metadata=metadata_of(saved))
+    assert refusal(path).endswith(
+        "its weights cannot be used: 1 with numbers that are not finite: blocks.3.norm1.weight; compress a model with "
+        "other weights"
+    )
+
+
 def test_all_wrong_tensors_are_named_at_once(saved: Path, tmp_path: Path) -> None:
     tensors, path = load_file(saved), tmp_path / "edited.safetensors"
     for block in range(4):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_files import Payload, random_weights, same_weights
+from model_files import Payload, random_weights, same_weights, write_model_folder
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,6 +49,24 @@ def test_checkpoints_of_every_form(name: str, weights: dict[str, Tensor], tmp_pa
     assert loaded.origin == Origin("checkpoint", sha256=sha256(path))
     assert artifact.origin_of(loaded.model) == loaded.origin
     assert "license" not in loaded.model.pretrained_cfg
+
+
+def test_weights_that_are_none(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for name, tensor, told in (
+        ("head.bias", weights["head.bias"].long(), "1 in a type for no weights: head.bias (int64)"),
+        ("head.bias", weights["head.bias"] + float("nan"), "1 with numbers that are not finite: head.bias"),
+    ):
+        save_file({**weights, name: tensor}, path)
+        assert refusal(path) == f"the weights in {path} cannot be used: {told}; give another file"
+
+
+def test_a_folder_whose_weights_are_none(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "saved", {**weights, "head.bias": weights["head.bias"] / 0})
+    with pytest.raises(
+        ModelError, match=r"1 with numbers that are not finite: head\.bias; give others by --checkpoint"
+    ):
+        load_model(f"local-dir:{folder}")
 
 
 def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:

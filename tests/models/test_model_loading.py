@@ -15,7 +15,7 @@ from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
 from tokencut.model import CompressedModel, compress
 from tokencut.models import artifact
 from tokencut.models.checkpoints import sha256
-from tokencut.models.loading import load_model
+from tokencut.models.loading import artifact_of, load_model
 from tokencut.models.metadata import Origin
 from tokencut.models.model_args import parse_model_kwargs
 
@@ -51,6 +51,22 @@ def refusal(kind: type[TokencutError], spec: str, **options: Any) -> str:
 )
 def test_what_is_not_a_model(spec: str, message: str) -> None:
     assert message in refusal(UsageError, spec)
+
+
+def test_a_folder_with_a_tokencut_file_has_its_recipe(folder: Path, weights: dict[str, Tensor]) -> None:
+    spec = f"local-dir:{folder}"
+    assert artifact_of(spec) is None and load_model(spec).info is None
+    model = compress(load_model(spec).model, keep=0.4, layers=[3], method="topk").eval()
+    artifact.save(model, folder / "model.safetensors", force=True)
+    loaded = load_model(spec)
+    assert artifact_of(spec) == folder / "model.safetensors"
+    assert (loaded.name, loaded.recipe) == (spec, model.recipe)
+    assert isinstance(loaded.model, CompressedModel) and same_weights(loaded.dense, weights)
+    assert loaded.origin.kind == "local-dir"
+    assert load_model(spec, weights_needed=False).recipe == model.recipe
+    assert "takes no arguments of the architecture" in refusal(UsageError, spec, num_classes=5)
+    # Other weights than the file's: of the folder only the architecture counts.
+    assert load_model(spec, pretrained=False).recipe is None
 
 
 def test_a_tokencut_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,10 +143,10 @@ def test_batches_of_one_size(count: int) -> None:
 
     def forward(pixels: Tensor) -> Tensor:
         sizes.append(pixels.shape[0])
-        return pixels.mean((1, 2, 3)).unsqueeze(1)
+        return pixels[:, :, 5, 7]
 
     pixels = images(count)
-    assert torch.equal(in_batches(forward, pixels, 4), pixels.mean((1, 2, 3)).unsqueeze(1))
+    assert torch.equal(in_batches(forward, pixels, 4), pixels[:, :, 5, 7])
     assert sizes == [4] * -(-count // 4)
 
 

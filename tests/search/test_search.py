@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokencut.model import predicted_macs
 from tokencut.profiling.latency import Timing
 from tokencut.search import run as search
 from tokencut.search.latency_table import LatencyTable, latency_table
+from tokencut.search.probe import Probe
 from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, told_by_heart
 from tokencut.search.targets import Target
 
@@ -52,18 +54,32 @@ def test_multiply_adds_are_held(calibration: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_on_the_front_more_multiply_adds_always_do_less_damage(calibration: Path) -> None:
+    # A head of zeros: no schedule does any damage, so that one of all is enough, the cheapest.
+    model = small_model()
+    torch.nn.init.zeros_(model.head.weight)
+    report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), model=model)
+    assert report.tried > 1
+    assert [point.damage for point in report.front] == [0.0]
+    front = find(calibration, Target(gmacs=0.6 * dense_gmacs())).front
+    assert all(one.gmacs < more.gmacs and one.damage > more.damage for one, more in pairwise(front)) and len(front) > 1
+
+
 def test_the_same_seed_finds_the_same(calibration: Path) -> None:
     first, second = (find(calibration, Target(gmacs=0.6 * dense_gmacs())) for _ in range(2))
     assert replace(first, seconds=0) == replace(second, seconds=0)
     assert first.front == second.front
 
 
-def test_it_beats_the_fixed_stages_it_began_with(calibration: Path) -> None:
+def test_it_is_as_good_as_fixed_stages_of_its_price(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes: list[Probe] = []
+    monkeypatch.setattr(search, "Probe", lambda *args, **more: probes.append(Probe(*args, **more)) or probes[0])
     model = compress(small_model(), keep=0.5)
     gmacs = total(predicted_macs(model)) / 1e9
     report = find(calibration, Target(gmacs=gmacs))
-    fixed = [point for point in report.front if point.tokens == (16, 8, 8, 4, 2, 2)]
-    assert all(report.found.damage <= point.damage for point in fixed)
+    assert [(stage.block, stage.tokens_out) for stage in model.recipe.stages] == [(2, 8), (4, 4), (5, 2)]
+    fixed = probes[0].measure((16, 8, 8, 4, 2, 2))
+    assert fixed is not None and report.found.damage <= fixed.mean
     assert len({point.gmacs for point in report.front}) > 1  # there are others to choose
 
 

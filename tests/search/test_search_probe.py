@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from search_models import images, reduced, small_model
@@ -43,6 +45,24 @@ def test_damage_is_that_of_the_compressed_model(method: str) -> None:
     assert torch.allclose(outcome.damage, expected.double(), atol=1e-6)
     assert outcome.right.tolist() == (logits.argmax(1) == LABELS).tolist()
     assert outcome.agrees.tolist() == (logits.argmax(1) == dense().argmax(1)).tolist()
+
+
+def test_a_pool_that_attends_is_told_the_sizes_of_tokens() -> None:
+    torch.manual_seed(0)
+    dense = timm.create_model("test_vit3", img_size=64, num_classes=3).eval()
+    depth = len(dense.blocks)
+    counts = (16, *[6] * (depth - 1))
+    outcome = Probe(reduced(dense, prop_attn=True), images(), None).measure(counts)
+    layers, keep = keeps(16, counts, lambda tokens, budget: budget)
+    model = compress(dense, keep=keep, layers=layers, prop_attn=True).eval()
+    with torch.no_grad():
+        logits, whole = (torch.cat([each(batch) for batch in images()]).log_softmax(1) for each in (model, dense))
+        # Without its blocks' knowledge of sizes the head alone differs; it must be the model's own.
+        tokens = model.loop.run(model.loop.embed(images()[0]), model.recipe.stages)
+        assert not torch.allclose(model.loop.head(replace(tokens, bias=None)), model(images()[0]), atol=1e-4)
+    assert outcome is not None
+    expected = F.kl_div(logits, whole, log_target=True, reduction="none").sum(1)
+    assert torch.allclose(outcome.damage, expected.double(), atol=1e-6)
 
 
 def test_a_method_that_lets_more_leave_than_its_budget_is_judged_as_it_runs() -> None:

@@ -174,14 +174,35 @@ def test_an_interrupt_before_the_first_row_leaves_nothing(images: Path, tmp_path
 
 
 def test_a_finished_sweep_judges_nothing_and_a_wider_one_what_is_new(images: Path, tmp_path: Path) -> None:
-    again, wider, narrow = Counter(), Counter(), Counter()
+    again, wider = Counter(), Counter()
     before = sweep(small_model(), images, tmp_path / "report", plan())
     assert sweep(small_model(), images, tmp_path / "report", plan(), on_progress=again).rows == before.rows
     assert again.rows == []
-    sweep(small_model(), images, tmp_path / "report", plan(methods=("topk", "tome")), on_progress=wider)
+    report = sweep(small_model(), images, tmp_path / "report", plan(methods=("topk", "tome", "bat")), on_progress=wider)
     assert wider.rows == ["tome, keep 0.5", "tome, keep 0.25"]
-    report = sweep(small_model(), images, tmp_path / "report", plan(keeps=(0.25,)), on_progress=narrow)
-    assert (narrow.rows, len(report.rows)) == ([], 3)
+    assert len(report.rows) == 7
+
+
+@pytest.mark.parametrize("changes", [{"keeps": (0.25,)}, {"methods": ("topk", "tome"), "keeps": (0.5, 0.25)}])
+def test_a_report_loses_no_rows_unless_told_to(images: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = tmp_path / "report"
+    sweep(small_model(), images, folder, plan())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ArtifactError) as caught:
+        sweep(small_model(), images, folder, plan(**changes))
+    missing = "bat, keep 0.5; topk, keep 0.5" if "methods" not in changes else "bat, keep 0.5; bat, keep 0.25"
+    assert str(caught.value) == (
+        f"{folder} holds rows that a report of this sweep would lack ({missing}): name those methods and keep rates "
+        f"too, add --force to drop them and start again, or give another folder, such as -o {folder}-2"
+    )
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(sweep(small_model(), images, folder, plan(**changes), force=True).rows) == len(changes["keeps"]) * 2 + 1
+
+
+def test_an_interrupted_sweep_has_no_report_to_lose(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        sweep(small_model(), images, tmp_path / "report", plan(), on_progress=Counter(stop_in=4))
+    assert len(sweep(small_model(), images, tmp_path / "report", plan(keeps=(0.25,))).rows) == 3
 
 
 def change_an_image(images: Path) -> None:
@@ -261,7 +282,7 @@ def test_speeds_are_measured_again_for_other_models_or_batches_only(
     assert not run(latency=False).timed
     run(methods=("bat", "topk"))
     assert timings[1] == ["the dense model", "bat, keep 0.5", "topk, keep 0.5"]
-    run(methods=("topk",))
+    run(methods=("topk", "bat"))
     assert len(timings) == 2
 
 

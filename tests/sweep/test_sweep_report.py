@@ -142,7 +142,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ArtifactError) as caught:
         check_folder(path, force=True)
-    assert str(caught.value) == f"{path} is a file, and a report is a folder; give another, such as -o {path}-report"
+    assert str(caught.value) == f"cannot make the folder {path}: it is a file; move that, or give another name"
 
 
 def test_the_folder_around_it_must_exist(tmp_path: Path) -> None:
@@ -164,9 +164,7 @@ def test_results_of_unknown_origin_are_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "report"])
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(ArtifactError) as caught:
         check_folder(tmp_path / name, force=False)
-    assert str(caught.value) == (
-        f"cannot write {tmp_path / name}: no permission; give another folder, such as -o ~/report"
-    )
+    assert str(caught.value) == (f"cannot write {tmp_path / name}: no permission in {tmp_path}; give another folder")

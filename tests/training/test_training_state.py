@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from dataclasses import fields
+import resource
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tokencut.training.state import (
     FILE,
     Best,
     TrainingState,
+    check_state_folder,
     copy_of,
     folder_for,
     has_state,
@@ -59,8 +61,8 @@ def test_a_write_that_fails_leaves_the_state_before_it(tmp_path: Path, monkeypat
     folder = tmp_path / "run"
     save_state(folder, state(step=3))
 
-    def half(value: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def half(value: Any, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(training_state.torch, "save", half)
@@ -71,12 +73,56 @@ def test_a_write_that_fails_leaves_the_state_before_it(tmp_path: Path, monkeypat
 
 
 def test_a_writer_of_torch_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(value: Any, path: Path) -> None:
+    def fail(value: Any, file: BinaryIO) -> None:
         raise RuntimeError("[enforce fail]\n unexpected pos 64")
 
     monkeypatch.setattr(training_state.torch, "save", fail)
     with pytest.raises(ArtifactError, match=r"unexpected pos 64; free space on its disk$"):
         save_state(tmp_path / "run", state())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disk_without_room_is_one_line_and_leaves_no_empty_folder(tmp_path: Path, begun: bool) -> None:
+    """No file may be larger than 4 KiB: torch's own writer would say "[enforce fail at inline_container.cc:672]"."""
+    folder, large = tmp_path / "run", replace(state(step=4), model={"weight": torch.zeros(100_000)})
+    if begun:
+        save_state(folder, state(step=3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ArtifactError) as caught:
+            save_state(folder, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"cannot write {folder / FILE}: File too large; nothing was written"
+    assert [path.name for path in tmp_path.rglob("*")] == (["run", FILE] if begun else [])
+    assert not begun or load_state(folder, CONDITIONS).step == 3
+
+
+def test_only_what_a_run_wrote_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    save_state(folder, state())
+    (folder / f".{FILE}.abc.part").write_text("of a killed process")
+    check_state_folder(folder)
+    for precious in (folder / "precious.txt", folder / "more" / FILE):
+        precious.parent.mkdir(exist_ok=True)
+        precious.write_text("mine")
+    with pytest.raises(ArtifactError) as caught:
+        check_state_folder(folder)
+    assert str(caught.value) == (
+        f"{folder}, where the state of the run is to be kept, holds what tokencut did not write: 'more', "
+        "'precious.txt'; move that, or give the output another name"
+    )
+    remove_state(folder)
+    assert sorted(path.name for path in folder.rglob("*")) == ["more", "precious.txt", FILE]
+    remove_state(tmp_path / "none")
+
+
+def test_a_folder_that_has_the_name_of_the_state_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "run" / FILE).mkdir(parents=True)
+    with pytest.raises(ArtifactError, match=f"did not write: '{FILE}'; move that"):
+        check_state_folder(tmp_path / "run")
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_runs import model, run, setup, weights
+from training_runs import CPU, model, run, setup, weights
 
+from tokencut.data.loading import Batch, Unreadable
 from tokencut.data.sources import Source
 from tokencut.errors import TokencutError
 from tokencut.model import CompressedModel
+from tokencut.training.order import Order
 from tokencut.training.recipe import SHORT
 from tokencut.training.step import Trainer, warmed
 
@@ -43,6 +45,31 @@ def test_two_passes_make_one_update_of_twice_the_images(few: Source) -> None:
     run(twice, few, recipe, setup=setup(batch_size=4, accumulate=2))
     for name, tensor in weights(once).items():
         torch.testing.assert_close(tensor, weights(twice)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_the_mean_over_the_images_that_were_decoded(accumulate: int) -> None:
+    # A step of eight images of which three cannot be read, all of those of a second pass but one.
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    targets = torch.tensor([0, 1, 2, 3, 4])
+    missing = tuple(Unreadable(index, "no image") for index in (5, 6, 7))
+    bounds = [(0, 5)] if accumulate == 1 else [(0, 4), (4, 5)]
+    batches = [Batch(images[first:last], targets[first:last], torch.arange(first, last), missing)
+               for first, last in bounds]  # fmt: skip
+    order = Order(8, 8 // accumulate, accumulate)
+    trained = model().train()
+    recipe = SHORT.changed(clip_grad=0.0, random_erasing=0.0, distill="none")
+    trainer = Trainer(trained, recipe, recipe.objective, order, 1, CPU)
+    losses = [trainer.objective(trainer.preprocessing.normalise(image[None], CPU.device), target[None]).total
+              for image, target in zip(images, targets, strict=True)]  # fmt: skip
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(trained.parameters()), allow_unused=True)
+    told = trainer.step(0, 0, iter(batches))
+    assert told["images"] == 5
+    for weight, gradient in zip(trained.parameters(), expected, strict=True):
+        assert (weight.grad is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_keep_warms_up_from_all_tokens_to_the_recipe_s(few: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,15 @@ def test_every_method_the_dense_model_and_the_front_are_drawn() -> None:
 
 
 @pytest.mark.usefixtures("_drawn")
+def test_of_equal_accuracies_only_the_cheapest_is_on_the_front() -> None:
+    series = Series("ours", ((3.0, 79.8), (2.3, 78.9), (2.0, 78.9)))
+    for less_is_better, expected in ((True, [2.0, 3.0]), (False, [4.6])):
+        axes: Any = accuracy_plot((series,), DENSE, "GMACs", less_is_better=less_is_better).axes[0]
+        [front] = [line for line in axes.get_lines() if line.get_label() == "Pareto front"]
+        assert list(front.get_xdata()) == expected
+
+
+@pytest.mark.usefixtures("_drawn")
 def test_the_legend_stands_outside_the_data() -> None:
     figure = accuracy_plot(SERIES, DENSE, "GMACs", less_is_better=True)
     figure.draw_without_rendering()

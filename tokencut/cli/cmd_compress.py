@@ -60,9 +60,9 @@ def compress(
       tokencut compress vit_small_patch16_224 --checkpoint weights.pth \\
           --num-classes 10 --keep 0.9/0.7/0.5 -o out.safetensors
     """
-    from tokencut.cli.finetune_run import FinetuneRun, check_run, fit_classes
+    from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes
     from tokencut.cli.subject import gmacs, prepare
-    from tokencut.data.sources import open_source
+    from tokencut.data.sources import check_apart, open_source
     from tokencut.model import CompressedModel
     from tokencut.models.artifact import check_output, save
     from tokencut.runtime.devices import resolve_device
@@ -76,16 +76,22 @@ def compress(
         check_run(output, tuning, force=force)
     device = resolve_device(run.device)
     with process_group(device) as group:
-        images = None if data.data is None else open_source(data.data, on_note=render.note)
-        train = open_source(tuning.train_data, split="train", on_note=render.note) if tuning.train_data else None
+        images = None if data.data is None else open_source(data.data, on_note=render.note, class_map=data.class_map)
+        train = None
+        if tuning.train_data:
+            train = open_source(tuning.train_data, split="train", on_note=render.note, class_map=data.class_map)
+        if train is not None:
+            for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
+                check_apart(place, train, images)
         search = None
         if sought:
             from tokencut.cli.search_run import search_wanted
 
             front = wish.front or output.with_suffix(".front.json")
             search = search_wanted(
-                wish, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers
-            )
+                wish, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers,
+                class_map=data.class_map,
+            )  # fmt: skip
             search.mind(data.data)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)

@@ -35,6 +35,7 @@ def evaluate(
         Path | None,
         data_option("--predictions", metavar="FILE.csv", help="Write path, label and top-5 of each image."),
     ] = None,
+    force: Annotated[bool, data_option("--force", help="Replace FILE.csv if it exists.")] = False,
     reduction: ReductionOptions,
     dense: DenseFlag = False,
     source: ModelOptions,
@@ -65,14 +66,15 @@ def evaluate(
     from tokencut.runtime.devices import resolve_device
 
     if predictions is not None:
-        check_predictions(predictions)
+        check_predictions(predictions, force=force)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
-    images = open_source(data.data, on_note=render.note)
+    images = open_source(data.data, on_note=render.note, class_map=data.class_map)
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(
-        subject.model, subject.name, images, data, run, device, predictions=predictions, compile_mode=compiling.mode
-    )
+        subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,
+        compile_mode=compiling.mode,
+    )  # fmt: skip
     for text in report.notes:
         render.note(text)
     if compiling.mode is not None:

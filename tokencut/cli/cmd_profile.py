@@ -20,7 +20,7 @@ from tokencut.cli.options import (
     running_option,
     with_groups,
 )
-from tokencut.cli.search_options import TargetOptions
+from tokencut.cli.search_options import TargetOptions, target_option
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def profile(
     *,
     reduction: ReductionOptions,
     wish: TargetOptions,
+    force: Annotated[bool, target_option("--force", help="Replace the file of --front if it exists.")] = False,
     dense: DenseFlag = False,
     source: ModelOptions,
     run: TimingOptions,
@@ -74,7 +75,7 @@ def profile(
                              "such as tokencut profile deit_small --target-gmacs 2.6 --calibration DIR")  # fmt: skip
         from tokencut.cli.search_run import search_wanted
 
-        search = search_wanted(wish, run, front=wish.front, force=True, timing_batch_size=run.batch_size)
+        search = search_wanted(wish, run, front=wish.front, force=force, timing_batch_size=run.batch_size)
     if is_onnx(model):
         subject = open_onnx(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
         report = _measure_onnx(subject, run, dense_onnx, latency=not no_latency)

@@ -60,7 +60,7 @@ def sweep(
         )
     extras.require("the plots need", "matplotlib", extra="plot")
     from tokencut.cli.subject import mind_recipe, prepare
-    from tokencut.data.sources import open_source
+    from tokencut.data.sources import check_apart, open_source
     from tokencut.runtime.devices import resolve_device
     from tokencut.sweep.report import check_folder
     from tokencut.sweep.run import SweepPlan
@@ -78,7 +78,8 @@ def sweep(
     )
     plan.pairs()
     check_folder(output, force=force)
-    images = open_source(data.data, on_note=render.note)
+    images = open_source(data.data, on_note=render.note, class_map=data.class_map)
+    check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
     mind_recipe(model, taken_by="a sweep", instead=instead)
     subject = prepare(model, source, ReductionOptions(), seed=run.seed, dense=True)

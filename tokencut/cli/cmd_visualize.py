@@ -66,6 +66,7 @@ def visualize(
     extras.require("pictures need", "matplotlib", extra="plot")
     check_output(output, force=force)
     from tokencut.data.photos import check_photos, find_photos
+    from tokencut.data.sources import class_folder_note
     from tokencut.runtime.devices import resolve_device
     from tokencut.visualization.drawing import draw
 
@@ -79,6 +80,8 @@ def visualize(
         models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision
     )
     picture.save(output, force=force)
+    if output.suffix.lower() == ".png" and (note := class_folder_note(output)):
+        render.note(note)
     if as_json:
         render.write_json(_json(str(output), name, models, picture))
         return

@@ -24,7 +24,7 @@ from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, DataError, TokencutError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.statistics import if_known
-from tokencut.files import check_writable
+from tokencut.files import check_writable, check_writable_folder
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel
 from tokencut.models import artifact
@@ -33,7 +33,7 @@ from tokencut.runtime import extras
 from tokencut.runtime.distributed import Group
 from tokencut.training.run import finetune, training_classes
 from tokencut.training.setup import FinetuneReport, TrainingSetup
-from tokencut.training.state import folder_for, has_state, remove_state
+from tokencut.training.state import check_state_folder, folder_for, has_state, remove_state
 from tokencut.training.step import TrainingDivergedError
 from tokencut.training.tensorboard_log import TensorboardLog
 
@@ -42,18 +42,33 @@ def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
     """Refuses what could not be done or would lose an earlier run, before any work is done.
 
     Raises:
-        ArtifactError: There is one that was stopped, or its log, and neither `--resume` nor `--force`.
+        ArtifactError: There is one that was stopped, its log or its last good weights, and neither `--resume` nor
+            `--force`; or something else is in the way.
         TokencutError: `--tensorboard` without tensorboard.
     """
     if tuning.tensorboard is not None:
         extras.require("--tensorboard needs", "tensorboard", extra="tensorboard")
     folder = folder_for(output)
+    check_state_folder(folder)
     if has_state(folder) and not tuning.resume and not force:
         raise ArtifactError(f"{folder} holds a run that was stopped; add --resume to go on with it, or --force to start"
                             " again")  # fmt: skip
-    check_writable(log_for(output), force=force or bool(tuning.resume))
+    for path in (log_for(output), last_good_for(output)):
+        check_writable(path, force=force or bool(tuning.resume))
+    if tuning.tensorboard is not None:
+        check_writable_folder(curves_for(tuning.tensorboard, output), parents=True)
     if tuning.resume and not has_state(folder):
         render.note(f"there is nothing to resume in {folder}: starting at the first epoch")
+
+
+def last_good_for(output: Path) -> Path:
+    """Where the weights before a loss that is no number go."""
+    return output.with_name(f"{output.stem}-last-good.safetensors")
+
+
+def curves_for(folder: Path, output: Path) -> Path:
+    """The folder of a run's curves: named after the output, to tell runs apart."""
+    return folder / output.stem
 
 
 def fit_classes(subject: Subject, train: Source, val: Source | None) -> None:
@@ -71,7 +86,7 @@ def fit_classes(subject: Subject, train: Source, val: Source | None) -> None:
             owner.pretrained_cfg = owner.default_cfg = cfg
     if val is None or set(val.classes) <= set(train.classes):
         return
-    judged = classes_for(model, val.classes)
+    judged = classes_for(model, val)
     known = set(classes.targets)
     strangers = [name for name, target in zip(val.classes, judged.targets, strict=True) if target not in known]
     if judged.class_names != classes.class_names or strangers:
@@ -149,10 +164,10 @@ class FinetuneRun:
         return report
 
     def _curves(self) -> TensorboardLog | None:
-        """Where the first process writes for TensorBoard: a folder named after the output, to tell runs apart."""
+        """Where the first process writes for TensorBoard."""
         if self.tuning.tensorboard is None or not self.group.main:
             return None
-        return TensorboardLog(self.tuning.tensorboard / self.output.stem)
+        return TensorboardLog(curves_for(self.tuning.tensorboard, self.output))
 
     def _judge(self) -> Any:
         if self.tuning.select == "best":  # epochs are judged by the images held out
@@ -184,7 +199,7 @@ class FinetuneRun:
         }  # fmt: skip
 
     def _keep_last_good(self, model: CompressedModel, error: TokencutError) -> TokencutError:
-        path = self.output.with_name(f"{self.output.stem}-last-good.safetensors")  # --force removes the run's folder
+        path = last_good_for(self.output)  # outside the run's folder, which --force removes
         if self.group.main:
             artifact.save(model, path, force=True)
         return type(error)(f"{error}, and --force; the weights before that step are in {path}")

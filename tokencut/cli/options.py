@@ -232,6 +232,7 @@ class CompileOptions:
 
 DATA_HELP = "A folder with one sub-folder a class, a .tar or .tar.gz of one, or digits."
 LIMIT_HELP = "Judge an evenly spread sample of N images."
+CLASS_MAP_HELP = "The order of the model's classes: a text file, a class folder's name in each line."
 WORKERS_HELP = "Processes that load images. Default: one a core, up to 4."
 
 
@@ -242,6 +243,7 @@ class DataOptions:
     data: Annotated[str | None, data_option("--data", metavar="DIR", help=DATA_HELP)] = None
     limit: Annotated[int | None, data_option("--limit", **NUMBER, help=LIMIT_HELP)] = None
     workers: Annotated[int | None, data_option("-j", "--workers", **NUMBER, help=WORKERS_HELP)] = None
+    class_map: Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)] = None
 
 
 def read_keep(text: str) -> float | list[float]:

@@ -33,7 +33,7 @@ class SearchRun:
 
     def __init__(
         self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
-        timing_batch_size: int | None = None,
+        timing_batch_size: int | None = None, class_map: Path | None = None,
     ) -> None:  # fmt: skip
         """Checks what can be checked before the model is there.
 
@@ -44,6 +44,7 @@ class SearchRun:
             force: Whether it may be replaced.
             workers: Processes that decode images.
             timing_batch_size: Images a forward that is timed.
+            class_map: The order of the model's classes.
 
         Raises:
             TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
@@ -53,7 +54,7 @@ class SearchRun:
         self.target.check()
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
-        self.source = open_source(options.calibration or "", split="train", on_note=render.note)
+        self.source = open_source(options.calibration or "", split="train", on_note=render.note, class_map=class_map)
         default = SearchSettings()
         self._settings = SearchSettings(
             images=default.images if options.calibration_limit is None else options.calibration_limit,
@@ -147,7 +148,6 @@ class SearchRun:
 
 
 def _checked(front: Path, *, force: bool) -> Path:
-    # `profile` replaces fronts unasked, so a model or an image that was typed there by mistake would be lost.
     if front.suffix != ".json":
         raise UsageError(f"--front {front} does not end in .json, and a front is written as JSON; type --front "
                          f"{front.with_suffix('.json')}")  # fmt: skip
@@ -167,7 +167,7 @@ def _status(now: SearchProgress) -> str:
 
 def search_wanted(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
-    workers: int | None = None, timing_batch_size: int | None = None,
+    workers: int | None = None, timing_batch_size: int | None = None, class_map: Path | None = None,
 ) -> SearchRun:  # fmt: skip
     """A search that fits its processes; arguments as `SearchRun`'s.
 
@@ -177,4 +177,5 @@ def search_wanted(
     if processes > 1:
         raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
                          "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
-    return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size)
+    return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size,
+                     class_map=class_map)  # fmt: skip

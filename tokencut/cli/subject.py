@@ -24,7 +24,7 @@ from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.methods import make_method, methods
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.artifact import read_info
-from tokencut.models.loading import Loaded, load_model
+from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
 from tokencut.recipe import Recipe
 from tokencut.runtime.distributed import Group, alone
@@ -144,16 +144,17 @@ def mind_recipe(spec: str, *, taken_by: str, instead: str) -> None:
     """Says what becomes of the recipe of a tokencut file where several others take its place.
 
     Args:
-        spec: MODEL; nothing is said unless it is a file.
+        spec: MODEL; nothing is said unless it is a file, or a folder with one.
         taken_by: What starts from the dense model, such as `a sweep`.
         instead: What to type where the recipe cannot be replaced.
 
     Raises:
         UsageError: The weights were trained for the recipe.
     """
-    if not Path(spec).is_file() or Path(spec).suffix.lower() == ONNX_SUFFIX:  # refused where it is opened
+    file = artifact_of(spec)
+    if file is None or file.suffix.lower() == ONNX_SUFFIX:  # refused where it is opened
         return
-    recipe = read_info(spec).recipe
+    recipe = read_info(file).recipe
     if methods()[recipe.method].needs_training:
         raise UsageError(
             f"{spec} was trained for its recipe ({describe(recipe)}), which {taken_by} cannot replace; {instead}"
@@ -185,6 +186,8 @@ def measure_accuracy(
     predictions: Path | None = None,
     group: Group | None = None,
     compile_mode: str | None = None,
+    *,
+    force: bool = False,
 ) -> EvaluationReport:
     """Evaluates a model as the options say, with a progress bar.
 
@@ -198,6 +201,7 @@ def measure_accuracy(
         predictions: A CSV file to write.
         group: The processes that share the images; this one alone where None.
         compile_mode: How the model is compiled; not at all where None.
+        force: Whether the CSV file may be replaced.
     """
     with render.progress(f"evaluating {name}") as advance:
         return evaluate_spread(
@@ -210,6 +214,7 @@ def measure_accuracy(
             compile_mode=compile_mode,
             limit=data.limit,
             predictions=predictions,
+            force=force,
             gmacs=gmacs(model),
             name=name,
             on_progress=lambda now: advance(

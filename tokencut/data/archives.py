@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 
 from tokencut.data.listing import Listing
 from tokencut.errors import DataError
+from tokencut.files import atomic_write
+from tokencut.messages import quoted
 
 CACHE_VARIABLE = "TOKENCUT_CACHE"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -82,10 +84,11 @@ def cache_folder() -> Path:
 
 
 def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
-    """Unpacks a `.tar.gz` into the cache, unless that has been done.
+    """Unpacks a `.tar.gz` into the cache, unless that has been done and nothing is missing since.
 
     Only plain files and folders inside the archive are accepted. If it fails or is interrupted, nothing but an empty
-    lock is left behind. Of several processes one unpacks, and the others wait for it.
+    lock is left behind. Of several processes one unpacks, and the others wait for it. A list of what was unpacked lies
+    beside it, since what cleans temporary folders takes old files away one by one.
 
     Args:
         path: The archive. Its path, size and time of change say whether the cache holds it.
@@ -95,16 +98,20 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
         The folder with the archive's content.
 
     Raises:
-        DataError: The archive is damaged, holds links or paths that lead out of it, or the cache cannot be written.
+        DataError: The archive is damaged, holds links or paths that lead out of it, or the cache cannot be written, or
+            holds files that were never unpacked.
     """
     target = cache_folder() / _cache_name(path)
-    if target.is_dir():
+    if _is_whole(target):
         return target
     note = on_note or (lambda text: None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_name(f".{target.name}.lock"), lambda: note(f"another process unpacks {path}; waiting")):
-            if not target.is_dir():
+            if not _is_whole(target):
+                if target.is_dir():
+                    note(f"{target}, where {path} was unpacked, is no longer as it was")
+                    _clear(path, target)
                 note(f"unpacking {path} into {target}, this once")
                 _unpack(path, target)
     except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
@@ -132,10 +139,67 @@ def _alone(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
+Sizes = dict[str, int]  # of files, in bytes, by their paths in a folder
+
+
+def _list_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.list")
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether all that was unpacked is there, as long as it was, and nothing else."""
+    try:
+        return target.is_dir() and _read_list(target) == _sizes(target)
+    except (FileNotFoundError, ValueError):  # no list, or a damaged one
+        return False
+
+
+def _read_list(target: Path) -> Sizes:
+    lines = _list_of(target).read_text(encoding="utf-8", errors="surrogateescape").split("\0")
+    return {name: int(size) for size, _, name in (line.partition(" ") for line in lines if line)}
+
+
+def _sizes(folder: Path) -> Sizes:
+    found: Sizes = {}
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{prefix}{entry.name}/")
+                else:
+                    found[prefix + entry.name] = entry.stat(follow_symlinks=False).st_size
+    return found
+
+
+def _clear(path: Path, target: Path) -> None:
+    """Removes what was unpacked; nothing else.
+
+    Raises:
+        DataError: There is something else.
+    """
+    try:
+        unpacked = set(_read_list(target))
+    except (FileNotFoundError, ValueError):
+        with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            unpacked = {_inner_path(path, member) for member in _members(archive)}
+    strangers = set(_sizes(target)) - unpacked
+    if strangers:
+        raise DataError(
+            f"{target}, where {path} was unpacked, holds {quoted(sorted(strangers))}, which it did not come with; move "
+            "that away"
+        )
+    shutil.rmtree(target)
+
+
 def _unpack(path: Path, target: Path) -> None:
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         _extract(path, partial)
+        with atomic_write(_list_of(target)) as temporary:
+            lines = (f"{size} {name}\0" for name, size in _sizes(partial).items())
+            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
         partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
         partial.rename(target)
     finally:

@@ -245,7 +245,7 @@ def open_images(
     """
     require_head(model)  # before anything is unpacked
     source = open_source(data, on_note=on_note)
-    return images_for(model, source, classes_for(model, source.classes), limit=limit)
+    return images_for(model, source, classes_for(model, source), limit=limit)
 
 
 def check_unreadable(data: str, unreadable: Collection[Failed], total: int, told: Callable[[Failed], str]) -> None:

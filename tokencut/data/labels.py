@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.utils.misc import natural_key
 from torch import nn
 
+from tokencut.data.listing import natural_order
+from tokencut.data.sources import Source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
 from tokencut.models.pretrained_cfg import LabelNames, label_names, require_head
@@ -30,15 +31,30 @@ class ClassMap:
     notes: tuple[str, ...] = ()
 
 
-def classes_for(model: nn.Module, folder_names: Sequence[str]) -> ClassMap:
-    """Finds the class of a classifier that each folder stands for, as `map_classes` does.
+def classes_for(model: nn.Module, source: Source) -> ClassMap:
+    """Finds the class of a classifier that each folder of a source stands for, as `map_classes` does.
 
     Raises:
         ModelError: The model has no classification head.
         DataError: The folders do not fit its classes.
     """
     classes = require_head(model)
-    return map_classes(folder_names, label_names(model), classes)
+    if source.class_order:
+        return _in_given_order(source.classes, source.class_order, classes)
+    return map_classes(source.classes, label_names(model), classes)
+
+
+def _in_given_order(folder_names: Sequence[str], order: Sequence[str], num_classes: int) -> ClassMap:
+    """Maps folders by the order of classes that the user told."""
+    number = {name: index for index, name in enumerate(order)}
+    strangers = [name for name in folder_names if name not in number]
+    if strangers:
+        raise DataError(f"the class map lacks the class folders {quoted(strangers)}; it holds {quoted(order)}")
+    if len(order) > num_classes:
+        raise DataError(f"the class map has {len(order)} classes and the model's head {num_classes}; give the map that "
+                        "the model was trained with")  # fmt: skip
+    targets = tuple(number[name] for name in folder_names)
+    return ClassMap(targets, _class_names(dict(enumerate(order)), num_classes), _subset_note(targets, num_classes))
 
 
 def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_classes: int) -> ClassMap:
@@ -46,8 +62,8 @@ def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_clas
 
     All folders must match the model's label names, or the wnids of ImageNet where the head has its number of classes
     (or ImageNet's descriptions, where the model has no label names of its own); case and `_` for a space do not count,
-    and of a comma list of synonyms any one that no other class shares will do. Failing that, as many folders as classes
-    are taken in timm's natural order.
+    and of a comma list of synonyms any one that no other class shares will do. Failing that, fewer folders than classes
+    may be called by the numbers of their classes, and as many folders as classes are taken in timm's natural order.
 
     Args:
         folder_names: The class folders.
@@ -67,6 +83,9 @@ def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_clas
         if all(target is not None for target in targets):
             matched = tuple(target for target in targets if target is not None)
             return ClassMap(matched, _class_names(names, num_classes), _subset_note(matched, num_classes))
+    numbered = _numbered(folder_names, num_classes)
+    if numbered is not None:
+        return numbered
     unmatched = _closest_misses(folder_names, vocabularies)
     if len(folder_names) == num_classes:
         return _natural_order(folder_names, labels, unmatched)
@@ -122,19 +141,42 @@ def _subset_note(targets: Sequence[int], num_classes: int) -> tuple[str, ...]:
 
 def _closest_misses(folder_names: Sequence[str], vocabularies: Sequence[Mapping[int, str]]) -> list[str]:
     """The folders that fail to match, under the vocabulary that the fewest fail to match."""
-    misses = [[name for name in folder_names if _folded(name) not in _lookup(names)] for names in vocabularies]
+    lookups = [_lookup(names) for names in vocabularies]
+    misses = [[name for name in folder_names if _folded(name) not in lookup] for lookup in lookups]
     return min(misses, key=len, default=list(folder_names))
+
+
+def _numbered(folder_names: Sequence[str], num_classes: int) -> ClassMap | None:
+    """Maps some of the classes, in folders called by their numbers; None where the folders are no such."""
+    if len(folder_names) >= num_classes or not all(name.isascii() and name.isdecimal() for name in folder_names):
+        return None
+    targets = tuple(map(int, folder_names))
+    if max(targets) >= num_classes or len(set(targets)) < len(targets):
+        return None
+    names = dict(zip(targets, folder_names, strict=True))
+    note = (f"the folders' names are taken for the numbers of the model's classes, the first of which is 0: "
+            f"{quoted(folder_names)}")  # fmt: skip
+    return ClassMap(targets, _class_names(names, num_classes), (note, *_subset_note(targets, num_classes)))
 
 
 def _natural_order(folder_names: Sequence[str], labels: LabelNames | None, unmatched: Sequence[str]) -> ClassMap:
     """Maps the i-th folder in timm's natural order to class i, and says so."""
-    ordered = sorted(folder_names, key=lambda name: (natural_key(name), name))
+    ordered = sorted(folder_names, key=lambda name: (natural_order(name), name))
     rank = {name: index for index, name in enumerate(ordered)}
     why = f"folders {quoted(unmatched)} match no label name" if labels else "the model has no label names"
     notes = [f"{why}: the {len(ordered)} folders stand for the model's classes in natural order"]
+    by_string = sorted(folder_names)
+    if not labels and by_string != ordered:
+        other = next(name for name in by_string if by_string.index(name) != rank[name])
+        notes.append(
+            f"in the order of strings, by which torchvision, fastai and Keras train, they are {quoted(by_string)}: "
+            f"{other!r} would be class {by_string.index(other)}, not {rank[other]}; if the model was trained so, give "
+            "a class map, a text file with the folders' names in that order"
+        )
     if labels:
         own = dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels))
-        crossed = [name for name in ordered if _lookup(own).get(_folded(name), rank[name]) != rank[name]]
+        lookup = _lookup(own)
+        crossed = [name for name in ordered if lookup.get(_folded(name), rank[name]) != rank[name]]
         if crossed:
             label = own.get(rank[crossed[0]], str(rank[crossed[0]]))
             notes.append(
@@ -155,11 +197,11 @@ def _mismatch(
     )
     if not vocabularies:
         return (
-            f"{counts}, such as {quoted(sorted(unmatched, key=natural_key))}: the model has no label names to match, "
+            f"{counts}, such as {quoted(sorted(unmatched, key=natural_order))}: the model has no label names to match, "
             f"so exactly {num_classes} folders are expected, in the order of its classes"
         )
-    expected = quoted(list(vocabularies[0].values())[:QUOTED])
+    expected, strangers = quoted(list(vocabularies[0].values())[:QUOTED]), quoted(sorted(unmatched, key=natural_order))
     return (
-        f"{counts}, and {quoted(sorted(unmatched, key=natural_key))} match none of its label names: rename the folders "
+        f"{counts}, and {strangers} match none of its label names: rename the folders "
         f"to label names (such as {expected}), or give one folder for each of the {num_classes} classes"
     )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from timm.utils.misc import natural_key
-
 from tokencut.errors import DataError
 from tokencut.messages import quoted
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# Folders that operating systems and network storage make of themselves, some of them with thumbnails in them. Hidden
+# ones need not stand here.
+LEFTOVERS = frozenset((
+    "__macosx", "lost+found", "$recycle.bin", "recycler", "system volume information", "network trash folder",
+    "temporary items", "@eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "@tmp", "~snapshot",
+))  # fmt: skip
 
 
 @dataclass
@@ -36,9 +42,9 @@ class Layout:
     """What a source holds, in timm's natural order.
 
     Attributes:
-        classes: The class folders, empty ones too.
+        classes: The class folders, those with images in them.
         images: The path of each image, and the index of its class in `classes`.
-        notes: What was passed over, and why; which classes are empty.
+        notes: What was passed over, and why.
     """
 
     classes: tuple[str, ...]
@@ -50,7 +56,8 @@ def arrange(name: str, listing: Listing) -> Layout:
     """Finds classes and images in a listing.
 
     The classes are the top folders; a folder that merely wraps them (`val/` in a tar of `val`) is stepped into, and
-    images in folders below a class belong to it. Hidden files and folders (`.name`) are passed over.
+    images in folders below a class belong to it. Passed over are hidden files and folders (`.name`), what systems leave
+    behind, and folders without images: in a mapping by order they would put every class behind them on another.
 
     Args:
         name: The source as the user wrote it, for messages.
@@ -59,41 +66,57 @@ def arrange(name: str, listing: Listing) -> Layout:
     Raises:
         DataError: There are no images, or none inside class folders.
     """
-    visible = [path for path in listing.files if not _is_hidden(path.rpartition("/")[0])]
+    folders = listing.folders | {path.rpartition("/")[0] for path in listing.files}
+    leftovers = {part for folder in folders if (part := _leftover(folder))}
+    passed = {folder for folder in folders if _is_hidden(folder) or _leftover(folder)}
+    visible = [path for path in listing.files if path.rpartition("/")[0] not in passed]
     wanted = [path for path in visible if path.lower().endswith(EXTENSIONS)]
     hidden = [path for path in wanted if _is_hidden(path)]
     images = {path: tuple(path.split("/")) for path in wanted if not _is_hidden(path)}
-    folders = {tuple(path.split("/")) for path in listing.folders if not _is_hidden(path)}
-    folders |= {tuple(path.split("/")[:-1]) for path in visible}  # an archive need not list its folders
-    folders = {parts[:depth] for parts in folders for depth in range(1, len(parts) + 1)}
-    depth = _wrapper_depth(folders, images.values())
-    classes = sorted({parts[depth] for parts in folders if len(parts) > depth}, key=_order)
+    with_images = {parts[:depth] for parts in images.values() for depth in range(1, len(parts))}
+    depth = _wrapper_depth(with_images, images.values())
     outside = [path for path, parts in images.items() if len(parts) == depth + 1]
     inside = sorted((path for path, parts in images.items() if len(parts) > depth + 1), key=_order)
     if not inside:
         raise DataError(_nothing_found(name, outside, len(listing.files)))
+    classes = sorted({images[path][depth] for path in inside}, key=_order)
     number = {folder: index for index, folder in enumerate(classes)}
     placed = tuple((path, number[images[path][depth]]) for path in inside)
-    filled = {target for _, target in placed}
-    empty = [folder for folder, target in number.items() if target not in filled]
+    wrapper = images[inside[0]][:depth]
+    beside = {tuple(folder.split("/"))[: depth + 1] for folder in folders - passed if folder}
+    empty = ["/".join(parts) for parts in beside if parts not in with_images and parts != wrapper]
     extensions = set(visible) - set(wanted)
     notes = (
         _note(extensions, "files passed over for their extension"),
         _note(hidden, "hidden images passed over"),
+        _note(leftovers, "folders that systems leave behind passed over"),
         _note(listing.others, "links or special files passed over"),
         _note(outside, "images passed over outside the class folders"),
-        _note(empty, "class folders without images"),
+        _note(empty, "folders without images passed over"),
+        f"the class folders are those in {'/'.join(wrapper)!r}, the only folder with images" if wrapper else "",
     )
     return Layout(tuple(classes), placed, tuple(note for note in notes if note))
 
 
 def _order(path: str) -> tuple[list[int | str], str]:
     """timm's natural order; names that differ only in case, which it leaves to chance, by their letters."""
-    return natural_key(path), path
+    return natural_order(path), path
+
+
+def natural_order(path: str) -> list[int | str]:
+    """What timm sorts names by, `9` before `10`; of a digit that is no decimal, such as `²`, timm's own would raise."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.lower())]
 
 
 def _is_hidden(path: str) -> bool:
     return path.startswith(".") or "/." in path
+
+
+def _leftover(folder: str) -> str:
+    """The part of a path that some system left behind; empty where none did."""
+    parts = folder.split("/")
+    first = next((place for place, part in enumerate(parts) if part.casefold() in LEFTOVERS), len(parts))
+    return "/".join(parts[: first + 1]) if first < len(parts) and not _is_hidden(folder) else ""
 
 
 def _wrapper_depth(folders: Iterable[tuple[str, ...]], images: Iterable[tuple[str, ...]]) -> int:
@@ -122,8 +145,19 @@ def _note(paths: Iterable[str], what: str) -> str:
     return f"{what}: {len(names)} ({quoted(names)})" if names else ""
 
 
+def images_in(folder: Path) -> list[str]:
+    """The names of the images directly in a folder; none of one that may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()]
+    except OSError:
+        return []
+
+
 def scan_folder(root: Path) -> Listing:
-    """Lists a folder. Links are followed, save those that lead back up; hidden folders are not entered."""
+    """Lists a folder. Links are followed, save those that lead back up; hidden folders and what systems leave behind,
+    which often may not be read, are not entered.
+    """
     listing = Listing()
     try:
         _scan_into(listing, root, "", frozenset())
@@ -144,6 +178,7 @@ def _scan_into(listing: Listing, folder: str | os.PathLike[str], prefix: str, ab
             if entry.is_dir():
                 if not entry.name.startswith("."):
                     listing.folders.add(path)
+                if not (entry.name.startswith(".") or _leftover(entry.name)):
                     _scan_into(listing, entry.path, f"{path}/", above | {here})
             elif entry.is_file() or entry.is_symlink():  # a link to nowhere counts as a file that cannot be read
                 listing.files[path] = (0, 0)

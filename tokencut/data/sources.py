@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -12,11 +13,13 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
-from tokencut.data.listing import Layout, arrange, scan_folder
+from tokencut.data.listing import Layout, arrange, images_in, scan_folder
 from tokencut.data.sampling import stratified
 from tokencut.errors import DataError
+from tokencut.messages import quoted
 
 DIGITS = "digits"
+CLASS_MAP = "give a text file with the name of a class folder in each line, in the order of the model's classes"
 EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
 
 
@@ -30,6 +33,7 @@ class Source(Reader):
         name: The source as the user wrote it.
         classes: The class folders.
         notes: What a user should know: files passed over, classes without images.
+        class_order: The folders' names in the order of a model's classes, where the user told it.
     """
 
     def __init__(self, name: str, layout: Layout) -> None:
@@ -37,6 +41,7 @@ class Source(Reader):
         self.name = name
         self.classes = layout.classes
         self.notes = layout.notes
+        self.class_order: tuple[str, ...] = ()
         self._images = layout.images
 
     def __len__(self) -> int:
@@ -106,8 +111,33 @@ class DigitsSource(Source):
         return io.BytesIO(self._encoded[index])
 
 
+def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Reads the order of classes from a text file, as timm's class maps are: a folder's name a line, class 0 first.
+
+    Raises:
+        DataError: It cannot be read, is no text, or names a class twice or none.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise DataError(f"cannot read the class map {path}: {reason}; {CLASS_MAP}") from error
+    names = [line.strip() for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        what = f"has {quoted(twice)} twice" if twice else "is empty"
+        raise DataError(f"the class map {path} {what}; {CLASS_MAP}")
+    return tuple(names)
+
+
 def open_source(
-    data: str | os.PathLike[str] | Source, *, split: str = "test", on_note: Callable[[str], None] | None = None
+    data: str | os.PathLike[str] | Source,
+    *,
+    split: str = "test",
+    on_note: Callable[[str], None] | None = None,
+    class_map: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Finds the images that a `--data`, `--train-data` or `--calibration` names.
 
@@ -116,6 +146,7 @@ def open_source(
             `digits` (`./digits` is a folder of that name), or a source, which is returned as it is.
         split: The part of `digits`: `"test"`, or `"train"` for training and calibration.
         on_note: Told what takes long: the unpacking of an archive.
+        class_map: A text file with the folders' names in the order of the model's classes, see `read_class_map`.
 
     Returns:
         The images, with at least one among them.
@@ -125,6 +156,11 @@ def open_source(
     """
     if isinstance(data, Source):
         return data
+    if class_map is not None:
+        order = read_class_map(class_map)
+        source = open_source(data, split=split, on_note=on_note)
+        source.class_order = order
+        return source
     if data == DIGITS:
         return DigitsSource(split)
     name, path = os.fspath(data), Path(data).expanduser()
@@ -142,12 +178,46 @@ def open_source(
     raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}")
 
 
+def check_apart(output: Path, *sources: Source | None) -> None:
+    """Refuses an output among images, where the next run would take it for a class or an image.
+
+    Args:
+        output: A file or folder to be written.
+        sources: Where the images of this run come from.
+
+    Raises:
+        DataError: It lies in the folder of one of them.
+    """
+    place = output.resolve()
+    for source in sources:
+        if isinstance(source, FolderSource) and place.is_relative_to(root := source.root.resolve()):
+            raise DataError(f"{output} would lie among the images of {source.name!r}, where the next run would take it "
+                            f"for one of them; give a place outside, such as {root.parent / output.name}")  # fmt: skip
+
+
+def class_folder_note(output: Path) -> str:
+    """What has to be said of a picture in a folder of images that stands beside others, as class folders do.
+
+    Only said: folders of photos stand beside each other as well, and a picture beside its photo is what most want.
+    """
+    folder = output.resolve().parent
+    if len({*images_in(folder)} - {output.name}) < 2:
+        return ""
+    others = (other for other in sorted(folder.parent.iterdir()) if other != folder)
+    beside = next((other for other in others if len(images_in(other)) > 1), None)
+    if beside is None:
+        return ""
+    return (f"{output} lies among the images in {folder.name!r}; where that is a class folder, as {beside.name!r} "
+            "beside it may be, the picture will be taken for one of them: keep it elsewhere then")  # fmt: skip
+
+
 class Part(Source):
     """Some images of a source, renumbered."""
 
     def __init__(self, whole: Source, indices: Sequence[int]) -> None:
         chosen = tuple(whole._images[index] for index in indices)
         super().__init__(whole.name, Layout(whole.classes, chosen, whole.notes))
+        self.class_order = whole.class_order
         self.whole = whole
         self.indices = tuple(indices)
 

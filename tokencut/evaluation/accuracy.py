@@ -100,6 +100,7 @@ def evaluate(
     limit: int | None = None,
     of: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
+    force: bool = False,
     gmacs: float | None = None,
     name: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -118,6 +119,7 @@ def evaluate(
         limit: Judge an evenly spread sample of so many images.
         of: How many images there are in all, where these are a part: 1 % of them may be unreadable.
         predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
+        force: Whether a file of that name may be replaced.
         gmacs: Multiply-adds per image to put into the report, in units of 1e9.
         name: What the report calls the model; by default its architecture and tag.
         on_progress: Told after each batch how far it is.
@@ -129,13 +131,13 @@ def evaluate(
     Raises:
         ModelError: The model has no classification head, cannot be compiled, or gives logits that are not finite.
         DataError: The images cannot be found, do not fit the model's classes, or more than 1 % are unreadable.
-        ArtifactError: The predictions could not be written.
+        ArtifactError: The predictions could not be written, or there are some and `force` is off.
         UsageError: Another argument is out of range.
     """
     target_device = resolve_device(device)
     wanted = precision_dtype(precision)
     if predictions is not None:
-        check_predictions(predictions)
+        check_predictions(predictions, force=force)
     images = open_images(model, data, limit=limit, on_note=on_note)
     loaded = images.batches(batch_size, workers=workers, device=target_device)
     tally = Tally(images, precision, of)
@@ -147,19 +149,20 @@ def evaluate(
             if on_progress:
                 on_progress(tally.progress())
     if predictions is not None:
-        _write_predictions(predictions, tally)
+        _write_predictions(predictions, tally, force=force)
     return tally.report(name or name_of(model), gmacs)
 
 
-def check_predictions(path: str | os.PathLike[str]) -> None:
-    """Refuses a place for predictions, before any work is done. What is there is replaced, so only a CSV file may be.
+def check_predictions(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Refuses a place for predictions, before any work is done.
 
     Args:
         path: The file to be written.
+        force: Whether a file of that name may be replaced.
 
     Raises:
         UsageError: Its name does not end in .csv.
-        ArtifactError: It could not be written.
+        ArtifactError: It could not be written, or exists and `force` is off.
     """
     target = Path(path)
     if target.suffix.lower() != ".csv":
@@ -168,7 +171,7 @@ def check_predictions(path: str | os.PathLike[str]) -> None:
             f"--predictions {target} does not end in .csv, and predictions are written as CSV; type --predictions "
             f"{example}"
         )
-    check_writable(target, force=True)
+    check_writable(target, force=force)
 
 
 class Tally:
@@ -248,14 +251,14 @@ def _logits(
     return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
-def _write_predictions(path: str | os.PathLike[str], tally: Tally) -> None:
+def _write_predictions(path: str | os.PathLike[str], tally: Tally, *, force: bool) -> None:
     """Writes a row for each judged image, classes by name, the most likely first."""
     source, class_map = tally.images.source, tally.images.class_map
     assert class_map is not None
     width = min(TOP, len(class_map.class_names))
     # surrogateescape: file names that are not UTF-8 come out as the bytes they are.
     with (
-        atomic_write(path) as temporary,
+        atomic_write(path, force=force) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         rows = csv.writer(file)

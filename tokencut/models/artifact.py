@@ -25,7 +25,7 @@ from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
-from tokencut.models.checkpoints import differences, open_safetensors
+from tokencut.models.checkpoints import differences, not_finite, open_safetensors, wrong_types
 from tokencut.models.fields import PRETRAINED_CFG
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
@@ -126,6 +126,15 @@ def save(
     return dataclasses.replace(info, parameters=sum(tensor.numel() for tensor in ready.values()))
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether a file of weights is one that `save` wrote, damaged or not."""
+    try:
+        with open_safetensors(path) as file:
+            return KEY in (file.metadata() or {})
+    except ArtifactError:
+        return False
+
+
 def read_info(path: str | os.PathLike[str]) -> ArtifactInfo:
     """Reads what a file says about its model, without building the model.
 
@@ -144,7 +153,7 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
 
     Raises:
         ArtifactError: Not a tokencut file, damaged, of a newer format, or its tensors are not its model's: then all
-            that are missing, unexpected or of another shape are named.
+            that are missing, unexpected, of another shape or type, or not finite are named.
     """
     source = Path(path)
     with _open(source) as file:
@@ -156,6 +165,10 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
             problem = differences(_shapes(expected), stored, named=None)
             if problem:
                 raise ArtifactError(f"its tensors are not those of its model: {problem}; compress the model again")
+            kinds = {name: file.get_slice(name).get_dtype() for name in stored}
+            problem = wrong_types(expected, kinds)
+            if problem:
+                raise ArtifactError(f"its tensors are not as they were written: {problem}; compress the model again")
             # Buffers that no file holds are lost without storage: a model with such is built again, with memory.
             if set(dict(model.named_buffers())) - set(model.state_dict()):
                 model = _skeleton(info, device="cpu")
@@ -163,6 +176,9 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
                 name: file.get_tensor(_stored_name(name)).to(tensor.dtype, copy=True)
                 for name, tensor in model.state_dict().items()
             }
+            problem = not_finite({_stored_name(name): tensor for name, tensor in tensors.items()})
+            if problem:
+                raise ArtifactError(f"its weights cannot be used: {problem}; compress a model with other weights")
         except TokencutError as error:
             raise ArtifactError(f"cannot load {source}: {error}") from error
     model.load_state_dict(tensors, strict=True, assign=True)

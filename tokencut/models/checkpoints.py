@@ -106,13 +106,18 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
         path: Where it was read from, for the message.
 
     Raises:
-        ModelError: Tensors are missing, unexpected or of another shape: all are counted and the first few named.
+        ModelError: Tensors are missing, unexpected, of another shape, of a type for no weights, or not finite: all
+            are counted and the first few named.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problem = differences(wanted, found)
     if problem:
         raise ModelError(f"{path} does not fit this model: {problem}; {_advice(wanted, found)}")
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    problem = wrong_types(model.state_dict(), kinds) or not_finite(tensors)
+    if problem:
+        raise ModelError(f"the weights in {path} cannot be used: {problem}; give another file")
     model.load_state_dict(dict(tensors))
 
 
@@ -136,6 +141,38 @@ def differences(wanted: Shapes, found: Shapes, named: int | None = NAMED) -> str
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
     return "; ".join(f"{len(names)} {kind}: {listed(names, named)}" for kind, names in kinds if names) or None
+
+
+# The types that weights are stored in, as safetensors and as torch call them.
+WEIGHT_TYPES = frozenset(("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"))
+
+
+def wrong_types(wanted: Mapping[str, Tensor], found: Mapping[str, str]) -> str | None:
+    """What a file holds in a type in which no weights are: torch would cast it without a word, to other numbers.
+
+    Args:
+        wanted: The model's tensors by name.
+        found: The type of each of the file's.
+
+    Returns:
+        One line, or None where nothing is wrong.
+    """
+    wrong = [f"{name} ({found[name]})" for name, tensor in wanted.items()
+             if name in found and tensor.is_floating_point() and found[name] not in WEIGHT_TYPES]  # fmt: skip
+    return f"{len(wrong)} in a type for no weights: {listed(wrong, NAMED)}" if wrong else None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The tensors in which not all numbers are finite: with them, nothing that a model gives is.
+
+    Args:
+        tensors: A model's, by name.
+
+    Returns:
+        One line, or None where all are finite.
+    """
+    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    return f"{len(wrong)} with numbers that are not finite: {listed(wrong, NAMED)}" if wrong else None
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
 from tokencut.models import artifact, building, digits, hub
-from tokencut.models.checkpoints import load_strictly, random_state, read_checkpoint, sha256
+from tokencut.models.checkpoints import load_strictly, not_finite, random_state, read_checkpoint, sha256
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
@@ -36,7 +36,7 @@ class Loaded:
         model: In eval mode, on the CPU: timm's own, or a `CompressedModel` where MODEL is a tokencut file.
         name: timm's name with the tag of the weights it got; MODEL itself where it is a file, `digits` or has a scheme.
         origin: Where the weights came from.
-        info: What the file says, where MODEL is a tokencut file.
+        info: What the file says, where MODEL is a tokencut file or a folder with one.
         notes: What a user should be told, one line each.
         new_head: Whether the classifier has random weights.
     """
@@ -119,6 +119,24 @@ def load_model(
         return _from_hub(rest, request)
     _refuse_path(spec)
     return _from_name(resolve_name(spec), request)
+
+
+def artifact_of(spec: str) -> Path | None:
+    """The tokencut file that a MODEL names: itself, or the weights in its `local-dir:`; None where it names none."""
+    if Path(spec).is_file():
+        return Path(spec)
+    scheme, colon, rest = spec.partition(":")
+    return _artifact_in(Path(rest)) if colon and scheme.lower().replace("_", "-") == "local-dir" else None
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The file of weights that timm would take."""
+    return next((folder / name for name in hub.WEIGHTS if (folder / name).is_file()), None)
+
+
+def _artifact_in(folder: Path) -> Path | None:
+    weights = _weights_in(folder)
+    return weights if weights is not None and artifact.is_artifact(weights) else None
 
 
 def _timm_args(model_kwargs: Mapping[str, Any] | None, num_classes: int | None, img_size: int | None) -> dict[str, Any]:
@@ -228,10 +246,15 @@ def _from_hub(repository: str, request: Request) -> Loaded:
 
 
 def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | None = None) -> Loaded:
-    """A folder with timm's `config.json` and weights; `origin` where it is not the user's own folder."""
+    """A folder with timm's `config.json` and weights; `origin` where it is not the user's own folder.
+
+    Where the weights are a tokencut file, it is that file, with its recipe.
+    """
     if not (folder / hub.CONFIG).is_file():
         raise UsageError(f"{folder} has no {hub.CONFIG}; give a folder as timm saves it, with {hub.CONFIG} and "
                          "model.safetensors, such as local-dir:FOLDER")  # fmt: skip
+    if request.pretrained and request.checkpoint is None and (file := _artifact_in(folder)) is not None:
+        return replace(_from_artifact(str(file), request), name=spec)
     architecture = _architecture_of(folder / hub.CONFIG)
     resolve_name(architecture)
     source = f"local-dir:{folder}"
@@ -243,7 +266,7 @@ def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | Non
     if not request.fetches:
         return _finish(model, spec, None, request, notes)
     if origin is None:
-        weights = next((folder / name for name in hub.WEIGHTS if (folder / name).is_file()), None)
+        weights = _weights_in(folder)
         origin = Origin("local-dir", sha256=sha256(weights) if weights else None)
     return _finish(model, spec, replace(origin, licence=description_of(model).get("license")), request, notes)
 
@@ -274,6 +297,8 @@ def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request
         new_head = True
         told.append(f"the head of {model.num_classes} classes is new: its weights are random (seed {request.seed}) "
                     "until it is trained")  # fmt: skip
+    if origin is not None and (problem := not_finite(model.state_dict())):
+        raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by --checkpoint FILE")
     make_true(model, own_weights=origin is not None and origin.kind != "checkpoint")
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)

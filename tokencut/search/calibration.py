@@ -79,6 +79,6 @@ def _classes(model: nn.Module, source: Source) -> tuple[ClassMap | None, list[st
     if not class_count(model):
         return None, []
     try:
-        return classes_for(model, source.classes), []
+        return classes_for(model, source), []
     except DataError as error:
         return None, [f"calibration labels are not used: {error}"]

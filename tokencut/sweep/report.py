@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencut.errors import ArtifactError
-from tokencut.files import atomic_write
+from tokencut.files import atomic_write, check_writable_folder
 from tokencut.sweep.picture import SweepPicture
 from tokencut.sweep.rows import DENSE, Comparison, Row, keep_text
 from tokencut.sweep.state import FILE as STATE
@@ -96,13 +96,7 @@ def check_folder(folder: str | os.PathLike[str], *, force: bool) -> Path:
         ArtifactError: It is a file, its parent does not exist, it may not be written to, or it holds results of unknown
             origin.
     """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ArtifactError(f"{target} is a file, and a report is a folder; give another, such as -o {target}-report")
-    if not target.parent.is_dir():
-        raise ArtifactError(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
-    if not os.access(target if target.is_dir() else target.parent, os.W_OK):
-        raise ArtifactError(f"cannot write {target}: no permission; give another folder, such as -o ~/report")
+    target = check_writable_folder(folder)
     found = [name for name in FILES if (target / name).exists()]
     if found and not force and not (target / STATE).exists():
         raise ArtifactError(f"{target / found[0]} exists, but not the {STATE} from which a sweep could go on; add "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokencut import cost
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
-from tokencut.data.sources import Source
+from tokencut.data.sources import Source, check_apart
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, Tally
 from tokencut.evaluation.statistics import paired_difference
@@ -34,6 +34,7 @@ from tokencut.runtime.devices import (
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
 from tokencut.sweep.picture import picture_of
+from tokencut.sweep.report import JSON as RESULTS
 from tokencut.sweep.report import SweepReport, check_folder, write_report
 from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
 from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, with_speed
@@ -124,8 +125,9 @@ def sweep(
     """Judges a model under several methods and budgets on the same images, and writes a report; the model stays as is.
 
     Finished rows are kept in the folder: called again with the same model, images and options, a sweep goes on where it
-    was interrupted, and one with more methods or budgets adds theirs. Speeds are measured last, with all models taking
-    turns, and again whenever models were added.
+    was interrupted, and one with more methods or budgets adds theirs; one whose report would lack rows of the report
+    that is there is refused. Speeds are measured last, with all models taking turns, and again whenever models were
+    added.
 
     Args:
         model: A timm model with a classification head, of a supported family.
@@ -150,6 +152,7 @@ def sweep(
     dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)
     images = open_images(model, data, limit=plan.limit, on_note=on_note)
+    check_apart(into, images.source)
     batches = images.batches(plan.batch_size, workers=plan.workers, device=device, held_bytes=plan.held_bytes)
     tell = on_progress or (lambda progress: None)
     state = None if force else load_state(into)
@@ -162,6 +165,8 @@ def sweep(
     }
     if state is not None:
         state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)
+        if (into / RESULTS).exists():
+            state.require_named((DENSE_KEY, *recipes), into)
     run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, tell)
     finished = len(recipes) + 1 - len(run.left())
     if finished and on_note:

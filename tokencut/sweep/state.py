@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,27 @@ class State:
         Raises:
             ArtifactError: Naming what differs.
         """
-        what = f"{folder} holds rows"
-        otherwise = f"add --force to drop them and start again, or give another folder, such as -o {folder}-2"
+        what, otherwise = f"{folder} holds rows", _otherwise(folder)
         require_same(what, self.conditions, conditions, otherwise)
         for key, recipe in recipes.items():
             before, now = (json.dumps(made, sort_keys=True) for made in (self.recipes.get(key, recipe), recipe))
             name = f"reduction options ({pair_name(*key)})"
             require_same(what, {name: before}, {name: now}, otherwise)
+
+    def require_named(self, rows: Collection[Key], folder: Path) -> None:
+        """Refuses a sweep whose report would have fewer rows than the one that is there.
+
+        Args:
+            rows: The rows that it names.
+            folder: Where the state was found.
+
+        Raises:
+            ArtifactError: Naming those that would be missing.
+        """
+        missing = [pair_name(*key) for key in self.rows if key not in rows]
+        if missing:
+            raise ArtifactError(f"{folder} holds rows that a report of this sweep would lack ({'; '.join(missing)}): "
+                                f"name those methods and keep rates too, {_otherwise(folder)}")  # fmt: skip
 
     def save(self, folder: Path) -> None:
         """Writes the state into a folder, which is made if need be.
@@ -123,6 +137,10 @@ class State:
                 for (method, keep), speed in self.speeds.items()
             ],
         }
+
+
+def _otherwise(folder: Path) -> str:
+    return f"add --force to drop them and start again, or give another folder, such as -o {folder}-2"
 
 
 def load_state(folder: Path) -> State | None:

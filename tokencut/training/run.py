@@ -96,7 +96,7 @@ def training_classes(source: Source, model: CompressedModel) -> ClassMap:
         DataError: They do not fit, with the new head that would.
     """
     try:
-        return classes_for(model, source.classes)
+        return classes_for(model, source)
     except DataError as error:
         count, classes = len(source.classes), model.num_classes
         if count == classes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tokencut.errors import ArtifactError
-from tokencut.files import atomic_write
-from tokencut.messages import one_line
+from tokencut.files import PART, atomic_write, check_writable_folder, part_prefix
+from tokencut.messages import one_line, quoted
 from tokencut.runtime.resume import require_same
 from tokencut.schema import require_format
 from tokencut.training.held_out import Right
@@ -75,6 +75,25 @@ def has_state(folder: Path) -> bool:
     return (folder / FILE).exists()
 
 
+def check_state_folder(folder: Path) -> None:
+    """Refuses a folder in which no state could be kept, or that holds what no fine-tune wrote.
+
+    Raises:
+        ArtifactError: With what is in the way.
+    """
+    check_writable_folder(folder)
+    strangers = sorted(path.name for path in folder.iterdir() if not _is_ours(path)) if folder.is_dir() else []
+    if strangers:
+        raise ArtifactError(f"{folder}, where the state of the run is to be kept, holds what tokencut did not write: "
+                            f"{quoted(strangers)}; move that, or give the output another name")  # fmt: skip
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a state, or what a killed process left of one."""
+    part = path.name.startswith(f"{part_prefix(Path(FILE))}.") and path.name.endswith(PART)
+    return (path.name == FILE or part) and path.is_file()
+
+
 def save_state(folder: Path, state: TrainingState) -> None:
     """Writes a state in the place of the one before it: all of it, or nothing.
 
@@ -88,11 +107,19 @@ def save_state(folder: Path, state: TrainingState) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"cannot make the folder {folder}: {error.strerror or error}; free its name") from error
-    with atomic_write(folder / FILE) as temporary:
-        try:
-            torch.save({"format": FORMAT, **values}, temporary)
-        except RuntimeError as error:  # torch's writer hides the system's error
-            raise ArtifactError(f"cannot write {folder / FILE}: {one_line(error)}; free space on its disk") from error
+    try:
+        with atomic_write(folder / FILE) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save({"format": FORMAT, **values}, file)
+            except RuntimeError as error:  # torch's writer closes its archive and fails again, of which it tells
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+    except RuntimeError as error:
+        raise ArtifactError(f"cannot write {folder / FILE}: {one_line(error)}; free space on its disk") from error
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which does nothing where it holds a state
 
 
 def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
@@ -121,8 +148,11 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
 
 
 def remove_state(folder: Path) -> None:
-    """Removes the state of a run that is done."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes the state of a run that is done, and its folder where nothing else is in it."""
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.iterdir() if _is_ours(path)]:
+            path.unlink()
+        folder.rmdir()
 
 
 def copy_of(weights: Weights) -> Weights:
