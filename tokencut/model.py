@@ -209,7 +209,7 @@ def compress(
             `reduce_by` takes its place where given.
         layers: 1-based numbers of the blocks that reduce, or `"all"`, `"late"` (6, 8, 10 of 12) or `"gradual"` (each
             from 4 to 10 of 12); blocks 4, 7, 10 of 12 where None.
-        method: A method's name, see `tokencut models --methods`.
+        method: A method's name, such as `bat`, `evit` or `tome`.
         reduce_by: Instead of `keep`: so many tokens fewer in each layer.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.

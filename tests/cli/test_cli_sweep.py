@@ -163,7 +163,7 @@ WRONG = [
      "keep 1.5 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
     ((*SWEEP, "--keep", "0.7,0.70"), 2, "keep 0.7 is given twice; type --keep 0.7"),
     ((*SWEEP, "--keep", "0.7/0.5"), 2,
-     "2 keep rates for 3 layers; give one number for all, or one per layer joined by /, such as --keep 0.7/0.7/0.7"),
+     "2 keep rates for 3 layers; give one number for all, or one per layer, such as --keep 0.7/0.7/0.7"),
     ((*SWEEP, "--layers", "all"), 2,
      "--layers all needs explicit rates, since 0.5 in so many blocks leaves next to nothing; add --keep 0.97,0.95"),
     ((*SWEEP, "--methods", "bat,bat"), 2, "method bat is given twice; type --methods bat"),

@@ -47,8 +47,8 @@ def test_a_model_without_a_head_has_no_accuracy() -> None:
         require_head(Head(0, architecture="vit_tiny"))
     assert str(caught.value) == (
         "vit_tiny has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
-        "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE that "
-        "has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+        "`tokencut.profile` tells. For a head name its architecture, with `num_classes=N` and a `checkpoint='FILE'` "
+        "that has one, or fine-tune a new one (`num_classes=N, epochs=5, train_data='DIR'`)"
     )
 
 

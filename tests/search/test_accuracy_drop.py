@@ -1,4 +1,4 @@
-"""The rule behind --max-drop, on outcomes whose answer can be worked out by hand."""
+"""The rule behind `max_drop`, on outcomes whose answer can be worked out by hand."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_a_model_without_a_head_is_compared_by_features(calibration: Path) -> No
 
 def test_an_impossible_drop_says_what_can_be_had(calibration: Path) -> None:
     with pytest.raises(
-        TokencutError, match=r"^--max-drop 1e-09 cannot be met: \S+ is the least .* type --max-drop \S+, "
+        TokencutError, match=r"^`max_drop=1e-09` cannot be met: \S+ is the least .* type `max_drop=\S+`, "
     ):
         find(calibration, Target(max_drop=1e-9))
 
@@ -135,7 +135,7 @@ def test_an_impossible_drop_says_what_can_be_had(calibration: Path) -> None:
 def test_stages_that_save_nothing_are_told_of(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.Costs, "gmacs", lambda self, counts: 2 - sum(counts) / 1000)
     with pytest.raises(
-        TokencutError, match=r"^--max-drop 5 cannot be met cheaper than by the dense model, .*--layers all"
+        TokencutError, match=r"^`max_drop=5` cannot be met cheaper than by the dense model, .*`layers='all'`"
     ):
         find(calibration, Target(max_drop=5))
 
@@ -153,7 +153,7 @@ def test_labels_that_tell_of_more_are_told_of() -> None:
 
 def test_one_image_tells_no_drop_but_finds_a_budget(calibration: Path) -> None:
     one = replace(SETTINGS, images=1)
-    with pytest.raises(TokencutError, match=r"^--max-drop 5 cannot be told from a single image"):
+    with pytest.raises(TokencutError, match=r"^`max_drop=5` cannot be told from a single image"):
         find(calibration, Target(max_drop=5), settings=one)
     report = find(calibration, Target(gmacs=0.7 * dense_gmacs()), settings=one)
     assert (report.images, report.drop_error) == (1, math.inf)
@@ -168,16 +168,14 @@ def test_a_drop_is_sought_among_late_blocks_too(calibration: Path) -> None:
 
 
 def test_too_few_multiply_adds_say_what_can_be_had(calibration: Path) -> None:
-    with pytest.raises(
-        TokencutError, match=r"cannot be met: (\S+) GMACs is the least .* type --target-gmacs (\S+)$"
-    ) as told:
+    with pytest.raises(TokencutError, match=r"cannot be met: (\S+) GMACs is the least .* type `gmacs=(\S+)`$") as told:
         find(calibration, Target(gmacs=1e-6))
-    offered = float(str(told.value).rpartition(" ")[2])
+    offered = float(str(told.value).rpartition("=")[2].rstrip("`"))
     assert find(calibration, Target(gmacs=offered)).found.gmacs <= offered
 
 
 def test_what_the_dense_model_meets_is_said(calibration: Path) -> None:
-    with pytest.raises(TokencutError, match=r"^--target-gmacs 9 is met by the dense model, which has .* type less"):
+    with pytest.raises(TokencutError, match=r"^`gmacs=9` is met by the dense model, which has .* type less"):
         find(calibration, Target(gmacs=9))
 
 
@@ -217,14 +215,16 @@ def test_a_machine_that_misses_it_is_told_of(calibration: Path, monkeypatch: pyt
 def test_an_impossible_speedup_says_what_can_be_had(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by_table(monkeypatch, 1.0)
     # One token from the first stage on: 8 + 0.5 ms, then 5 blocks of 1 ms; 96 / 13.5 is 7.11.
-    with pytest.raises(TokencutError, match=r"cannot be met: 7\.11 times as fast .* type --target-speedup 6\.76$"):
+    with pytest.raises(TokencutError, match=r"cannot be met: 7\.11 times as fast .* type `speedup=6\.76`$"):
         find(calibration, Target(speedup=20))
 
 
 def test_a_machine_on_which_nothing_is_faster(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replace(TABLE, stage=(1.0, 1.0))
     monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: slow)
-    with pytest.raises(TokencutError, match=r"cannot be met: 0\.09 times as fast .* type a larger --batch-size$"):
+    with pytest.raises(
+        TokencutError, match=r"cannot be met: 0\.09 times as fast .* type a larger `timing_batch_size`$"
+    ):
         find(calibration, Target(speedup=1.2))
 
 
@@ -279,14 +279,14 @@ def test_progress_shows_the_best(calibration: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "told"),
     [
-        (Target(), "no target is given; type one of --target-gmacs 2.6, --target-speedup 1.6, --max-drop 0.5"),
+        (Target(), "no target is given; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`"),
         (
             Target(gmacs=1, max_drop=1),
-            "--target-gmacs and --max-drop exclude each other; type one of --target-gmacs 2.6",
+            "`gmacs` and `max_drop` exclude each other; type one of `gmacs=2.6`",
         ),
-        (Target(max_drop=101), "--max-drop 101 is not a number above 0 and up to 100, such as --max-drop 0.5"),
-        (Target(speedup=1), "--target-speedup 1 is not a number above 1, such as --target-speedup 1.6"),
-        (Target(gmacs=float("nan")), "--target-gmacs nan is not a number above 0, such as --target-gmacs 2.6"),
+        (Target(max_drop=101), "`max_drop=101` is not a number above 0 and up to 100, such as `max_drop=0.5`"),
+        (Target(speedup=1), "`speedup=1` is not a number above 1, such as `speedup=1.6`"),
+        (Target(gmacs=float("nan")), "`gmacs=nan` is not a number above 0, such as `gmacs=2.6`"),
     ],
 )
 def test_targets_that_mean_nothing(calibration: Path, target: Target, told: str) -> None:
@@ -296,12 +296,12 @@ def test_targets_that_mean_nothing(calibration: Path, target: Target, told: str)
 
 
 def test_untrained_stages_cannot_be_searched(calibration: Path) -> None:
-    with pytest.raises(UsageError, match=r"^the stages of method dyvit mean nothing .* type --keep 0\.7 instead"):
+    with pytest.raises(UsageError, match=r"^the stages of method dyvit mean nothing .* type `keep=0\.7` instead"):
         find(calibration, Target(gmacs=0.1), method="dyvit")
 
 
 def test_no_effort_finds_nothing(calibration: Path) -> None:
-    with pytest.raises(UsageError, match="an effort of 0 leaves nothing to search with; type --search-effort 40"):
+    with pytest.raises(UsageError, match="an effort of 0 leaves nothing to search with; type `effort=40`"):
         find(calibration, Target(gmacs=0.1), settings=replace(SETTINGS, effort=0))
 
 
@@ -309,7 +309,5 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     for name in ("ant", "bee", "cow"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(
-        TokencutError, match=r"^none of 3 images in .* can be decoded, such as .*give another --calibra"
-    ):
+    with pytest.raises(TokencutError, match=r"^none of 3 images in .* can be decoded, such as .*give another `calibra"):
         find(tmp_path, Target(gmacs=0.1))

@@ -149,7 +149,7 @@ def test_without_a_head_features_are_compared() -> None:
 
 def test_a_model_without_pooling_is_refused() -> None:
     model = small_model(num_classes=0, global_pool="")
-    with pytest.raises(ModelError, match=r"outputs of shape \(4, 17, 64\).*--model-kwargs global_pool=avg"):
+    with pytest.raises(ModelError, match=r"outputs of shape \(4, 17, 64\).*`global_pool='avg'`"):
         Probe(reduced(model), images(), None)
 
 

@@ -125,7 +125,7 @@ def test_a_head_of_another_size_is_offered(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(model(), folder)
     assert str(caught.value) == (
-        f"{str(folder)!r} has 3 class folders ('a', 'b', 'c'), the model's head has 10 classes; type --num-classes 3 "
+        f"{str(folder)!r} has 3 class folders ('a', 'b', 'c'), the model's head has 10 classes; type `num_classes=3` "
         "beside an architecture's name to train a new head"
     )
 

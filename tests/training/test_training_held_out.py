@@ -81,7 +81,7 @@ def test_a_fine_tune_that_harms_leaves_the_model_as_it_was(some: Source, changes
     assert (found.images, found.kept) == (images, "before")
     assert report.notes == (
         f"the fine-tune did harm: top-1 on {images} training images held out went from {found.before:.2f} to "
-        f"{found.after:.2f} % ({found.difference}), so the weights from before are kept; type --lr 0.03",
+        f"{found.after:.2f} % ({found.difference}), so the weights from before are kept; type `lr=0.03`",
     )
     # The seeded part, judged as users judge.
     part = hold_out(some, images / 200, 3)[1]
@@ -137,7 +137,7 @@ def test_a_new_head_and_too_few_images_are_not_guarded(some: Source, few: Source
     told.clear()
     assert run(model(), few, HARMLESS, callbacks=callbacks).held_out is None
     assert told[0] == ("40 training images are too few to hold some out, so it will not be known whether the fine-tune "
-                       "does harm; --data DIR tells")  # fmt: skip
+                       "does harm; `data` DIR tells")  # fmt: skip
     told.clear()
     run(model(), few, HARMLESS, callbacks=callbacks, judge=lambda judged: 42.0)  # who judges will see it
     assert not any("hold" in note for note in told)

@@ -100,5 +100,5 @@ def test_a_state_is_written_while_a_long_epoch_lasts(
 
 def test_a_resume_with_other_images_is_refused(few: Source, tmp_path: Path) -> None:
     run(model(), few, state=tmp_path, callbacks=stop_after(1))
-    with pytest.raises(ArtifactError, match="holds a run made with other --train-data .40 images"):
+    with pytest.raises(ArtifactError, match="holds a run made with other training images .40 images"):
         run(model(), Part(few, range(39)), state=tmp_path, resume=True)

@@ -159,7 +159,7 @@ def test_a_file_is_replaced_only_when_told_to(photos: list[Path], tmp_path: Path
     path.write_text("before")
     with pytest.raises(ArtifactError) as caught:
         found.save(path)
-    assert str(caught.value) == f"{path} exists; add --force to replace it, or give another -o"
+    assert str(caught.value) == f"{path} exists; add `force=True` to replace it, or give another `path`"
     assert path.read_text() == "before"
     found.save(path, force=True)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -170,7 +170,7 @@ def test_an_ending_that_says_nothing() -> None:
     with pytest.raises(UsageError) as caught:
         check_output("a.b/tokens.jpg", force=True)
     assert str(caught.value) == (
-        "a.b/tokens.jpg ends in none of .png, .pdf and .svg, which say what to write; type -o a.b/tokens.png"
+        "a.b/tokens.jpg ends in none of .png, .pdf and .svg, which say what to write; type `path='a.b/tokens.png'`"
     )
 
 

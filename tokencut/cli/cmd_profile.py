@@ -21,6 +21,7 @@ from tokencut.cli.options import (
     with_groups,
 )
 from tokencut.cli.search_options import TargetOptions, target_option
+from tokencut.cli.wording import typed
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -199,4 +200,4 @@ def _show_blocks(report: ProfileReport) -> None:
 
 def _conclusions(report: ProfileReport) -> list[str]:
     share = [] if not report.stage_share else [f"{100 * report.stage_share:.1f} % of the time is spent in the stages"]
-    return [*share, *report.notes]
+    return [*share, *map(typed, report.notes)]

@@ -108,7 +108,7 @@ def _variants(compare: str, reduction: ReductionOptions) -> dict[str, ReductionO
     if given:
         raise UsageError(f"--compare {compare} names the methods, beside which {' and '.join(given)} cannot stand; put "
                          "settings behind colons, as in --compare bat,bat:preset=paper")  # fmt: skip
-    found = read_variants(compare.split(","), option="--compare")
+    found = read_variants(compare.split(","), parameter="compare")
     return {
         one.label: replace(reduction, method=one.method, method_option=[f"{k}={v}" for k, v in one.options.items()])
         for one in found

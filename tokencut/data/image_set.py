@@ -234,7 +234,7 @@ def open_images(
 
     Args:
         model: The classifier.
-        data: As `--data`, or an opened source.
+        data: As `open_source` takes it.
         limit: An evenly spread sample of so many images.
         on_note: Told what takes long: the unpacking of an archive.
 

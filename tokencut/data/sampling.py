@@ -47,6 +47,6 @@ def evenly_spread(total: int, limit: int | None) -> list[int]:
         UsageError: The limit is less than 1.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000")
+        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type `limit=1000`")
     count = total if limit is None else min(limit, total)
     return [position * total // count for position in range(count)]

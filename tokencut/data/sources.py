@@ -139,7 +139,7 @@ def open_source(
     on_note: Callable[[str], None] | None = None,
     class_map: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """Finds the images that a `--data`, `--train-data` or `--calibration` names.
+    """Finds the images to judge, train or search by.
 
     Args:
         data: A folder with one sub-folder a class, a `.tar` or `.tar.gz` of one (known by content, not name), the word
@@ -251,6 +251,6 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
     held = stratified(labels, round(share * len(labels)), seed)
     if not 0 < len(held) < len(labels):
         raise DataError(f"{len(labels)} images in {source.name!r} are too few to hold some out for choosing an epoch; "
-                        "type --select last")  # fmt: skip
+                        "type `select='last'`")  # fmt: skip
     apart = set(held)
     return Part(source, [index for index in range(len(labels)) if index not in apart]), Part(source, held)

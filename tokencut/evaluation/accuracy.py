@@ -168,8 +168,8 @@ def check_predictions(path: str | os.PathLike[str], *, force: bool = False) -> N
     if target.suffix.lower() != ".csv":
         example = target.with_suffix(".csv") if target.name else "predictions.csv"
         raise UsageError(
-            f"--predictions {target} does not end in .csv, and predictions are written as CSV; type --predictions "
-            f"{example}"
+            f"`predictions={str(target)!r}` does not end in .csv, and predictions are written as CSV; type "
+            f"`predictions={str(example)!r}`"
         )
     check_writable(target, force=force)
 
@@ -198,7 +198,7 @@ class Tally:
         if not logits.isfinite().all():
             raise ModelError(
                 f"the model gives logits that are not finite numbers in {self.precision}; "
-                + ("give it other weights" if self.precision == "fp32" else "type --precision fp32")
+                + ("give it other weights" if self.precision == "fp32" else "type `precision='fp32'`")
             )
         losses = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
         # A stable sort: of equal logits the lower class comes first, alone or in any batch.

@@ -62,7 +62,7 @@ class CheckImages:
             noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
             yield from noise.split(size)
             return
-        for batch in self.real.decoded(size, workers=0, otherwise="leave out --data to check on noise"):
+        for batch in self.real.decoded(size, workers=0, otherwise="leave out `data` to check on noise"):
             if len(batch):
                 yield batch.images
 
@@ -83,7 +83,7 @@ def check_images(
         UsageError: The limit is less than 1.
     """
     count = CHECKED if limit is None else limit
-    why = "no --data was given"
+    why = "no `data` was given"
     if data is None and _is_digits(model):
         try:
             data = open_source(DIGITS)

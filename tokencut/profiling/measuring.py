@@ -83,7 +83,7 @@ def profile(
     before, after = count_macs(inner, size), count_macs(model, size)
     timed = _Timed()
     if latency:
-        smaller = f"type --batch-size {batch_size // 2}" if batch_size > 1 else "take a smaller model or --device cpu"
+        smaller = f"type `batch_size={batch_size // 2}`" if batch_size > 1 else "take a smaller model or `device='cpu'`"
         with enough_memory(batch_size, target, smaller), inference_state(model, target, dtype):
             images = random_images(model, (batch_size, *size), target)
             timed = _time(model, inner, images, rounds, compile_mode, on_progress)

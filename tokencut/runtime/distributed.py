@@ -96,7 +96,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     """Joins the processes of a `torchrun`, over nccl on GPUs (one each) and gloo elsewhere; alone without one.
 
     Args:
-        device: What `--device` came to; each process takes the GPU of its own number on its machine.
+        device: What was asked for; each process takes the GPU of its own number on its machine.
 
     Raises:
         UsageError: There are fewer GPUs than processes.

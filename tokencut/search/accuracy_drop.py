@@ -1,4 +1,4 @@
-"""How much is lost, and how much will be on other images: the rule behind `--max-drop`.
+"""How much is lost, and how much will be on other images: the rule behind `max_drop`.
 
 What a few hundred labels say of a schedule's top-1 is known to a point or so, more than most people want to lose; and
 of images that the model was trained on they say too much, since it has learned some by heart. So top-1 is judged by
@@ -75,7 +75,7 @@ class DropRate:
         return self.rate * self._grown(damage)
 
     def bound(self, damage: float) -> float:
-        """The same with one standard error on top: what `--max-drop` holds against its limit."""
+        """The same with one standard error on top: what `max_drop` holds against its limit."""
         grown = self._grown(damage)
         return (self.rate + self.error) * grown if grown else 0.0
 

@@ -137,10 +137,10 @@ class Probe:
     def _checked(self, output: Tensor) -> Tensor:
         if output.dim() != 2:
             raise ModelError(f"the model gives outputs of shape {tuple(output.shape)}, expected one vector an image: a "
-                             "search compares those; build it with --model-kwargs global_pool=avg")  # fmt: skip
+                             "search compares those; build it with `global_pool='avg'`")  # fmt: skip
         if not output.isfinite().all():
-            raise ModelError("the model gives outputs that are not finite numbers; check its weights with "
-                             "tokencut info FILE, or type --precision fp32")  # fmt: skip
+            raise ModelError("the model gives outputs that are not finite numbers; check its weights, "
+                             "or type `precision='fp32'`")  # fmt: skip
         return output.float()
 
     def measure(self, counts: Counts, rival: Outcome | None = None, share: float = 1.0) -> Outcome | None:

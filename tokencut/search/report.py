@@ -1,17 +1,13 @@
-"""What a search takes and what it reports: the schedules that nothing tried beats, ready to be typed, as JSON."""
+"""What a search takes and what it reports: the schedules that nothing tried beats."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from tokencut.evaluation.statistics import if_known
-from tokencut.files import atomic_write
 from tokencut.search.accuracy_drop import METRIC_NAMES, Metric
 from tokencut.search.space import Counts
 
@@ -44,32 +40,14 @@ class FrontPoint:
     cosine: float | None
 
     @property
-    def options(self) -> str:
-        """What to type for it, such as `--keep 0.9/0.7 --layers 2,5`."""
-        if not self.layers:
-            return "--keep 1"
-        return f"--keep {'/'.join(map(repr, self.keep))} --layers {','.join(map(str, self.layers))}"
+    def arguments(self) -> str:
+        """What to give `compress` for it, such as `keep=[0.9, 0.7], layers=[2, 5]`."""
+        return f"keep={list(self.keep)}, layers={list(self.layers)}" if self.layers else "keep=1"
 
     def to_dict(self) -> dict[str, Any]:
         """The point for JSON; what is not known is not there."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {**{name: value for name, value in values.items() if value is not None}, "options": self.options}
-
-
-def write_front(path: str | os.PathLike[str], front: Iterable[FrontPoint], about: dict[str, Any]) -> None:
-    """Writes a front as JSON, all of it or nothing.
-
-    Args:
-        path: The file, replaced if it exists.
-        front: The points, the cheapest first.
-        about: What else stands in it: model, method, images, target.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
-    with atomic_write(path) as temporary:
-        text = json.dumps({**about, "front": [point.to_dict() for point in front]}, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -115,16 +93,16 @@ class SearchReport:
     """What a search found; its numbers are from calibration images.
 
     Attributes:
-        target: What was asked for, as typed.
+        target: What was asked for, such as `gmacs=2.6`.
         found: The schedule.
         metric: What a drop is counted in: `top1` on labels, `agreement` with the dense model, or `cosine` similarity.
         drop: Points that the schedule loses on these images; of top-1, by their labels.
         drop_error: The standard error of that, paired over the images; infinite for one image.
         expected_drop: Points to expect on other images, see `accuracy_drop`.
-        sure_drop: That with one standard error on top: at most `--max-drop`.
+        sure_drop: That with one standard error on top: at most a target's `max_drop`.
         dense_gmacs: Multiply-adds of the dense model, in units of 1e9.
         dense_top1: Percent right, where labels map to the head.
-        speedup: The speed-up as measured at the end, for `--target-speedup`.
+        speedup: The speed-up as measured at the end, where the target is one.
         images: Calibration images that were used.
         tried: Schedules that ran over all of them.
         seconds: Wall-clock time.

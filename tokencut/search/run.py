@@ -59,7 +59,7 @@ def find_schedule(
 
     Args:
         model: A timm model of a supported family, with its weights; it stays as it was.
-        calibration: Images as `--calibration` names them, or an opened source: never those that accuracy is told of.
+        calibration: Images as `open_source` takes them: never those that accuracy is told of.
         target: What is asked for.
         layers: 1-based numbers of the blocks that may reduce; all where None.
         method: A method's name.
@@ -82,12 +82,12 @@ def find_schedule(
     target.check()
     if methods().get(method) is not None and methods()[method].needs_training:
         raise UsageError(f"the stages of method {method} mean nothing before they are trained, so there is nothing to "
-                         "search by; type --keep 0.7 instead of a target, or --method bat")  # fmt: skip
+                         "search by; type `keep=0.7` instead of a target, or `method='bat'`")  # fmt: skip
     if not chosen.effort > 0:
-        raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type --search-effort 40")
+        raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type `effort=40`")
     device = resolve_device(chosen.device)
     if chosen.images < 1:
-        raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type --calibration-limit 512")
+        raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type `images=512`")
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", on_note=on_note)
@@ -200,7 +200,7 @@ class _Run:
         rate = self._rate(front)
         drop, drop_error = mean_and_error(lost(outcome, dense))
         return SearchReport(
-            target=self.target.option,
+            target=str(self.target),
             found=found,
             metric=metric_of(dense),
             drop=drop,
@@ -224,7 +224,8 @@ class _Run:
         if wanted is None or self.speedup is None or self.speedup >= (1 - MISSED) * wanted:
             return ()
         return (f"measured {self.speedup:.2f} times as fast instead of {wanted:g}: either this machine has other work, "
-                "or stages take what they save; run it again when quiet, or type a larger --batch-size",)  # fmt: skip
+                "or stages take what they save; run it again when quiet, or type a larger "
+                "`timing_batch_size`",)  # fmt: skip
 
     def _rate(self, front: tuple[FrontPoint, ...]) -> DropRate:
         assert self.climber is not None

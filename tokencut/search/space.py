@@ -174,7 +174,7 @@ def keep_for(tokens: int, budget: int) -> float:
 
 
 def keeps(tokens: int, counts: Counts, tokens_out: TokensOut) -> tuple[Counts, tuple[float, ...]]:
-    """A schedule as `--layers` and `--keep` have it.
+    """A schedule as layers and keep rates.
 
     Args:
         tokens: Image tokens entering the first block.

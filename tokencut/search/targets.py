@@ -51,24 +51,23 @@ class Target:
         Raises:
             UsageError: None or several are given, or one is out of range.
         """
-        limits = {"--target-gmacs": (self.gmacs, 0.0, math.inf, "2.6"),
-                  "--target-speedup": (self.speedup, 1.0, math.inf, "1.6"),
-                  "--max-drop": (self.max_drop, 0.0, 100.0, "0.5")}  # fmt: skip
+        limits = {"gmacs": (self.gmacs, 0.0, math.inf, "2.6"),
+                  "speedup": (self.speedup, 1.0, math.inf, "1.6"),
+                  "max_drop": (self.max_drop, 0.0, 100.0, "0.5")}  # fmt: skip
         given = [name for name, (value, *_) in limits.items() if value is not None]
         if len(given) != 1:
-            what = f"{' and '.join(given)} exclude each other" if given else "no target is given"
-            raise UsageError(f"{what}; type one of --target-gmacs 2.6, --target-speedup 1.6, --max-drop 0.5")
+            what = (
+                f"{' and '.join(f'`{name}`' for name in given)} exclude each other" if given else "no target is given"
+            )
+            raise UsageError(f"{what}; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`")
         value, low, high, example = limits[given[0]]
         if value is None or not low < value <= high or math.isinf(value):
             allowed = f"above {low:g}" if math.isinf(high) else f"above {low:g} and up to {high:g}"
-            raise UsageError(f"{given[0]} {value:g} is not a number {allowed}, such as {given[0]} {example}")
+            raise UsageError(f"`{given[0]}={value:g}` is not a number {allowed}, such as `{given[0]}={example}`")
 
-    @property
-    def option(self) -> str:
-        """As typed, such as `--target-gmacs 2.6`."""
-        if self.gmacs is not None:
-            return f"--target-gmacs {self.gmacs:g}"
-        return f"--target-speedup {self.speedup:g}" if self.speedup is not None else f"--max-drop {self.max_drop:g}"
+    def __str__(self) -> str:
+        """What is asked for, such as `gmacs=2.6`."""
+        return ", ".join(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
 
 
 def seek_gmacs(climber: Climber, target: float, effort: float) -> Counts:
@@ -85,12 +84,12 @@ def seek_gmacs(climber: Climber, target: float, effort: float) -> Counts:
     space = climber.space
     dense, least = space.price(space.dense), space.price(space.barest)
     if target >= dense:
-        raise TokencutError(f"--target-gmacs {target:g} is met by the dense model, which has {dense:.4g} GMACs; type "
-                            f"less, such as --target-gmacs {0.65 * dense:.3g}")  # fmt: skip
+        raise TokencutError(f"`gmacs={target:g}` is met by the dense model, which has {dense:.4g} GMACs; type "
+                            f"less, such as `gmacs={0.65 * dense:.3g}`")  # fmt: skip
     start = climber.begin(target)
     if start is None:
-        raise TokencutError(f"--target-gmacs {target:g} cannot be met: {least:.4g} GMACs is the least that these "
-                            f"blocks can reach; type --target-gmacs {_rounded_up(least)}")  # fmt: skip
+        raise TokencutError(f"`gmacs={target:g}` cannot be met: {least:.4g} GMACs is the least that these "
+                            f"blocks can reach; type `gmacs={_rounded_up(least)}`")  # fmt: skip
     best = climber.climb(start, target, CLIMBING * effort)
     _measure_around(climber, best, target)
     return best
@@ -117,8 +116,8 @@ def seek_speedup(
     most = table.speedup(climber.space.barest)
     start = climber.begin(table.dense / target)
     if start is None:
-        easier = f"--target-speedup {0.95 * most:.2f}" if most > WORTHWHILE else "a larger --batch-size"
-        raise TokencutError(f"--target-speedup {target:g} cannot be met: {most:.2f} times as fast is the most that "
+        easier = f"`speedup={0.95 * most:.2f}`" if most > WORTHWHILE else "a larger `timing_batch_size`"
+        raise TokencutError(f"`speedup={target:g}` cannot be met: {most:.2f} times as fast is the most that "
                             f"these blocks can reach here; type {easier}")  # fmt: skip
     best = counts = climber.climb(start, table.dense / target, CLIMBING * effort)
     _measure_around(climber, best, table.dense / target)
@@ -151,13 +150,13 @@ def seek_drop(climber: Climber, most: float, effort: float) -> Counts:
     """
     space, probe = climber.space, climber.probe
     if probe.images < 2:
-        raise TokencutError(f"--max-drop {most:g} cannot be told from a single image, which says nothing of others; "
-                            "give more by --calibration or --calibration-limit 512")  # fmt: skip
+        raise TokencutError(f"`max_drop={most:g}` cannot be told from a single image, which says nothing of others; "
+                            "give more by `calibration` or `images=512`")  # fmt: skip
     dense, least = space.price(space.dense), space.price(space.barest)
     best = climber.begin(least + MIDDLE * (dense - least)) if least < dense else None
     if best is None:
-        raise TokencutError(f"--max-drop {most:g} cannot be met cheaper than by the dense model, since stages in these "
-                            "blocks take what they save; type --layers all, or another --method")  # fmt: skip
+        raise TokencutError(f"`max_drop={most:g}` cannot be met cheaper than by the dense model, since stages in these "
+                            "blocks take what they save; type `layers='all'`, or another `method`")  # fmt: skip
     for share in (*LADDER, *DEEPER):
         if share in DEEPER and not _cheapest_is_sure(climber, most):
             break
@@ -175,8 +174,8 @@ def seek_drop(climber: Climber, most: float, effort: float) -> Counts:
     if chosen is None:
         rate = _rate(climber)
         mildest = min(rate.bound(outcome.mean) for outcome in climber.tried.values())
-        raise TokencutError(f"--max-drop {most:g} cannot be met: {mildest:.2g} is the least that any schedule tried is "
-                            f"sure to stay within on {probe.images} images; type --max-drop {_rounded_up(mildest)}, or "
+        raise TokencutError(f"`max_drop={most:g}` cannot be met: {mildest:.2g} is the least that any schedule tried is "
+                            f"sure to stay within on {probe.images} images; type `max_drop={_rounded_up(mildest)}`, or "
                             "give more images")  # fmt: skip
     return chosen
 

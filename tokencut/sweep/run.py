@@ -36,7 +36,7 @@ from tokencut.schedule import Layers
 from tokencut.sweep.picture import picture_of
 from tokencut.sweep.report import JSON as RESULTS
 from tokencut.sweep.report import SweepReport, check_folder, write_report
-from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
+from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, pair_name, read_variants, refuse_repeats
 from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, with_speed
 
 DENSE_KEY: Key = (DENSE, 1.0)
@@ -84,8 +84,8 @@ class SweepPlan:
         variants = read_variants(self.methods)
         keeps = [float(keep) if isinstance(keep, (int, float)) else tuple(map(float, keep)) for keep in self.keeps]
         if not keeps:
-            raise UsageError("no keep rate given; type --keep 0.9,0.7,0.5")
-        refuse_repeats("--keep", "keep", [keep_text(keep) for keep in keeps])
+            raise UsageError("no keep rate given; type `keeps=[0.9, 0.7, 0.5]`")
+        refuse_repeats("keeps", "keep", keeps)
         return [(variant, keep) for keep in keeps for variant in variants]
 
 

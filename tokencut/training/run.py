@@ -102,7 +102,7 @@ def training_classes(source: Source, model: CompressedModel) -> ClassMap:
         if count == classes:
             raise
         raise DataError(f"{source.name!r} has {count} class folders ({quoted(source.classes)}), the model's head has "
-                        f"{classes} classes; type --num-classes {count} beside an architecture's name to train a new "
+                        f"{classes} classes; type `num_classes={count}` beside an architecture's name to train a new "
                         "head") from error  # fmt: skip
 
 
@@ -151,7 +151,7 @@ class _Run:
                                   "does harm")  # fmt: skip
             elif self.judge is None:
                 self.notes.append(f"{total:,} training images are too few to hold some out, so it will not be known "
-                                  "whether the fine-tune does harm; --data DIR tells")  # fmt: skip
+                                  "whether the fine-tune does harm; `data='DIR'` tells")  # fmt: skip
         return source
 
     def _objective_settings(self) -> ObjectiveSettings:
@@ -159,8 +159,8 @@ class _Run:
         if not self.setup.new_head or without_teacher_logits(wanted) == wanted:
             return wanted
         self.notes.append(
-            "the head is new, so there are no logits to distil from: distillation is off; --distill features takes the "
-            "pooled tokens of the uncompressed model"
+            "the head is new, so there are no logits to distil from: distillation is off; `distill='features'` takes "
+            "the pooled tokens of the uncompressed model"
         )
         return without_teacher_logits(wanted)
 
@@ -171,16 +171,16 @@ class _Run:
             images.update(f"{self.source.filename(index)}:{self.class_map.targets[folder]};".encode(errors="replace"))
         return {
             "fine-tuning recipe": json.dumps(dataclasses.asdict(self.recipe), sort_keys=True),
-            "--batch-size": str(self.setup.batch_size),
-            "--accumulate": str(self.setup.accumulate),
+            "batch size": str(self.setup.batch_size),
+            "accumulated batches": str(self.setup.accumulate),
             "number of processes": str(self.group.size),
-            "--seed": str(self.setup.seed),
-            "--precision": self.setup.precision,
-            "--compile": str(self.setup.compiled),
-            "--select": self.setup.select,
+            "seed": str(self.setup.seed),
+            "precision": self.setup.precision,
+            "use of torch.compile": str(self.setup.compiled),
+            "choice of epoch": self.setup.select,
             "reduction": json.dumps(self.model.recipe.to_json(), sort_keys=True),
-            "MODEL": weights_digest(self.model),
-            "--train-data": f"{len(self.source)} images {images.hexdigest()[:16]}",
+            "model": weights_digest(self.model),
+            "training images": f"{len(self.source)} images {images.hexdigest()[:16]}",
         }
 
     def train(self, *, resume: bool) -> FinetuneReport:

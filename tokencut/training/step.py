@@ -70,8 +70,8 @@ class Trainer:
         self.precision = precision
         self.target = model.recipe
         if recipe.keep_warmup and (self.target.schedule.keep is None or methods()[self.target.method].needs_training):
-            raise UsageError(f"--keep-warmup lowers a keep rate, which method {self.target.method} with "
-                             "--reduce-by or learned stages does not follow; leave it out")  # fmt: skip
+            raise UsageError(f"`keep_warmup` lowers a keep rate, which method {self.target.method} with "
+                             "`reduce_by` or learned stages does not follow; leave it out")  # fmt: skip
         group.align(model)
         self.ema: Any = None
         if recipe.ema_decay:
@@ -162,8 +162,8 @@ class Trainer:
             what = "gradient" if math.isfinite(total["loss"]) else "loss"
             raise TrainingDivergedError(
                 f"the {what} is not a finite number at epoch {epoch + 1}, step {step + 1} of {self.order.steps}; type "
-                f"a smaller learning rate, such as --lr {self.recipe.lr / 4:.2g}"
-                + (", or --precision fp32" if self.precision != "fp32" else "")
+                f"a smaller learning rate, such as `lr={self.recipe.lr / 4:.2g}`"
+                + (", or `precision='fp32'`" if self.precision != "fp32" else "")
             )
         self.optimizer.step()
         updates = epoch * self.order.steps + step + 1
@@ -186,7 +186,7 @@ class Trainer:
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         batch, passes = self.order.batch, self.order.accumulate
-        advice = f"--batch-size {batch // 2} --accumulate {passes * 2}" if batch > 1 else "--device cpu"
+        advice = f"`batch_size={batch // 2}, accumulate={passes * 2}`" if batch > 1 else "`device='cpu'`"
         return enough_memory(batch, self.group.device, f"type {advice}, which trains alike")
 
 

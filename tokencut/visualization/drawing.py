@@ -82,7 +82,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> Path:
     target = Path(path)
     if _form(target) not in PICTURE_FORMATS:
         raise UsageError(f"{target} ends in none of .png, .pdf and .svg, which say what to write; "
-                         f"type -o {target.with_suffix('.png')}")  # fmt: skip
+                         f"type `path={str(target.with_suffix('.png'))!r}`")  # fmt: skip
     return check_writable(target, force=force)
 
 
