@@ -26,7 +26,7 @@ LAYERS = (
     "data",
     "evaluation profiling",
     "search training export visualization",
-    "sweep",
+    "sweeping",
     "cli tokencut",  # tokencut/__init__.py, which names the public functions
     "__main__",
 )

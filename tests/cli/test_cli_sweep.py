@@ -15,8 +15,8 @@ from outcome import TINY, Run
 
 from tokencut.cli.options import RunOptions, SweepOptions
 from tokencut.evaluation import accuracy
-from tokencut.sweep import run as sweep
-from tokencut.sweep.run import SweepPlan
+from tokencut.sweeping import run as sweep
+from tokencut.sweeping.run import SweepPlan
 
 needs_matplotlib = pytest.mark.usefixtures("_matplotlib")
 KEYS = {"method", "keep", "gmacs", "top1", "top5", "images_per_second"}

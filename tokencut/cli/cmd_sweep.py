@@ -22,8 +22,8 @@ from tokencut.errors import UsageError
 from tokencut.runtime import extras
 
 if TYPE_CHECKING:
-    from tokencut.sweep.report import SweepReport
-    from tokencut.sweep.run import SweepProgress
+    from tokencut.sweeping.report import SweepReport
+    from tokencut.sweeping.run import SweepProgress
 
 
 @with_groups
@@ -62,10 +62,10 @@ def sweep(
     from tokencut.cli.subject import mind_recipe, prepare
     from tokencut.data.sources import check_apart, open_source
     from tokencut.runtime.devices import resolve_device
-    from tokencut.sweep.report import check_folder
-    from tokencut.sweep.run import SweepPlan
-    from tokencut.sweep.run import sweep as run_sweep
-    from tokencut.sweep.state import FILE as STATE
+    from tokencut.sweeping.report import check_folder
+    from tokencut.sweeping.run import SweepPlan
+    from tokencut.sweeping.run import sweep as run_sweep
+    from tokencut.sweeping.state import FILE as STATE
 
     plan = SweepPlan(
         **reduction.arguments(),
@@ -116,7 +116,7 @@ def _status(now: SweepProgress) -> str:
 
 
 def _show(report: SweepReport) -> None:
-    from tokencut.sweep.report import LEGEND, comparison_table, result_table
+    from tokencut.sweeping.report import LEGEND, comparison_table, result_table
 
     head, body = result_table(report)
     facts = [("model", report.model), ("data", report.data), ("images", f"{report.images:,}")]

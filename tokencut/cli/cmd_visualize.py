@@ -102,7 +102,7 @@ def _mind_input(output: Path, images: list[str]) -> None:
 
 def _variants(compare: str, reduction: ReductionOptions) -> dict[str, ReductionOptions]:
     """The reductions to compare, by the names that their rows get."""
-    from tokencut.sweep.rows import read_variants
+    from tokencut.sweeping.rows import read_variants
 
     given = [option for option in reduction.given() if option in ("--method", "--method-option")]
     if given:

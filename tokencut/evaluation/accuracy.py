@@ -133,6 +133,14 @@ def evaluate(
         DataError: The images cannot be found, do not fit the model's classes, or more than 1 % are unreadable.
         ArtifactError: The predictions could not be written, or there are some and `force` is off.
         UsageError: Another argument is out of range.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> digits = load_model("digits").model
+        >>> report = tokencut.evaluate(tokencut.compress(digits, keep=0.6), "digits", device="cpu", workers=0)
+        >>> report.images, report.top1 > 90
+        (600, True)
     """
     target_device = resolve_device(device)
     wanted = precision_dtype(precision)

@@ -138,6 +138,14 @@ def export_model(
         ModelError: The model cannot be captured as one graph.
         DataError: The images cannot be found or read.
         ArtifactError: The file cannot be written, or does not give the model's logits.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> model = tokencut.compress(load_model("digits").model, keep=0.6)
+        >>> report = tokencut.export_model(model, "out.pt2", limit=16)
+        >>> report.output.name, report.agreement.images
+        ('out.pt2', 16)
     """
     target = check_export(path, force=force, opset=opset)
     _check_model(model, target, batch_size)

@@ -93,6 +93,12 @@ def save(
     Raises:
         UsageError: An argument is wrong.
         ArtifactError: The model cannot be built again from timm's arguments, or the file cannot be written.
+
+    Example:
+        >>> import timm, tokencut
+        >>> model = tokencut.compress(timm.create_model("test_vit"), keep=0.5)
+        >>> tokencut.save(model, "out.safetensors").recipe.keep
+        0.5
     """
     if not isinstance(model, CompressedModel):
         raise UsageError(f"save takes a compressed model, not {type(model).__name__}; type "
@@ -154,6 +160,12 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
     Raises:
         ArtifactError: Not a tokencut file, damaged, of a newer format, or its tensors are not its model's: then all
             that are missing, unexpected, of another shape or type, or not finite are named.
+
+    Example:
+        >>> import timm, tokencut
+        >>> info = tokencut.save(tokencut.compress(timm.create_model("test_vit"), keep=0.5), "out.safetensors")
+        >>> tokencut.load("out.safetensors").recipe == info.recipe
+        True
     """
     source = Path(path)
     with _open(source) as file:

@@ -77,6 +77,18 @@ def find_schedule(
         UsageError: An argument is out of range, or the method has to be trained first.
         TokencutError: The target cannot be met (the message says what can), or the images cannot be read.
         KeyboardInterrupt: It was told to stop before any schedule met the target.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> digits = load_model("digits").model
+        >>> settings = tokencut.SearchSettings(images=64, effort=5, workers=0, device="cpu")
+        >>> dense = tokencut.profile(digits, latency=False).dense.gmacs
+        >>> target = tokencut.Target(gmacs=0.6 * dense)
+        >>> report = tokencut.find_schedule(digits, "digits", target, settings=settings)
+        >>> model = tokencut.compress(digits, keep=report.found.keep, layers=report.found.layers)
+        >>> report.found.gmacs <= 0.6 * dense
+        True
     """
     chosen, started = settings or SearchSettings(), time.perf_counter()
     target.check()

@@ -74,6 +74,16 @@ def finetune(
         UsageError: Arguments contradict each other.
         ArtifactError: The state cannot be written, read, or belongs to another run.
         TokencutError: A batch does not fit in memory.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> from tokencut.training.recipe import SHORT
+        >>> model = tokencut.compress(load_model("digits").model, keep=0.3)
+        >>> setup = tokencut.TrainingSetup(workers=0)
+        >>> report = tokencut.finetune(model, "digits", recipe=SHORT.changed(epochs=1), setup=setup)
+        >>> report.finished, len(report.history)
+        (True, 1)
     """
     setup = setup or TrainingSetup()
     group = group or alone(resolve_device("auto"))

@@ -119,6 +119,14 @@ def draw(
     Raises:
         TokencutError: matplotlib is missing, an image cannot be read, the models take different images, or the
             picture would be too large.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> model = tokencut.compress(load_model("digits").model, keep=0.6)
+        >>> picture = tokencut.draw(model, "digits", device="cpu")
+        >>> picture.save("tokens.png").name
+        'tokens.png'
     """
     extras.require("pictures need", "matplotlib", extra="plot")
     named = dict(models) if isinstance(models, Mapping) else {"": models}

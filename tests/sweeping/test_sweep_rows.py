@@ -8,7 +8,7 @@ import pytest
 
 from tokencut.errors import UsageError
 from tokencut.evaluation.statistics import Difference, paired_difference
-from tokencut.sweep.rows import DENSE, Keep, Row, compare, keep_text, pair_name, read_variants
+from tokencut.sweeping.rows import DENSE, Keep, Row, compare, keep_text, pair_name, read_variants
 
 
 def row(method: str, keep: Keep, *correct: bool) -> Row:

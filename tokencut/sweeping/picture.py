@@ -12,9 +12,10 @@ from tokencut.data.image_set import ImageSet
 from tokencut.data.photos import Photo, check_photos, photo_of
 from tokencut.data.sampling import evenly_spread
 from tokencut.errors import DataError, UsageError
+from tokencut.messages import noting
 from tokencut.model import CompressedModel
 from tokencut.recipe import Recipe
-from tokencut.sweep.rows import Keep, keep_text
+from tokencut.sweeping.rows import Keep, keep_text
 from tokencut.visualization.drawing import Picture, draw
 
 IMAGES = 3
@@ -59,8 +60,7 @@ def picture_of(
     try:
         picture = draw(models, list(photos.values()), device=device, precision=precision)
     except UsageError as error:  # a report without a picture is better than none
-        if on_note:
-            on_note(f"the report has no picture of tokens: {error}")
+        noting(on_note)(f"the report has no picture of tokens: {error}")
         return None
     return SweepPicture(picture, tuple(photos), keep_text(lowest))
 

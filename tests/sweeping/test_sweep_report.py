@@ -14,9 +14,9 @@ from PIL import Image
 
 from tokencut.errors import ArtifactError
 from tokencut.evaluation.statistics import Difference
-from tokencut.sweep.picture import SweepPicture
-from tokencut.sweep.report import FILES, SweepReport, check_folder, markdown, write_report
-from tokencut.sweep.rows import Row, compare
+from tokencut.sweeping.picture import SweepPicture
+from tokencut.sweeping.report import FILES, SweepReport, check_folder, markdown, write_report
+from tokencut.sweeping.rows import Row, compare
 from tokencut.visualization.drawing import Picture
 
 MARKDOWN = """\

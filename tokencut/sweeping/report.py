@@ -12,9 +12,9 @@ from typing import Any
 
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write, check_writable_folder
-from tokencut.sweep.picture import SweepPicture
-from tokencut.sweep.rows import DENSE, Comparison, Row, keep_text
-from tokencut.sweep.state import FILE as STATE
+from tokencut.sweeping.picture import SweepPicture
+from tokencut.sweeping.rows import DENSE, Comparison, Row, keep_text
+from tokencut.sweeping.state import FILE as STATE
 from tokencut.visualization.plots import FORMATS, Series, accuracy_plot, save_figure
 
 CSV, JSON, TABLE = "results.csv", "results.json", "table.md"

@@ -21,10 +21,10 @@ from tokencut.evaluation.accuracy import evaluate
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.profiling.latency import Timing
-from tokencut.sweep import report as sweep_report
-from tokencut.sweep import run as sweeping
-from tokencut.sweep.report import SweepReport
-from tokencut.sweep.run import SweepPlan, SweepProgress, sweep
+from tokencut.sweeping import report as sweep_report
+from tokencut.sweeping import run as sweeping
+from tokencut.sweeping.report import SweepReport
+from tokencut.sweeping.run import SweepPlan, SweepProgress, sweep
 
 pytest.importorskip("matplotlib")
 

@@ -12,8 +12,8 @@ from image_files import write_folder
 from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
 from tokencut.errors import ArtifactError
-from tokencut.sweep.rows import DENSE, Row
-from tokencut.sweep.state import FILE, FORM, Speed, State, conditions_of, load_state, with_speed
+from tokencut.sweeping.rows import DENSE, Row
+from tokencut.sweeping.state import FILE, FORM, Speed, State, conditions_of, load_state, with_speed
 
 CONDITIONS = {"weights": "abc", "precision": "fp32"}
 RECIPE = {"method": "bat", "keep": [0.9, 0.5], "layers": [2, 4]}

@@ -19,7 +19,7 @@ from tokencut.messages import one_line
 from tokencut.runtime.devices import versions
 from tokencut.runtime.resume import require_same, weights_digest
 from tokencut.schema import NUMBER, OBJECT, TEXT, Fields, Form, Items, Rule, optional
-from tokencut.sweep.rows import Keep, Row, keep_text, pair_name
+from tokencut.sweeping.rows import Keep, Row, keep_text, pair_name
 
 FILE = "state.json"
 _NAMED = {"method": TEXT, "keep": Rule(lambda value: _rates(value) is not None, "keep rates joined by /")}
