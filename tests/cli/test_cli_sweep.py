@@ -95,16 +95,16 @@ def test_an_interrupted_sweep_says_how_to_go_on(
 ) -> None:
     words = ("sweep", *TINY, "--methods", "topk", "--keep", "0.5", "--data", pictures, *QUICK, "-o", tmp_path / "r")
     judged = 0
-    real = accuracy.Tally.add
+    real = accuracy.MetricAccumulator.add
 
-    def add(tally: accuracy.Tally, *batch: object) -> None:
+    def add(tally: accuracy.MetricAccumulator, *batch: object) -> None:
         nonlocal judged
         judged += 1
         if judged == 2:
             raise KeyboardInterrupt
         real(tally, *batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(accuracy.Tally, "add", add)
+    monkeypatch.setattr(accuracy.MetricAccumulator, "add", add)
     done = run(*words)
     assert (done.code, done.out) == (130, "")
     assert done.err.splitlines()[-2:] == [

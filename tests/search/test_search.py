@@ -22,7 +22,7 @@ from tokencut.profiling.latency import Timing
 from tokencut.search import run as search
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.probe import Probe
-from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, told_by_heart
+from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, memorisation_note
 from tokencut.search.targets import Target
 
 __all__ = ["calibration"]
@@ -47,7 +47,7 @@ def test_multiply_adds_are_held(calibration: Path) -> None:
     made = compress(small_model(), keep=report.found.keep, layers=report.found.layers)
     assert total(predicted_macs(made)) / 1e9 == report.found.gmacs
     assert 0.95 * target < report.found.gmacs <= target
-    assert report.found.damage == min(point.damage for point in report.front if point.gmacs <= target)
+    assert report.found.divergence == min(point.divergence for point in report.front if point.gmacs <= target)
     assert report.metric == "top1"
     assert report.images == 12
     assert report.dense_gmacs == dense_gmacs()
@@ -60,9 +60,12 @@ def test_on_the_front_more_multiply_adds_always_do_less_damage(calibration: Path
     torch.nn.init.zeros_(model.head.weight)
     report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), model=model)
     assert report.tried > 1
-    assert [point.damage for point in report.front] == [0.0]
+    assert [point.divergence for point in report.front] == [0.0]
     front = find(calibration, Target(gmacs=0.6 * dense_gmacs())).front
-    assert all(one.gmacs < more.gmacs and one.damage > more.damage for one, more in pairwise(front)) and len(front) > 1
+    assert (
+        all(one.gmacs < more.gmacs and one.divergence > more.divergence for one, more in pairwise(front))
+        and len(front) > 1
+    )
 
 
 def test_the_same_seed_finds_the_same(calibration: Path) -> None:
@@ -79,7 +82,7 @@ def test_it_is_as_good_as_fixed_stages_of_its_price(calibration: Path, monkeypat
     report = find(calibration, Target(gmacs=gmacs))
     assert [(stage.block, stage.tokens_out) for stage in model.recipe.stages] == [(2, 8), (4, 4), (5, 2)]
     fixed = probes[0].measure((16, 8, 8, 4, 2, 2))
-    assert fixed is not None and report.found.damage <= fixed.mean
+    assert fixed is not None and report.found.divergence <= fixed.mean
     assert len({point.gmacs for point in report.front}) > 1  # there are others to choose
 
 
@@ -143,12 +146,12 @@ def test_stages_that_save_nothing_are_told_of(calibration: Path, monkeypatch: py
 def test_labels_that_tell_of_more_are_told_of() -> None:
     # Five of ten images lost: 50 points, with an error of 100 * sqrt(0.25 * 10 / 9 / 10) = 16.67.
     half = mean_and_error([100.0, 0.0] * 5)
-    [note] = told_by_heart(*half, sure=16)
+    [note] = memorisation_note(*half, sure=16)
     assert note.startswith(
         "calibration labels tell of 50.00 ± 16.67 points lost where 16.00 are expected on other images"
     )
-    assert told_by_heart(*half, sure=17) == ()
-    assert told_by_heart(*mean_and_error([100.0]), sure=0) == ()  # one image tells of no other
+    assert memorisation_note(*half, sure=17) == ()
+    assert memorisation_note(*mean_and_error([100.0]), sure=0) == ()  # one image tells of no other
 
 
 def test_one_image_tells_no_drop_but_finds_a_budget(calibration: Path) -> None:
@@ -271,9 +274,9 @@ def test_progress_shows_the_best(calibration: Path) -> None:
     shares = [now.share for now in seen]
     assert shares == sorted(shares)
     assert shares[-1] <= 1
-    damages = [now.best.damage for now in seen if now.best is not None]
-    assert damages == sorted(damages, reverse=True)
-    assert damages[-1] == report.found.damage
+    divergences = [now.best.divergence for now in seen if now.best is not None]
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[-1] == report.found.divergence
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tokencut.search.report import FrontPoint
+from tokencut.search.report import ParetoPoint
 
 
-def point(gmacs: float, damage: float, **values: object) -> FrontPoint:
+def point(gmacs: float, divergence: float, **values: object) -> ParetoPoint:
     known = {"layers": (2, 5), "keep": (0.9, 0.7), "tokens": (16, 15, 15, 15, 11, 11), "speedup": None, "top1": 50.0,
              "agreement": 98.5, "cosine": None}  # fmt: skip
-    return FrontPoint(gmacs=gmacs, damage=damage, **{**known, **values})  # type: ignore[arg-type]
+    return ParetoPoint(gmacs=gmacs, divergence=divergence, **{**known, **values})  # type: ignore[arg-type]
 
 
 def test_a_point_says_what_to_give_compress() -> None:

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
-from tokencut.data.sources import Part, Source, hold_out, open_source
+from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.evaluation.accuracy import evaluate
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
@@ -29,7 +29,7 @@ def some(monkeypatch: pytest.MonkeyPatch) -> Source:
     """200 training digits, of which 40 are held out."""
     monkeypatch.setattr(held_out, "GUARD_LEAST", 40)
     monkeypatch.setattr(held_out, "GUARD_LARGEST_SHARE", 0.2)
-    return Part(open_source("digits", split="train"), range(200))
+    return Subset(open_source("digits", split="train"), range(200))
 
 
 def trained_digits() -> CompressedModel:

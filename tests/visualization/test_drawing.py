@@ -20,7 +20,7 @@ from tokencut.visualization import grid
 from tokencut.visualization.drawing import Picture, check_output, draw
 from tokencut.visualization.plots import COLOURS
 from tokencut.visualization.regions import draw_tokens, enlarge
-from tokencut.visualization.stage_views import look
+from tokencut.visualization.stage_views import trace_images
 
 pytest.importorskip("matplotlib")
 
@@ -60,7 +60,7 @@ def test_a_picture_holds_the_image_and_each_stage(photos: list[Path]) -> None:
     assert [stage.tokens_out for stage in found.views[0].stages] == [8, 4, 2]
     prepared = preprocessing_of(model)
     pixels = torch.stack([torch.as_tensor(prepared.transform()(Image.open(path).convert("RGB"))) for path in photos])
-    seen = look(model, pixels, prepared, torch.device("cpu"), "fp32", 2, False)
+    seen = trace_images(model, pixels, prepared, torch.device("cpu"), "fp32", 2, False)
     layout = grid.Layout(2, 1, 3, 128, 128, named=False)
     for image in range(2):
         photo = pixels[image].permute(1, 2, 0).numpy()

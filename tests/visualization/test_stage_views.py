@@ -12,7 +12,7 @@ import torch
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.model import CompressedModel, compress
-from tokencut.visualization.stage_views import DrawnModel, DrawnStage, _on_patches, look
+from tokencut.visualization.stage_views import DrawnModel, DrawnStage, _on_patches, trace_images
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def small(**changes: Any) -> CompressedModel:
 
 def seen(model: CompressedModel, batch_size: int = 8, count: int = 3, attention: bool = False) -> DrawnModel:
     pixels = torch.randint(0, 256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return look(model, pixels, preprocessing_of(model), CPU, "fp32", batch_size, attention)
+    return trace_images(model, pixels, preprocessing_of(model), CPU, "fp32", batch_size, attention)
 
 
 def test_stages_are_those_of_the_recipe() -> None:

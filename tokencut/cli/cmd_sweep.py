@@ -59,7 +59,7 @@ def sweep(
             "class or a .tar of one, or try it with tokencut sweep digits -o report --data digits"
         )
     extras.require("the plots need", "matplotlib", extra="plot")
-    from tokencut.cli.subject import mind_recipe, prepare
+    from tokencut.cli.subject import prepare, warn_recipe_ignored
     from tokencut.data.sources import check_apart, open_source
     from tokencut.runtime.devices import resolve_device
     from tokencut.sweeping.report import check_folder
@@ -81,7 +81,7 @@ def sweep(
     images = open_source(data.data, on_note=render.note, class_map=data.class_map)
     check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
-    mind_recipe(model, taken_by="a sweep", instead=instead)
+    warn_recipe_ignored(model, taken_by="a sweep", instead=instead)
     subject = prepare(model, source, ReductionOptions(), seed=run.seed, dense=True)
     try:
         with render.progress(f"sweep of {subject.name}") as advance:

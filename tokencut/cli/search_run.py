@@ -18,7 +18,7 @@ from tokencut.data.sources import DIGITS, open_source
 from tokencut.errors import UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.models.loading import Loaded
-from tokencut.search.report import FrontPoint
+from tokencut.search.report import ParetoPoint
 from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
 
@@ -165,12 +165,12 @@ def _checked(front: Path, *, force: bool) -> Path:
     return check_writable(front, force=force)
 
 
-def _options(point: FrontPoint) -> str:
+def _options(point: ParetoPoint) -> str:
     """What to type for a schedule, such as `--keep 0.9/0.7 --layers 2,5`."""
     return typed(f"`{point.arguments}`")
 
 
-def _told_of(point: FrontPoint) -> dict[str, Any]:
+def _told_of(point: ParetoPoint) -> dict[str, Any]:
     return {**point.to_dict(), "options": _options(point)}
 
 
@@ -182,10 +182,10 @@ def _status(now: SearchProgress) -> str:
     if now.best is None:
         return "trying seeds"
     agreement = "" if now.best.agreement is None else f", {now.best.agreement:.1f} % agree with dense"
-    return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.damage:.4g}{agreement}"
+    return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.divergence:.4g}{agreement}"
 
 
-def search_wanted(
+def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
     workers: int | None = None, timing_batch_size: int | None = None, class_map: Path | None = None,
 ) -> SearchRun:  # fmt: skip

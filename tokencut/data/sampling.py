@@ -36,7 +36,7 @@ def stratified(labels: Sequence[int], count: int, seed: int) -> list[int]:
     return sorted(index for label in members for index in sorted(members[label], key=draw_order)[: quota[label]])
 
 
-def evenly_spread(total: int, limit: int | None) -> list[int]:
+def strided_subset(total: int, limit: int | None) -> list[int]:
     """The numbers of the images in a sample of `limit` out of `total`, ascending, spread evenly and without chance.
 
     Args:

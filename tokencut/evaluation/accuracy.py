@@ -148,7 +148,7 @@ def evaluate(
         check_predictions(predictions, force=force)
     images = open_images(model, data, limit=limit, on_note=on_note)
     loaded = images.batches(batch_size, workers=workers, device=target_device)
-    tally = Tally(images, precision, of)
+    tally = MetricAccumulator(images, precision, of)
     forward = _forward(model, compile_mode, min(batch_size, len(images)))
     with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
         dtype = weights_dtype(model)
@@ -182,7 +182,7 @@ def check_predictions(path: str | os.PathLike[str], *, force: bool = False) -> N
     check_writable(target, force=force)
 
 
-class Tally:
+class MetricAccumulator:
     """What is known so far of each image."""
 
     def __init__(self, images: ImageSet, precision: str, of: int | None = None) -> None:
@@ -259,7 +259,7 @@ def _logits(
     return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
-def _write_predictions(path: str | os.PathLike[str], tally: Tally, *, force: bool) -> None:
+def _write_predictions(path: str | os.PathLike[str], tally: MetricAccumulator, *, force: bool) -> None:
     """Writes a row for each judged image, classes by name, the most likely first."""
     source, class_map = tally.images.source, tally.images.class_map
     assert class_map is not None

@@ -21,7 +21,7 @@ from tokencut.models.checkpoints import load_strictly, not_finite, random_state,
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
-from tokencut.models.pretrained_cfg import description_of, make_true
+from tokencut.models.pretrained_cfg import description_of, sync_pretrained_cfg
 from tokencut.recipe import Recipe
 
 BUNDLED = "digits"
@@ -298,7 +298,7 @@ def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request
                     "until it is trained")  # fmt: skip
     if origin is not None and (problem := not_finite(model.state_dict())):
         raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by `checkpoint='FILE'`")
-    make_true(model, own_weights=origin is not None and origin.kind != "checkpoint")
+    sync_pretrained_cfg(model, own_weights=origin is not None and origin.kind != "checkpoint")
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)
     return Loaded(model.eval(), name, origin, notes=tuple(told), new_head=new_head)

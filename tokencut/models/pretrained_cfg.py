@@ -81,7 +81,7 @@ def _channels(model: nn.Module) -> int | None:
         return None
 
 
-def make_true(model: nn.Module, *, own_weights: bool) -> None:
+def sync_pretrained_cfg(model: nn.Module, *, own_weights: bool) -> None:
     """Makes timm's description true for what was built (input, classes, weights), and free of paths.
 
     Args:

@@ -13,7 +13,7 @@ from tokencut.search.space import Counts
 
 
 @dataclass(frozen=True)
-class FrontPoint:
+class ParetoPoint:
     """One schedule, on the calibration images.
 
     Attributes:
@@ -22,8 +22,8 @@ class FrontPoint:
         tokens: Image tokens leaving each block of the model.
         gmacs: Multiply-adds of an image, in units of 1e9.
         speedup: Dense time over compressed time, predicted for the machine that searched; None where it was not timed.
-        damage: Mean KL divergence from the dense model's probabilities, in nats; without a head, 1 less the mean cosine
-            similarity of the pooled features.
+        divergence: Mean KL divergence from the dense model's probabilities, in nats; without a head, 1 less the mean
+            cosine similarity of the pooled features.
         top1: Percent right; None where labels do not map to the head.
         agreement: Percent with the dense model's top-1; None without a head.
         cosine: Mean cosine similarity of the pooled features, in percent; None with a head.
@@ -34,7 +34,7 @@ class FrontPoint:
     tokens: Counts
     gmacs: float
     speedup: float | None
-    damage: float
+    divergence: float
     top1: float | None
     agreement: float | None
     cosine: float | None
@@ -47,6 +47,7 @@ class FrontPoint:
     def to_dict(self) -> dict[str, Any]:
         """The point for JSON; what is not known is not there."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values["damage"] = values.pop("divergence")
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -85,7 +86,7 @@ class SearchProgress:
     """
 
     share: float
-    best: FrontPoint | None
+    best: ParetoPoint | None
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class SearchReport:
     """
 
     target: str
-    found: FrontPoint
+    found: ParetoPoint
     metric: Metric
     drop: float
     drop_error: float
@@ -125,7 +126,7 @@ class SearchReport:
     tried: int
     seconds: float
     interrupted: bool
-    front: tuple[FrontPoint, ...] = field(repr=False)
+    front: tuple[ParetoPoint, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
 
     @property

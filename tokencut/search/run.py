@@ -27,11 +27,11 @@ from tokencut.schedule import Layers
 from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
 from tokencut.search.calibration import calibration_images
 from tokencut.search.latency_table import LatencyTable, latency_table
-from tokencut.search.local_search import Climber
+from tokencut.search.local_search import LocalSearch
 from tokencut.search.probe import Costs, Outcome, Probe
-from tokencut.search.report import FrontPoint, SearchProgress, SearchReport, SearchSettings
+from tokencut.search.report import ParetoPoint, SearchProgress, SearchReport, SearchSettings
 from tokencut.search.space import Counts, Space, keeps
-from tokencut.search.targets import Target, cheapest, seek_drop, seek_gmacs, seek_speedup, within
+from tokencut.search.targets import Target, cheapest, search_drop, search_gmacs, search_speedup, within
 
 # A measured speed-up that is further below its target is said to be missed.
 MISSED = 0.05
@@ -124,9 +124,9 @@ class _Run:
         self.device = device
         self.on_progress = on_progress
         self.should_stop = should_stop
-        self.climber: Climber | None = None
+        self.searcher: LocalSearch | None = None
         self.table: LatencyTable | None = None
-        self.best: FrontPoint | None = None
+        self.best: ParetoPoint | None = None
         self.counts: Counts | None = None
         self.speedup: float | None = None
         self.interrupted = False
@@ -142,35 +142,35 @@ class _Run:
             price = self.costs.gmacs if table is None else table.seconds
             shape, recipe = self.costs.shape, self.model.recipe
             space = Space(shape.patches, len(shape.blocks), tuple(recipe.layers), price, self.model.method.tokens_out)
-            self.climber = Climber(probe, space, self.settings.seed, self._on_best)
-            self.counts = self._sought(self.climber, self.settings.effort * probe.passes)
+            self.searcher = LocalSearch(probe, space, self.settings.seed, self._on_best)
+            self.counts = self._sought(self.searcher, self.settings.effort * probe.passes)
         except _StoppedError:
             self.interrupted = True
-            self.counts = None if self.climber is None else self._so_far(self.climber)
+            self.counts = None if self.searcher is None else self._so_far(self.searcher)
             if self.counts is None:
                 raise KeyboardInterrupt from None
 
-    def _sought(self, climber: Climber, effort: float) -> Counts:
+    def _sought(self, searcher: LocalSearch, effort: float) -> Counts:
         if self.target.gmacs is not None:
-            return seek_gmacs(climber, self.target.gmacs, effort)
+            return search_gmacs(searcher, self.target.gmacs, effort)
         if self.target.max_drop is not None:
-            return seek_drop(climber, self.target.max_drop, effort)
+            return search_drop(searcher, self.target.max_drop, effort)
         assert self.table is not None and self.target.speedup is not None
-        counts, self.speedup = seek_speedup(climber, self.table, self.target.speedup, effort, self._timed)
+        counts, self.speedup = search_speedup(searcher, self.table, self.target.speedup, effort, self._timed)
         return counts
 
-    def _so_far(self, climber: Climber) -> Counts | None:
+    def _so_far(self, searcher: LocalSearch) -> Counts | None:
         if self.target.max_drop is not None:
-            return cheapest(climber, self.target.max_drop)
+            return cheapest(searcher, self.target.max_drop)
         if self.table is not None and self.target.speedup is not None:
-            return within(climber, self.table.dense / self.target.speedup)
-        return within(climber, self.target.gmacs or 0.0)
+            return within(searcher, self.table.dense / self.target.speedup)
+        return within(searcher, self.target.gmacs or 0.0)
 
     def _on_batch(self) -> None:
         if self.should_stop():
             raise _StoppedError
-        if self.on_progress and self.climber:
-            probe = self.climber.probe
+        if self.on_progress and self.searcher:
+            probe = self.searcher.probe
             self.on_progress(SearchProgress(min(1.0, probe.spent / probe.passes / self.settings.effort), self.best))
 
     def _on_best(self, counts: Counts, outcome: Outcome) -> None:
@@ -188,15 +188,15 @@ class _Run:
             times = measure({"dense": self.model.model, "compressed": made}, images)
         return times["dense"].median_ms / times["compressed"].median_ms
 
-    def _point(self, counts: Counts, outcome: Outcome) -> FrontPoint:
+    def _point(self, counts: Counts, outcome: Outcome) -> ParetoPoint:
         layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.tokens_out)
-        return FrontPoint(
+        return ParetoPoint(
             layers=layers,
             keep=keep,
             tokens=counts,
             gmacs=self.costs.gmacs(counts),
             speedup=None if self.table is None else self.table.speedup(counts),
-            damage=outcome.mean,
+            divergence=outcome.mean,
             top1=None if outcome.right is None else _percent(outcome.right),
             agreement=None if outcome.agrees is None else _percent(outcome.agrees),
             cosine=None if outcome.agrees is not None else 100 * (1 - outcome.mean),
@@ -204,10 +204,12 @@ class _Run:
 
     def report(self, notes: tuple[str, ...], seconds: float) -> SearchReport:
         """What was found."""
-        assert self.climber is not None and self.counts is not None
-        tried, dense, space = self.climber.tried, self.climber.probe.dense, self.climber.space
+        assert self.searcher is not None and self.counts is not None
+        tried, dense, space = self.searcher.tried, self.searcher.probe.dense, self.searcher.space
         points = {counts: self._point(counts, outcome) for counts, outcome in tried.items()}
-        front = tuple(pareto_front(points.values(), cost=lambda point: point.gmacs, gain=lambda point: -point.damage))
+        front = tuple(
+            pareto_front(points.values(), cost=lambda point: point.gmacs, gain=lambda point: -point.divergence)
+        )
         outcome, found = tried[self.counts], points[self.counts]
         rate = self._rate(front)
         drop, drop_error = mean_and_error(lost(outcome, dense))
@@ -222,12 +224,12 @@ class _Run:
             dense_gmacs=self.costs.gmacs(space.dense),
             dense_top1=None if dense.right is None else _percent(dense.right),
             speedup=self.speedup,
-            images=self.climber.probe.images,
+            images=self.searcher.probe.images,
             tried=len(tried),
             seconds=seconds,
             interrupted=self.interrupted,
             front=front,
-            notes=(*notes, *self._misses(), *told_by_heart(drop, drop_error, rate.bound(outcome.mean))),
+            notes=(*notes, *self._misses(), *memorisation_note(drop, drop_error, rate.bound(outcome.mean))),
         )
 
     def _misses(self) -> tuple[str, ...]:
@@ -239,16 +241,16 @@ class _Run:
                 "or stages take what they save; run it again when quiet, or type a larger "
                 "`timing_batch_size`",)  # fmt: skip
 
-    def _rate(self, front: tuple[FrontPoint, ...]) -> DropRate:
-        assert self.climber is not None
-        return fit_rate([self.climber.tried[point.tokens] for point in front], self.climber.probe.dense)
+    def _rate(self, front: tuple[ParetoPoint, ...]) -> DropRate:
+        assert self.searcher is not None
+        return fit_rate([self.searcher.tried[point.tokens] for point in front], self.searcher.probe.dense)
 
 
 def _percent(values: torch.Tensor) -> float:
     return 100 * float(values.double().mean())
 
 
-def told_by_heart(drop: float, error: float, sure: float) -> tuple[str, ...]:
+def memorisation_note(drop: float, error: float, sure: float) -> tuple[str, ...]:
     """What has to be said where labels tell of a clearly larger loss than is expected on other images.
 
     Args:

@@ -15,7 +15,7 @@ from tokencut import cost
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source, check_apart
 from tokencut.errors import UsageError
-from tokencut.evaluation.accuracy import EvaluationReport, Tally
+from tokencut.evaluation.accuracy import EvaluationReport, MetricAccumulator
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.messages import noting
 from tokencut.model import CompressedModel, compress, predicted_macs
@@ -237,7 +237,7 @@ class _Run:
 
     def _judge(self, model: nn.Module, key: Key, position: int, rows: int) -> EvaluationReport:
         count, name = len(self.images), pair_name(*key)
-        tally = Tally(self.images, self.plan.precision)
+        tally = MetricAccumulator(self.images, self.plan.precision)
         with closing(iter(self.batches)) as batches:
             for batch in batches:
                 # A batch is empty where none of its images could be read.

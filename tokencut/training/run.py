@@ -14,14 +14,14 @@ from pathlib import Path
 from tokencut.data.image_set import images_for
 from tokencut.data.labels import ClassMap, classes_for
 from tokencut.data.loading import Batch, Unreadable
-from tokencut.data.sources import Part, Source, hold_out, open_source
+from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import DataError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.runtime.devices import resolve_device
-from tokencut.runtime.distributed import Group, alone
+from tokencut.runtime.distributed import Group, single_process
 from tokencut.runtime.resume import weights_digest
 from tokencut.training.held_out import CHOICE, HeldOutComparison, Right, compared, guard_size, top1_of
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
@@ -86,7 +86,7 @@ def finetune(
         (True, 1)
     """
     setup = setup or TrainingSetup()
-    group = group or alone(resolve_device("auto"))
+    group = group or single_process(resolve_device("auto"))
     require_head(model)
     home = next(model.parameters()).device
     model.to(group.device)
@@ -134,7 +134,7 @@ class _Run:
         self.folder, self.judge, self.callbacks = folder, judge, callbacks
         self.class_map = training_classes(source, model)
         self.notes: list[str] = []
-        self.held: Part | None = None
+        self.held: Subset | None = None
         self.source = source = self._hold_out(source)
         self.images = images_for(model, source, self.class_map)
         self.order = Order(len(source), setup.batch_size, setup.accumulate, setup.seed, group.rank, group.size)
@@ -177,7 +177,7 @@ class _Run:
     def _conditions(self) -> dict[str, str]:
         """What another run must share to go on with the state of this one."""
         images = hashlib.sha256()
-        for index, folder in enumerate(Part(self.source, range(len(self.source))).folders()):
+        for index, folder in enumerate(Subset(self.source, range(len(self.source))).folders()):
             images.update(f"{self.source.filename(index)}:{self.class_map.targets[folder]};".encode(errors="replace"))
         return {
             "fine-tuning recipe": json.dumps(dataclasses.asdict(self.recipe), sort_keys=True),
@@ -213,7 +213,7 @@ class _Run:
         finally:
             self.trainer.objective.close()
         chosen, held_out = self._take_result(state, original) if finished else (state.epoch, None)
-        skipped = len(set().union(*self.group.collect(set(self.unreadable))))
+        skipped = len(set().union(*self.group.all_gather(set(self.unreadable))))
         notes = [f"training images skipped, since they could not be decoded: {skipped}"] if skipped else []
         if held_out is not None and held_out.is_worse:
             notes.append(held_out.warning(self.recipe.lr))
@@ -221,9 +221,9 @@ class _Run:
 
     def _found(self) -> TrainingState | None:
         """The state in the folder, if there is one."""
-        if self.folder is None or not self.group.share(has_state(self.folder)):
+        if self.folder is None or not self.group.broadcast(has_state(self.folder)):
             return None
-        return self.group.share(load_state(self.folder, self.conditions) if self.group.main else None)
+        return self.group.broadcast(load_state(self.folder, self.conditions) if self.group.main else None)
 
     def _start(self, found: TrainingState | None) -> TrainingState:
         """The state to begin with: the one found, with which the trainer goes on, or a new one."""
