@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -266,6 +267,21 @@ def test_stopped_it_keeps_the_best_so_far(calibration: Path) -> None:
 def test_stopped_before_there_is_anything_it_is_an_interrupt(calibration: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         find(calibration, Target(gmacs=0.6 * dense_gmacs()), should_stop=lambda: True)
+
+
+def test_progress_begins_while_parts_are_timed(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(*args: object, on_round: Callable[[int, int], None], **kwargs: object) -> LatencyTable:
+        on_round(1, 15)
+        return TABLE
+
+    timed_by_table(monkeypatch, 1.0)
+    monkeypatch.setattr(search, "latency_table", timed)
+    seen: list[SearchProgress] = []
+    find(calibration, Target(speedup=1.6), on_progress=seen.append)
+    assert seen[0] == SearchProgress(0.0, None, "timing the model's parts, round 1 of 15")
+    assert seen[1].doing == "trying schedules"
+    with pytest.raises(KeyboardInterrupt):
+        find(calibration, Target(speedup=1.6), should_stop=lambda: True)
 
 
 def test_progress_shows_the_best(calibration: Path) -> None:

@@ -89,8 +89,8 @@ def compress(
 
             front = target.front or output.with_suffix(".front.json")
             search = requested_search(
-                target, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers,
-                class_map=data.class_map,
+                target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
+                workers=data.workers, class_map=data.class_map,
             )  # fmt: skip
             search.mind(data.data)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)

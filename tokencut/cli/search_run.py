@@ -180,7 +180,7 @@ def _counted(count: int, what: str) -> str:
 
 def _status(now: SearchProgress) -> str:
     if now.best is None:
-        return "trying seeds"
+        return now.doing
     agreement = "" if now.best.agreement is None else f", {now.best.agreement:.1f} % agree with dense"
     return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.divergence:.4g}{agreement}"
 

@@ -83,10 +83,12 @@ class SearchProgress:
     Attributes:
         share: Of its effort, 0 to 1; it may end earlier.
         best: The best schedule at the price it works on; None before there is one.
+        doing: What is going on, in words.
     """
 
     share: float
     best: ParetoPoint | None
+    doing: str = "trying schedules"
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,11 @@ class _Run:
 
     def seek(self, batches: tuple[torch.Tensor, ...], targets: torch.Tensor | None) -> None:
         """Searches until the target is met or somebody says stop."""
-        if self.target.speedup is not None:
-            self.table = latency_table(self.model, batch_size=self.settings.timing_batch_size, device=self.device)
         try:
+            if self.target.speedup is not None:
+                self.table = latency_table(
+                    self.model, batch_size=self.settings.timing_batch_size, device=self.device, on_round=self._on_round
+                )
             probe = Probe(self.model, batches, targets, self._on_batch)
             table = self.table
             price = self.costs.gmacs if table is None else table.seconds
@@ -172,6 +174,12 @@ class _Run:
         if self.on_progress and self.searcher:
             probe = self.searcher.probe
             self.on_progress(SearchProgress(min(1.0, probe.spent / probe.passes / self.settings.effort), self.best))
+
+    def _on_round(self, done: int, total: int) -> None:
+        if self.should_stop():
+            raise _StoppedError
+        if self.on_progress:
+            self.on_progress(SearchProgress(0.0, None, f"timing the model's parts, round {done} of {total}"))
 
     def _on_best(self, counts: Counts, outcome: Outcome) -> None:
         self.best = self._point(counts, outcome)
