@@ -61,9 +61,9 @@ def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.fixture(scope="session")
 def few() -> Source:
     """Forty training digits."""
-    from tokencut.data.sources import Part, open_source
+    from tokencut.data.sources import Subset, open_source
 
-    return Part(open_source("digits", split="train"), range(40))
+    return Subset(open_source("digits", split="train"), range(40))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

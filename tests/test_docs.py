@@ -13,7 +13,7 @@ import typer
 from test_layers import IMPORTS, LAYER, part, within
 
 from tokencut.cli.app import app
-from tokencut.sweep.rows import read_variants
+from tokencut.sweeping.rows import read_variants
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]

@@ -180,7 +180,7 @@ def test_refusals(tmp_path: Path) -> None:
     cases = {
         tmp_path / "no" / "out.txt": f"the folder {tmp_path / 'no'} does not exist; create it first",
         tmp_path: f"it is a folder; name a file in it, such as {tmp_path / 'out.safetensors'}",
-        old: f"{old} exists; add --force to replace it, or give another -o",
+        old: f"{old} exists; add `force=True` to replace it, or give another `path`",
     }
     for path, message in cases.items():
         with pytest.raises(ArtifactError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -25,7 +26,7 @@ LAYERS = (
     "data",
     "evaluation profiling",
     "search training export visualization",
-    "sweep",
+    "sweeping",
     "cli tokencut",  # tokencut/__init__.py, which names the public functions
     "__main__",
 )
@@ -124,6 +125,23 @@ def test_no_module_shares_its_name_with_what_its_package_hands_out() -> None:
         if module != "tokencut" and module.rpartition(".")[2] in handed_out(module.rpartition(".")[0])
     ]
     assert not shared, f"a package hands out something else under the names of its modules {shared}"
+
+
+# Another program's option, which is typed whoever calls.
+TORCHRUN = "torchrun --nproc-per-node"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in TREES if not within(name, {"tokencut.cli"})))
+def test_only_the_command_line_names_options(module: str) -> None:
+    """The library speaks Python: `batch_size=64`, of which tokencut/cli/wording.py makes ``batch_size=64``."""
+    found = [
+        node.value
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(?<![\w-])--[a-z]", node.value.replace(TORCHRUN, ""))
+    ]
+    assert not found
 
 
 @pytest.mark.parametrize("package", ["tokencut.methods", "tokencut.adapters"])

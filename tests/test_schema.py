@@ -112,9 +112,7 @@ def test_nesting_without_end_is_refused() -> None:
 def test_a_newer_format_says_how_to_get_on() -> None:
     with pytest.raises(ArtifactError) as caught:
         FORM.read('{"type":"shape","format":3,"fields":"of another kind"}')
-    assert str(caught.value) == (
-        "the file has format 3, and this tokencut reads up to 2; type pip install --upgrade tokencut"
-    )
+    assert str(caught.value) == ("the file has format 3, and this tokencut reads up to 2; type pip install -U tokencut")
 
 
 @pytest.mark.parametrize("found", [2, 0, "1", None, True, 1.0])

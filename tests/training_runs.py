@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokencut.model import CompressedModel, compress
-from tokencut.runtime.distributed import alone
+from tokencut.runtime.distributed import single_process
 from tokencut.training.recipe import TrainingRecipe
 from tokencut.training.run import finetune
 from tokencut.training.setup import FinetuneReport, TrainingCallbacks, TrainingProgress, TrainingSetup
 
-CPU = alone(torch.device("cpu"))
+CPU = single_process(torch.device("cpu"))
 # Everything random that there is.
 WILD = TrainingRecipe(
     epochs=2, lr=1e-2, hflip=0.5, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5, mixup=0.8,

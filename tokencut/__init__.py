@@ -17,9 +17,18 @@ from tokencut.errors import TokencutError
 if TYPE_CHECKING:
     from tokencut.backbone import features_only
     from tokencut.evaluation.accuracy import EvaluationReport, evaluate
+    from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
     from tokencut.models.artifact import load, save
     from tokencut.profiling.measuring import ProfileReport, profile
+    from tokencut.search.report import SearchSettings
+    from tokencut.search.run import find_schedule
+    from tokencut.search.targets import Target
+    from tokencut.sweeping.run import SweepPlan, sweep
+    from tokencut.training.recipe import TrainingRecipe
+    from tokencut.training.run import finetune
+    from tokencut.training.setup import TrainingSetup
+    from tokencut.visualization.drawing import draw
 
 __version__ = "0.1.0"
 
@@ -27,25 +36,45 @@ __all__ = [
     "CompressedModel",
     "EvaluationReport",
     "ProfileReport",
+    "SearchSettings",
+    "SweepPlan",
+    "Target",
     "TokencutError",
+    "TrainingRecipe",
+    "TrainingSetup",
     "compress",
+    "draw",
     "evaluate",
+    "export_model",
     "features_only",
+    "find_schedule",
+    "finetune",
     "load",
     "profile",
     "save",
+    "sweep",
 ]
 
 _HOME = {
     "CompressedModel": "model",
     "EvaluationReport": "evaluation.accuracy",
     "ProfileReport": "profiling.measuring",
+    "SearchSettings": "search.report",
+    "SweepPlan": "sweeping.run",
+    "Target": "search.targets",
+    "TrainingRecipe": "training.recipe",
+    "TrainingSetup": "training.setup",
     "compress": "model",
+    "draw": "visualization.drawing",
     "evaluate": "evaluation.accuracy",
+    "export_model": "export.run",
     "features_only": "backbone",
+    "find_schedule": "search.run",
+    "finetune": "training.run",
     "load": "models.artifact",
     "profile": "profiling.measuring",
     "save": "models.artifact",
+    "sweep": "sweeping.run",
 }
 
 

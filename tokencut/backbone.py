@@ -27,10 +27,6 @@ def features_only(
 
     Tokens are un-merged to the full grid, as `CompressedModel.forward_intermediates` says.
 
-        backbone = tokencut.features_only(tokencut.load("out.safetensors"), out_indices=(3, 7, 11))
-        head = build_head(backbone.feature_info.channels(), backbone.feature_info.reduction())
-        maps = backbone(images)  # three of (B, D, rows, columns)
-
     Args:
         model: What `compress` or `load` returned; it is copied and stays as it was.
         out_indices: So many last blocks, or 0-based blocks (negative ones from the end), or None for all; 3
@@ -45,6 +41,15 @@ def features_only(
 
     Raises:
         UsageError: The model is not a compressed one, or a block, a format or a rule does not exist.
+
+    Example:
+        >>> import timm, torch, tokencut
+        >>> model = tokencut.compress(timm.create_model("test_vit"), keep=0.5, layers=[2, 4])
+        >>> backbone = tokencut.features_only(model, out_indices=(1, 3, 5))
+        >>> backbone.feature_info.channels()
+        [64, 64, 64]
+        >>> [tuple(features.shape) for features in backbone(torch.zeros(2, 3, 160, 160))]
+        [(2, 64, 10, 10), (2, 64, 10, 10), (2, 64, 10, 10)]
     """
     if not isinstance(model, CompressedModel):
         raise UsageError(f"features_only takes a compressed model, not a {type(model).__name__}; type "

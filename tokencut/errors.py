@@ -1,4 +1,8 @@
-"""What can go wrong: the library raises these, only the command line formats them and picks an exit code."""
+"""What can go wrong: the library raises these, only the command line formats them and picks an exit code.
+
+Messages speak Python and name arguments as code between backticks, such as `batch_size=64`; the command line makes
+options of them.
+"""
 
 from __future__ import annotations
 

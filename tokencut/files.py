@@ -38,7 +38,7 @@ def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
         raise ArtifactError(f"cannot write {target}: it is no file; give another name")
     _check_permission(target, place.parent)
     if place.exists() and not force:
-        raise ArtifactError(f"{target} exists; add --force to replace it, or give another -o")
+        raise ArtifactError(f"{target} exists; add `force=True` to replace it, or give another `path`")
     return target
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import logging
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Any
 
 # Names that a message quotes before it says how many more there are.
 QUOTED = 3
+
+
+LOGGER = logging.getLogger("tokencut")
+LOGGER.addHandler(logging.NullHandler())
+
+
+def noting(on_note: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Whom to tell a note: who asked for it, or else the logger `tokencut`, at level INFO."""
+    return on_note or LOGGER.info
 
 
 def one_line(what: object, most: int = 200) -> str:

@@ -28,6 +28,14 @@ class CompressedModel(nn.Module):
     `model` is timm's own, with timm's parameter names; `stages` holds one `Stage` for each layer of the recipe's
     schedule; `recipe` says what was done, `method` is the reduction it names. `unmerge` is how `forward_intermediates`
     goes back to all patches where it is not told: `"change"` or `"copy"`. No file keeps it.
+
+    Example:
+        >>> import timm, torch, tokencut
+        >>> model = tokencut.compress(timm.create_model("test_vit"), keep=0.5, layers=[2, 4])
+        >>> model.recipe.method, model.recipe.keep, model.recipe.schedule.layers
+        ('bat', 0.5, (2, 4))
+        >>> [tuple(features.shape) for features in model.forward_intermediates(torch.zeros(1, 3, 160, 160))[1]][:2]
+        [(1, 64, 10, 10), (1, 64, 10, 10)]
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -209,7 +217,7 @@ def compress(
             `reduce_by` takes its place where given.
         layers: 1-based numbers of the blocks that reduce, or `"all"`, `"late"` (6, 8, 10 of 12) or `"gradual"` (each
             from 4 to 10 of 12); blocks 4, 7, 10 of 12 where None.
-        method: A method's name, see `tokencut models --methods`.
+        method: A method's name, such as `bat`, `evit` or `tome`.
         reduce_by: Instead of `keep`: so many tokens fewer in each layer.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.
@@ -220,6 +228,12 @@ def compress(
     Raises:
         UsageError: An argument is out of range or unknown.
         ModelError: The model's family is not supported.
+
+    Example:
+        >>> import timm, torch, tokencut
+        >>> model = tokencut.compress(timm.create_model("test_vit"), keep=0.5, layers=[2, 4])
+        >>> model(torch.zeros(3, 3, 160, 160)).shape
+        torch.Size([3, 1000])
     """
     adapter = adapter_for(model)
     built = make_method(method, dict(method_options or {}))

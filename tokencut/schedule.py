@@ -128,7 +128,7 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
         UsageError: A value is out of range, a layer does not exist or stands twice, or the lengths differ.
     """
     if (keep is None) == (reduce_by is None):
-        raise UsageError("give either a keep rate (--keep 0.7) or --reduce-by, not both and not neither")
+        raise UsageError("give either a keep rate (`keep=0.7`) or `reduce_by`, not both and not neither")
     if layers is None and reduce_by is not None:
         layers = "all"
     if isinstance(layers, str):
@@ -137,7 +137,7 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
         chosen = default_layers(depth) if layers is None else _checked_layers(layers, depth)
     if reduce_by is not None:
         if isinstance(reduce_by, bool) or not isinstance(reduce_by, int) or reduce_by < 1:
-            raise UsageError(f"--reduce-by {reduce_by!r} is not a whole number of at least 1, such as --reduce-by 13")
+            raise UsageError(f"`reduce_by={reduce_by!r}` is not a whole number of at least 1, such as `reduce_by=13`")
         return Schedule(chosen, None, reduce_by)
     return Schedule(chosen, _checked_keep(keep, len(chosen)), None)
 
@@ -149,21 +149,21 @@ def _checked_layers(layers: Sequence[int | str], depth: int) -> tuple[int, ...]:
     for layer in layers:
         if not isinstance(layer, int):
             raise UsageError(
-                f"layer {layer} does not exist: layers are block numbers from 1 on, such as --layers 4,7,10"
+                f"layer {layer} does not exist: layers are block numbers from 1 on, such as `layers=[4, 7, 10]`"
             )
     if not chosen:
-        raise UsageError("no layer given; name blocks from 1 on, such as --layers 4,7,10")
+        raise UsageError("no layer given; name blocks from 1 on, such as `layers=[4, 7, 10]`")
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
             raise UsageError(f"layer {layer} does not exist: this model has blocks 1 to {depth}, such as "
-                             f"--layers {','.join(map(str, default_layers(depth)))}")  # fmt: skip
+                             f"`layers={list(default_layers(depth))}`")  # fmt: skip
     twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
     if twice:
         raise UsageError(f"layer {twice[0]} is given twice; name each block once, such as "
-                         f"--layers {','.join(map(str, sorted(set(chosen))))}")  # fmt: skip
+                         f"`layers={sorted(set(chosen))}`")  # fmt: skip
     if list(chosen) != sorted(chosen):
         raise UsageError(f"layers {','.join(map(str, chosen))} are not in ascending order; "
-                         f"write --layers {','.join(map(str, sorted(chosen)))}")  # fmt: skip
+                         f"write `layers={sorted(chosen)}`")  # fmt: skip
     return chosen
 
 
@@ -177,14 +177,14 @@ def _checked_keep(keep: Keep | None, count: int) -> float | tuple[float, ...]:
     for rate in rates:
         _check_rate(rate)
     if len(rates) != count:
-        raise UsageError(f"{len(rates)} keep rates for {count} layers; give one number for all, or one per layer "
-                         f"joined by /, such as --keep {'/'.join(['0.7'] * count)}")  # fmt: skip
+        raise UsageError(f"{len(rates)} keep rates for {count} layers; give one number for all, or one per layer, "
+                         f"such as `keep={[0.7] * count}`")  # fmt: skip
     return tuple(float(rate) for rate in rates)
 
 
 def _check_rate(rate: float) -> None:
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
-        raise UsageError(f"keep {rate} is not in (0, 1]; it is the fraction of tokens that stay, such as --keep 0.7")
+        raise UsageError(f"keep {rate} is not in (0, 1]; it is the fraction of tokens that stay, such as `keep=0.7`")
 
 
 @dataclass(frozen=True)

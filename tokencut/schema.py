@@ -148,7 +148,7 @@ class Form:
     fields: Fields
     called: str
     otherwise: str
-    newer: str = "type pip install --upgrade tokencut"
+    newer: str = "type pip install -U tokencut"
     most: int | None = None
 
     def write(self, values: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jobs  # noqa: F401  (first of all: its clock starts when it is imported)
 
+from tokencut.cli.wording import typed
 from tokencut.errors import TokencutError
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +46,7 @@ def main() -> None:
     try:
         importlib.import_module(known[name][0]).main()
     except TokencutError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {typed(str(error))}")
 
 
 if __name__ == "__main__":

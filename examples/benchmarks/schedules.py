@@ -18,6 +18,7 @@ from torch import nn
 from tuning import gmacs
 
 import tokencut
+from tokencut.cli.wording import as_typed
 from tokencut.data.sources import open_source
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.statistics import paired_difference
@@ -75,7 +76,7 @@ class Bench:
             typed, ahead = f"{beside.top1:.2f}", str(paired_difference(*self.pairs[-1]))
         to_dense = paired_difference(found.correct, self.dense.correct)
         self.rows.append([budget, f"{schedule.gmacs:.4f}", typed, f"{found.top1:.2f}", ahead, to_dense,
-                          f"{report.seconds:.0f}", f"`{schedule.options}`"])  # fmt: skip
+                          f"{report.seconds:.0f}", f"`{as_typed(schedule.arguments)}`"])  # fmt: skip
         say(f"{budget}: {found.top1:.2f} after {time.perf_counter() - started:.0f} s")
 
     def beside(self, budget: str, **schedule: Any) -> None:

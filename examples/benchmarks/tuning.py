@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from tokencut import compress, cost, evaluate
-from tokencut.data.sampling import evenly_spread
-from tokencut.data.sources import Part, Source, hold_out, open_source
+from tokencut.data.sampling import strided_subset
+from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import UsageError
 from tokencut.model import predicted_macs
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import describe_device, resolve_device
-from tokencut.runtime.distributed import alone
+from tokencut.runtime.distributed import single_process
 from tokencut.training.recipe import TrainingRecipe, recipe_named
 from tokencut.training.run import finetune
 from tokencut.training.setup import TrainingSetup
@@ -147,7 +147,9 @@ def tuned_and_judged(
     if recipe is not None:
         resumed = {} if state is None else {"state": state, "resume": True}
         setup = replace(setup, guard=False)
-        told["history"] = finetune(model, train, recipe=recipe, setup=setup, group=alone(device), **resumed).history
+        told["history"] = finetune(
+            model, train, recipe=recipe, setup=setup, group=single_process(device), **resumed
+        ).history
     score = evaluate(
         model, judged, batch_size=setup.batch_size, workers=setup.workers, device=device, precision=precision,
         limit=limit,
@@ -175,4 +177,4 @@ def _images(settings: Settings) -> tuple[Source, Source]:
         judged = open_source(settings.data)
     else:
         train, judged = hold_out(train, settings.held_out / len(train), HOLD_OUT_SEED)
-    return Part(train, evenly_spread(len(train), settings.train_limit)), judged
+    return Subset(train, strided_subset(len(train), settings.train_limit)), judged

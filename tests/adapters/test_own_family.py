@@ -218,7 +218,7 @@ def test_the_closed_form_the_search_and_dense_outputs_work_too(model: NearTransf
             model(images()).log_softmax(1) - compressed(images()).log_softmax(1))).sum(1)  # fmt: skip
         (features,) = compressed.forward_intermediates(images(), 1, intermediates_only=True, norm=True)
     assert outcome is not None
-    torch.testing.assert_close(outcome.damage, expected.double().repeat(2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(outcome.divergence, expected.double().repeat(2), rtol=1e-4, atol=1e-6)
     assert features.shape == (3, 24, 4, 4)
 
 

@@ -53,7 +53,7 @@ WRONG = [
     ((*DEIT, "--keep", "0.9,0.7"), 2,
      "--keep 0.9,0.7 has commas, which only sweep takes; for one rate per layer join them by /: --keep 0.9/0.7"),
     ((*DEIT, "--keep", "0.9/0.7/0.5", "--layers", "4,7"), 2,
-     "3 keep rates for 2 layers; give one number for all, or one per layer joined by /, such as --keep 0.7/0.7"),
+     "3 keep rates for 2 layers; give one number for all, or one per layer, such as --keep 0.7/0.7"),
     ((*DEIT, "--keep", "0.7", "--reduce-by", "8"), 2, "--keep and --reduce-by exclude each other; type one of them"),
     ((*DEIT, "--reduce-by", "0"), 2, "--reduce-by 0 is not a whole number of at least 1, such as --reduce-by 13"),
     ((*DEIT, "--keep", "0,5"), 2, "--keep 0,5 has a comma; type --keep 0.5"),
@@ -219,7 +219,7 @@ def test_pickle_under_another_name(run: Run, tmp_path: Path) -> None:
 def test_metadata_of_a_newer_format_and_of_wrong_types(run: Run, tmp_path: Path, compressed: Path) -> None:
     data = run("info", compressed, "--json").json
     del data["file"], data["tensors"]
-    for edit, expected in (({"format": 99}, "pip install --upgrade tokencut"), ({"recipe": 3}, "recipe")):
+    for edit, expected in (({"format": 99}, "pip install -U tokencut"), ({"recipe": 3}, "recipe")):
         path = tmp_path / "edited.safetensors"
         save_file(load_file(compressed), path, metadata={"tokencut": json.dumps({**data, **edit})})
         assert expected in refused(run, "info", path)

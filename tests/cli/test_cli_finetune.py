@@ -219,7 +219,7 @@ def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     )
     other = run(*words, cut, "--resume", "--seed", "7")
     assert other.code == 1
-    assert f"{folder_for(cut)} holds a run made with other --seed (0, not 7)" in other.err
+    assert f"{folder_for(cut)} holds a run made with other seed (0, not 7)" in other.err
 
     resumed = run(*words, cut, "--resume")
     assert resumed.code == 0

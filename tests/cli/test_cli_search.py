@@ -174,8 +174,8 @@ def test_several_processes_are_refused(pictures: Path) -> None:
     from tokencut.cli.search_options import TargetOptions
     from tokencut.errors import UsageError
 
-    wish = TargetOptions(target_gmacs=1.0, calibration=str(pictures))
+    target = TargetOptions(target_gmacs=1.0, calibration=str(pictures))
     with pytest.raises(
         UsageError, match="^a search runs in one process, and torchrun started 2; type tokencut profile"
     ):
-        search_run.search_wanted(wish, RunOptions(), front=None, force=True, processes=2)
+        search_run.requested_search(target, RunOptions(), front=None, force=True, processes=2)

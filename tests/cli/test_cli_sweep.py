@@ -15,8 +15,8 @@ from outcome import TINY, Run
 
 from tokencut.cli.options import RunOptions, SweepOptions
 from tokencut.evaluation import accuracy
-from tokencut.sweep import run as sweep
-from tokencut.sweep.run import SweepPlan
+from tokencut.sweeping import run as sweep
+from tokencut.sweeping.run import SweepPlan
 
 needs_matplotlib = pytest.mark.usefixtures("_matplotlib")
 KEYS = {"method", "keep", "gmacs", "top1", "top5", "images_per_second"}
@@ -95,16 +95,16 @@ def test_an_interrupted_sweep_says_how_to_go_on(
 ) -> None:
     words = ("sweep", *TINY, "--methods", "topk", "--keep", "0.5", "--data", pictures, *QUICK, "-o", tmp_path / "r")
     judged = 0
-    real = accuracy.Tally.add
+    real = accuracy.MetricAccumulator.add
 
-    def add(tally: accuracy.Tally, *batch: object) -> None:
+    def add(tally: accuracy.MetricAccumulator, *batch: object) -> None:
         nonlocal judged
         judged += 1
         if judged == 2:
             raise KeyboardInterrupt
         real(tally, *batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(accuracy.Tally, "add", add)
+    monkeypatch.setattr(accuracy.MetricAccumulator, "add", add)
     done = run(*words)
     assert (done.code, done.out) == (130, "")
     assert done.err.splitlines()[-2:] == [
@@ -163,7 +163,7 @@ WRONG = [
      "keep 1.5 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),
     ((*SWEEP, "--keep", "0.7,0.70"), 2, "keep 0.7 is given twice; type --keep 0.7"),
     ((*SWEEP, "--keep", "0.7/0.5"), 2,
-     "2 keep rates for 3 layers; give one number for all, or one per layer joined by /, such as --keep 0.7/0.7/0.7"),
+     "2 keep rates for 3 layers; give one number for all, or one per layer, such as --keep 0.7/0.7/0.7"),
     ((*SWEEP, "--layers", "all"), 2,
      "--layers all needs explicit rates, since 0.5 in so many blocks leaves next to nothing; add --keep 0.97,0.95"),
     ((*SWEEP, "--methods", "bat,bat"), 2, "method bat is given twice; type --methods bat"),

@@ -106,7 +106,7 @@ def test_a_worker_that_dies_is_told_with_a_way_out(folder: Path, monkeypatch: py
     with pytest.raises(DataError) as caught:
         list(make_loader(dataset(open_source(folder)), batch_size=6, workers=1))
     assert str(caught.value) == (
-        "a process that loads images ended unexpectedly, often for want of (shared) memory; type --workers 0 to load "
+        "a process that loads images ended unexpectedly, often for want of (shared) memory; type `workers=0` to load "
         "them without further processes"
     )
 
@@ -123,8 +123,8 @@ def test_an_error_of_a_transform_is_no_unreadable_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type --batch-size 64"),
-        ({"batch_size": 1, "workers": -1}, "-1 workers are too few, expected at least 0; type --workers 0"),
+        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type `batch_size=64`"),
+        ({"batch_size": 1, "workers": -1}, "-1 workers are too few, expected at least 0; type `workers=0`"),
     ],
 )
 def test_out_of_range(folder: Path, options: dict[str, Any], message: str) -> None:

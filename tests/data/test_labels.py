@@ -10,7 +10,7 @@ from image_files import write_folder
 
 from tokencut.data import labels
 from tokencut.data.labels import ClassMap, map_classes
-from tokencut.data.sources import Part, open_source
+from tokencut.data.sources import Subset, open_source
 from tokencut.errors import DataError
 
 ANIMALS = ("cat", "polar bear", "Dog", "horse")
@@ -140,7 +140,7 @@ def test_the_order_that_the_user_tells(tmp_path: Path) -> None:
     source = open_source(tmp_path / "set", class_map=order)
     model = timm.create_model("test_vit", num_classes=5)
     assert source.classes == ("1", "2", "10")
-    for images in (source, Part(source, [1, 2])):
+    for images in (source, Subset(source, [1, 2])):
         assert labels.classes_for(model, images) == ClassMap(
             (0, 2, 1), ("1", "10", "2", "3", "4"), ("3 of the model's 5 classes are present",)
         )

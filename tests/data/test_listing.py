@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tokencut.data.listing import Layout, Listing, arrange, scan_folder
+from tokencut.data.listing import Layout, Listing, find_classes, scan_folder
 from tokencut.errors import DataError
 
 
 def layout(*files: str, folders: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> Layout:
     """The layout of the given paths."""
-    return arrange("set", Listing(dict.fromkeys(files, (0, 0)), set(folders), list(others)))
+    return find_classes("set", Listing(dict.fromkeys(files, (0, 0)), set(folders), list(others)))
 
 
 def test_classes_and_images_stand_in_natural_order() -> None:

@@ -168,7 +168,7 @@ def test_other_channels_are_refused() -> None:
     with pytest.raises(ModelError) as caught:
         preprocessing_of(timm.create_model("test_vit", img_size=32, in_chans=4))
     assert str(caught.value) == (
-        "the model takes images of 4 channels, expected 3 (colour) or 1 (grey); build it with --model-kwargs in_chans=3"
+        "the model takes images of 4 channels, expected 3 (colour) or 1 (grey); build it with `in_chans=3`"
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tokencut.data.sampling import evenly_spread, stratified
+from tokencut.data.sampling import stratified, strided_subset
 from tokencut.errors import UsageError
 
 
@@ -26,14 +26,14 @@ def test_stratified_draws_none_or_all(count: int) -> None:
 
 
 def test_a_sample_is_spread_evenly() -> None:
-    assert evenly_spread(10, None) == list(range(10))
-    assert evenly_spread(10, 10) == evenly_spread(10, 99) == list(range(10))
-    assert evenly_spread(10, 4) == [0, 2, 5, 7]
-    assert evenly_spread(5000, 10) == list(range(0, 5000, 500))
+    assert strided_subset(10, None) == list(range(10))
+    assert strided_subset(10, 10) == strided_subset(10, 99) == list(range(10))
+    assert strided_subset(10, 4) == [0, 2, 5, 7]
+    assert strided_subset(5000, 10) == list(range(0, 5000, 500))
 
 
 @pytest.mark.parametrize("limit", [0, -3])
 def test_a_sample_of_nothing_is_refused(limit: int) -> None:
     with pytest.raises(UsageError) as caught:
-        evenly_spread(10, limit)
-    assert str(caught.value) == f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000"
+        strided_subset(10, limit)
+    assert str(caught.value) == f"a limit of {limit} leaves no images, expected at least 1; type `limit=1000`"

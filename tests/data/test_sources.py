@@ -14,8 +14,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from tokencut.data.sources import (
     FolderSource,
-    Part,
     Source,
+    Subset,
     TarSource,
     check_apart,
     class_folder_note,
@@ -174,5 +174,5 @@ def test_held_out_images_are_a_seeded_share_of_every_class() -> None:
     assert hold_out(source, 0.1, seed=0)[1].indices == held.indices != hold_out(source, 0.1, seed=1)[1].indices
     with held[0][0] as first, source[held.indices[0]][0] as second:
         assert first.read() == second.read()
-    with pytest.raises(DataError, match="are too few to hold some out for choosing an epoch; type --select last"):
-        hold_out(Part(source, [0, 1]), 0.1, seed=0)
+    with pytest.raises(DataError, match="are too few to hold some out for choosing an epoch; type `select='last'`"):
+        hold_out(Subset(source, [0, 1]), 0.1, seed=0)

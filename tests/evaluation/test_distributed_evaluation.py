@@ -10,7 +10,7 @@ import torch
 from image_files import write_folder
 
 from tokencut.data import image_set
-from tokencut.data.sources import Part, open_source
+from tokencut.data.sources import Subset, open_source
 from tokencut.errors import DataError, UsageError
 from tokencut.evaluation import accuracy
 from tokencut.evaluation.distributed import _merged, evaluate_spread
@@ -21,7 +21,12 @@ from tokencut.runtime.distributed import Group, process_group
 def test_alone_there_is_nobody_to_tell() -> None:
     with process_group(torch.device("cpu")) as group:
         assert (group.rank, group.size, group.main) == (0, 1, True)
-        assert (group.share("a"), group.collect("b"), group.any(True), group.any(False)) == ("a", ["b"], True, False)
+        assert (group.broadcast("a"), group.all_gather("b"), group.any(True), group.any(False)) == (
+            "a",
+            ["b"],
+            True,
+            False,
+        )
 
 
 class _Dealt(Group):
@@ -29,9 +34,9 @@ class _Dealt(Group):
 
 
 def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    judged, source = digits.create(), Part(open_source("digits"), range(31))
+    judged, source = digits.create(), Subset(open_source("digits"), range(31))
     whole = accuracy.evaluate(judged, source, workers=0, device="cpu")
-    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [value])
     parts = []
     for rank in range(3):
         group = _Dealt(rank, 3, torch.device("cpu"))
@@ -42,8 +47,8 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
     assert merged.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (merged.correct, merged.numbers) == (whole.correct, tuple(range(31)))
     with pytest.raises(DataError, match="2 images in 'digits' are too few for 3 processes"):
-        evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Part(source, [0, 1]), workers=0)
-    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [parts[0], value])
+        evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Subset(source, [0, 1]), workers=0)
+    monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [parts[0], value])
     with pytest.raises(UsageError, match="a batch size of 0 is too small"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0, batch_size=0)
 
@@ -56,7 +61,7 @@ def test_images_stay_in_order_where_some_cannot_be_read_or_are_left_out(
     judged = digits.create()
     whole = accuracy.evaluate(judged, folder, workers=0, device="cpu", limit=105)
     assert 0 < sum(whole.correct) < len(whole.correct) == 104
-    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [value])
     source, cpu = open_source(folder), torch.device("cpu")
     merged = _merged([evaluate_spread(_Dealt(rank, 4, cpu), judged, source, workers=0, limit=105) for rank in range(4)])
     assert (merged.correct, merged.numbers) == (whole.correct, whole.numbers)
@@ -68,7 +73,7 @@ def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.Mon
     image_set.check_unreadable("images", names, 300, repr)
     with pytest.raises(DataError, match="at least 3 of 299 images in 'images' cannot be decoded"):
         image_set.check_unreadable("images", names, 299, repr)
-    judged, source = digits.create(), Part(open_source("digits"), range(30))
+    judged, source = digits.create(), Subset(open_source("digits"), range(30))
     asked: list[int | None] = []
     report = accuracy.evaluate(judged, source, workers=0, device="cpu")
 
@@ -77,7 +82,7 @@ def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.Mon
         return dataclasses.replace(report, unreadable=("a.png",), numbers=(), correct=())
 
     monkeypatch.setattr("tokencut.evaluation.distributed.evaluate", evaluate)
-    monkeypatch.setattr(_Dealt, "collect", lambda self, value: [value])
+    monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [value])
     with pytest.raises(DataError, match="at least 1 of 30 images in 'digits'"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0)
     assert asked == [30]

@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("precision", "advice"), [("fp32", "give it other weights"), ("fp16", "type --precision fp32")]
+    ("precision", "advice"), [("fp32", "give it other weights"), ("fp16", "type `precision='fp32'`")]
 )
 def test_logits_that_are_not_finite_are_an_error(folder: Path, precision: str, advice: str) -> None:
     model = Answers(lambda level: level[:, None] * torch.tensor([1.0, float("inf"), 0.0]), 3)

@@ -45,7 +45,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
         image.write_bytes(b"no image")
     with pytest.raises(
         DataError,
-        match=r"none of 2 images in '.*' can be decoded, such as .*; leave out --data to check "
+        match=r"none of 2 images in '.*' can be decoded, such as .*; leave out `data` to check "
         "on noise$",
     ):
         export_model(small("topk"), tmp_path / "model.pt2", data=folder)

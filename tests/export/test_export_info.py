@@ -17,7 +17,7 @@ BEFORE = describe_export(small(), name="mine").to_text()
         (
             '"format":1',
             '"format":2',
-            "^the file has format 2, and this tokencut reads up to 1; type pip install --upgrade",
+            "^the file has format 2, and this tokencut reads up to 1; type pip install -U",
         ),
         ('"format":1', '"format":true', "its metadata's format is .*, not 1; export the model again$"),
         ('"depth":1', '"depth":0', "its metadata's depth is 0, not a whole number from 1 to 1000"),

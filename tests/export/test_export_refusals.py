@@ -27,18 +27,18 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     ("path", "options", "error", "message"),
     [
         ("m.bin", {}, UsageError,
-         "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx"),
+         "m.bin ends neither in .onnx nor in .pt2, which says what to write; type `path='m.onnx'`"),
         ("m.onnx", {"opset": 17}, UsageError,
-         "opset 17 is not one of 18 to 22, which tokencut can write; type --opset 18"),
+         "opset 17 is not one of 18 to 22, which tokencut can write; type `opset=18`"),
         ("m.onnx", {"opset": 23}, UsageError,
-         "opset 23 is not one of 18 to 22, which tokencut can write; type --opset 18"),
-        ("m.pt2", {"opset": 18}, UsageError, "--opset is for .onnx files, and m.pt2 is none; leave it out"),
+         "opset 23 is not one of 18 to 22, which tokencut can write; type `opset=18`"),
+        ("m.pt2", {"opset": 18}, UsageError, "`opset` is for .onnx files, and m.pt2 is none; leave it out"),
         ("m.pt2", {"batch_size": 0}, UsageError,
-         "a batch size of 0 is too small, expected at least 1; type --batch-size 16"),
-        ("m.pt2", {"limit": 0}, UsageError, "a limit of 0 leaves no images, expected at least 1; type --limit 1000"),
+         "a batch size of 0 is too small, expected at least 1; type `batch_size=16`"),
+        ("m.pt2", {"limit": 0}, UsageError, "a limit of 0 leaves no images, expected at least 1; type `limit=1000`"),
         ("nowhere/m.pt2", {}, ArtifactError,
          "cannot write nowhere/m.pt2: the folder nowhere does not exist; create it first"),
-        ("there.pt2", {}, ArtifactError, "there.pt2 exists; add --force to replace it, or give another -o"),
+        ("there.pt2", {}, ArtifactError, "there.pt2 exists; add `force=True` to replace it, or give another `path`"),
     ],
 )  # fmt: skip
 def test_refused_before_any_work(
@@ -75,7 +75,7 @@ def test_weights_of_another_type_or_too_many(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
     with pytest.raises(
         ArtifactError,
-        match=r"^the model has 0\.0 GiB of weights, and an \.onnx file holds less than 2; type -o .*m\.pt2$",
+        match=r"^the model has 0\.0 GiB of weights, and an \.onnx file holds less than 2; type `path='.*m\.pt2'`$",
     ):
         export_model(small(), tmp_path / "m.onnx")
 
@@ -102,8 +102,8 @@ def test_an_operator_that_onnx_does_not_have(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.onnx, "export", raises(RuntimeError("no function for it")))
     with pytest.raises(
         ModelError,
-        match=r"^torch.onnx cannot translate mine \(no function for it\); type -o FILE\.pt2, and please report the "
-        "model's name and options$",
+        match=r"^torch.onnx cannot translate mine \(no function for it\); type `path='FILE\.pt2'`, and please report "
+        "the model's name and options$",
     ):
         export_model(small("topk"), tmp_path / "m.onnx", name="mine")
     assert names_in(tmp_path) == []

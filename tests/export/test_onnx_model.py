@@ -175,18 +175,18 @@ def test_the_dense_side_has_to_be_the_same_model_and_dense(files: Files, tmp_pat
     with pytest.raises(UsageError) as raised:
         profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(files.fixed))
     assert str(raised.value) == (
-        f"{files.fixed} was exported with a reduction, so it is not the dense side; type tokencut export MODEL --dense "
-        f"-o {files.fixed} --force"
+        f"{files.fixed} was exported with a reduction, so it is not the dense side; type "
+        f"`tokencut.export_model(dense, {str(files.fixed)!r}, force=True)`"
     )
     other = retold(files.dense, tmp_path / "other.onnx", '"gmacs":0.', '"gmacs":9.')
     with pytest.raises(
         UsageError,
         match="other.onnx is not the dense side of .*: it has 9.002 GMACs and 92419 parameters, expected 0.002 and "
-        "92419; export the same model with --dense$",
+        "92419; export the same model with `dense=True`$",
     ):
         profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(other))
     with pytest.raises(
-        UsageError, match=r"^a batch size of 0 is too small, expected at least 1; type --batch-size 16$"
+        UsageError, match=r"^a batch size of 0 is too small, expected at least 1; type `batch_size=16`$"
     ):
         profile_onnx(OnnxModel(files.dynamic), batch_size=0)
 
@@ -203,7 +203,7 @@ def test_without_onnxruntime(files: Files, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_file_a_damaged_file_and_somebody_elses(files: Files, tmp_path: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"gone.onnx does not exist; type 'tokencut export MODEL -o .*' to make it$"
+        ArtifactError, match=r"gone.onnx does not exist; type `tokencut\.export_model\(model, '.*'\)` to make it$"
     ):
         OnnxModel(tmp_path / "gone.onnx")
     damaged = tmp_path / "damaged.onnx"
@@ -215,8 +215,8 @@ def test_no_file_a_damaged_file_and_somebody_elses(files: Files, tmp_path: Path)
     onnx.save(graph, tmp_path / "bare.onnx")
     with pytest.raises(
         ArtifactError,
-        match="bare.onnx was not written by tokencut, so nobody knows what images it takes; type tokencut export MODEL "
-        "-o FILE.onnx$",
+        match="bare.onnx was not written by tokencut, so nobody knows what images it takes; type "
+        r"`tokencut\.export_model\(model, 'FILE\.onnx'\)`$",
     ):
         OnnxModel(tmp_path / "bare.onnx")
     graph.metadata_props.add(key=KEY, value='{"type": "exported-model", "format": 7}')

@@ -174,7 +174,9 @@ def test_fp16_does_not_swallow_large_weights(tmp_path: Path) -> None:
     model = compressed_model()
     with torch.no_grad():
         model.model.head.bias[0] = 1e5
-    with pytest.raises(ArtifactError, match=r"head\.bias holds values beyond fp16's largest, 65504; type --dtype bf16"):
+    with pytest.raises(
+        ArtifactError, match=r"head\.bias holds values beyond fp16's largest, 65504; type `dtype='bf16'`"
+    ):
         artifact.save(model, tmp_path / "model.safetensors", dtype="fp16")
     assert names_in(tmp_path) == []
 
@@ -211,10 +213,10 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     model, old = compressed_model(), tmp_path / "old.safetensors"
     old.write_bytes(b"old")
     cases = {
-        old: f"{old} exists; add --force to replace it, or give another -o",
+        old: f"{old} exists; add `force=True` to replace it, or give another `path`",
         tmp_path / "no" / "out.safetensors": "does not exist; create it first",
         tmp_path / "out.bin": f"out.bin does not end in .safetensors, by which timm and others tell the format; type "
-        f"-o {tmp_path / 'out.safetensors'}",
+        f"`path={str(tmp_path / 'out.safetensors')!r}`",
     }
     for path, message in cases.items():
         for write in (lambda p: artifact.save(model, p), artifact.check_output):
@@ -299,10 +301,10 @@ def test_files_of_other_kinds(tmp_path: Path, saved: Path) -> None:
     cases = {
         "cut-data": (content[:-100], "is truncated or damaged ("),
         "cut-header": (content[:200], "is truncated or damaged ("),
-        "empty": (b"", "is empty; give a file that 'tokencut compress ... -o FILE' wrote"),
+        "empty": (b"", "is empty; give a file that `tokencut.save(model, 'FILE')` wrote"),
         "text": (b"just some text, and more of it\n" * 9, "is not a safetensors file; give a file that"),
         "pickle": (pickle.dumps(Payload(tmp_path / "ran")), "is a pickled PyTorch file, not safetensors; name its"),
-        "zip": ((tmp_path / "zip.safetensors").read_bytes(), f"as --checkpoint {tmp_path / 'zip.pth'}"),
+        "zip": ((tmp_path / "zip.safetensors").read_bytes(), f"as `checkpoint={str(tmp_path / 'zip.pth')!r}`"),
     }
     for name, (content, message) in cases.items():
         path = tmp_path / f"{name}.safetensors"
@@ -311,7 +313,7 @@ def test_files_of_other_kinds(tmp_path: Path, saved: Path) -> None:
             assert message in refusal(path, read)
     assert not (tmp_path / "ran").exists()
     missing = tmp_path / "missing.safetensors"
-    assert f"type 'tokencut compress MODEL -o {missing}' to make it" in refusal(missing)
+    assert f"type `tokencut.save(model, {str(missing)!r})` to make it" in refusal(missing)
     assert "Is a directory" in refusal(tmp_path)
 
 
@@ -319,7 +321,7 @@ def test_weights_without_a_recipe_are_called_so(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     for other in (None, {"format": "pt"}):
         save_file({"head.weight": torch.zeros(2)}, path, metadata=other)
-        assert refusal(path).endswith(f"name their architecture and type --checkpoint {path}")
+        assert refusal(path).endswith(f"name their architecture and type `checkpoint={str(path)!r}`")
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)

@@ -44,7 +44,7 @@ def test_a_model_that_cannot_be_built_at_all(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_timm_says_becomes_a_note(capfd: pytest.CaptureFixture[str]) -> None:
-    with building.heard() as lines:
+    with building.capture_timm_messages() as lines:
         logging.getLogger("timm.models").warning("one\nthing")
         warnings.warn("another", stacklevel=1)
     assert lines == ["one thing", "another"]

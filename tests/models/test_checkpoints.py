@@ -64,7 +64,7 @@ def test_weights_that_are_none(weights: dict[str, Tensor], tmp_path: Path) -> No
 def test_a_folder_whose_weights_are_none(weights: dict[str, Tensor], tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "saved", {**weights, "head.bias": weights["head.bias"] / 0})
     with pytest.raises(
-        ModelError, match=r"1 with numbers that are not finite: head\.bias; give others by --checkpoint"
+        ModelError, match=r"1 with numbers that are not finite: head\.bias; give others by `checkpoint`"
     ):
         load_model(f"local-dir:{folder}")
 
@@ -75,11 +75,11 @@ def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
         return tmp_path / name
 
     cases = {
-        tmp_path / "no.pth": "no.pth does not exist; give a file of weights: --checkpoint model.safetensors",
+        tmp_path / "no.pth": "no.pth does not exist; give a file of weights: `checkpoint='model.safetensors'`",
         tmp_path: "is a folder; give a file of weights",
         made("text.pth", lambda path: path.write_text("weights " * 99)): "is not a file of weights that can be",
         made("code.pth", lambda path: torch.save({"a": Payload(tmp_path / "ran")}, path)): "write one with torch.save(",
-        made("pickle.safetensors", lambda path: torch.save({}, path)): f"as --checkpoint {tmp_path / 'pickle.pth'}",
+        made("pickle.safetensors", lambda path: torch.save({}, path)): f"`checkpoint={str(tmp_path / 'pickle.pth')!r}`",
         made("none.pth", lambda path: torch.save({}, path)): "none.pth holds no weights; give a file whose content",
         made("numbers.pth", lambda path: torch.save({"a": 1}, path)): "numbers.pth holds no weights",
         made("list.pth", lambda path: torch.save([1], path)): "list.pth",
@@ -99,18 +99,18 @@ def test_a_checkpoint_of_another_shape(weights: dict[str, Tensor], tmp_path: Pat
 
     shapes = "head.weight (1000x64 in the file, 10x64 in the model), head.bias (1000 in the file, 10 in the model)"
     assert refused(lambda _: None, num_classes=10) == (
-        f"2 of another shape: {shapes}; its head has 1000 classes: type --num-classes 1000"
+        f"2 of another shape: {shapes}; its head has 1000 classes: type `num_classes=1000`"
     )
     assert refused(lambda _: None, num_classes=10, img_size=64) == (
         "3 of another shape: pos_embed (1x101x64 in the file, 1x17x64 in the model), "
-        f"{shapes}; its head has 1000 classes: type --num-classes 1000, and the arguments it was trained with "
-        "(--img-size, --model-kwargs)"
+        f"{shapes}; its head has 1000 classes: type `num_classes=1000`, and the arguments it was trained with "
+        "(`img_size`, `model_kwargs`)"
     )
     assert refused(lambda tensors: [tensors.pop("head.weight"), tensors.pop("head.bias")]) == (
-        "2 missing: head.weight, head.bias; it has no head: type --num-classes 0"
+        "2 missing: head.weight, head.bias; it has no head: type `num_classes=0`"
     )
     assert refused(lambda tensors: tensors.update(extra=torch.zeros(1)), model_kwargs={"depth": 7}) == (
         "12 missing: blocks.6.norm1.weight, blocks.6.norm1.bias, blocks.6.attn.qkv.weight and 9 more; "
         "1 unexpected: extra; name the model it was made for, with the arguments it was trained with "
-        "(--img-size, --model-kwargs)"
+        "(`img_size`, `model_kwargs`)"
     )

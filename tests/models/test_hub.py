@@ -24,7 +24,7 @@ from tokencut.models.loading import load_model
 from tokencut.models.names import list_supported
 
 NAME, REPOSITORY = "test_vit.r160_in1k", "timm/test_vit.r160_in1k"
-OTHER_WAYS = "give --checkpoint FILE, --no-pretrained for random weights, or the bundled model 'digits'"
+OTHER_WAYS = "give `checkpoint='FILE'`, `pretrained=False` for random weights, or the bundled model 'digits'"
 
 
 def refusal(spec: str, **options: Any) -> str:
@@ -143,7 +143,7 @@ def test_a_name_look_up_that_hangs_fails_in_time(monkeypatch: pytest.MonkeyPatch
 def test_offline_by_the_user_asks_nobody(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for spec in ("test_vit", f"hf-hub:{REPOSITORY}"):
-        assert "is not asked, as HF_HUB_OFFLINE is set; give --checkpoint FILE" in refusal(spec)
+        assert "is not asked, as HF_HUB_OFFLINE is set; give `checkpoint='FILE'`" in refusal(spec)
     assert fake_hub.asked == []
 
 

@@ -27,12 +27,12 @@ def test_model_kwargs() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["img_size"], "--model-kwargs 'img_size' is not key=value; type --model-kwargs img_size=384"),
-        (["=3"], "--model-kwargs '=3' is not key=value"),
-        (["img_size="], "--model-kwargs 'img_size=' is not key=value"),
-        (["img_size=3", "img_size=4"], "--model-kwargs gives img_size twice; give it once, such as img_size=4"),
-        (["pretrained=True"], "pretrained is not an argument of the architecture; use --no-pretrained for"),
-        (["checkpoint_path=x.pth"], "checkpoint_path is not an argument of the architecture; use --checkpoint FILE"),
+        (["img_size"], "`model_kwargs` 'img_size' is not key=value; type `model_kwargs='img_size=384'`"),
+        (["=3"], "`model_kwargs` '=3' is not key=value"),
+        (["img_size="], "`model_kwargs` 'img_size=' is not key=value"),
+        (["img_size=3", "img_size=4"], "`model_kwargs` gives img_size twice; give it once, such as img_size=4"),
+        (["pretrained=True"], "pretrained is not an argument of the architecture; use `pretrained=False` for"),
+        (["checkpoint_path=x.pth"], "checkpoint_path is not an argument of the architecture; use `checkpoint='FILE'`"),
         (["features_only=True"], "features_only is not an argument of the architecture; leave it out"),
         (["depth=99999999"], "the model's argument depth is 99999999, which is not a number from -65536 to 65536; use"),
         (["depth=1e999"], "the model's argument depth is inf, which is not a number from"),

@@ -41,9 +41,9 @@ def refusal(kind: type[TokencutError], spec: str, **options: Any) -> str:
     ("spec", "message"),
     [
         ("diet_tiny", "unknown model 'diet_tiny', did you mean deit_tiny or vit_tiny?"),
-        ("no/such/file", "no such file: no/such/file; give a file that 'tokencut compress MODEL -o FILE' wrote"),
+        ("no/such/file", "no such file: no/such/file; give a file that `tokencut.save(model, 'FILE')` wrote"),
         ("timm/deit", "wrote, or type hf-hub:timm/deit for the hub's repository"),
-        ("out.safetensors", "no such file: out.safetensors; give a file that 'tokencut compress MODEL -o FILE' wrote"),
+        ("out.safetensors", "no such file: out.safetensors; give a file that `tokencut.save(model, 'FILE')` wrote"),
         ("s3:bucket", "unknown kind of model 's3:bucket'; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that"),
         ("local-dir:nowhere", "nowhere has no config.json; give a folder as timm saves it, with config.json and model"),
         ("", "unknown model ''; 'tokencut models' lists the names"),
@@ -85,8 +85,8 @@ def test_a_tokencut_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.Mo
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded.model(images), model(images))
     for options, named in (
-        ({"checkpoint": "x.pth"}, "--checkpoint"),
-        ({"pretrained": False}, "--no-pretrained"),
+        ({"checkpoint": "x.pth"}, "`checkpoint`"),
+        ({"pretrained": False}, "`pretrained=False`"),
         ({"num_classes": 3}, "arguments of the architecture"),
     ):
         assert f"takes no {named}; leave that out, or name an architecture as MODEL" in refusal(
@@ -105,7 +105,7 @@ def test_a_folder_is_pointed_to_its_scheme_unless_it_is_called_like_a_model(
 
 def test_a_file_of_another_kind(folder: Path) -> None:
     path = folder / "model.safetensors"
-    assert f"name their architecture and type --checkpoint {path}" in refusal(ArtifactError, str(path))
+    assert f"name their architecture and type `checkpoint={str(path)!r}`" in refusal(ArtifactError, str(path))
 
 
 def test_the_bundled_model() -> None:
@@ -141,7 +141,7 @@ def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     message = refusal(ModelError, spec)
     assert "No suitable checkpoints found" in message
-    assert message.endswith("give --checkpoint FILE")
+    assert message.endswith("give `checkpoint='FILE'`")
     for text in ("{", "[]", '{"architecture": 3}', "[" * 100_000):
         config.write_text(text)
         assert f"{config} does not name a timm architecture; save the model with" in refusal(ModelError, spec)
@@ -152,9 +152,9 @@ def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": -1}, "--num-classes -1 is less than 0; type --num-classes 10"),
-        ({"img_size": 0}, "--img-size 0 is less than 1; type --img-size 224"),
-        ({"img_size": 64, "model_kwargs": {"img_size": 32}}, "img_size is given twice, by --img-size 64 and"),
+        ({"num_classes": -1}, "`num_classes=-1` is less than 0; type `num_classes=10`"),
+        ({"img_size": 0}, "`img_size=0` is less than 1; type `img_size=224`"),
+        ({"img_size": 64, "model_kwargs": {"img_size": 32}}, "img_size is given twice, by `img_size=64` and"),
         ({"model_kwargs": {"pretrained": True}}, "pretrained is not an argument of the architecture"),
         ({"model_kwargs": {"embed_dims": 8}}, "test_vit takes no argument 'embed_dims', did you mean embed_dim? its"),
     ],

@@ -14,9 +14,9 @@ from tokencut.models.pretrained_cfg import (
     architecture_of,
     data_config,
     label_names,
-    make_true,
     name_of,
     require_head,
+    sync_pretrained_cfg,
 )
 
 
@@ -47,8 +47,8 @@ def test_a_model_without_a_head_has_no_accuracy() -> None:
         require_head(Head(0, architecture="vit_tiny"))
     assert str(caught.value) == (
         "vit_tiny has no classification head (num_classes=0), so there is no accuracy to measure; its cost is what "
-        "tokencut profile tells. For a head name its architecture, with --num-classes N and a --checkpoint FILE that "
-        "has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 --train-data DIR)"
+        "`tokencut.profile` tells. For a head name its architecture, with `num_classes=N` and a `checkpoint='FILE'` "
+        "that has one, or fine-tune a new one (`num_classes=N, epochs=5, train_data='DIR'`)"
     )
 
 
@@ -61,7 +61,7 @@ def test_what_a_model_is_called() -> None:
 def test_the_description_is_true_for_what_was_built() -> None:
     model = timm.create_model("test_vit", img_size=(32, 48), in_chans=1, num_classes=5)
     assert (model.pretrained_cfg["input_size"], data_config(model)["input_size"]) == ((3, 160, 160), (1, 32, 48))
-    make_true(model, own_weights=False)
+    sync_pretrained_cfg(model, own_weights=False)
     assert (model.pretrained_cfg["input_size"], model.pretrained_cfg["num_classes"]) == ((1, 32, 48), 5)
     assert data_config(compress(model, keep=0.5)) == data_config(model)
 

@@ -315,7 +315,7 @@ def test_a_model_in_half_precision_gets_such_images() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type --batch-size 16"),
+        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type `batch_size=16`"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"device": "tpu"}, "'tpu'"),
         ({"rounds": 1}, "1 rounds are too few"),
@@ -330,9 +330,9 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     ("error", "batch_size", "message"),
     [
         (torch.cuda.OutOfMemoryError("no room"), 64,
-         "a batch of 64 images does not fit into the memory of cpu; type --batch-size 32"),
+         "a batch of 64 images does not fit into the memory of cpu; type `batch_size=32`"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1,
-         "a batch of 1 image does not fit into the memory of cpu; take a smaller model or --device cpu"),
+         "a batch of 1 image does not fit into the memory of cpu; take a smaller model or `device='cpu'`"),
     ],
 )  # fmt: skip
 def test_too_little_memory(

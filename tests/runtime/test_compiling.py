@@ -111,7 +111,7 @@ def test_an_unknown_mode() -> None:
     with pytest.raises(
         UsageError,
         match="^unknown compile mode 'fast', expected one of default, reduce-overhead, max-autotune; "
-        "type --compile-mode default$",
+        "type `compile_mode='default'`$",
     ):
         compile_model(small(), "fast")
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ModelError,
         match=r"^torch.compile failed \(No working C\+\+ compiler found\); it needs a C\+\+ compiler on a CPU and "
-        "Triton on a GPU: install that, or leave out --compile$",
+        "Triton on a GPU: install that, or leave out `compile_mode`$",
     ):
         compile_model(small())(images())
 

@@ -55,15 +55,15 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ..
 @pytest.mark.parametrize(
     ("devices", "name", "message"),
     [
-        (("cpu",), "cuda", "there is no device 'cuda', this machine has cpu; type --device cpu"),
-        (("cpu",), "mps", "there is no device 'mps', this machine has cpu; type --device cpu"),
+        (("cpu",), "cuda", "there is no device 'cuda', this machine has cpu; type `device='cpu'`"),
+        (("cpu",), "mps", "there is no device 'mps', this machine has cpu; type `device='cpu'`"),
         (
             ("cpu", "cuda:0"),
             "cuda:1",
-            "there is no device 'cuda:1', this machine has cpu, cuda:0; type --device cuda:0",
+            "there is no device 'cuda:1', this machine has cpu, cuda:0; type `device='cuda:0'`",
         ),
-        (("cpu",), "gpu", "unknown device 'gpu', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
-        (("cpu",), "cuda:x", "unknown device 'cuda:x', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
+        (("cpu",), "gpu", "unknown device 'gpu', expected auto, cpu, cuda, cuda:N or mps; type `device='auto'`"),
+        (("cpu",), "cuda:x", "unknown device 'cuda:x', expected auto, cpu, cuda, cuda:N or mps; type `device='auto'`"),
     ],
 )
 def test_devices_that_are_not_there(
@@ -121,7 +121,7 @@ def test_what_a_precision_casts_to() -> None:
 def test_an_unknown_precision_is_refused(refuse: Callable[[str], object]) -> None:
     with pytest.raises(UsageError) as caught:
         refuse("fp8")
-    assert str(caught.value) == "unknown precision 'fp8', expected fp32, bf16 or fp16; type --precision bf16"
+    assert str(caught.value) == "unknown precision 'fp8', expected fp32, bf16 or fp16; type `precision='bf16'`"
 
 
 def snapshot(model: nn.Module) -> list[tuple[object, ...]]:

@@ -1,4 +1,4 @@
-"""The rule behind --max-drop, on outcomes whose answer can be worked out by hand."""
+"""The rule behind `max_drop`, on outcomes whose answer can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ RIGHT = torch.tensor([True] * 8 + [False] * 2)
 DENSE = Outcome(torch.zeros(10).double(), RIGHT, torch.ones(10, dtype=torch.bool))
 
 
-def outcome(damage: float, wrong: int, *, labels: bool = True, head: bool = True) -> Outcome:
+def outcome(divergence: float, wrong: int, *, labels: bool = True, head: bool = True) -> Outcome:
     """One that is wrong about so many of the images that the dense model has right, and agrees on the others."""
     turned = torch.arange(10) < wrong
-    every = torch.full((10,), damage).double()
+    every = torch.full((10,), divergence).double()
     return Outcome(every, (RIGHT & ~turned) if labels else None, ~turned if head else None)
 
 
 def test_what_is_counted_depends_on_what_is_known() -> None:
     assert metric_of(DENSE) == "top1"
-    assert metric_of(Outcome(DENSE.damage, None, DENSE.agrees)) == "agreement"
-    assert metric_of(Outcome(DENSE.damage, None, None)) == "cosine"
+    assert metric_of(Outcome(DENSE.divergence, None, DENSE.agrees)) == "agreement"
+    assert metric_of(Outcome(DENSE.divergence, None, None)) == "cosine"
 
 
 def test_points_are_percent_of_images() -> None:
     assert lost(outcome(0.1, 3), DENSE).mean() == 30
-    unlabelled = Outcome(DENSE.damage, None, DENSE.agrees)
+    unlabelled = Outcome(DENSE.divergence, None, DENSE.agrees)
     assert lost(outcome(0.1, 9, labels=False), unlabelled).mean() == 90
-    features = Outcome(DENSE.damage, None, None)
+    features = Outcome(DENSE.divergence, None, None)
     assert lost(outcome(0.25, 0, labels=False, head=False), features).mean() == 25
 
 
@@ -45,11 +45,11 @@ def test_the_rate_is_a_ratio_of_sums() -> None:
     deviation = math.sqrt(sum((value - 100) ** 2 for value in by_image) / 9)
     assert rate.error == pytest.approx(deviation / math.sqrt(10))
     assert rate.expected(0.05) == pytest.approx(5)
-    assert rate.bound(rate.damage_at(2.0)) == pytest.approx(2.0)
+    assert rate.bound(rate.divergence_at(2.0)) == pytest.approx(2.0)
 
 
 def test_agreement_goes_with_the_root_of_the_damage() -> None:
-    unlabelled = Outcome(DENSE.damage, None, DENSE.agrees)
+    unlabelled = Outcome(DENSE.divergence, None, DENSE.agrees)
     rate = fit_rate([outcome(0.04, 2, labels=False)], unlabelled)
     assert rate.rate == pytest.approx(20 / 0.2)
     assert rate.expected(0.01) == pytest.approx(10)
@@ -71,7 +71,7 @@ def test_nothing_lost_says_no_more_than_the_images_can() -> None:
 def test_no_damage_has_no_rate() -> None:
     rate = fit_rate([outcome(0.0, 0)], DENSE)
     assert rate == DropRate("top1", 0.0, 0.0)
-    assert rate.damage_at(0.5) == math.inf
+    assert rate.divergence_at(0.5) == math.inf
 
 
 def test_top1_is_judged_by_margins_where_they_are_known() -> None:

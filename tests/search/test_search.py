@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from tokencut.profiling.latency import Timing
 from tokencut.search import run as search
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.probe import Probe
-from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, told_by_heart
+from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, memorisation_note
 from tokencut.search.targets import Target
 
 __all__ = ["calibration"]
@@ -47,7 +48,7 @@ def test_multiply_adds_are_held(calibration: Path) -> None:
     made = compress(small_model(), keep=report.found.keep, layers=report.found.layers)
     assert total(predicted_macs(made)) / 1e9 == report.found.gmacs
     assert 0.95 * target < report.found.gmacs <= target
-    assert report.found.damage == min(point.damage for point in report.front if point.gmacs <= target)
+    assert report.found.divergence == min(point.divergence for point in report.front if point.gmacs <= target)
     assert report.metric == "top1"
     assert report.images == 12
     assert report.dense_gmacs == dense_gmacs()
@@ -60,9 +61,12 @@ def test_on_the_front_more_multiply_adds_always_do_less_damage(calibration: Path
     torch.nn.init.zeros_(model.head.weight)
     report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), model=model)
     assert report.tried > 1
-    assert [point.damage for point in report.front] == [0.0]
+    assert [point.divergence for point in report.front] == [0.0]
     front = find(calibration, Target(gmacs=0.6 * dense_gmacs())).front
-    assert all(one.gmacs < more.gmacs and one.damage > more.damage for one, more in pairwise(front)) and len(front) > 1
+    assert (
+        all(one.gmacs < more.gmacs and one.divergence > more.divergence for one, more in pairwise(front))
+        and len(front) > 1
+    )
 
 
 def test_the_same_seed_finds_the_same(calibration: Path) -> None:
@@ -79,7 +83,7 @@ def test_it_is_as_good_as_fixed_stages_of_its_price(calibration: Path, monkeypat
     report = find(calibration, Target(gmacs=gmacs))
     assert [(stage.block, stage.tokens_out) for stage in model.recipe.stages] == [(2, 8), (4, 4), (5, 2)]
     fixed = probes[0].measure((16, 8, 8, 4, 2, 2))
-    assert fixed is not None and report.found.damage <= fixed.mean
+    assert fixed is not None and report.found.divergence <= fixed.mean
     assert len({point.gmacs for point in report.front}) > 1  # there are others to choose
 
 
@@ -127,7 +131,7 @@ def test_a_model_without_a_head_is_compared_by_features(calibration: Path) -> No
 
 def test_an_impossible_drop_says_what_can_be_had(calibration: Path) -> None:
     with pytest.raises(
-        TokencutError, match=r"^--max-drop 1e-09 cannot be met: \S+ is the least .* type --max-drop \S+, "
+        TokencutError, match=r"^`max_drop=1e-09` cannot be met: \S+ is the least .* type `max_drop=\S+`, "
     ):
         find(calibration, Target(max_drop=1e-9))
 
@@ -135,7 +139,7 @@ def test_an_impossible_drop_says_what_can_be_had(calibration: Path) -> None:
 def test_stages_that_save_nothing_are_told_of(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search.Costs, "gmacs", lambda self, counts: 2 - sum(counts) / 1000)
     with pytest.raises(
-        TokencutError, match=r"^--max-drop 5 cannot be met cheaper than by the dense model, .*--layers all"
+        TokencutError, match=r"^`max_drop=5` cannot be met cheaper than by the dense model, .*`layers='all'`"
     ):
         find(calibration, Target(max_drop=5))
 
@@ -143,17 +147,17 @@ def test_stages_that_save_nothing_are_told_of(calibration: Path, monkeypatch: py
 def test_labels_that_tell_of_more_are_told_of() -> None:
     # Five of ten images lost: 50 points, with an error of 100 * sqrt(0.25 * 10 / 9 / 10) = 16.67.
     half = mean_and_error([100.0, 0.0] * 5)
-    [note] = told_by_heart(*half, sure=16)
+    [note] = memorisation_note(*half, sure=16)
     assert note.startswith(
         "calibration labels tell of 50.00 ± 16.67 points lost where 16.00 are expected on other images"
     )
-    assert told_by_heart(*half, sure=17) == ()
-    assert told_by_heart(*mean_and_error([100.0]), sure=0) == ()  # one image tells of no other
+    assert memorisation_note(*half, sure=17) == ()
+    assert memorisation_note(*mean_and_error([100.0]), sure=0) == ()  # one image tells of no other
 
 
 def test_one_image_tells_no_drop_but_finds_a_budget(calibration: Path) -> None:
     one = replace(SETTINGS, images=1)
-    with pytest.raises(TokencutError, match=r"^--max-drop 5 cannot be told from a single image"):
+    with pytest.raises(TokencutError, match=r"^`max_drop=5` cannot be told from a single image"):
         find(calibration, Target(max_drop=5), settings=one)
     report = find(calibration, Target(gmacs=0.7 * dense_gmacs()), settings=one)
     assert (report.images, report.drop_error) == (1, math.inf)
@@ -168,16 +172,14 @@ def test_a_drop_is_sought_among_late_blocks_too(calibration: Path) -> None:
 
 
 def test_too_few_multiply_adds_say_what_can_be_had(calibration: Path) -> None:
-    with pytest.raises(
-        TokencutError, match=r"cannot be met: (\S+) GMACs is the least .* type --target-gmacs (\S+)$"
-    ) as told:
+    with pytest.raises(TokencutError, match=r"cannot be met: (\S+) GMACs is the least .* type `gmacs=(\S+)`$") as told:
         find(calibration, Target(gmacs=1e-6))
-    offered = float(str(told.value).rpartition(" ")[2])
+    offered = float(str(told.value).rpartition("=")[2].rstrip("`"))
     assert find(calibration, Target(gmacs=offered)).found.gmacs <= offered
 
 
 def test_what_the_dense_model_meets_is_said(calibration: Path) -> None:
-    with pytest.raises(TokencutError, match=r"^--target-gmacs 9 is met by the dense model, which has .* type less"):
+    with pytest.raises(TokencutError, match=r"^`gmacs=9` is met by the dense model, which has .* type less"):
         find(calibration, Target(gmacs=9))
 
 
@@ -217,14 +219,16 @@ def test_a_machine_that_misses_it_is_told_of(calibration: Path, monkeypatch: pyt
 def test_an_impossible_speedup_says_what_can_be_had(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by_table(monkeypatch, 1.0)
     # One token from the first stage on: 8 + 0.5 ms, then 5 blocks of 1 ms; 96 / 13.5 is 7.11.
-    with pytest.raises(TokencutError, match=r"cannot be met: 7\.11 times as fast .* type --target-speedup 6\.76$"):
+    with pytest.raises(TokencutError, match=r"cannot be met: 7\.11 times as fast .* type `speedup=6\.76`$"):
         find(calibration, Target(speedup=20))
 
 
 def test_a_machine_on_which_nothing_is_faster(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replace(TABLE, stage=(1.0, 1.0))
     monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: slow)
-    with pytest.raises(TokencutError, match=r"cannot be met: 0\.09 times as fast .* type a larger --batch-size$"):
+    with pytest.raises(
+        TokencutError, match=r"cannot be met: 0\.09 times as fast .* type a larger `timing_batch_size`$"
+    ):
         find(calibration, Target(speedup=1.2))
 
 
@@ -265,28 +269,43 @@ def test_stopped_before_there_is_anything_it_is_an_interrupt(calibration: Path) 
         find(calibration, Target(gmacs=0.6 * dense_gmacs()), should_stop=lambda: True)
 
 
+def test_progress_begins_while_parts_are_timed(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(*args: object, on_round: Callable[[int, int], None], **kwargs: object) -> LatencyTable:
+        on_round(1, 15)
+        return TABLE
+
+    timed_by_table(monkeypatch, 1.0)
+    monkeypatch.setattr(search, "latency_table", timed)
+    seen: list[SearchProgress] = []
+    find(calibration, Target(speedup=1.6), on_progress=seen.append)
+    assert seen[0] == SearchProgress(0.0, None, "timing the model's parts, round 1 of 15")
+    assert seen[1].doing == "trying schedules"
+    with pytest.raises(KeyboardInterrupt):
+        find(calibration, Target(speedup=1.6), should_stop=lambda: True)
+
+
 def test_progress_shows_the_best(calibration: Path) -> None:
     seen: list[SearchProgress] = []
     report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), on_progress=seen.append)
     shares = [now.share for now in seen]
     assert shares == sorted(shares)
     assert shares[-1] <= 1
-    damages = [now.best.damage for now in seen if now.best is not None]
-    assert damages == sorted(damages, reverse=True)
-    assert damages[-1] == report.found.damage
+    divergences = [now.best.divergence for now in seen if now.best is not None]
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[-1] == report.found.divergence
 
 
 @pytest.mark.parametrize(
     ("target", "told"),
     [
-        (Target(), "no target is given; type one of --target-gmacs 2.6, --target-speedup 1.6, --max-drop 0.5"),
+        (Target(), "no target is given; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`"),
         (
             Target(gmacs=1, max_drop=1),
-            "--target-gmacs and --max-drop exclude each other; type one of --target-gmacs 2.6",
+            "`gmacs` and `max_drop` exclude each other; type one of `gmacs=2.6`",
         ),
-        (Target(max_drop=101), "--max-drop 101 is not a number above 0 and up to 100, such as --max-drop 0.5"),
-        (Target(speedup=1), "--target-speedup 1 is not a number above 1, such as --target-speedup 1.6"),
-        (Target(gmacs=float("nan")), "--target-gmacs nan is not a number above 0, such as --target-gmacs 2.6"),
+        (Target(max_drop=101), "`max_drop=101` is not a number above 0 and up to 100, such as `max_drop=0.5`"),
+        (Target(speedup=1), "`speedup=1` is not a number above 1, such as `speedup=1.6`"),
+        (Target(gmacs=float("nan")), "`gmacs=nan` is not a number above 0, such as `gmacs=2.6`"),
     ],
 )
 def test_targets_that_mean_nothing(calibration: Path, target: Target, told: str) -> None:
@@ -296,12 +315,12 @@ def test_targets_that_mean_nothing(calibration: Path, target: Target, told: str)
 
 
 def test_untrained_stages_cannot_be_searched(calibration: Path) -> None:
-    with pytest.raises(UsageError, match=r"^the stages of method dyvit mean nothing .* type --keep 0\.7 instead"):
+    with pytest.raises(UsageError, match=r"^the stages of method dyvit mean nothing .* type `keep=0\.7` instead"):
         find(calibration, Target(gmacs=0.1), method="dyvit")
 
 
 def test_no_effort_finds_nothing(calibration: Path) -> None:
-    with pytest.raises(UsageError, match="an effort of 0 leaves nothing to search with; type --search-effort 40"):
+    with pytest.raises(UsageError, match="an effort of 0 leaves nothing to search with; type `effort=40`"):
         find(calibration, Target(gmacs=0.1), settings=replace(SETTINGS, effort=0))
 
 
@@ -309,7 +328,5 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     for name in ("ant", "bee", "cow"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(
-        TokencutError, match=r"^none of 3 images in .* can be decoded, such as .*give another --calibra"
-    ):
+    with pytest.raises(TokencutError, match=r"^none of 3 images in .* can be decoded, such as .*give another `calibra"):
         find(tmp_path, Target(gmacs=0.1))

@@ -15,7 +15,7 @@ from tokencut import compress
 from tokencut.cost import total
 from tokencut.errors import ModelError
 from tokencut.model import predicted_macs
-from tokencut.search.probe import Costs, Outcome, Probe, sharpness
+from tokencut.search.probe import Costs, Outcome, Probe, inverse_temperature
 from tokencut.search.space import keeps
 
 COUNTS = (16, 12, 12, 7, 7, 3)
@@ -42,7 +42,7 @@ def test_damage_is_that_of_the_compressed_model(method: str) -> None:
     assert outcome is not None and outcome.right is not None and outcome.agrees is not None
     logits = itself(COUNTS, method=method)
     expected = F.kl_div(logits.log_softmax(1), dense().log_softmax(1), log_target=True, reduction="none").sum(1)
-    assert torch.allclose(outcome.damage, expected.double(), atol=1e-6)
+    assert torch.allclose(outcome.divergence, expected.double(), atol=1e-6)
     assert outcome.right.tolist() == (logits.argmax(1) == LABELS).tolist()
     assert outcome.agrees.tolist() == (logits.argmax(1) == dense().argmax(1)).tolist()
 
@@ -62,7 +62,7 @@ def test_a_pool_that_attends_is_told_the_sizes_of_tokens() -> None:
         assert not torch.allclose(model.loop.head(replace(tokens, bias=None)), model(images()[0]), atol=1e-4)
     assert outcome is not None
     expected = F.kl_div(logits, whole, log_target=True, reduction="none").sum(1)
-    assert torch.allclose(outcome.damage, expected.double(), atol=1e-6)
+    assert torch.allclose(outcome.divergence, expected.double(), atol=1e-6)
 
 
 def test_a_method_that_lets_more_leave_than_its_budget_is_judged_as_it_runs() -> None:
@@ -76,7 +76,7 @@ def test_a_method_that_lets_more_leave_than_its_budget_is_judged_as_it_runs() ->
         logits = torch.cat([compressed(batch) for batch in images()])
     expected = F.kl_div(logits.log_softmax(1), dense().log_softmax(1), log_target=True, reduction="none").sum(1)
     assert outcome is not None
-    assert torch.allclose(outcome.damage, expected.double(), atol=1e-6)
+    assert torch.allclose(outcome.divergence, expected.double(), atol=1e-6)
 
 
 def test_the_dense_model_harms_nothing() -> None:
@@ -90,7 +90,7 @@ def test_the_dense_model_harms_nothing() -> None:
 def test_kept_tokens_change_nothing_but_the_work() -> None:
     probe = Probe(reduced(), images(), LABELS)
     probe.measure(COUNTS)
-    probe.refer(COUNTS)
+    probe.set_reference(COUNTS)
     other = (*COUNTS[:4], 5, 3)
     before = probe.spent
     outcome = probe.measure(other)
@@ -99,14 +99,14 @@ def test_kept_tokens_change_nothing_but_the_work() -> None:
     assert probe.spent - before == pytest.approx(12 * sum(row.macs for row in rows[5:]) / 1e9)
     alone = Probe(reduced(), images(), LABELS).measure(other)
     assert outcome is not None and alone is not None
-    assert torch.equal(outcome.damage, alone.damage)
+    assert torch.equal(outcome.divergence, alone.divergence)
 
 
 def test_only_what_was_measured_last_can_be_the_reference() -> None:
     probe = Probe(reduced(), images(), LABELS)
     probe.measure(COUNTS)
     probe.measure((8,) * 6)
-    probe.refer(COUNTS)
+    probe.set_reference(COUNTS)
     before = probe.spent
     probe.measure(COUNTS)
     assert probe.spent - before == pytest.approx(12 * sum(row.macs for row in Costs(reduced()).rows(COUNTS)[1:]) / 1e9)
@@ -124,7 +124,7 @@ def test_a_share_of_the_images() -> None:
     probe = Probe(reduced(), images(), LABELS)
     part, whole = probe.measure(COUNTS, share=0.3), probe.measure(COUNTS)
     assert part is not None and whole is not None
-    assert part.damage.tolist() == whole.damage[:4].tolist()
+    assert part.divergence.tolist() == whole.divergence[:4].tolist()
 
 
 def test_costs_are_those_of_the_model() -> None:
@@ -144,12 +144,12 @@ def test_without_a_head_features_are_compared() -> None:
     with torch.no_grad():
         pairs = [(model(b), compress(model, keep=keep, layers=layers).eval()(b)) for b in images()]
     cosine = torch.cat([F.cosine_similarity(first, second) for first, second in pairs])
-    assert torch.allclose(outcome.damage, 1 - cosine.double(), atol=1e-6)
+    assert torch.allclose(outcome.divergence, 1 - cosine.double(), atol=1e-6)
 
 
 def test_a_model_without_pooling_is_refused() -> None:
     model = small_model(num_classes=0, global_pool="")
-    with pytest.raises(ModelError, match=r"outputs of shape \(4, 17, 64\).*--model-kwargs global_pool=avg"):
+    with pytest.raises(ModelError, match=r"outputs of shape \(4, 17, 64\).*`global_pool='avg'`"):
         Probe(reduced(model), images(), None)
 
 
@@ -164,16 +164,16 @@ def test_margins_are_what_turned_decisions_lose() -> None:
     probe = Probe(reduced(), images(), LABELS)
     outcome = probe.measure((1,) * 6)
     assert outcome is not None and outcome.margin is not None and outcome.agrees is not None
-    likely = (sharpness(dense(), LABELS) * dense()).softmax(1)
+    likely = (inverse_temperature(dense(), LABELS) * dense()).softmax(1)
     chosen = itself((1,) * 6).argmax(1)
     expected = [float(row.max() - row[choice]) for row, choice in zip(likely, chosen, strict=True)]
     assert outcome.margin.tolist() == pytest.approx(expected, abs=1e-6)
     assert not outcome.margin[outcome.agrees].any()
 
 
-def test_sharpness_fits_the_labels() -> None:
+def test_the_inverse_temperature_fits_the_labels() -> None:
     # Three of four labels are the likelier class: its probability is 3/4 where the logits differ by log 3.
     logits = torch.tensor([[1.0, 0.0]] * 4)
-    assert sharpness(logits, torch.tensor([0, 0, 0, 1])) == pytest.approx(math.log(3), rel=1e-6)
-    assert sharpness(logits, torch.tensor([0, 0, 0, 0])) == pytest.approx(10)
-    assert sharpness(logits, torch.tensor([1, 1, 1, 1])) == pytest.approx(0.1)
+    assert inverse_temperature(logits, torch.tensor([0, 0, 0, 1])) == pytest.approx(math.log(3), rel=1e-6)
+    assert inverse_temperature(logits, torch.tensor([0, 0, 0, 0])) == pytest.approx(10)
+    assert inverse_temperature(logits, torch.tensor([1, 1, 1, 1])) == pytest.approx(0.1)

@@ -30,12 +30,12 @@ def is_schedule(counts: tuple[int, ...]) -> bool:
 def test_the_ends_of_the_space() -> None:
     assert SPACE.dense == (16,) * 6
     assert SPACE.price(SPACE.dense) == 96
-    assert SPACE.barest == (1,) * 6
+    assert SPACE.cheapest == (1,) * 6
 
 
 def test_removals_multiply() -> None:
     half = math.log(2)
-    assert SPACE.made({2: half, 4: half}) == (16, 8, 8, 4, 4, 4)
+    assert SPACE.from_log_ratios({2: half, 4: half}) == (16, 8, 8, 4, 4, 4)
     assert SPACE.removals((16, 8, 8, 4, 4, 4)) == {1: 0, 2: half, 3: 0, 4: half, 5: 0, 6: 0}
 
 
@@ -65,7 +65,7 @@ def test_seeds_and_exchanges_hold_the_price(target: float, number: int) -> None:
 
 def test_only_the_blocks_named_reduce() -> None:
     space = Space(TOKENS, DEPTH, (2, 5), price)
-    for counts in (*space.seeds(60), space.barest):
+    for counts in (*space.seeds(60), space.cheapest):
         entering = (TOKENS, *counts)
         assert {b for b in range(1, DEPTH + 1) if counts[b - 1] < entering[b - 1]} <= {2, 5}
 

@@ -228,12 +228,12 @@ def test_dyvit_takes_the_losses_of_its_paper() -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "compiled", "words"),
     [
-        ("dyvit", ObjectiveSettings(alpha=1.0), False, "method dyvit trains with its own losses, without --alpha and "
-         "--beta; leave them out"),
-        ("dyvit", ObjectiveSettings(distill="hard"), False, "method dyvit distils softly, as published; type --distill "
-         "soft or none, not hard"),
-        ("bat", ObjectiveSettings(distill="features"), True, "--distill features reads pooled tokens from inside the "
-         "model, which --compile hides; type --distill soft, or leave out --compile"),
+        ("dyvit", ObjectiveSettings(alpha=1.0), False, "method dyvit trains with its own losses, without `alpha` and "
+         "`beta`; leave them out"),
+        ("dyvit", ObjectiveSettings(distill="hard"), False, "method dyvit distils softly, as published; type "
+         "`distill='soft'` or none, not hard"),
+        ("bat", ObjectiveSettings(distill="features"), True, "`distill='features'` reads pooled tokens from inside the "
+         "model, which `compiled` hides; type `distill='soft'`, or leave out `compiled`"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together(method: str, settings: ObjectiveSettings, compiled: bool, words: str) -> None:

@@ -56,7 +56,7 @@ def test_without_tensorboard_one_is_told_what_to_install(tmp_path: Path, monkeyp
     with pytest.raises(TokencutError) as caught:
         TensorboardLog(tmp_path)
     assert str(caught.value) == (
-        "--tensorboard needs tensorboard, which is not installed; type pip install 'tokencut[tensorboard]'"
+        "`tensorboard` needs tensorboard, which is not installed; type pip install 'tokencut[tensorboard]'"
     )
 
 
@@ -64,7 +64,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("mine")
     with pytest.raises(ArtifactError) as caught:
         TensorboardLog(tmp_path / "runs")
-    assert str(caught.value) == f"cannot make the folder {tmp_path / 'runs'}: File exists; give --tensorboard another"
+    assert str(caught.value) == f"cannot make the folder {tmp_path / 'runs'}: File exists; give `tensorboard` another"
 
 
 @pytest.mark.parametrize("what", ["add", "flush", "close"])

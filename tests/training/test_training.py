@@ -12,7 +12,7 @@ from image_files import write_folder
 from torch import Tensor, nn
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
-from tokencut.data.sources import Part, Source, open_source
+from tokencut.data.sources import Source, Subset, open_source
 from tokencut.errors import DataError
 from tokencut.evaluation import accuracy
 from tokencut.model import compress
@@ -27,7 +27,7 @@ from tokencut.training.step import Trainer, TrainingDivergedError
 
 def test_it_wins_back_what_was_lost_on_digits() -> None:
     # Half of the bundled training images, so that it takes seconds.
-    source = Part(open_source("digits", split="train"), range(0, 1197, 2))
+    source = Subset(open_source("digits", split="train"), range(0, 1197, 2))
     cut = compress(digits.create(), keep=0.1, layers=[1], method="random")
     before = accuracy.evaluate(cut, "digits", workers=0, device="cpu", limit=300)
     report = run(cut, source, SHORT.changed(epochs=2, lr=1e-3), setup=setup(batch_size=32))
@@ -125,7 +125,7 @@ def test_a_head_of_another_size_is_offered(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(model(), folder)
     assert str(caught.value) == (
-        f"{str(folder)!r} has 3 class folders ('a', 'b', 'c'), the model's head has 10 classes; type --num-classes 3 "
+        f"{str(folder)!r} has 3 class folders ('a', 'b', 'c'), the model's head has 10 classes; type `num_classes=3` "
         "beside an architecture's name to train a new head"
     )
 

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
-from tokencut.data.sources import Part, Source, hold_out, open_source
+from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.evaluation.accuracy import evaluate
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
@@ -29,7 +29,7 @@ def some(monkeypatch: pytest.MonkeyPatch) -> Source:
     """200 training digits, of which 40 are held out."""
     monkeypatch.setattr(held_out, "GUARD_LEAST", 40)
     monkeypatch.setattr(held_out, "GUARD_LARGEST_SHARE", 0.2)
-    return Part(open_source("digits", split="train"), range(200))
+    return Subset(open_source("digits", split="train"), range(200))
 
 
 def trained_digits() -> CompressedModel:
@@ -81,7 +81,7 @@ def test_a_fine_tune_that_harms_leaves_the_model_as_it_was(some: Source, changes
     assert (found.images, found.kept) == (images, "before")
     assert report.notes == (
         f"the fine-tune did harm: top-1 on {images} training images held out went from {found.before:.2f} to "
-        f"{found.after:.2f} % ({found.difference}), so the weights from before are kept; type --lr 0.03",
+        f"{found.after:.2f} % ({found.difference}), so the weights from before are kept; type `lr=0.03`",
     )
     # The seeded part, judged as users judge.
     part = hold_out(some, images / 200, 3)[1]
@@ -137,7 +137,7 @@ def test_a_new_head_and_too_few_images_are_not_guarded(some: Source, few: Source
     told.clear()
     assert run(model(), few, HARMLESS, callbacks=callbacks).held_out is None
     assert told[0] == ("40 training images are too few to hold some out, so it will not be known whether the fine-tune "
-                       "does harm; --data DIR tells")  # fmt: skip
+                       "does harm; `data` DIR tells")  # fmt: skip
     told.clear()
     run(model(), few, HARMLESS, callbacks=callbacks, judge=lambda judged: 42.0)  # who judges will see it
     assert not any("hold" in note for note in told)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
-from tokencut.data.sources import Part, Source
+from tokencut.data.sources import Source, Subset
 from tokencut.errors import ArtifactError
 from tokencut.training import run as training
 from tokencut.training.recipe import SHORT
@@ -100,5 +100,5 @@ def test_a_state_is_written_while_a_long_epoch_lasts(
 
 def test_a_resume_with_other_images_is_refused(few: Source, tmp_path: Path) -> None:
     run(model(), few, state=tmp_path, callbacks=stop_after(1))
-    with pytest.raises(ArtifactError, match="holds a run made with other --train-data .40 images"):
-        run(model(), Part(few, range(39)), state=tmp_path, resume=True)
+    with pytest.raises(ArtifactError, match="holds a run made with other training images .40 images"):
+        run(model(), Subset(few, range(39)), state=tmp_path, resume=True)

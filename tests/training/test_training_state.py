@@ -30,7 +30,7 @@ from tokencut.training.state import (
     save_state,
 )
 
-CONDITIONS = {"--seed": "0", "--batch-size": "64"}
+CONDITIONS = {"seed": "0", "batch size": "64"}
 
 
 def state(step: int = 3) -> TrainingState:
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     whole = (tmp_path / FILE).read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no zip at all"):
         (tmp_path / FILE).write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"cannot read .*state.pt \(.*\); type --force to start again"):
+        with pytest.raises(ArtifactError, match=r"cannot read .*state.pt \(.*\); type `force=True` to start again"):
             load_state(tmp_path, CONDITIONS)
 
 
@@ -150,7 +150,7 @@ def test_nothing_in_the_file_is_run(tmp_path: Path) -> None:
 
 def test_another_format(tmp_path: Path) -> None:
     torch.save({"format": 2}, tmp_path / FILE)
-    with pytest.raises(ArtifactError, match="has format 2, and this tokencut reads up to 1; type --force"):
+    with pytest.raises(ArtifactError, match="has format 2, and this tokencut reads up to 1; type `force=True`"):
         load_state(tmp_path, CONDITIONS)
     torch.save({"format": 1, **{entry.name: None for entry in fields(TrainingState)}, "more": 1}, tmp_path / FILE)
     with pytest.raises(ArtifactError, match="cannot read"):
@@ -160,10 +160,10 @@ def test_another_format(tmp_path: Path) -> None:
 def test_a_run_with_other_options_cannot_go_on(tmp_path: Path) -> None:
     save_state(tmp_path, state())
     with pytest.raises(ArtifactError) as caught:
-        load_state(tmp_path, {"--seed": "1", "--batch-size": "32"})
+        load_state(tmp_path, {"seed": "1", "batch size": "32"})
     assert str(caught.value) == (
-        f"{tmp_path} holds a run made with other --seed (0, not 1) and other --batch-size (64, not 32); type the "
-        "options it was started with, or --force to start again"
+        f"{tmp_path} holds a run made with other seed (0, not 1) and other batch size (64, not 32); type the "
+        "options it was started with, or `force=True` to start again"
     )
 
 

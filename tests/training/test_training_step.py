@@ -26,8 +26,7 @@ def test_a_batch_that_does_not_fit_says_which_would(few: Source, monkeypatch: py
     with pytest.raises(TokencutError) as caught:
         run(model(), few)
     assert str(caught.value) == (
-        "a batch of 8 images does not fit into the memory of cpu; type --batch-size 4 --accumulate 2, which "
-        "trains alike"
+        "a batch of 8 images does not fit into the memory of cpu; type `batch_size=4, accumulate=2`, which trains alike"
     )
 
     def broken(self: Trainer, batch: Any) -> Any:

@@ -20,7 +20,7 @@ from tokencut.visualization import grid
 from tokencut.visualization.drawing import Picture, check_output, draw
 from tokencut.visualization.plots import COLOURS
 from tokencut.visualization.regions import draw_tokens, enlarge
-from tokencut.visualization.stage_views import look
+from tokencut.visualization.stage_views import trace_images
 
 pytest.importorskip("matplotlib")
 
@@ -60,7 +60,7 @@ def test_a_picture_holds_the_image_and_each_stage(photos: list[Path]) -> None:
     assert [stage.tokens_out for stage in found.views[0].stages] == [8, 4, 2]
     prepared = preprocessing_of(model)
     pixels = torch.stack([torch.as_tensor(prepared.transform()(Image.open(path).convert("RGB"))) for path in photos])
-    seen = look(model, pixels, prepared, torch.device("cpu"), "fp32", 2, False)
+    seen = trace_images(model, pixels, prepared, torch.device("cpu"), "fp32", 2, False)
     layout = grid.Layout(2, 1, 3, 128, 128, named=False)
     for image in range(2):
         photo = pixels[image].permute(1, 2, 0).numpy()
@@ -159,7 +159,7 @@ def test_a_file_is_replaced_only_when_told_to(photos: list[Path], tmp_path: Path
     path.write_text("before")
     with pytest.raises(ArtifactError) as caught:
         found.save(path)
-    assert str(caught.value) == f"{path} exists; add --force to replace it, or give another -o"
+    assert str(caught.value) == f"{path} exists; add `force=True` to replace it, or give another `path`"
     assert path.read_text() == "before"
     found.save(path, force=True)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -170,7 +170,7 @@ def test_an_ending_that_says_nothing() -> None:
     with pytest.raises(UsageError) as caught:
         check_output("a.b/tokens.jpg", force=True)
     assert str(caught.value) == (
-        "a.b/tokens.jpg ends in none of .png, .pdf and .svg, which say what to write; type -o a.b/tokens.png"
+        "a.b/tokens.jpg ends in none of .png, .pdf and .svg, which say what to write; type `path='a.b/tokens.png'`"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.model import CompressedModel, compress
-from tokencut.visualization.stage_views import DrawnModel, DrawnStage, _on_patches, look
+from tokencut.visualization.stage_views import DrawnModel, DrawnStage, _on_patches, trace_images
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def small(**changes: Any) -> CompressedModel:
 
 def seen(model: CompressedModel, batch_size: int = 8, count: int = 3, attention: bool = False) -> DrawnModel:
     pixels = torch.randint(0, 256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return look(model, pixels, preprocessing_of(model), CPU, "fp32", batch_size, attention)
+    return trace_images(model, pixels, preprocessing_of(model), CPU, "fp32", batch_size, attention)
 
 
 def test_stages_are_those_of_the_recipe() -> None:
@@ -84,5 +84,5 @@ def test_attention_is_that_of_the_tokens_that_entered() -> None:
 
 
 def test_a_batch_size_of_nothing() -> None:
-    with pytest.raises(UsageError, match="a batch size of 0 is too small, expected at least 1; type --batch-size 64"):
+    with pytest.raises(UsageError, match="a batch size of 0 is too small, expected at least 1; type `batch_size=64`"):
         seen(small(), batch_size=0)

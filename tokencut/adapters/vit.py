@@ -36,12 +36,10 @@ class ViTAdapter(Adapter):
         if not len(model.blocks) or not embed.num_patches:
             what = "blocks" if embed.num_patches else f"patches of {embed.patch_size[0]} px in images of its size"
             raise ModelError(
-                f"the model has no {what}, so there is nothing to reduce; change --img-size or --model-kwargs"
+                f"the model has no {what}, so there is nothing to reduce; change `img_size` or `model_kwargs`"
             )
         if embed.dynamic_img_pad and not model.dynamic_img_size and _patch_count(embed) != embed.num_patches:
-            raise ModelError(
-                "dynamic_img_pad works with dynamic_img_size only; add --model-kwargs dynamic_img_size=true"
-            )
+            raise ModelError("dynamic_img_pad works with dynamic_img_size only; add `dynamic_img_size=True`")
         for block in model.blocks:
             vit_blocks.handler(block).check(block)
         pool = getattr(model, "attn_pool", None)

@@ -37,7 +37,7 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     dtype: Annotated[Precision, typer.Option("--dtype", **PRECISION, help="How to store the weights.")] = "fp32",
     reduction: ReductionOptions,
-    wish: TargetOptions,
+    target: TargetOptions,
     tuning: FinetuneOptions,
     source: ModelOptions,
     data: DataOptions,
@@ -68,9 +68,9 @@ def compress(
     from tokencut.runtime.devices import resolve_device
     from tokencut.runtime.distributed import process_group
 
-    sought = wish.wanted(reduction)
+    searching = target.requested(reduction)
     check_output(output, force=force)
-    trained = tuning.wanted()
+    trained = tuning.requested()
     if trained:
         tuning.training_recipe()
         check_run(output, tuning, force=force)
@@ -84,13 +84,13 @@ def compress(
             for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
                 check_apart(place, train, images)
         search = None
-        if sought:
-            from tokencut.cli.search_run import search_wanted
+        if searching:
+            from tokencut.cli.search_run import requested_search
 
-            front = wish.front or output.with_suffix(".front.json")
-            search = search_wanted(
-                wish, run, front=front, force=force or bool(tuning.resume), processes=group.size, workers=data.workers,
-                class_map=data.class_map,
+            front = target.front or output.with_suffix(".front.json")
+            search = requested_search(
+                target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
+                workers=data.workers, class_map=data.class_map,
             )  # fmt: skip
             search.mind(data.data)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)

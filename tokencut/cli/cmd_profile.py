@@ -21,6 +21,7 @@ from tokencut.cli.options import (
     with_groups,
 )
 from tokencut.cli.search_options import TargetOptions, target_option
+from tokencut.cli.wording import typed
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def profile(
     model: ModelArgument = DEFAULT_MODEL,
     *,
     reduction: ReductionOptions,
-    wish: TargetOptions,
+    target: TargetOptions,
     force: Annotated[bool, target_option("--force", help="Replace the file of --front if it exists.")] = False,
     dense: DenseFlag = False,
     source: ModelOptions,
@@ -69,13 +70,13 @@ def profile(
     from tokencut.runtime.devices import resolve_device
 
     search = None
-    if wish.wanted(reduction):
+    if target.requested(reduction):
         if is_onnx(model):
             raise UsageError(f"{model} is exported, and its schedule fixed; find one for the model it was made of, "
                              "such as tokencut profile deit_small --target-gmacs 2.6 --calibration DIR")  # fmt: skip
-        from tokencut.cli.search_run import search_wanted
+        from tokencut.cli.search_run import requested_search
 
-        search = search_wanted(wish, run, front=wish.front, force=force, timing_batch_size=run.batch_size)
+        search = requested_search(target, run, front=target.front, force=force, timing_batch_size=run.batch_size)
     if is_onnx(model):
         subject = open_onnx(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
         report = _measure_onnx(subject, run, dense_onnx, latency=not no_latency)
@@ -199,4 +200,4 @@ def _show_blocks(report: ProfileReport) -> None:
 
 def _conclusions(report: ProfileReport) -> list[str]:
     share = [] if not report.stage_share else [f"{100 * report.stage_share:.1f} % of the time is spent in the stages"]
-    return [*share, *report.notes]
+    return [*share, *map(typed, report.notes)]

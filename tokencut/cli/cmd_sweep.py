@@ -22,8 +22,8 @@ from tokencut.errors import UsageError
 from tokencut.runtime import extras
 
 if TYPE_CHECKING:
-    from tokencut.sweep.report import SweepReport
-    from tokencut.sweep.run import SweepProgress
+    from tokencut.sweeping.report import SweepReport
+    from tokencut.sweeping.run import SweepProgress
 
 
 @with_groups
@@ -59,13 +59,13 @@ def sweep(
             "class or a .tar of one, or try it with tokencut sweep digits -o report --data digits"
         )
     extras.require("the plots need", "matplotlib", extra="plot")
-    from tokencut.cli.subject import mind_recipe, prepare
+    from tokencut.cli.subject import prepare, warn_recipe_ignored
     from tokencut.data.sources import check_apart, open_source
     from tokencut.runtime.devices import resolve_device
-    from tokencut.sweep.report import check_folder
-    from tokencut.sweep.run import SweepPlan
-    from tokencut.sweep.run import sweep as run_sweep
-    from tokencut.sweep.state import FILE as STATE
+    from tokencut.sweeping.report import check_folder
+    from tokencut.sweeping.run import SweepPlan
+    from tokencut.sweeping.run import sweep as run_sweep
+    from tokencut.sweeping.state import FILE as STATE
 
     plan = SweepPlan(
         **reduction.arguments(),
@@ -81,7 +81,7 @@ def sweep(
     images = open_source(data.data, on_note=render.note, class_map=data.class_map)
     check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
-    mind_recipe(model, taken_by="a sweep", instead=instead)
+    warn_recipe_ignored(model, taken_by="a sweep", instead=instead)
     subject = prepare(model, source, ReductionOptions(), seed=run.seed, dense=True)
     try:
         with render.progress(f"sweep of {subject.name}") as advance:
@@ -116,7 +116,7 @@ def _status(now: SweepProgress) -> str:
 
 
 def _show(report: SweepReport) -> None:
-    from tokencut.sweep.report import LEGEND, comparison_table, result_table
+    from tokencut.sweeping.report import LEGEND, comparison_table, result_table
 
     head, body = result_table(report)
     facts = [("model", report.model), ("data", report.data), ("images", f"{report.images:,}")]

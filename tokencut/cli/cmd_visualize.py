@@ -65,12 +65,12 @@ def visualize(
 
     extras.require("pictures need", "matplotlib", extra="plot")
     check_output(output, force=force)
-    from tokencut.data.photos import check_photos, find_photos
+    from tokencut.data.image_files import check_photos, find_photos
     from tokencut.data.sources import class_folder_note
     from tokencut.runtime.devices import resolve_device
     from tokencut.visualization.drawing import draw
 
-    _mind_input(output, images)
+    _refuse_overwriting_input(output, images)
     device = resolve_device(run.device)
     variants = None if compare is None else _variants(compare, reduction)
     photos = find_photos(images)
@@ -92,7 +92,7 @@ def visualize(
         render.note("nothing is reduced, so there are only the images; type a lower rate, such as --keep 0.5")
 
 
-def _mind_input(output: Path, images: list[str]) -> None:
+def _refuse_overwriting_input(output: Path, images: list[str]) -> None:
     """Refuses to replace an image by its own picture, as `*.png` beside `--force` would."""
     replaced = output.resolve() if output.exists() else None
     same = next((image for image in images if Path(image).expanduser().resolve() == replaced), None)
@@ -102,13 +102,13 @@ def _mind_input(output: Path, images: list[str]) -> None:
 
 def _variants(compare: str, reduction: ReductionOptions) -> dict[str, ReductionOptions]:
     """The reductions to compare, by the names that their rows get."""
-    from tokencut.sweep.rows import read_variants
+    from tokencut.sweeping.rows import read_variants
 
     given = [option for option in reduction.given() if option in ("--method", "--method-option")]
     if given:
         raise UsageError(f"--compare {compare} names the methods, beside which {' and '.join(given)} cannot stand; put "
                          "settings behind colons, as in --compare bat,bat:preset=paper")  # fmt: skip
-    found = read_variants(compare.split(","), option="--compare")
+    found = read_variants(compare.split(","), parameter="compare")
     return {
         one.label: replace(reduction, method=one.method, method_option=[f"{k}={v}" for k, v in one.options.items()])
         for one in found
@@ -123,7 +123,7 @@ def _models(
     variants: dict[str, ReductionOptions] | None,
 ) -> tuple[str, dict[str, CompressedModel]]:
     """The model's name, and what is drawn of it by row name; one without a name where nothing is compared."""
-    from tokencut.cli.subject import mind_recipe, prepare
+    from tokencut.cli.subject import prepare, warn_recipe_ignored
     from tokencut.model import CompressedModel, compress
 
     if variants is None:
@@ -131,7 +131,7 @@ def _models(
         assert isinstance(subject.model, CompressedModel)
         return subject.name, {"": subject.model}
     arguments = {label: options.arguments() for label, options in variants.items()}
-    mind_recipe(spec, taken_by="--compare", instead="leave --compare out, or name the original model")
+    warn_recipe_ignored(spec, taken_by="--compare", instead="leave --compare out, or name the original model")
     subject = prepare(spec, source, ReductionOptions(), seed=run.seed, dense=True)
     made = {label: compress(subject.dense, **values) for label, values in arguments.items()}
     # One set of weights for all, as in a sweep.

@@ -103,7 +103,7 @@ class FinetuneOptions:
         typed = [entry.name for entry in fields(self) if getattr(self, entry.name) is not None]
         return tuple("--compile" if name == "compile_model" else "--" + name.replace("_", "-") for name in typed)
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Whether there is to be a fine-tune.
 
         Raises:

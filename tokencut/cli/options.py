@@ -159,7 +159,7 @@ class SweepOptions:
     prop_attn: Annotated[bool | None, reduction_option("--prop-attn/--no-prop-attn", help=PROP_ATTN_HELP)] = None
 
     def arguments(self) -> dict[str, Any]:
-        """What was typed, as arguments of `tokencut.sweep.run.SweepPlan`; what was not typed is not there.
+        """What was typed, as arguments of `tokencut.sweeping.run.SweepPlan`; what was not typed is not there.
 
         Raises:
             UsageError: An option cannot be read, or two contradict each other.

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokencut.cli.wording import typed
 from tokencut.errors import TokencutError
 
 if TYPE_CHECKING:
@@ -58,25 +59,32 @@ def _discard_stdout() -> None:
 
 def write_json(values: Mapping[str, Any]) -> None:
     """Prints one JSON object to stdout; numbers that are not finite, which JSON does not know, as null."""
-    write(json.dumps(_finite(values), indent=2, allow_nan=False))
+    write(json_text(values))
 
 
-def _finite(value: Any) -> Any:
+def json_text(values: Mapping[str, Any]) -> str:
+    """JSON for scripts: numbers that are not finite, which it does not know, are null, and notes name options."""
+    return json.dumps(_for_json(values), indent=2, allow_nan=False)
+
+
+def _for_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: _for_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [_for_json(entry) for entry in value]
+    if isinstance(value, str):
+        return typed(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def error(message: str) -> None:
     """Prints one line `error: ...` to stderr."""
-    _to_stderr(f"error: {message}")
+    _to_stderr(f"error: {typed(message)}")
 
 
 def note(message: str) -> None:
     """Prints one line `note: ...` to stderr."""
-    _to_stderr(f"note: {message}")
+    _to_stderr(f"note: {typed(message)}")
 
 
 def _to_stderr(message: str) -> None:

@@ -47,7 +47,7 @@ class TargetOptions:
     )
     front: Annotated[Path | None, target_option("--front", metavar="FILE.json", help=FRONT_HELP)] = None
 
-    def wanted(self, reduction: ReductionOptions) -> bool:
+    def requested(self, reduction: ReductionOptions) -> bool:
         """Whether a schedule is to be found.
 
         Raises:

@@ -13,11 +13,12 @@ from tokencut.cli import render
 from tokencut.cli.options import RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
+from tokencut.cli.wording import typed
 from tokencut.data.sources import DIGITS, open_source
 from tokencut.errors import UsageError
-from tokencut.files import check_writable
+from tokencut.files import atomic_write, check_writable
 from tokencut.models.loading import Loaded
-from tokencut.search.report import write_front
+from tokencut.search.report import ParetoPoint
 from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
 
@@ -78,9 +79,14 @@ class SearchRun:
         return self.report is not None and self.report.found.top1 is not None
 
     @property
+    def _asked(self) -> str:
+        """The target as typed, such as `--target-gmacs 2.6`."""
+        return typed(f"`{self.target}`")
+
+    @property
     def option(self) -> str:
         """The option that asks for it, such as `--target-gmacs`."""
-        return self.target.option.partition(" ")[0]
+        return self._asked.partition(" ")[0]
 
     def mind(self, data: str | None) -> None:
         """Warns where accuracy would be told of the images that the schedule is chosen by."""
@@ -116,8 +122,10 @@ class SearchRun:
         if self.report.interrupted:
             render.note("the search was interrupted: going on with the best schedule so far")
         if self.front is not None:
-            about = {"model": loaded.name, **settings, **self.report.to_dict()}
-            write_front(self.front, self.report.front, about)
+            about = {"model": loaded.name, **settings, **self._told(self.report)}
+            text = render.json_text({**about, "front": list(map(_told_of, self.report.front))})
+            with atomic_write(self.front) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
             render.note(f"wrote {_counted(len(self.report.front), 'schedule')} to choose from to {self.front}")
         found = self.report.found
         return {**arguments, "keep": list(found.keep), "layers": list(found.layers)}
@@ -125,7 +133,10 @@ class SearchRun:
     def summary(self) -> dict[str, Any]:
         """What `--json` tells of the search."""
         assert self.report is not None
-        return {**self.report.to_dict(), "front": None if self.front is None else str(self.front)}
+        return {**self._told(self.report), "front": None if self.front is None else str(self.front)}
+
+    def _told(self, report: SearchReport) -> dict[str, Any]:
+        return {**report.to_dict(), "target": self._asked, "found": _told_of(report.found)}
 
     def facts(self) -> list[tuple[str, str]]:
         """What people are told of it."""
@@ -135,8 +146,8 @@ class SearchRun:
         sure = f"{report.sure_drop:.2f} with one standard error on top" if known else "one image tells no error of that"
         error = f" ± {report.drop_error:.2f}" if known else ""
         rows = [
-            ("asked for", f"{report.target}, searched by {_counted(report.images, 'image')} of {self.source.name}"),
-            ("found", found.options),
+            ("asked for", f"{self._asked}, searched by {_counted(report.images, 'image')} of {self.source.name}"),
+            ("found", _options(found)),
             ("to lose", f"{report.expected_drop:.2f} {report.metric_name}, as expected on other images; "
                         f"{sure}"),
             ("calibration", f"{report.drop:+.2f}{error} of them lost on these images"),
@@ -154,18 +165,27 @@ def _checked(front: Path, *, force: bool) -> Path:
     return check_writable(front, force=force)
 
 
+def _options(point: ParetoPoint) -> str:
+    """What to type for a schedule, such as `--keep 0.9/0.7 --layers 2,5`."""
+    return typed(f"`{point.arguments}`")
+
+
+def _told_of(point: ParetoPoint) -> dict[str, Any]:
+    return {**point.to_dict(), "options": _options(point)}
+
+
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def _status(now: SearchProgress) -> str:
     if now.best is None:
-        return "trying seeds"
+        return now.doing
     agreement = "" if now.best.agreement is None else f", {now.best.agreement:.1f} % agree with dense"
-    return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.damage:.4g}{agreement}"
+    return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.divergence:.4g}{agreement}"
 
 
-def search_wanted(
+def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
     workers: int | None = None, timing_batch_size: int | None = None, class_map: Path | None = None,
 ) -> SearchRun:  # fmt: skip

@@ -27,7 +27,7 @@ from tokencut.models.artifact import read_info
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
 from tokencut.recipe import Recipe
-from tokencut.runtime.distributed import Group, alone
+from tokencut.runtime.distributed import Group, single_process
 
 if TYPE_CHECKING:
     from tokencut.cli.search_run import SearchRun
@@ -140,7 +140,7 @@ def _reduced(
     return Subject(loaded.name, model, loaded.dense, loaded.new_head)
 
 
-def mind_recipe(spec: str, *, taken_by: str, instead: str) -> None:
+def warn_recipe_ignored(spec: str, *, taken_by: str, instead: str) -> None:
     """Says what becomes of the recipe of a tokencut file where several others take its place.
 
     Args:
@@ -205,7 +205,7 @@ def measure_accuracy(
     """
     with render.progress(f"evaluating {name}") as advance:
         return evaluate_spread(
-            group or alone(device),
+            group or single_process(device),
             model,
             images,
             batch_size=run.batch_size,

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tokencut.data.listing import Listing
 from tokencut.errors import DataError
 from tokencut.files import atomic_write
-from tokencut.messages import quoted
+from tokencut.messages import noting, quoted
 
 CACHE_VARIABLE = "TOKENCUT_CACHE"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -104,7 +104,7 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
     target = cache_folder() / _cache_name(path)
     if _is_whole(target):
         return target
-    note = on_note or (lambda text: None)
+    note = noting(on_note)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_name(f".{target.name}.lock"), lambda: note(f"another process unpacks {path}; waiting")):

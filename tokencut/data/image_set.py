@@ -18,7 +18,7 @@ from torch import nn
 from tokencut.data.labels import ClassMap, classes_for
 from tokencut.data.loading import Batch, ImageDataset, Loader, Unreadable, make_loader
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
-from tokencut.data.sampling import evenly_spread
+from tokencut.data.sampling import strided_subset
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
@@ -217,7 +217,7 @@ def images_for(
         ModelError: The model takes neither colour nor grey images.
         UsageError: The limit is out of range.
     """
-    indices = evenly_spread(len(source), limit)
+    indices = strided_subset(len(source), limit)
     if seed is not None:
         random.Random(seed).shuffle(indices)
     return ImageSet(source, indices, preprocessing_of(model), class_map)
@@ -234,7 +234,7 @@ def open_images(
 
     Args:
         model: The classifier.
-        data: As `--data`, or an opened source.
+        data: As `open_source` takes it.
         limit: An evenly spread sample of so many images.
         on_note: Told what takes long: the unpacking of an archive.
 

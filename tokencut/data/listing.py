@@ -52,7 +52,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-def arrange(name: str, listing: Listing) -> Layout:
+def find_classes(name: str, listing: Listing) -> Layout:
     """Finds classes and images in a listing.
 
     The classes are the top folders; a folder that merely wraps them (`val/` in a tar of `val`) is stepped into, and

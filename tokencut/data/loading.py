@@ -132,7 +132,7 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                "a process that loads images ended unexpectedly, often for want of (shared) memory; type --workers 0 "
+                "a process that loads images ended unexpectedly, often for want of (shared) memory; type `workers=0` "
                 "to load them without further processes"
             ) from error
 
@@ -174,7 +174,7 @@ def load_batches(
         UsageError: The number of workers is out of range.
     """
     if workers is not None and workers < 0:
-        raise UsageError(f"{workers} workers are too few, expected at least 0; type --workers 0")
+        raise UsageError(f"{workers} workers are too few, expected at least 0; type `workers=0`")
     return Loader(
         DataLoader(
             dataset,  # type: ignore[arg-type]  # torch's type says that collating changes nothing

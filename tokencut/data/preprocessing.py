@@ -87,7 +87,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     if channels not in MODES:
         raise ModelError(
             f"the model takes images of {channels} channels, expected 3 (colour) or 1 (grey); build it with "
-            "--model-kwargs in_chans=3"
+            "`in_chans=3`"
         )
     return Preprocessing(config, MODES[channels])
 

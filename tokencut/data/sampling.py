@@ -36,7 +36,7 @@ def stratified(labels: Sequence[int], count: int, seed: int) -> list[int]:
     return sorted(index for label in members for index in sorted(members[label], key=draw_order)[: quota[label]])
 
 
-def evenly_spread(total: int, limit: int | None) -> list[int]:
+def strided_subset(total: int, limit: int | None) -> list[int]:
     """The numbers of the images in a sample of `limit` out of `total`, ascending, spread evenly and without chance.
 
     Args:
@@ -47,6 +47,6 @@ def evenly_spread(total: int, limit: int | None) -> list[int]:
         UsageError: The limit is less than 1.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type --limit 1000")
+        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type `limit=1000`")
     count = total if limit is None else min(limit, total)
     return [position * total // count for position in range(count)]

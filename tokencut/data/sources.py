@@ -13,7 +13,7 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
-from tokencut.data.listing import Layout, arrange, images_in, scan_folder
+from tokencut.data.listing import Layout, find_classes, images_in, scan_folder
 from tokencut.data.sampling import stratified
 from tokencut.errors import DataError
 from tokencut.messages import quoted
@@ -63,7 +63,7 @@ class FolderSource(Source):
     """Images in a folder with one sub-folder a class."""
 
     def __init__(self, name: str, root: Path) -> None:
-        super().__init__(name, arrange(name, scan_folder(root)))
+        super().__init__(name, find_classes(name, scan_folder(root)))
         self.root = root
 
     def open(self, index: int) -> BinaryIO:
@@ -79,7 +79,7 @@ class TarSource(Source):
 
     def __init__(self, name: str, path: Path) -> None:
         listing = archives.scan(path)
-        super().__init__(name, arrange(name, listing))
+        super().__init__(name, find_classes(name, listing))
         self.path = path
         self._spans = [listing.files[image] for image, _ in self._images]
 
@@ -139,7 +139,7 @@ def open_source(
     on_note: Callable[[str], None] | None = None,
     class_map: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """Finds the images that a `--data`, `--train-data` or `--calibration` names.
+    """Finds the images to judge, train or search by.
 
     Args:
         data: A folder with one sub-folder a class, a `.tar` or `.tar.gz` of one (known by content, not name), the word
@@ -211,7 +211,7 @@ def class_folder_note(output: Path) -> str:
             "beside it may be, the picture will be taken for one of them: keep it elsewhere then")  # fmt: skip
 
 
-class Part(Source):
+class Subset(Source):
     """Some images of a source, renumbered."""
 
     def __init__(self, whole: Source, indices: Sequence[int]) -> None:
@@ -233,7 +233,7 @@ class Part(Source):
         return [folder for _, folder in self._images]
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
+def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
     """Splits a source by chance, with every class in proportion.
 
     Args:
@@ -247,10 +247,10 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
     Raises:
         DataError: One of the two would be empty.
     """
-    labels = Part(source, range(len(source))).folders()
+    labels = Subset(source, range(len(source))).folders()
     held = stratified(labels, round(share * len(labels)), seed)
     if not 0 < len(held) < len(labels):
         raise DataError(f"{len(labels)} images in {source.name!r} are too few to hold some out for choosing an epoch; "
-                        "type --select last")  # fmt: skip
+                        "type `select='last'`")  # fmt: skip
     apart = set(held)
-    return Part(source, [index for index in range(len(labels)) if index not in apart]), Part(source, held)
+    return Subset(source, [index for index in range(len(labels)) if index not in apart]), Subset(source, held)

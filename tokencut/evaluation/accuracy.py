@@ -133,6 +133,14 @@ def evaluate(
         DataError: The images cannot be found, do not fit the model's classes, or more than 1 % are unreadable.
         ArtifactError: The predictions could not be written, or there are some and `force` is off.
         UsageError: Another argument is out of range.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> digits = load_model("digits").model
+        >>> report = tokencut.evaluate(tokencut.compress(digits, keep=0.6), "digits", device="cpu", workers=0)
+        >>> report.images, report.top1 > 90
+        (600, True)
     """
     target_device = resolve_device(device)
     wanted = precision_dtype(precision)
@@ -140,7 +148,7 @@ def evaluate(
         check_predictions(predictions, force=force)
     images = open_images(model, data, limit=limit, on_note=on_note)
     loaded = images.batches(batch_size, workers=workers, device=target_device)
-    tally = Tally(images, precision, of)
+    tally = MetricAccumulator(images, precision, of)
     forward = _forward(model, compile_mode, min(batch_size, len(images)))
     with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
         dtype = weights_dtype(model)
@@ -168,13 +176,13 @@ def check_predictions(path: str | os.PathLike[str], *, force: bool = False) -> N
     if target.suffix.lower() != ".csv":
         example = target.with_suffix(".csv") if target.name else "predictions.csv"
         raise UsageError(
-            f"--predictions {target} does not end in .csv, and predictions are written as CSV; type --predictions "
-            f"{example}"
+            f"`predictions={str(target)!r}` does not end in .csv, and predictions are written as CSV; type "
+            f"`predictions={str(example)!r}`"
         )
     check_writable(target, force=force)
 
 
-class Tally:
+class MetricAccumulator:
     """What is known so far of each image."""
 
     def __init__(self, images: ImageSet, precision: str, of: int | None = None) -> None:
@@ -198,7 +206,7 @@ class Tally:
         if not logits.isfinite().all():
             raise ModelError(
                 f"the model gives logits that are not finite numbers in {self.precision}; "
-                + ("give it other weights" if self.precision == "fp32" else "type --precision fp32")
+                + ("give it other weights" if self.precision == "fp32" else "type `precision='fp32'`")
             )
         losses = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
         # A stable sort: of equal logits the lower class comes first, alone or in any batch.
@@ -251,7 +259,7 @@ def _logits(
     return forward(prepared.normalise(batch.images, device, dtype)).float()
 
 
-def _write_predictions(path: str | os.PathLike[str], tally: Tally, *, force: bool) -> None:
+def _write_predictions(path: str | os.PathLike[str], tally: MetricAccumulator, *, force: bool) -> None:
     """Writes a row for each judged image, classes by name, the most likely first."""
     source, class_map = tally.images.source, tally.images.class_map
     assert class_map is not None

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from tokencut.data.image_set import check_unreadable, sample_note
-from tokencut.data.sampling import evenly_spread
-from tokencut.data.sources import Part, Source
+from tokencut.data.sampling import strided_subset
+from tokencut.data.sources import Source, Subset
 from tokencut.errors import DataError, TokencutError
 from tokencut.evaluation.accuracy import EvaluationReport, evaluate
 from tokencut.runtime.distributed import Group
@@ -33,19 +33,19 @@ def evaluate_spread(
     """
     if group.size == 1:
         return evaluate(model, source, limit=limit, device=group.device, **options)
-    indices = evenly_spread(len(source), limit)
+    indices = strided_subset(len(source), limit)
     if len(indices) < group.size:
         raise DataError(f"{len(indices)} images in {source.name!r} are too few for {group.size} processes; give more, "
                         "or run it without torchrun")  # fmt: skip
     options.pop("predictions", None)
     mine: EvaluationReport | TokencutError
     try:
-        part = Part(source, indices[group.rank :: group.size])
+        part = Subset(source, indices[group.rank :: group.size])
         found = evaluate(model, part, of=len(indices), device=group.device, **options)
         mine = dataclasses.replace(found, numbers=tuple(part.indices[number] for number in found.numbers))
     except TokencutError as error:  # the others are waiting for a report
         mine = error
-    reports = group.collect(mine)
+    reports = group.all_gather(mine)
     for other in reports:
         if isinstance(other, TokencutError):
             raise other

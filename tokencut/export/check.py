@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokencut.data.image_set import ImageSet, images_for
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
-from tokencut.data.sampling import evenly_spread
+from tokencut.data.sampling import strided_subset
 from tokencut.data.sources import DIGITS, open_source
 from tokencut.errors import ArtifactError, DataError, ModelError
 from tokencut.model import CompressedModel
@@ -62,7 +62,7 @@ class CheckImages:
             noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
             yield from noise.split(size)
             return
-        for batch in self.real.decoded(size, workers=0, otherwise="leave out --data to check on noise"):
+        for batch in self.real.decoded(size, workers=0, otherwise="leave out `data` to check on noise"):
             if len(batch):
                 yield batch.images
 
@@ -83,7 +83,7 @@ def check_images(
         UsageError: The limit is less than 1.
     """
     count = CHECKED if limit is None else limit
-    why = "no --data was given"
+    why = "no `data` was given"
     if data is None and _is_digits(model):
         try:
             data = open_source(DIGITS)
@@ -92,7 +92,7 @@ def check_images(
     if data is not None:
         real = images_for(model, open_source(data, on_note=on_note), limit=count)
         return CheckImages(real.prepared, len(real), real)
-    noise = len(evenly_spread(count, count))
+    noise = len(strided_subset(count, count))
     return CheckImages(preprocessing_of(model), noise, None, (f"checked on {count} images of noise, since {why}",))
 
 

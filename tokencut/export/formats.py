@@ -98,7 +98,8 @@ def write_onnx(program: Any, info: ExportInfo, opset: int, path: Path) -> None:
             )
     except Exception as error:  # the exporter raises kinds of its own, and those of two more packages
         raise ModelError(f"torch.onnx cannot translate {info.model} ({one_line(error)}); "
-                         "type -o FILE.pt2, and please report the model's name and options") from error  # fmt: skip
+                         "type `path='FILE.pt2'`, and please report the model's name and "
+                         "options") from error  # fmt: skip
     assert made is not None
     for node in made.model.graph:
         node.metadata_props.clear()  # where in torch's and timm's code each came from

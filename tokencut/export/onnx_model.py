@@ -48,7 +48,7 @@ class OnnxModel(nn.Module):
         text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise ArtifactError(f"{path} was not written by tokencut, so nobody knows what images it takes; type "
-                                "tokencut export MODEL -o FILE.onnx")  # fmt: skip
+                                "`tokencut.export_model(model, 'FILE.onnx')`")  # fmt: skip
         try:
             self.info: ExportInfo = export_info_from_text(text)
         except ArtifactError as error:
@@ -82,7 +82,7 @@ def _open(runtime: Any, path: Path) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4  # what fails is raised
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; type 'tokencut export MODEL -o {path}' to make it")
+        raise ArtifactError(f"{path} does not exist; type `tokencut.export_model(model, {str(path)!r})` to make it")
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a dozen kinds, all of them plain exceptions

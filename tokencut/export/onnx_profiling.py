@@ -82,9 +82,9 @@ def profile_onnx(
 def _check_dense(model: OnnxModel, dense: OnnxModel) -> None:
     if dense.info.recipe is not None:
         raise UsageError(f"{dense.path} was exported with a reduction, so it is not the dense side; type "
-                         f"tokencut export MODEL --dense -o {dense.path} --force")  # fmt: skip
+                         f"`tokencut.export_model(dense, {str(dense.path)!r}, force=True)`")  # fmt: skip
     mine, other = model.info, dense.info
     if (mine.dense_gmacs, mine.dense_params) != (other.gmacs, other.params):
         raise UsageError(f"{dense.path} is not the dense side of {model.path}: it has {other.gmacs:.3f} GMACs and "
                          f"{other.params} parameters, expected {mine.dense_gmacs:.3f} and {mine.dense_params}; export "
-                         "the same model with --dense")  # fmt: skip
+                         "the same model with `dense=True`")  # fmt: skip

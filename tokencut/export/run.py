@@ -87,12 +87,12 @@ def check_export(path: str | os.PathLike[str], *, force: bool = False, opset: in
     target = Path(path)
     if target.suffix not in (ONNX_SUFFIX, PT2_SUFFIX):
         raise UsageError(f"{target} ends neither in {ONNX_SUFFIX} nor in {PT2_SUFFIX}, which says what to write; type "
-                         f"-o {target.with_suffix(ONNX_SUFFIX)}")  # fmt: skip
+                         f"`path={str(target.with_suffix(ONNX_SUFFIX))!r}`")  # fmt: skip
     if target.suffix == PT2_SUFFIX and opset is not None:
-        raise UsageError(f"--opset is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
+        raise UsageError(f"`opset` is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
     if opset is not None and opset not in OPSETS:
         raise UsageError(f"opset {opset} is not one of {OPSETS[0]} to {OPSETS[-1]}, which tokencut can write; "
-                         f"type --opset {DEFAULT_OPSET}")  # fmt: skip
+                         f"type `opset={DEFAULT_OPSET}`")  # fmt: skip
     if target.suffix == ONNX_SUFFIX:
         extras.require(f"writing {target} needs", *PACKAGES, extra="onnx")
     return check_writable(target, force=force)
@@ -138,6 +138,14 @@ def export_model(
         ModelError: The model cannot be captured as one graph.
         DataError: The images cannot be found or read.
         ArtifactError: The file cannot be written, or does not give the model's logits.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> model = tokencut.compress(load_model("digits").model, keep=0.6)
+        >>> report = tokencut.export_model(model, "out.pt2", limit=16)
+        >>> report.output.name, report.agreement.images
+        ('out.pt2', 16)
     """
     target = check_export(path, force=force, opset=opset)
     _check_model(model, target, batch_size)
@@ -170,4 +178,4 @@ def _check_model(model: nn.Module, target: Path, batch_size: int) -> None:
     size = sum(weight.nbytes for weight in weights)
     if target.suffix == ONNX_SUFFIX and size > ONNX_LIMIT:
         raise ArtifactError(f"the model has {size / 2**30:.1f} GiB of weights, and an {ONNX_SUFFIX} file holds less "
-                            f"than 2; type -o {target.with_suffix(PT2_SUFFIX)}")  # fmt: skip
+                            f"than 2; type `path={str(target.with_suffix(PT2_SUFFIX))!r}`")  # fmt: skip

@@ -74,7 +74,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
 
     Args:
         default: Its type is the setting's type: bool, int, float or str.
-        help: One line for `tokencut models --methods`.
+        help: What it does, in one line.
         choices: Allowed strings.
         low: Smallest number allowed.
         high: Largest number allowed.
@@ -92,8 +92,8 @@ class Method(ABC):
     A subclass is a frozen dataclass whose fields are made by `option`, registered with `@register`.
 
     Attributes:
-        name: What users type after `--method`.
-        source: The paper, for `tokencut models --methods`.
+        name: What users call it by.
+        source: The paper.
         prop_attn: Whether proportional attention is on where the user says nothing.
         needs_training: Whether its stages hold weights that mean nothing before they are fine-tuned.
         presets: Named sets of settings, chosen by the setting `preset`; single settings beside it win.

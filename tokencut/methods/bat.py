@@ -21,7 +21,7 @@ from tokencut.schedule import Split, split_budget
 class Bat(Method):
     """Attentive tokens are kept apart and matched in pairs, inattentive ones clustered around density peaks.
 
-    `preset=paper` (with `--no-prop-attn`) is the paper's own rule, whose density depends on the scale of a model's
+    `preset=paper` (with `prop_attn=False`) is the paper's own rule, whose density depends on the scale of a model's
     features. Single settings take parts away: `pairs=0` the matching, `inattentive=drop` the clustering, both the
     diversity (importance only), `clusters=1` the decoupling (diversity only).
 

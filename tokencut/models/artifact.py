@@ -64,7 +64,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     target = Path(path)
     if target.suffix != SUFFIX:
         raise ArtifactError(f"{target} does not end in {SUFFIX}, by which timm and others tell the format; type "
-                            f"-o {target.parent / target.stem}{SUFFIX}")  # fmt: skip
+                            f"`path={str(target.parent / target.stem) + SUFFIX!r}`")  # fmt: skip
     return check_writable(target, force=force)
 
 
@@ -93,6 +93,12 @@ def save(
     Raises:
         UsageError: An argument is wrong.
         ArtifactError: The model cannot be built again from timm's arguments, or the file cannot be written.
+
+    Example:
+        >>> import timm, tokencut
+        >>> model = tokencut.compress(timm.create_model("test_vit"), keep=0.5)
+        >>> tokencut.save(model, "out.safetensors").recipe.keep
+        0.5
     """
     if not isinstance(model, CompressedModel):
         raise UsageError(f"save takes a compressed model, not {type(model).__name__}; type "
@@ -154,6 +160,12 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
     Raises:
         ArtifactError: Not a tokencut file, damaged, of a newer format, or its tensors are not its model's: then all
             that are missing, unexpected, of another shape or type, or not finite are named.
+
+    Example:
+        >>> import timm, tokencut
+        >>> info = tokencut.save(tokencut.compress(timm.create_model("test_vit"), keep=0.5), "out.safetensors")
+        >>> tokencut.load("out.safetensors").recipe == info.recipe
+        True
     """
     source = Path(path)
     with _open(source) as file:
@@ -189,7 +201,7 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
 def _open(path: Path) -> Any:
     if not path.exists():
         made = path.with_suffix(SUFFIX)
-        raise ArtifactError(f"{path} does not exist; type 'tokencut compress MODEL -o {made}' to make it")
+        raise ArtifactError(f"{path} does not exist; type `tokencut.save(model, {str(made)!r})` to make it")
     return open_safetensors(path)
 
 
@@ -197,7 +209,7 @@ def _info(file: Any, path: Path) -> ArtifactInfo:
     text = (file.metadata() or {}).get(KEY)
     if text is None:
         raise ArtifactError(f"{path} holds weights without a tokencut recipe; name their architecture and type "
-                            f"--checkpoint {path}")  # fmt: skip
+                            f"`checkpoint={str(path)!r}`")  # fmt: skip
     try:
         info = info_from_text(text)
     except ArtifactError as error:
@@ -269,7 +281,7 @@ def _for_storage(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if ready.is_floating_point():
         ready = ready.to(dtype)
         if dtype == torch.float16 and torch.isinf(ready).any() and not torch.isinf(tensor).any():
-            raise ArtifactError(f"{name} holds values beyond fp16's largest, 65504; type --dtype bf16 instead")
+            raise ArtifactError(f"{name} holds values beyond fp16's largest, 65504; type `dtype='bf16'` instead")
     # safetensors refuses tensors that share memory, as views do.
     return ready.contiguous() if ready.untyped_storage().nbytes() == ready.nbytes else ready.clone()
 

@@ -36,7 +36,7 @@ def check_arguments(source: str, args: Mapping[str, Any]) -> None:
         ModelError: The model is not supported, or cannot be built without arguments either.
     """
     try:
-        with heard(), torch.device("meta"):
+        with capture_timm_messages(), torch.device("meta"):
             model = timm.create_model(source, pretrained=False, **args)
     except Exception as error:  # timm asserts and raises as it likes over arguments that do not go together
         raise _refused(source, args, error) from error
@@ -60,7 +60,7 @@ def build(source: str, args: Mapping[str, Any], *, pretrained: bool, seed: int,
     Raises:
         Exception: Whatever timm raises; the caller knows what the weights are called and where they come from.
     """
-    with heard() as notes, random_state(seed):
+    with capture_timm_messages() as notes, random_state(seed):
         model = timm.create_model(
             source, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) if overlay else None, **args
         )
@@ -68,7 +68,7 @@ def build(source: str, args: Mapping[str, Any], *, pretrained: bool, seed: int,
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
+def capture_timm_messages() -> Iterator[list[str]]:
     """Collects what timm warns and logs inside the block, instead of letting it out on stderr."""
     lines: list[str] = []
 
@@ -104,7 +104,7 @@ def _refused(source: str, args: Mapping[str, Any], error: Exception) -> UsageErr
 
 def _arguments(source: str) -> list[str]:
     """The arguments that the class of a model takes."""
-    with heard(), torch.device("meta"):
+    with capture_timm_messages(), torch.device("meta"):
         model = timm.create_model(source, pretrained=False)
     classes = [kind for kind in type(model).__mro__ if kind.__module__.startswith("timm.")]
     names = {name: None for kind in classes for name in inspect.signature(kind).parameters}

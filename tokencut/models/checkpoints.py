@@ -1,6 +1,6 @@
 """Tensor files: what a file is, reading it without unpickling anything, and a strict comparison with a model.
 
-Readers are told which error to raise: the same file is a damaged artifact here and a wrong `--checkpoint` there.
+Readers are told which error to raise: the same file is a damaged artifact here and a wrong checkpoint there.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def open_safetensors(path: Path, error: type[TokencutError] = ArtifactError) -> 
         kind = file_kind(path)
         if kind == "pickle":
             raise error(f"{path} is a pickled PyTorch file, not safetensors; name its architecture as MODEL and pass "
-                        f"it, with the suffix .pth, as --checkpoint {path.with_suffix('.pth')}")  # fmt: skip
+                        f"it, with the suffix .pth, as `checkpoint={str(path.with_suffix('.pth'))!r}`")  # fmt: skip
         if kind != "safetensors":
             what = "is empty" if kind == "empty" else "is not a safetensors file"
-            raise error(f"{path} {what}; give a file that 'tokencut compress ... -o FILE' wrote, or a model's name")
+            raise error(f"{path} {what}; give a file that `tokencut.save(model, 'FILE')` wrote, or a model's name")
         with safe_open(str(path), framework="pt") as file:
             yield file
     except SafetensorError as problem:
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ModelError(f"the checkpoint {path} {what}; give a file of weights: --checkpoint model.safetensors")
+        raise ModelError(f"the checkpoint {path} {what}; give a file of weights: `checkpoint='model.safetensors'`")
     if path.suffix == ".safetensors" or file_kind(path) == "safetensors":
         with open_safetensors(path, ModelError) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -197,11 +197,11 @@ def _advice(wanted: Shapes, found: Shapes) -> str:
     wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
     heads = [name for name in wrong if name.startswith("head")]
     if not heads:
-        return "name the model it was made for, with the arguments it was trained with (--img-size, --model-kwargs)"
+        return "name the model it was made for, with the arguments it was trained with (`img_size`, `model_kwargs`)"
     classes = found[heads[0]][0] if heads[0] in found else 0
     what = f"its head has {classes} classes" if classes else "it has no head"
-    others = "" if len(heads) == len(wrong) else ", and the arguments it was trained with (--img-size, --model-kwargs)"
-    return f"{what}: type --num-classes {classes}{others}"
+    others = "" if len(heads) == len(wrong) else ", and the arguments it was trained with (`img_size`, `model_kwargs`)"
+    return f"{what}: type `num_classes={classes}`{others}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ CONFIG = "config.json"
 # As timm looks for them, safetensors first.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-OTHER_WAYS = "give --checkpoint FILE, --no-pretrained for random weights, or the bundled model 'digits'"
+OTHER_WAYS = "give `checkpoint='FILE'`, `pretrained=False` for random weights, or the bundled model 'digits'"
 
 
 def cached_weights(cfg: PretrainedCfg) -> Path | None:
@@ -92,7 +92,7 @@ def fetch_repository(repository: str, weights: bool) -> Path:
     except Exception as error:  # whatever the hub's client and the network below it raise
         raise download_failed(f"'hf-hub:{repository}'", error) from error
     if weights:
-        raise ModelError(f"the hub's repository {name} has none of {', '.join(WEIGHTS)}; give --checkpoint FILE")
+        raise ModelError(f"the hub's repository {name} has none of {', '.join(WEIGHTS)}; give `checkpoint='FILE'`")
     return folder
 
 

@@ -21,7 +21,7 @@ from tokencut.models.checkpoints import load_strictly, not_finite, random_state,
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
-from tokencut.models.pretrained_cfg import description_of, make_true
+from tokencut.models.pretrained_cfg import description_of, sync_pretrained_cfg
 from tokencut.recipe import Recipe
 
 BUNDLED = "digits"
@@ -144,11 +144,10 @@ def _timm_args(model_kwargs: Mapping[str, Any] | None, num_classes: int | None, 
     for name, value, least, example in (("num_classes", num_classes, 0, 10), ("img_size", img_size, 1, 224)):
         if value is None:
             continue
-        option = f"--{name.replace('_', '-')}"
         if value < least:
-            raise UsageError(f"{option} {value} is less than {least}; type {option} {example}")
+            raise UsageError(f"`{name}={value}` is less than {least}; type `{name}={example}`")
         if name in args:
-            raise UsageError(f"{name} is given twice, by {option} {value} and in --model-kwargs; give it once")
+            raise UsageError(f"{name} is given twice, by `{name}={value}` and in `model_kwargs`; give it once")
         args[name] = value
     check_model_args(args)
     return args
@@ -161,7 +160,7 @@ def _refuse_path(spec: str) -> None:
         raise UsageError(f"{spec} is a folder; if it holds timm's config.json and weights, type local-dir:{spec}")
     if path.suffix.lower() in _PATH_SUFFIXES or any(separator in spec for separator in "/\\"):
         other = f", or type hf-hub:{spec} for the hub's repository" if spec.count("/") == 1 and not path.suffix else ""
-        raise UsageError(f"no such file: {spec}; give a file that 'tokencut compress MODEL -o FILE' wrote{other}")
+        raise UsageError(f"no such file: {spec}; give a file that `tokencut.save(model, 'FILE')` wrote{other}")
     if ":" in spec:
         raise UsageError(f"unknown kind of model {spec!r}; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that "
                          "'tokencut models' lists")  # fmt: skip
@@ -179,8 +178,8 @@ def _refuse_exported(spec: str) -> None:
 
 def _from_artifact(spec: str, request: Request) -> Loaded:
     given = {
-        "--checkpoint": request.checkpoint is not None,
-        "--no-pretrained": not request.pretrained,
+        "`checkpoint`": request.checkpoint is not None,
+        "`pretrained=False`": not request.pretrained,
         "arguments of the architecture": bool(request.args),
     }
     option = next((name for name, used in given.items() if used), None)
@@ -239,7 +238,7 @@ def _from_hub(repository: str, request: Request) -> Loaded:
         if owner == "timm" and is_name(name):
             return _from_name(resolve_name(name), request)
         raise ModelError(f"{spec} is not in the cache, and where weights do not matter nothing is downloaded; name its "
-                         "architecture, such as deit_tiny, with --model-kwargs where it differs")  # fmt: skip
+                         "architecture, such as deit_tiny, with `model_kwargs` where it differs")  # fmt: skip
     if folder is None:
         folder = hub.fetch_repository(repository, weights=request.fetches)
     return _from_folder(folder, spec, request, Origin("hub", repository))
@@ -262,7 +261,7 @@ def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | Non
     try:
         model, notes = building.build(source, request.args, pretrained=request.fetches, seed=request.seed)
     except Exception as error:  # no weights, damaged ones, or those of another model
-        raise ModelError(f"cannot load weights from {folder} ({one_line(error)}); give --checkpoint FILE") from error
+        raise ModelError(f"cannot load weights from {folder} ({one_line(error)}); give `checkpoint='FILE'`") from error
     if not request.fetches:
         return _finish(model, spec, None, request, notes)
     if origin is None:
@@ -283,7 +282,7 @@ def _architecture_of(config: Path) -> str:
 
 
 def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request, notes: tuple[str, ...]) -> Loaded:
-    """Loads `--checkpoint`, and makes the model and the notes tell what weights it has; no `origin`: random so far."""
+    """Loads a checkpoint, and makes the model and the notes tell what weights it has; no `origin`: random so far."""
     told, new_head = list(notes), False
     if request.checkpoint is not None:
         tensors = read_checkpoint(request.checkpoint)
@@ -298,8 +297,8 @@ def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request
         told.append(f"the head of {model.num_classes} classes is new: its weights are random (seed {request.seed}) "
                     "until it is trained")  # fmt: skip
     if origin is not None and (problem := not_finite(model.state_dict())):
-        raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by --checkpoint FILE")
-    make_true(model, own_weights=origin is not None and origin.kind != "checkpoint")
+        raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by `checkpoint='FILE'`")
+    sync_pretrained_cfg(model, own_weights=origin is not None and origin.kind != "checkpoint")
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)
     return Loaded(model.eval(), name, origin, notes=tuple(told), new_head=new_head)

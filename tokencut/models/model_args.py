@@ -23,12 +23,12 @@ RESERVED = frozenset(
 
 # What to type instead of a reserved argument.
 _INSTEAD = {
-    "pretrained": "--no-pretrained for random weights",
-    "checkpoint_path": "--checkpoint FILE",
+    "pretrained": "`pretrained=False` for random weights",
+    "checkpoint_path": "`checkpoint='FILE'`",
     "pretrained_cfg": "a tag in the model's name, such as deit_tiny.fb_in1k",
     "model_name": "the name as MODEL",
-    "dtype": "--precision",
-    "device": "--device",
+    "dtype": "`precision`",
+    "device": "`device`",
 }
 
 # Far above any real architecture's (widest 4,096; 1,024 px), far below what fills a memory.
@@ -39,7 +39,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def parse_model_kwargs(texts: Iterable[str]) -> dict[str, Any]:
-    """Reads `--model-kwargs`.
+    """Reads arguments for timm out of texts.
 
     Args:
         texts: Each `key=value`, or several joined by commas. Values are Python literals (`img_size=(32,64)`); true,
@@ -56,9 +56,9 @@ def parse_model_kwargs(texts: Iterable[str]) -> dict[str, Any]:
         for pair in _PAIR.split(text):
             key, equals, value = (part.strip() for part in pair.partition("="))
             if not equals or not key.isidentifier() or not value:
-                raise UsageError(f"--model-kwargs {pair!r} is not key=value; type --model-kwargs img_size=384")
+                raise UsageError(f"`model_kwargs` {pair!r} is not key=value; type `model_kwargs='img_size=384'`")
             if key in found:
-                raise UsageError(f"--model-kwargs gives {key} twice; give it once, such as {key}={value}")
+                raise UsageError(f"`model_kwargs` gives {key} twice; give it once, such as {key}={value}")
             found[key] = _literal(value)
     check_model_args(found)
     return found

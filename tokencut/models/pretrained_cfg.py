@@ -81,7 +81,7 @@ def _channels(model: nn.Module) -> int | None:
         return None
 
 
-def make_true(model: nn.Module, *, own_weights: bool) -> None:
+def sync_pretrained_cfg(model: nn.Module, *, own_weights: bool) -> None:
     """Makes timm's description true for what was built (input, classes, weights), and free of paths.
 
     Args:
@@ -124,8 +124,7 @@ def require_head(model: nn.Module) -> int:
     if classes < 1:
         raise ModelError(
             f"{architecture_of(model)} has no classification head (num_classes=0), so there is no accuracy to measure; "
-            "its cost is what tokencut profile tells. For a head name its architecture, with --num-classes N and "
-            "a --checkpoint FILE that has one, or fine-tune it (tokencut compress --num-classes N --finetune-epochs 5 "
-            "--train-data DIR)"
+            "its cost is what `tokencut.profile` tells. For a head name its architecture, with `num_classes=N` and "
+            "a `checkpoint='FILE'` that has one, or fine-tune a new one (`num_classes=N, epochs=5, train_data='DIR'`)"
         )
     return classes

@@ -72,6 +72,13 @@ def profile(
         UsageError: An argument is out of range.
         ModelError: The model does not take images, or cannot be compiled.
         TokencutError: The batch does not fit into memory.
+
+    Example:
+        >>> import timm, tokencut
+        >>> model = tokencut.compress(timm.create_model("test_vit"), keep=0.5, layers=[2, 4])
+        >>> report = tokencut.profile(model, latency=False)
+        >>> f"{report.dense.gmacs:.3f} becomes {report.compressed.gmacs:.3f} GMACs"
+        '0.038 becomes 0.022 GMACs'
     """
     check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
@@ -83,7 +90,7 @@ def profile(
     before, after = count_macs(inner, size), count_macs(model, size)
     timed = _Timed()
     if latency:
-        smaller = f"type --batch-size {batch_size // 2}" if batch_size > 1 else "take a smaller model or --device cpu"
+        smaller = f"type `batch_size={batch_size // 2}`" if batch_size > 1 else "take a smaller model or `device='cpu'`"
         with enough_memory(batch_size, target, smaller), inference_state(model, target, dtype):
             images = random_images(model, (batch_size, *size), target)
             timed = _time(model, inner, images, rounds, compile_mode, on_progress)

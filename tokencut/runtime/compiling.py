@@ -23,7 +23,7 @@ def check_mode(mode: str) -> None:
     """
     if mode not in COMPILE_MODES:
         raise UsageError(f"unknown compile mode {mode!r}, expected one of {', '.join(COMPILE_MODES)}; type "
-                         "--compile-mode default")  # fmt: skip
+                         "`compile_mode='default'`")  # fmt: skip
 
 
 def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
@@ -53,7 +53,7 @@ def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor],
         except TorchDynamoException as error:
             reason = one_line(str(error).partition("\n")[0])
             raise ModelError(f"torch.compile failed ({reason}); it needs a C++ compiler on a CPU and Triton on a GPU: "
-                             "install that, or leave out --compile") from error  # fmt: skip
+                             "install that, or leave out `compile_mode`") from error  # fmt: skip
         return logits
 
     return forward

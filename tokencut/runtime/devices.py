@@ -29,7 +29,7 @@ def available_devices() -> tuple[str, ...]:
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device that a `--device` names.
+    """The device of a name.
 
     Args:
         name: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -41,10 +41,10 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if wanted == "auto":
         wanted = there[-1].partition(":")[0]
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
-        raise UsageError(f"unknown device {wanted!r}, expected auto, cpu, cuda, cuda:N or mps; type --device auto")
+        raise UsageError(f"unknown device {wanted!r}, expected auto, cpu, cuda, cuda:N or mps; type `device='auto'`")
     if (wanted if wanted != "cuda" else "cuda:0") not in there:
         raise UsageError(
-            f"there is no device {wanted!r}, this machine has {', '.join(there)}; type --device {there[-1]}"
+            f"there is no device {wanted!r}, this machine has {', '.join(there)}; type `device={there[-1]!r}`"
         )
     return torch.device(wanted)
 
@@ -95,7 +95,7 @@ def check_batch_size(size: int, example: int = 64) -> None:
         UsageError: It is less than 1.
     """
     if size < 1:
-        raise UsageError(f"a batch size of {size} is too small, expected at least 1; type --batch-size {example}")
+        raise UsageError(f"a batch size of {size} is too small, expected at least 1; type `batch_size={example}`")
 
 
 def versions() -> dict[str, str]:
@@ -127,7 +127,7 @@ def _processor_name() -> str:
 
 
 def precision_dtype(precision: str) -> torch.dtype | None:
-    """What a `--precision` casts weights and images to, as models are served.
+    """What a precision casts weights and images to, as models are served.
 
     Autocasting, which leaves weights in fp32, casts in every layer of every forward: DeiT-S at batch 1 took 30 % longer
     in bf16 on a CPU, and a compressed one 55 %.
@@ -142,7 +142,7 @@ def precision_dtype(precision: str) -> torch.dtype | None:
         UsageError: There is no such precision.
     """
     if precision not in PRECISIONS:
-        raise UsageError(f"unknown precision {precision!r}, expected fp32, bf16 or fp16; type --precision bf16")
+        raise UsageError(f"unknown precision {precision!r}, expected fp32, bf16 or fp16; type `precision='bf16'`")
     return PRECISIONS[precision]
 
 

@@ -39,7 +39,7 @@ class Group:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def add_up(self, numbers: Tensor) -> Tensor:
+    def all_reduce(self, numbers: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(numbers)
@@ -47,9 +47,9 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
-        return bool(self.add_up(torch.tensor(float(flag), device=self.device)).item()) if self.size > 1 else flag
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)).item()) if self.size > 1 else flag
 
-    def add_up_gradients(self, module: nn.Module) -> None:
+    def all_reduce_gradients(self, module: nn.Module) -> None:
         """Sums the gradients over all processes, in one message per type; a missing one counts as 0."""
         if self.size == 1:
             return
@@ -59,11 +59,11 @@ class Group:
                 by_type.setdefault(weight.dtype, []).append(weight)
         for weights in by_type.values():
             parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            flat = self.add_up(torch.cat([part.reshape(-1) for part in parts]))
+            flat = self.all_reduce(torch.cat([part.reshape(-1) for part in parts]))
             for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
                 weight.grad = part.view_as(weight)
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What process 0 holds, given to all."""
         if self.size == 1:
             return value
@@ -71,7 +71,7 @@ class Group:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every process holds, in order, given to all."""
         if self.size == 1:
             return [value]
@@ -79,14 +79,14 @@ class Group:
         dist.all_gather_object(values, value)
         return values
 
-    def align(self, module: nn.Module) -> None:
+    def broadcast_parameters(self, module: nn.Module) -> None:
         """Gives every process the weights and buffers of process 0."""
         if self.size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
 
-def alone(device: torch.device) -> Group:
+def single_process(device: torch.device) -> Group:
     """A group of this process only."""
     return Group(0, 1, device)
 
@@ -96,13 +96,13 @@ def process_group(device: torch.device) -> Iterator[Group]:
     """Joins the processes of a `torchrun`, over nccl on GPUs (one each) and gloo elsewhere; alone without one.
 
     Args:
-        device: What `--device` came to; each process takes the GPU of its own number on its machine.
+        device: What was asked for; each process takes the GPU of its own number on its machine.
 
     Raises:
         UsageError: There are fewer GPUs than processes.
     """
     if not started_by_torchrun():
-        yield alone(device)
+        yield single_process(device)
         return
     local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""How much is lost, and how much will be on other images: the rule behind `--max-drop`.
+"""How much is lost, and how much will be on other images: the rule behind `max_drop`.
 
 What a few hundred labels say of a schedule's top-1 is known to a point or so, more than most people want to lose; and
 of images that the model was trained on they say too much, since it has learned some by heart. So top-1 is judged by
@@ -45,7 +45,7 @@ def metric_of(dense: Outcome) -> Metric:
 def lost(outcome: Outcome, dense: Outcome) -> Tensor:
     """What each image loses against the dense model, in points (percent), `(images,)`; of top-1, by its label."""
     if outcome.agrees is None:
-        return 100 * outcome.damage
+        return 100 * outcome.divergence
     if outcome.right is None or dense.right is None:
         return 100 * (~outcome.agrees).double()
     return 100 * (dense.right.double() - outcome.right.double())
@@ -58,7 +58,7 @@ def lost_on_average(outcome: Outcome, dense: Outcome) -> Tensor:
 
 @dataclass(frozen=True)
 class DropRate:
-    """Points lost for damage: `rate * damage ** power`.
+    """Points lost for damage: `rate * divergence ** power`.
 
     Attributes:
         metric: What is lost.
@@ -70,22 +70,22 @@ class DropRate:
     rate: float
     error: float
 
-    def expected(self, damage: float) -> float:
+    def expected(self, divergence: float) -> float:
         """Points that a schedule of this damage loses."""
-        return self.rate * self._grown(damage)
+        return self.rate * self._grown(divergence)
 
-    def bound(self, damage: float) -> float:
-        """The same with one standard error on top: what `--max-drop` holds against its limit."""
-        grown = self._grown(damage)
+    def bound(self, divergence: float) -> float:
+        """The same with one standard error on top: what `max_drop` holds against its limit."""
+        grown = self._grown(divergence)
         return (self.rate + self.error) * grown if grown else 0.0
 
-    def damage_at(self, points: float) -> float:
+    def divergence_at(self, points: float) -> float:
         """The damage whose bound is `points`."""
         slope = self.rate + self.error
         return math.inf if slope == 0 else float((points / slope) ** (1 / _POWERS[self.metric]))
 
-    def _grown(self, damage: float) -> float:
-        return float(max(damage, 0.0) ** _POWERS[self.metric])
+    def _grown(self, divergence: float) -> float:
+        return float(max(divergence, 0.0) ** _POWERS[self.metric])
 
 
 def fit_rate(outcomes: Sequence[Outcome], dense: Outcome) -> DropRate:

@@ -65,7 +65,7 @@ def _loaded(
 ) -> tuple[list[Tensor], list[Tensor], list[Unreadable]]:
     """Batches as the model takes them, the classes of each, and what could not be decoded."""
     pixels, targets, unreadable = [], [], list[Unreadable]()
-    for batch in images.decoded(batch_size, workers=workers, otherwise="give another --calibration"):
+    for batch in images.decoded(batch_size, workers=workers, otherwise="give another `calibration`"):
         unreadable += batch.unreadable
         if len(batch):
             # Copies: what a worker process hands over lies in shared memory.

@@ -18,7 +18,7 @@ PATIENCE, SHRINK = 25, 1.6
 OnBest = Callable[[Counts, Outcome], None]
 
 
-class Climber:
+class LocalSearch:
     """A search at one price after the other, on the same images.
 
     Attributes:
@@ -101,5 +101,5 @@ class Climber:
 
     def _take(self, counts: Counts) -> None:
         outcome = self.measured(counts)
-        self.probe.refer(counts)
+        self.probe.set_reference(counts)
         self._on_best(counts, outcome)

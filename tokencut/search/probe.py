@@ -32,7 +32,7 @@ class Outcome:
     """What a schedule did, image by image; each `(images,)`, on the CPU.
 
     Attributes:
-        damage: KL divergence from the dense model's probabilities, in nats; for a model without a head, 1 less the
+        divergence: KL divergence from the dense model's probabilities, in nats; for a model without a head, 1 less the
             cosine similarity of the pooled features.
         right: Whether top-1 is the label; None where there are no labels.
         agrees: Whether top-1 is the dense model's; None without a head.
@@ -40,7 +40,7 @@ class Outcome:
             average; 0 where they agree. Its probabilities are sharpened to fit the labels; None where there are none.
     """
 
-    damage: Tensor
+    divergence: Tensor
     right: Tensor | None
     agrees: Tensor | None
     margin: Tensor | None = None
@@ -48,7 +48,7 @@ class Outcome:
     @property
     def mean(self) -> float:
         """The mean damage."""
-        return float(self.damage.mean())
+        return float(self.divergence.mean())
 
 
 class Costs:
@@ -121,7 +121,9 @@ class Probe:
             self._embedded = [self.loop.embed(batch) for batch in batches]
             outputs = [self._checked(self.loop.model(batch)) for batch in batches]
         self._outputs = outputs
-        self._sharpness = 1.0 if targets is None else sharpness(torch.cat(outputs), targets.to(self._device))
+        self._inverse_temperature = (
+            1.0 if targets is None else inverse_temperature(torch.cat(outputs), targets.to(self._device))
+        )
         self.images = sum(len(batch) for batch in batches)
         features = self._embedded[0].features
         block_bytes = self.images * features[0].numel() * features.element_size()
@@ -137,10 +139,10 @@ class Probe:
     def _checked(self, output: Tensor) -> Tensor:
         if output.dim() != 2:
             raise ModelError(f"the model gives outputs of shape {tuple(output.shape)}, expected one vector an image: a "
-                             "search compares those; build it with --model-kwargs global_pool=avg")  # fmt: skip
+                             "search compares those; build it with `global_pool='avg'`")  # fmt: skip
         if not output.isfinite().all():
-            raise ModelError("the model gives outputs that are not finite numbers; check its weights with "
-                             "tokencut info FILE, or type --precision fp32")  # fmt: skip
+            raise ModelError("the model gives outputs that are not finite numbers; check its weights, "
+                             "or type `precision='fp32'`")  # fmt: skip
         return output.float()
 
     def measure(self, counts: Counts, rival: Outcome | None = None, share: float = 1.0) -> Outcome | None:
@@ -170,7 +172,7 @@ class Probe:
             self._fresh = (counts, fresh)
         return self._outcome(outputs)
 
-    def refer(self, counts: Counts) -> None:
+    def set_reference(self, counts: Counts) -> None:
         """Makes the schedule that was measured last the reference, whose tokens are kept."""
         if self._fresh[0] != counts:
             return
@@ -193,12 +195,12 @@ class Probe:
         return self.loop.head(tokens).float()
 
     def _is_behind(self, outputs: list[Tensor], rival: Outcome) -> bool:
-        damage = self._damage(outputs)
-        ahead = damage - rival.damage[: len(damage)]
+        divergence = self._divergence(outputs)
+        ahead = divergence - rival.divergence[: len(divergence)]
         error = float(ahead.std()) / math.sqrt(len(ahead)) if len(ahead) > 1 else math.inf
         return float(ahead.mean()) > BEHIND * error
 
-    def _damage(self, outputs: list[Tensor]) -> Tensor:
+    def _divergence(self, outputs: list[Tensor]) -> Tensor:
         parts = []
         for dense, output in zip(self._outputs, outputs, strict=False):
             if self.has_head:
@@ -214,20 +216,20 @@ class Probe:
         return int(self.loop.model.num_classes) > 0
 
     def _outcome(self, outputs: list[Tensor]) -> Outcome:
-        damage = self._damage(outputs)
+        divergence = self._divergence(outputs)
         if not self.has_head:
-            return Outcome(damage, None, None)
+            return Outcome(divergence, None, None)
         logits = torch.cat(self._outputs[: len(outputs)])
         chosen, dense = torch.cat([output.argmax(1) for output in outputs]), logits.argmax(1)
         agrees = (chosen == dense).cpu()
         if self.targets is None:
-            return Outcome(damage, None, agrees)
-        likely = (self._sharpness * logits).softmax(1)
+            return Outcome(divergence, None, agrees)
+        likely = (self._inverse_temperature * logits).softmax(1)
         margin = (likely.gather(1, dense.unsqueeze(1)) - likely.gather(1, chosen.unsqueeze(1))).squeeze(1)
-        return Outcome(damage, chosen.cpu() == self.targets[: len(chosen)], agrees, margin.double().cpu())
+        return Outcome(divergence, chosen.cpu() == self.targets[: len(chosen)], agrees, margin.double().cpu())
 
 
-def sharpness(logits: Tensor, targets: Tensor) -> float:
+def inverse_temperature(logits: Tensor, targets: Tensor) -> float:
     """The factor on the logits under which the labels are likeliest (temperature scaling, arXiv 1706.04599).
 
     Args:

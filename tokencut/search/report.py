@@ -1,23 +1,19 @@
-"""What a search takes and what it reports: the schedules that nothing tried beats, ready to be typed, as JSON."""
+"""What a search takes and what it reports: the schedules that nothing tried beats."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from tokencut.evaluation.statistics import if_known
-from tokencut.files import atomic_write
 from tokencut.search.accuracy_drop import METRIC_NAMES, Metric
 from tokencut.search.space import Counts
 
 
 @dataclass(frozen=True)
-class FrontPoint:
+class ParetoPoint:
     """One schedule, on the calibration images.
 
     Attributes:
@@ -26,8 +22,8 @@ class FrontPoint:
         tokens: Image tokens leaving each block of the model.
         gmacs: Multiply-adds of an image, in units of 1e9.
         speedup: Dense time over compressed time, predicted for the machine that searched; None where it was not timed.
-        damage: Mean KL divergence from the dense model's probabilities, in nats; without a head, 1 less the mean cosine
-            similarity of the pooled features.
+        divergence: Mean KL divergence from the dense model's probabilities, in nats; without a head, 1 less the mean
+            cosine similarity of the pooled features.
         top1: Percent right; None where labels do not map to the head.
         agreement: Percent with the dense model's top-1; None without a head.
         cosine: Mean cosine similarity of the pooled features, in percent; None with a head.
@@ -38,38 +34,21 @@ class FrontPoint:
     tokens: Counts
     gmacs: float
     speedup: float | None
-    damage: float
+    divergence: float
     top1: float | None
     agreement: float | None
     cosine: float | None
 
     @property
-    def options(self) -> str:
-        """What to type for it, such as `--keep 0.9/0.7 --layers 2,5`."""
-        if not self.layers:
-            return "--keep 1"
-        return f"--keep {'/'.join(map(repr, self.keep))} --layers {','.join(map(str, self.layers))}"
+    def arguments(self) -> str:
+        """What to give `compress` for it, such as `keep=[0.9, 0.7], layers=[2, 5]`."""
+        return f"keep={list(self.keep)}, layers={list(self.layers)}" if self.layers else "keep=1"
 
     def to_dict(self) -> dict[str, Any]:
         """The point for JSON; what is not known is not there."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {**{name: value for name, value in values.items() if value is not None}, "options": self.options}
-
-
-def write_front(path: str | os.PathLike[str], front: Iterable[FrontPoint], about: dict[str, Any]) -> None:
-    """Writes a front as JSON, all of it or nothing.
-
-    Args:
-        path: The file, replaced if it exists.
-        front: The points, the cheapest first.
-        about: What else stands in it: model, method, images, target.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
-    with atomic_write(path) as temporary:
-        text = json.dumps({**about, "front": [point.to_dict() for point in front]}, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        values["damage"] = values.pop("divergence")
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -104,10 +83,12 @@ class SearchProgress:
     Attributes:
         share: Of its effort, 0 to 1; it may end earlier.
         best: The best schedule at the price it works on; None before there is one.
+        doing: What is going on, in words.
     """
 
     share: float
-    best: FrontPoint | None
+    best: ParetoPoint | None
+    doing: str = "trying schedules"
 
 
 @dataclass(frozen=True)
@@ -115,16 +96,16 @@ class SearchReport:
     """What a search found; its numbers are from calibration images.
 
     Attributes:
-        target: What was asked for, as typed.
+        target: What was asked for, such as `gmacs=2.6`.
         found: The schedule.
         metric: What a drop is counted in: `top1` on labels, `agreement` with the dense model, or `cosine` similarity.
         drop: Points that the schedule loses on these images; of top-1, by their labels.
         drop_error: The standard error of that, paired over the images; infinite for one image.
         expected_drop: Points to expect on other images, see `accuracy_drop`.
-        sure_drop: That with one standard error on top: at most `--max-drop`.
+        sure_drop: That with one standard error on top: at most a target's `max_drop`.
         dense_gmacs: Multiply-adds of the dense model, in units of 1e9.
         dense_top1: Percent right, where labels map to the head.
-        speedup: The speed-up as measured at the end, for `--target-speedup`.
+        speedup: The speed-up as measured at the end, where the target is one.
         images: Calibration images that were used.
         tried: Schedules that ran over all of them.
         seconds: Wall-clock time.
@@ -134,7 +115,7 @@ class SearchReport:
     """
 
     target: str
-    found: FrontPoint
+    found: ParetoPoint
     metric: Metric
     drop: float
     drop_error: float
@@ -147,7 +128,7 @@ class SearchReport:
     tried: int
     seconds: float
     interrupted: bool
-    front: tuple[FrontPoint, ...] = field(repr=False)
+    front: tuple[ParetoPoint, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
 
     @property

@@ -27,11 +27,11 @@ from tokencut.schedule import Layers
 from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
 from tokencut.search.calibration import calibration_images
 from tokencut.search.latency_table import LatencyTable, latency_table
-from tokencut.search.local_search import Climber
+from tokencut.search.local_search import LocalSearch
 from tokencut.search.probe import Costs, Outcome, Probe
-from tokencut.search.report import FrontPoint, SearchProgress, SearchReport, SearchSettings
+from tokencut.search.report import ParetoPoint, SearchProgress, SearchReport, SearchSettings
 from tokencut.search.space import Counts, Space, keeps
-from tokencut.search.targets import Target, cheapest, seek_drop, seek_gmacs, seek_speedup, within
+from tokencut.search.targets import Target, cheapest, search_drop, search_gmacs, search_speedup, within
 
 # A measured speed-up that is further below its target is said to be missed.
 MISSED = 0.05
@@ -59,7 +59,7 @@ def find_schedule(
 
     Args:
         model: A timm model of a supported family, with its weights; it stays as it was.
-        calibration: Images as `--calibration` names them, or an opened source: never those that accuracy is told of.
+        calibration: Images as `open_source` takes them: never those that accuracy is told of.
         target: What is asked for.
         layers: 1-based numbers of the blocks that may reduce; all where None.
         method: A method's name.
@@ -77,17 +77,29 @@ def find_schedule(
         UsageError: An argument is out of range, or the method has to be trained first.
         TokencutError: The target cannot be met (the message says what can), or the images cannot be read.
         KeyboardInterrupt: It was told to stop before any schedule met the target.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> digits = load_model("digits").model
+        >>> settings = tokencut.SearchSettings(images=64, effort=5, workers=0, device="cpu")
+        >>> dense = tokencut.profile(digits, latency=False).dense.gmacs
+        >>> target = tokencut.Target(gmacs=0.6 * dense)
+        >>> report = tokencut.find_schedule(digits, "digits", target, settings=settings)
+        >>> model = tokencut.compress(digits, keep=report.found.keep, layers=report.found.layers)
+        >>> report.found.gmacs <= 0.6 * dense
+        True
     """
     chosen, started = settings or SearchSettings(), time.perf_counter()
     target.check()
     if methods().get(method) is not None and methods()[method].needs_training:
         raise UsageError(f"the stages of method {method} mean nothing before they are trained, so there is nothing to "
-                         "search by; type --keep 0.7 instead of a target, or --method bat")  # fmt: skip
+                         "search by; type `keep=0.7` instead of a target, or `method='bat'`")  # fmt: skip
     if not chosen.effort > 0:
-        raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type --search-effort 40")
+        raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type `effort=40`")
     device = resolve_device(chosen.device)
     if chosen.images < 1:
-        raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type --calibration-limit 512")
+        raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type `images=512`")
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", on_note=on_note)
@@ -112,9 +124,9 @@ class _Run:
         self.device = device
         self.on_progress = on_progress
         self.should_stop = should_stop
-        self.climber: Climber | None = None
+        self.searcher: LocalSearch | None = None
         self.table: LatencyTable | None = None
-        self.best: FrontPoint | None = None
+        self.best: ParetoPoint | None = None
         self.counts: Counts | None = None
         self.speedup: float | None = None
         self.interrupted = False
@@ -122,44 +134,52 @@ class _Run:
 
     def seek(self, batches: tuple[torch.Tensor, ...], targets: torch.Tensor | None) -> None:
         """Searches until the target is met or somebody says stop."""
-        if self.target.speedup is not None:
-            self.table = latency_table(self.model, batch_size=self.settings.timing_batch_size, device=self.device)
         try:
+            if self.target.speedup is not None:
+                self.table = latency_table(
+                    self.model, batch_size=self.settings.timing_batch_size, device=self.device, on_round=self._on_round
+                )
             probe = Probe(self.model, batches, targets, self._on_batch)
             table = self.table
             price = self.costs.gmacs if table is None else table.seconds
             shape, recipe = self.costs.shape, self.model.recipe
             space = Space(shape.patches, len(shape.blocks), tuple(recipe.layers), price, self.model.method.tokens_out)
-            self.climber = Climber(probe, space, self.settings.seed, self._on_best)
-            self.counts = self._sought(self.climber, self.settings.effort * probe.passes)
+            self.searcher = LocalSearch(probe, space, self.settings.seed, self._on_best)
+            self.counts = self._sought(self.searcher, self.settings.effort * probe.passes)
         except _StoppedError:
             self.interrupted = True
-            self.counts = None if self.climber is None else self._so_far(self.climber)
+            self.counts = None if self.searcher is None else self._so_far(self.searcher)
             if self.counts is None:
                 raise KeyboardInterrupt from None
 
-    def _sought(self, climber: Climber, effort: float) -> Counts:
+    def _sought(self, searcher: LocalSearch, effort: float) -> Counts:
         if self.target.gmacs is not None:
-            return seek_gmacs(climber, self.target.gmacs, effort)
+            return search_gmacs(searcher, self.target.gmacs, effort)
         if self.target.max_drop is not None:
-            return seek_drop(climber, self.target.max_drop, effort)
+            return search_drop(searcher, self.target.max_drop, effort)
         assert self.table is not None and self.target.speedup is not None
-        counts, self.speedup = seek_speedup(climber, self.table, self.target.speedup, effort, self._timed)
+        counts, self.speedup = search_speedup(searcher, self.table, self.target.speedup, effort, self._timed)
         return counts
 
-    def _so_far(self, climber: Climber) -> Counts | None:
+    def _so_far(self, searcher: LocalSearch) -> Counts | None:
         if self.target.max_drop is not None:
-            return cheapest(climber, self.target.max_drop)
+            return cheapest(searcher, self.target.max_drop)
         if self.table is not None and self.target.speedup is not None:
-            return within(climber, self.table.dense / self.target.speedup)
-        return within(climber, self.target.gmacs or 0.0)
+            return within(searcher, self.table.dense / self.target.speedup)
+        return within(searcher, self.target.gmacs or 0.0)
 
     def _on_batch(self) -> None:
         if self.should_stop():
             raise _StoppedError
-        if self.on_progress and self.climber:
-            probe = self.climber.probe
+        if self.on_progress and self.searcher:
+            probe = self.searcher.probe
             self.on_progress(SearchProgress(min(1.0, probe.spent / probe.passes / self.settings.effort), self.best))
+
+    def _on_round(self, done: int, total: int) -> None:
+        if self.should_stop():
+            raise _StoppedError
+        if self.on_progress:
+            self.on_progress(SearchProgress(0.0, None, f"timing the model's parts, round {done} of {total}"))
 
     def _on_best(self, counts: Counts, outcome: Outcome) -> None:
         self.best = self._point(counts, outcome)
@@ -176,15 +196,15 @@ class _Run:
             times = measure({"dense": self.model.model, "compressed": made}, images)
         return times["dense"].median_ms / times["compressed"].median_ms
 
-    def _point(self, counts: Counts, outcome: Outcome) -> FrontPoint:
+    def _point(self, counts: Counts, outcome: Outcome) -> ParetoPoint:
         layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.tokens_out)
-        return FrontPoint(
+        return ParetoPoint(
             layers=layers,
             keep=keep,
             tokens=counts,
             gmacs=self.costs.gmacs(counts),
             speedup=None if self.table is None else self.table.speedup(counts),
-            damage=outcome.mean,
+            divergence=outcome.mean,
             top1=None if outcome.right is None else _percent(outcome.right),
             agreement=None if outcome.agrees is None else _percent(outcome.agrees),
             cosine=None if outcome.agrees is not None else 100 * (1 - outcome.mean),
@@ -192,15 +212,17 @@ class _Run:
 
     def report(self, notes: tuple[str, ...], seconds: float) -> SearchReport:
         """What was found."""
-        assert self.climber is not None and self.counts is not None
-        tried, dense, space = self.climber.tried, self.climber.probe.dense, self.climber.space
+        assert self.searcher is not None and self.counts is not None
+        tried, dense, space = self.searcher.tried, self.searcher.probe.dense, self.searcher.space
         points = {counts: self._point(counts, outcome) for counts, outcome in tried.items()}
-        front = tuple(pareto_front(points.values(), cost=lambda point: point.gmacs, gain=lambda point: -point.damage))
+        front = tuple(
+            pareto_front(points.values(), cost=lambda point: point.gmacs, gain=lambda point: -point.divergence)
+        )
         outcome, found = tried[self.counts], points[self.counts]
         rate = self._rate(front)
         drop, drop_error = mean_and_error(lost(outcome, dense))
         return SearchReport(
-            target=self.target.option,
+            target=str(self.target),
             found=found,
             metric=metric_of(dense),
             drop=drop,
@@ -210,12 +232,12 @@ class _Run:
             dense_gmacs=self.costs.gmacs(space.dense),
             dense_top1=None if dense.right is None else _percent(dense.right),
             speedup=self.speedup,
-            images=self.climber.probe.images,
+            images=self.searcher.probe.images,
             tried=len(tried),
             seconds=seconds,
             interrupted=self.interrupted,
             front=front,
-            notes=(*notes, *self._misses(), *told_by_heart(drop, drop_error, rate.bound(outcome.mean))),
+            notes=(*notes, *self._misses(), *memorisation_note(drop, drop_error, rate.bound(outcome.mean))),
         )
 
     def _misses(self) -> tuple[str, ...]:
@@ -224,18 +246,19 @@ class _Run:
         if wanted is None or self.speedup is None or self.speedup >= (1 - MISSED) * wanted:
             return ()
         return (f"measured {self.speedup:.2f} times as fast instead of {wanted:g}: either this machine has other work, "
-                "or stages take what they save; run it again when quiet, or type a larger --batch-size",)  # fmt: skip
+                "or stages take what they save; run it again when quiet, or type a larger "
+                "`timing_batch_size`",)  # fmt: skip
 
-    def _rate(self, front: tuple[FrontPoint, ...]) -> DropRate:
-        assert self.climber is not None
-        return fit_rate([self.climber.tried[point.tokens] for point in front], self.climber.probe.dense)
+    def _rate(self, front: tuple[ParetoPoint, ...]) -> DropRate:
+        assert self.searcher is not None
+        return fit_rate([self.searcher.tried[point.tokens] for point in front], self.searcher.probe.dense)
 
 
 def _percent(values: torch.Tensor) -> float:
     return 100 * float(values.double().mean())
 
 
-def told_by_heart(drop: float, error: float, sure: float) -> tuple[str, ...]:
+def memorisation_note(drop: float, error: float, sure: float) -> tuple[str, ...]:
     """What has to be said where labels tell of a clearly larger loss than is expected on other images.
 
     Args:

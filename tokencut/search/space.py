@@ -47,11 +47,11 @@ class Space:
         return (self.tokens,) * self.depth
 
     @property
-    def barest(self) -> Counts:
+    def cheapest(self) -> Counts:
         """As much as can be is reduced, as early as can be."""
-        return self.made(dict.fromkeys(self.blocks, MOST))
+        return self.from_log_ratios(dict.fromkeys(self.blocks, MOST))
 
-    def made(self, removals: dict[int, float]) -> Counts:
+    def from_log_ratios(self, removals: dict[int, float]) -> Counts:
         """The schedule with these removals, by 1-based block; those of blocks that are not there are 0."""
         counts, exact, now = [], float(self.tokens), self.tokens
         for block in range(1, self.depth + 1):
@@ -89,7 +89,9 @@ class Space:
     def scaled(self, counts: Counts, target: float) -> Counts | None:
         """The schedule with all removals multiplied so that it costs `target`, and filled up."""
         removals = self.removals(counts)
-        found = self.within(target, lambda by: self.made({b: min(MOST, by * r) for b, r in removals.items()}), 64.0)
+        found = self.within(
+            target, lambda by: self.from_log_ratios({b: min(MOST, by * r) for b, r in removals.items()}), 64.0
+        )
         return None if found is None else self.filled(found, target)
 
     def exchanged(self, counts: Counts, block: int, by: float, other: int, target: float) -> Counts | None:
@@ -107,7 +109,7 @@ class Space:
         """
         removals = self.removals(counts)
         removals[block] = min(MOST, max(0.0, removals[block] + by))
-        found = self.within(target, lambda now: self.made({**removals, other: now}), MOST)
+        found = self.within(target, lambda now: self.from_log_ratios({**removals, other: now}), MOST)
         if found is None or self.price(found) < 0.97 * target:  # the other block would have to add tokens
             return None
         return self.filled(found, target)
@@ -150,7 +152,7 @@ class Space:
         for placement in (default_layers(self.depth), *(named_layers(name, self.depth) for name in PLACEMENTS)):
             usual = [block for block in placement if block in self.blocks]
             profiles += [dict.fromkeys(usual, 1.0)] if usual else []
-        made = (self.within(target, lambda by, p=p: self.made(_times(p, by)), 99.0) for p in profiles)  # type: ignore[misc]
+        made = (self.within(target, lambda by, p=p: self.from_log_ratios(_times(p, by)), 99.0) for p in profiles)  # type: ignore[misc]
         return tuple(dict.fromkeys(self.filled(counts, target) for counts in made if counts is not None))
 
 
@@ -174,7 +176,7 @@ def keep_for(tokens: int, budget: int) -> float:
 
 
 def keeps(tokens: int, counts: Counts, tokens_out: TokensOut) -> tuple[Counts, tuple[float, ...]]:
-    """A schedule as `--layers` and `--keep` have it.
+    """A schedule as layers and keep rates.
 
     Args:
         tokens: Image tokens entering the first block.

@@ -12,7 +12,7 @@ from tokencut.errors import TokencutError, UsageError
 from tokencut.evaluation.statistics import pareto_front
 from tokencut.search.accuracy_drop import DropRate, fit_rate
 from tokencut.search.latency_table import LatencyTable
-from tokencut.search.local_search import Climber
+from tokencut.search.local_search import LocalSearch
 from tokencut.search.space import Counts
 
 # Prices around the target at which the result is scaled and measured too, so that the front has other points to offer.
@@ -51,58 +51,57 @@ class Target:
         Raises:
             UsageError: None or several are given, or one is out of range.
         """
-        limits = {"--target-gmacs": (self.gmacs, 0.0, math.inf, "2.6"),
-                  "--target-speedup": (self.speedup, 1.0, math.inf, "1.6"),
-                  "--max-drop": (self.max_drop, 0.0, 100.0, "0.5")}  # fmt: skip
+        limits = {"gmacs": (self.gmacs, 0.0, math.inf, "2.6"),
+                  "speedup": (self.speedup, 1.0, math.inf, "1.6"),
+                  "max_drop": (self.max_drop, 0.0, 100.0, "0.5")}  # fmt: skip
         given = [name for name, (value, *_) in limits.items() if value is not None]
         if len(given) != 1:
-            what = f"{' and '.join(given)} exclude each other" if given else "no target is given"
-            raise UsageError(f"{what}; type one of --target-gmacs 2.6, --target-speedup 1.6, --max-drop 0.5")
+            what = (
+                f"{' and '.join(f'`{name}`' for name in given)} exclude each other" if given else "no target is given"
+            )
+            raise UsageError(f"{what}; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`")
         value, low, high, example = limits[given[0]]
         if value is None or not low < value <= high or math.isinf(value):
             allowed = f"above {low:g}" if math.isinf(high) else f"above {low:g} and up to {high:g}"
-            raise UsageError(f"{given[0]} {value:g} is not a number {allowed}, such as {given[0]} {example}")
+            raise UsageError(f"`{given[0]}={value:g}` is not a number {allowed}, such as `{given[0]}={example}`")
 
-    @property
-    def option(self) -> str:
-        """As typed, such as `--target-gmacs 2.6`."""
-        if self.gmacs is not None:
-            return f"--target-gmacs {self.gmacs:g}"
-        return f"--target-speedup {self.speedup:g}" if self.speedup is not None else f"--max-drop {self.max_drop:g}"
+    def __str__(self) -> str:
+        """What is asked for, such as `gmacs=2.6`."""
+        return ", ".join(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
 
 
-def seek_gmacs(climber: Climber, target: float, effort: float) -> Counts:
+def search_gmacs(searcher: LocalSearch, target: float, effort: float) -> Counts:
     """The schedule of least damage within so many multiply-adds.
 
     Args:
-        climber: Whose space is priced in multiply-adds, in units of 1e9.
+        searcher: Whose space is priced in multiply-adds, in units of 1e9.
         target: The most.
         effort: The multiply-adds that the search may take, in units of 1e9.
 
     Raises:
         TokencutError: The target is below what can be reached, or the dense model is within it.
     """
-    space = climber.space
-    dense, least = space.price(space.dense), space.price(space.barest)
+    space = searcher.space
+    dense, least = space.price(space.dense), space.price(space.cheapest)
     if target >= dense:
-        raise TokencutError(f"--target-gmacs {target:g} is met by the dense model, which has {dense:.4g} GMACs; type "
-                            f"less, such as --target-gmacs {0.65 * dense:.3g}")  # fmt: skip
-    start = climber.begin(target)
+        raise TokencutError(f"`gmacs={target:g}` is met by the dense model, which has {dense:.4g} GMACs; type "
+                            f"less, such as `gmacs={0.65 * dense:.3g}`")  # fmt: skip
+    start = searcher.begin(target)
     if start is None:
-        raise TokencutError(f"--target-gmacs {target:g} cannot be met: {least:.4g} GMACs is the least that these "
-                            f"blocks can reach; type --target-gmacs {_rounded_up(least)}")  # fmt: skip
-    best = climber.climb(start, target, CLIMBING * effort)
-    _measure_around(climber, best, target)
+        raise TokencutError(f"`gmacs={target:g}` cannot be met: {least:.4g} GMACs is the least that these "
+                            f"blocks can reach; type `gmacs={_rounded_up(least)}`")  # fmt: skip
+    best = searcher.climb(start, target, CLIMBING * effort)
+    _measure_around(searcher, best, target)
     return best
 
 
-def seek_speedup(
-    climber: Climber, table: LatencyTable, target: float, effort: float, timed: Callable[[Counts], float]
+def search_speedup(
+    searcher: LocalSearch, table: LatencyTable, target: float, effort: float, timed: Callable[[Counts], float]
 ) -> tuple[Counts, float]:
     """The schedule of least damage that is so many times as fast as the dense model, by measurement.
 
     Args:
-        climber: Whose space is priced in seconds, by the table.
+        searcher: Whose space is priced in seconds, by the table.
         table: Foretells times.
         target: The speed-up.
         effort: The multiply-adds that the search may take, in units of 1e9.
@@ -114,14 +113,14 @@ def seek_speedup(
     Raises:
         TokencutError: No schedule is so fast.
     """
-    most = table.speedup(climber.space.barest)
-    start = climber.begin(table.dense / target)
+    most = table.speedup(searcher.space.cheapest)
+    start = searcher.begin(table.dense / target)
     if start is None:
-        easier = f"--target-speedup {0.95 * most:.2f}" if most > WORTHWHILE else "a larger --batch-size"
-        raise TokencutError(f"--target-speedup {target:g} cannot be met: {most:.2f} times as fast is the most that "
+        easier = f"`speedup={0.95 * most:.2f}`" if most > WORTHWHILE else "a larger `timing_batch_size`"
+        raise TokencutError(f"`speedup={target:g}` cannot be met: {most:.2f} times as fast is the most that "
                             f"these blocks can reach here; type {easier}")  # fmt: skip
-    best = counts = climber.climb(start, table.dense / target, CLIMBING * effort)
-    _measure_around(climber, best, table.dense / target)
+    best = counts = searcher.climb(start, table.dense / target, CLIMBING * effort)
+    _measure_around(searcher, best, table.dense / target)
     aim, found = target, []
     for _ in range(CORRECTIONS):
         measured = timed(counts)
@@ -129,118 +128,118 @@ def seek_speedup(
         if found[-1][0] <= NEAR:
             break
         aim *= target / measured
-        scaled = climber.space.scaled(best, table.dense / aim)
+        scaled = searcher.space.scaled(best, table.dense / aim)
         if scaled is None:
             break
         counts = scaled
-        climber.measured(counts)
+        searcher.measured(counts)
     _, counts, measured = min(found)
     return counts, measured
 
 
-def seek_drop(climber: Climber, most: float, effort: float) -> Counts:
+def search_drop(searcher: LocalSearch, most: float, effort: float) -> Counts:
     """The cheapest schedule that loses no more than so many points, one standard error on top.
 
     Args:
-        climber: Whose space is priced in multiply-adds, in units of 1e9.
+        searcher: Whose space is priced in multiply-adds, in units of 1e9.
         most: The points.
         effort: The multiply-adds that the search may take, in units of 1e9.
 
     Raises:
         TokencutError: Even the mildest schedule loses more, or there is only one image.
     """
-    space, probe = climber.space, climber.probe
+    space, probe = searcher.space, searcher.probe
     if probe.images < 2:
-        raise TokencutError(f"--max-drop {most:g} cannot be told from a single image, which says nothing of others; "
-                            "give more by --calibration or --calibration-limit 512")  # fmt: skip
-    dense, least = space.price(space.dense), space.price(space.barest)
-    best = climber.begin(least + MIDDLE * (dense - least)) if least < dense else None
+        raise TokencutError(f"`max_drop={most:g}` cannot be told from a single image, which says nothing of others; "
+                            "give more by `calibration` or `images=512`")  # fmt: skip
+    dense, least = space.price(space.dense), space.price(space.cheapest)
+    best = searcher.begin(least + MIDDLE * (dense - least)) if least < dense else None
     if best is None:
-        raise TokencutError(f"--max-drop {most:g} cannot be met cheaper than by the dense model, since stages in these "
-                            "blocks take what they save; type --layers all, or another --method")  # fmt: skip
+        raise TokencutError(f"`max_drop={most:g}` cannot be met cheaper than by the dense model, since stages in these "
+                            "blocks take what they save; type `layers='all'`, or another `method`")  # fmt: skip
     for share in (*LADDER, *DEEPER):
-        if share in DEEPER and not _cheapest_is_sure(climber, most):
+        if share in DEEPER and not _cheapest_is_sure(searcher, most):
             break
         counts = space.scaled(best, least + share * (dense - least))
         if counts is not None:
-            climber.measured(counts)
+            searcher.measured(counts)
     for until in (0.55, CLIMBING):
-        price = _price_at(climber, _rate(climber), most)
+        price = _price_at(searcher, _rate(searcher), most)
         start = space.scaled(best, price)
         if start is None:
             break
-        best = climber.climb(start, space.price(start), until * effort)
-    _close_in(climber, best, most)
-    chosen = cheapest(climber, most)
+        best = searcher.climb(start, space.price(start), until * effort)
+    _close_in(searcher, best, most)
+    chosen = cheapest(searcher, most)
     if chosen is None:
-        rate = _rate(climber)
-        mildest = min(rate.bound(outcome.mean) for outcome in climber.tried.values())
-        raise TokencutError(f"--max-drop {most:g} cannot be met: {mildest:.2g} is the least that any schedule tried is "
-                            f"sure to stay within on {probe.images} images; type --max-drop {_rounded_up(mildest)}, or "
+        rate = _rate(searcher)
+        mildest = min(rate.bound(outcome.mean) for outcome in searcher.tried.values())
+        raise TokencutError(f"`max_drop={most:g}` cannot be met: {mildest:.2g} is the least that any schedule tried is "
+                            f"sure to stay within on {probe.images} images; type `max_drop={_rounded_up(mildest)}`, or "
                             "give more images")  # fmt: skip
     return chosen
 
 
-def cheapest(climber: Climber, most: float) -> Counts | None:
+def cheapest(searcher: LocalSearch, most: float) -> Counts | None:
     """The cheapest schedule tried whose loss, one standard error on top, is within so many points."""
-    rate = _rate(climber)
-    sure = [counts for counts, outcome in climber.tried.items() if rate.bound(outcome.mean) <= most]
-    return min(sure, key=climber.space.price, default=None)
+    rate = _rate(searcher)
+    sure = [counts for counts, outcome in searcher.tried.items() if rate.bound(outcome.mean) <= most]
+    return min(sure, key=searcher.space.price, default=None)
 
 
-def within(climber: Climber, target: float) -> Counts | None:
+def within(searcher: LocalSearch, target: float) -> Counts | None:
     """The schedule tried that does the least damage at a price."""
-    known = [counts for counts in climber.tried if climber.space.price(counts) <= target]
-    return min(known, key=lambda counts: climber.tried[counts].mean, default=None)
+    known = [counts for counts in searcher.tried if searcher.space.price(counts) <= target]
+    return min(known, key=lambda counts: searcher.tried[counts].mean, default=None)
 
 
-def _measure_around(climber: Climber, best: Counts, target: float) -> None:
-    space = climber.space
+def _measure_around(searcher: LocalSearch, best: Counts, target: float) -> None:
+    space = searcher.space
     for factor in AROUND:
         if factor * target < space.price(space.dense):
             counts = space.scaled(best, factor * target)
             if counts is not None:
-                climber.measured(counts)
+                searcher.measured(counts)
 
 
-def _rate(climber: Climber) -> DropRate:
+def _rate(searcher: LocalSearch) -> DropRate:
     """The rate fitted to the front of what was tried: what lies behind it is nothing to choose from."""
-    front = _front(climber)
-    return fit_rate([climber.tried[counts] for counts in front], climber.probe.dense)
+    front = _front(searcher)
+    return fit_rate([searcher.tried[counts] for counts in front], searcher.probe.dense)
 
 
-def _front(climber: Climber) -> list[Counts]:
-    return pareto_front(climber.tried, cost=climber.space.price, gain=lambda counts: -climber.tried[counts].mean)
+def _front(searcher: LocalSearch) -> list[Counts]:
+    return pareto_front(searcher.tried, cost=searcher.space.price, gain=lambda counts: -searcher.tried[counts].mean)
 
 
-def _cheapest_is_sure(climber: Climber, most: float) -> bool:
+def _cheapest_is_sure(searcher: LocalSearch, most: float) -> bool:
     """Whether even the cheapest schedule tried is sure to lose no more than so many points."""
-    counts = _front(climber)[0]
-    return _rate(climber).bound(climber.tried[counts].mean) <= most
+    counts = _front(searcher)[0]
+    return _rate(searcher).bound(searcher.tried[counts].mean) <= most
 
 
-def _price_at(climber: Climber, rate: DropRate, most: float) -> float:
+def _price_at(searcher: LocalSearch, rate: DropRate, most: float) -> float:
     """The price at which the front does the damage that loses `most` points: a line through it, both in logarithms."""
-    front = _front(climber)
-    points = [(climber.tried[counts].mean, climber.space.price(counts)) for counts in reversed(front)]
-    points = [(damage, price) for damage, price in points if damage > 0]
+    front = _front(searcher)
+    points = [(searcher.tried[counts].mean, searcher.space.price(counts)) for counts in reversed(front)]
+    points = [(divergence, price) for divergence, price in points if divergence > 0]
     if not points:  # nothing tried changes the outputs
-        return climber.space.price(front[0])
-    damages, prices = zip(*points, strict=True)
-    wanted = min(max(rate.damage_at(most), damages[0]), damages[-1])
-    return float(math.exp(np.interp(math.log(wanted), np.log(damages), np.log(prices))))
+        return searcher.space.price(front[0])
+    divergences, prices = zip(*points, strict=True)
+    wanted = min(max(rate.divergence_at(most), divergences[0]), divergences[-1])
+    return float(math.exp(np.interp(math.log(wanted), np.log(divergences), np.log(prices))))
 
 
-def _close_in(climber: Climber, best: Counts, most: float) -> None:
+def _close_in(searcher: LocalSearch, best: Counts, most: float) -> None:
     """Scales the best schedule up until it is sure, and down again for as long as it is."""
-    space, price = climber.space, climber.space.price(best)
-    sure = _rate(climber).bound(climber.tried[best].mean) <= most
+    space, price = searcher.space, searcher.space.price(best)
+    sure = _rate(searcher).bound(searcher.tried[best].mean) <= most
     for _ in range(5):
         price *= 0.985 if sure else 1.015
         counts = space.scaled(best, price)
         if counts is None or price >= space.price(space.dense):
             break
-        if (_rate(climber).bound(climber.measured(counts).mean) <= most) != sure:
+        if (_rate(searcher).bound(searcher.measured(counts).mean) <= most) != sure:
             break
 
 

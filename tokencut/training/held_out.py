@@ -68,7 +68,7 @@ class HeldOutComparison:
         """
         return (
             f"the fine-tune did harm: top-1 on {self.images:,} training images held out went from {self.before:.2f} to "
-            f"{self.after:.2f} % ({self.difference}), so the weights from before are kept; type --lr {lr / 10:.2g}"
+            f"{self.after:.2f} % ({self.difference}), so the weights from before are kept; type `lr={lr / 10:.2g}`"
         )
 
 

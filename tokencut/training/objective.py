@@ -139,14 +139,14 @@ class Objective:
         self.settings = settings
         self.own_losses = methods()[model.recipe.method].needs_training
         if self.own_losses and (settings.alpha or settings.beta):
-            raise UsageError(f"method {model.recipe.method} trains with its own losses, without --alpha and --beta; "
+            raise UsageError(f"method {model.recipe.method} trains with its own losses, without `alpha` and `beta`; "
                              "leave them out")  # fmt: skip
         if self.own_losses and settings.distill not in ("soft", "none"):
-            raise UsageError(f"method {model.recipe.method} distils softly, as published; type --distill soft or none, "
-                             f"not {settings.distill}")  # fmt: skip
+            raise UsageError(f"method {model.recipe.method} distils softly, as published; type "
+                             f"`distill='soft'` or none, not {settings.distill}")  # fmt: skip
         if compiled and settings.distill == "features":
-            raise UsageError("--distill features reads pooled tokens from inside the model, which --compile hides; "
-                             "type --distill soft, or leave out --compile")  # fmt: skip
+            raise UsageError("`distill='features'` reads pooled tokens from inside the model, which `compiled` hides; "
+                             "type `distill='soft'`, or leave out `compiled`")  # fmt: skip
         self.teacher: CompressedModel | None = None
         if settings.distill != "none":
             teacher = compress(model.model, keep=1.0, method="topk").eval()

@@ -101,16 +101,13 @@ class TrainingRecipe:
             if not low <= value <= high:  # nan is neither
                 expected = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
                 default = self.__dataclass_fields__[name].default
-                raise UsageError(
-                    f"{option_of(name)} {value} is not a number {expected}; type {option_of(name)} {default}"
-                )
+                raise UsageError(f"`{name}={value}` is not a number {expected}; type `{name}={default}`")
         if self.auto_augment:
             _check_policy(self.auto_augment)
         for name, kinds in (("distill", DISTILL_KINDS), ("lr_scaling", LR_SCALINGS)):
             value = getattr(self, name)
             if value not in kinds:
-                option = option_of(name)
-                raise UsageError(f"{option} {value} is not one of {', '.join(kinds)}; type {option} {kinds[0]}")
+                raise UsageError(f"`{name}={value!r}` is not one of {', '.join(kinds)}; type `{name}={kinds[0]!r}`")
 
     @property
     def objective(self) -> ObjectiveSettings:
@@ -147,7 +144,8 @@ def _check_policy(name: str) -> None:
     try:
         create_transform(32, is_training=True, auto_augment=name)
     except Exception as error:  # timm asserts, and looks names up
-        raise UsageError(f"--auto-augment {name} is none of timm's policies; type --auto-augment rand-m9-mstd0.5-inc1, "
+        raise UsageError(f"`auto_augment={name!r}` is none of timm's policies; type "
+                         "`auto_augment='rand-m9-mstd0.5-inc1'`, "
                          "or leave it out") from error  # fmt: skip
 
 
@@ -159,11 +157,6 @@ _LIMITS = {
     "random_erasing": (0, 1), "keep_warmup": (0, _INF), "label_smoothing": (0, 1), "distill_weight": (0, 1),
     "temperature": (1e-3, _INF), "alpha": (0, _INF), "beta": (0, _INF),
 }  # fmt: skip
-
-
-def option_of(field: str) -> str:
-    """What users type for a field."""
-    return "--finetune-epochs" if field == "epochs" else "--" + field.replace("_", "-")
 
 
 # Rate and scaling are those that won on held-out training images of three models (docs/fine-tuning.md). Little
@@ -185,7 +178,7 @@ def recipe_named(name: str) -> TrainingRecipe:
         UsageError: There is none of that name.
     """
     if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name!r}, expected {' or '.join(RECIPES)}; type --recipe short")
+        raise UsageError(f"unknown recipe {name!r}, expected {' or '.join(RECIPES)}; type `recipe='short'`")
     return RECIPES[name]
 
 

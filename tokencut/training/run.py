@@ -14,14 +14,14 @@ from pathlib import Path
 from tokencut.data.image_set import images_for
 from tokencut.data.labels import ClassMap, classes_for
 from tokencut.data.loading import Batch, Unreadable
-from tokencut.data.sources import Part, Source, hold_out, open_source
+from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import DataError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.runtime.devices import resolve_device
-from tokencut.runtime.distributed import Group, alone
+from tokencut.runtime.distributed import Group, single_process
 from tokencut.runtime.resume import weights_digest
 from tokencut.training.held_out import CHOICE, HeldOutComparison, Right, compared, guard_size, top1_of
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
@@ -74,9 +74,19 @@ def finetune(
         UsageError: Arguments contradict each other.
         ArtifactError: The state cannot be written, read, or belongs to another run.
         TokencutError: A batch does not fit in memory.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> from tokencut.training.recipe import SHORT
+        >>> model = tokencut.compress(load_model("digits").model, keep=0.3)
+        >>> setup = tokencut.TrainingSetup(workers=0)
+        >>> report = tokencut.finetune(model, "digits", recipe=SHORT.changed(epochs=1), setup=setup)
+        >>> report.finished, len(report.history)
+        (True, 1)
     """
     setup = setup or TrainingSetup()
-    group = group or alone(resolve_device("auto"))
+    group = group or single_process(resolve_device("auto"))
     require_head(model)
     home = next(model.parameters()).device
     model.to(group.device)
@@ -102,7 +112,7 @@ def training_classes(source: Source, model: CompressedModel) -> ClassMap:
         if count == classes:
             raise
         raise DataError(f"{source.name!r} has {count} class folders ({quoted(source.classes)}), the model's head has "
-                        f"{classes} classes; type --num-classes {count} beside an architecture's name to train a new "
+                        f"{classes} classes; type `num_classes={count}` beside an architecture's name to train a new "
                         "head") from error  # fmt: skip
 
 
@@ -124,7 +134,7 @@ class _Run:
         self.folder, self.judge, self.callbacks = folder, judge, callbacks
         self.class_map = training_classes(source, model)
         self.notes: list[str] = []
-        self.held: Part | None = None
+        self.held: Subset | None = None
         self.source = source = self._hold_out(source)
         self.images = images_for(model, source, self.class_map)
         self.order = Order(len(source), setup.batch_size, setup.accumulate, setup.seed, group.rank, group.size)
@@ -151,7 +161,7 @@ class _Run:
                                   "does harm")  # fmt: skip
             elif self.judge is None:
                 self.notes.append(f"{total:,} training images are too few to hold some out, so it will not be known "
-                                  "whether the fine-tune does harm; --data DIR tells")  # fmt: skip
+                                  "whether the fine-tune does harm; `data='DIR'` tells")  # fmt: skip
         return source
 
     def _objective_settings(self) -> ObjectiveSettings:
@@ -159,28 +169,28 @@ class _Run:
         if not self.setup.new_head or without_teacher_logits(wanted) == wanted:
             return wanted
         self.notes.append(
-            "the head is new, so there are no logits to distil from: distillation is off; --distill features takes the "
-            "pooled tokens of the uncompressed model"
+            "the head is new, so there are no logits to distil from: distillation is off; `distill='features'` takes "
+            "the pooled tokens of the uncompressed model"
         )
         return without_teacher_logits(wanted)
 
     def _conditions(self) -> dict[str, str]:
         """What another run must share to go on with the state of this one."""
         images = hashlib.sha256()
-        for index, folder in enumerate(Part(self.source, range(len(self.source))).folders()):
+        for index, folder in enumerate(Subset(self.source, range(len(self.source))).folders()):
             images.update(f"{self.source.filename(index)}:{self.class_map.targets[folder]};".encode(errors="replace"))
         return {
             "fine-tuning recipe": json.dumps(dataclasses.asdict(self.recipe), sort_keys=True),
-            "--batch-size": str(self.setup.batch_size),
-            "--accumulate": str(self.setup.accumulate),
+            "batch size": str(self.setup.batch_size),
+            "accumulated batches": str(self.setup.accumulate),
             "number of processes": str(self.group.size),
-            "--seed": str(self.setup.seed),
-            "--precision": self.setup.precision,
-            "--compile": str(self.setup.compiled),
-            "--select": self.setup.select,
+            "seed": str(self.setup.seed),
+            "precision": self.setup.precision,
+            "use of torch.compile": str(self.setup.compiled),
+            "choice of epoch": self.setup.select,
             "reduction": json.dumps(self.model.recipe.to_json(), sort_keys=True),
-            "MODEL": weights_digest(self.model),
-            "--train-data": f"{len(self.source)} images {images.hexdigest()[:16]}",
+            "model": weights_digest(self.model),
+            "training images": f"{len(self.source)} images {images.hexdigest()[:16]}",
         }
 
     def train(self, *, resume: bool) -> FinetuneReport:
@@ -203,7 +213,7 @@ class _Run:
         finally:
             self.trainer.objective.close()
         chosen, held_out = self._take_result(state, original) if finished else (state.epoch, None)
-        skipped = len(set().union(*self.group.collect(set(self.unreadable))))
+        skipped = len(set().union(*self.group.all_gather(set(self.unreadable))))
         notes = [f"training images skipped, since they could not be decoded: {skipped}"] if skipped else []
         if held_out is not None and held_out.is_worse:
             notes.append(held_out.warning(self.recipe.lr))
@@ -211,9 +221,9 @@ class _Run:
 
     def _found(self) -> TrainingState | None:
         """The state in the folder, if there is one."""
-        if self.folder is None or not self.group.share(has_state(self.folder)):
+        if self.folder is None or not self.group.broadcast(has_state(self.folder)):
             return None
-        return self.group.share(load_state(self.folder, self.conditions) if self.group.main else None)
+        return self.group.broadcast(load_state(self.folder, self.conditions) if self.group.main else None)
 
     def _start(self, found: TrainingState | None) -> TrainingState:
         """The state to begin with: the one found, with which the trainer goes on, or a new one."""

@@ -40,14 +40,14 @@ class TrainingSetup:
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
         if self.accumulate < 1:
-            raise UsageError(f"--accumulate {self.accumulate} is too small, expected at least 1; type --accumulate 1")
+            raise UsageError(f"`accumulate={self.accumulate}` is too small, expected at least 1; type `accumulate=1`")
         if self.workers is not None and self.workers < 0:
-            raise UsageError(f"{self.workers} workers are too few, expected at least 0; type --workers 0")
+            raise UsageError(f"{self.workers} workers are too few, expected at least 0; type `workers=0`")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"training in {self.precision} is not supported, since its gradients underflow; type "
-                             "--precision bf16")  # fmt: skip
+                             "`precision='bf16'`")  # fmt: skip
         if self.select not in ("last", "best"):
-            raise UsageError(f"--select {self.select} is not last or best; type --select last")
+            raise UsageError(f"`select={self.select!r}` is not last or best; type `select='last'`")
 
 
 @dataclass(frozen=True)

@@ -135,15 +135,15 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
     path = folder / FILE
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-        require_format(path, values["format"], FORMAT, "type --force to start again")
+        require_format(path, values["format"], FORMAT, "type `force=True` to start again")
         del values["format"]
         values["best"] = None if values["best"] is None else Best(**values["best"])
         state = TrainingState(**values)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, LookupError, TypeError,
             ValueError) as error:  # fmt: skip
-        raise ArtifactError(f"cannot read {path} ({one_line(error)}); type --force to start again") from error
+        raise ArtifactError(f"cannot read {path} ({one_line(error)}); type `force=True` to start again") from error
     require_same(f"{folder} holds a run", state.conditions, conditions,
-                 "type the options it was started with, or --force to start again")  # fmt: skip
+                 "type the options it was started with, or `force=True` to start again")  # fmt: skip
     return state
 
 

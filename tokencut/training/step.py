@@ -70,9 +70,9 @@ class Trainer:
         self.precision = precision
         self.target = model.recipe
         if recipe.keep_warmup and (self.target.schedule.keep is None or methods()[self.target.method].needs_training):
-            raise UsageError(f"--keep-warmup lowers a keep rate, which method {self.target.method} with "
-                             "--reduce-by or learned stages does not follow; leave it out")  # fmt: skip
-        group.align(model)
+            raise UsageError(f"`keep_warmup` lowers a keep rate, which method {self.target.method} with "
+                             "`reduce_by` or learned stages does not follow; leave it out")  # fmt: skip
+        group.broadcast_parameters(model)
         self.ema: Any = None
         if recipe.ema_decay:
             self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
@@ -134,7 +134,7 @@ class Trainer:
                 for name, value in {"loss": losses.total.detach(), **losses.terms}.items():
                     sums[name] = sums[name] + value.float() * len(batch)
                 sums["images"] = sums["images"] + len(batch)
-        numbers: list[float] = self.group.add_up(torch.stack(list(sums.values()))).tolist()
+        numbers: list[float] = self.group.all_reduce(torch.stack(list(sums.values()))).tolist()
         total = dict(zip(sums, numbers, strict=True))
         if total["images"]:
             self._update(epoch, step, total)
@@ -153,7 +153,7 @@ class Trainer:
         return losses
 
     def _update(self, epoch: int, step: int, total: dict[str, float]) -> None:
-        self.group.add_up_gradients(self.model)
+        self.group.all_reduce_gradients(self.model)
         weights = [weight for weight in self.model.parameters() if weight.grad is not None]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         torch._foreach_div_(gradients, total["images"])
@@ -162,8 +162,8 @@ class Trainer:
             what = "gradient" if math.isfinite(total["loss"]) else "loss"
             raise TrainingDivergedError(
                 f"the {what} is not a finite number at epoch {epoch + 1}, step {step + 1} of {self.order.steps}; type "
-                f"a smaller learning rate, such as --lr {self.recipe.lr / 4:.2g}"
-                + (", or --precision fp32" if self.precision != "fp32" else "")
+                f"a smaller learning rate, such as `lr={self.recipe.lr / 4:.2g}`"
+                + (", or `precision='fp32'`" if self.precision != "fp32" else "")
             )
         self.optimizer.step()
         updates = epoch * self.order.steps + step + 1
@@ -186,7 +186,7 @@ class Trainer:
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         batch, passes = self.order.batch, self.order.accumulate
-        advice = f"--batch-size {batch // 2} --accumulate {passes * 2}" if batch > 1 else "--device cpu"
+        advice = f"`batch_size={batch // 2}, accumulate={passes * 2}`" if batch > 1 else "`device='cpu'`"
         return enough_memory(batch, self.group.device, f"type {advice}, which trains alike")
 
 

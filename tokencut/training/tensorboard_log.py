@@ -27,13 +27,13 @@ class TensorboardLog:
             TokencutError: tensorboard is not installed.
             ArtifactError: The folder cannot be made.
         """
-        extras.require("--tensorboard needs", "tensorboard", extra="tensorboard")
+        extras.require("`tensorboard` needs", "tensorboard", extra="tensorboard")
         self.folder = folder
         self._writer: Any = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ArtifactError(f"cannot make the folder {folder}: {error.strerror or error}; give --tensorboard "
+            raise ArtifactError(f"cannot make the folder {folder}: {error.strerror or error}; give `tensorboard` "
                                 "another") from error  # fmt: skip
 
     def add(self, group: str, values: Mapping[str, float], update: int) -> None:

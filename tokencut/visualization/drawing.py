@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokencut.data.photos import Photo, PhotoLike, find_photos, read_photos
+from tokencut.data.image_files import Photo, PhotoLike, find_photos, read_photos
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.files import check_writable
@@ -22,7 +22,7 @@ from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import Canvas, Layout, Panel, Strip, fit
 from tokencut.visualization.plots import PICTURE_FORMATS, Label, heat_colours, save_picture
 from tokencut.visualization.regions import Grid, Pixels, draw_tokens, enlarge
-from tokencut.visualization.stage_views import DrawnModel, DrawnStage, StageView, look
+from tokencut.visualization.stage_views import DrawnModel, DrawnStage, StageView, trace_images
 
 # How strongly the lowest and the highest attention cover the photo, in percent.
 LEAST_OPACITY, MOST_OPACITY = 35, 85
@@ -82,7 +82,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> Path:
     target = Path(path)
     if _form(target) not in PICTURE_FORMATS:
         raise UsageError(f"{target} ends in none of .png, .pdf and .svg, which say what to write; "
-                         f"type -o {target.with_suffix('.png')}")  # fmt: skip
+                         f"type `path={str(target.with_suffix('.png'))!r}`")  # fmt: skip
     return check_writable(target, force=force)
 
 
@@ -119,13 +119,22 @@ def draw(
     Raises:
         TokencutError: matplotlib is missing, an image cannot be read, the models take different images, or the
             picture would be too large.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> model = tokencut.compress(load_model("digits").model, keep=0.6)
+        >>> picture = tokencut.draw(model, "digits", device="cpu")
+        >>> picture.save("tokens.png").name
+        'tokens.png'
     """
     extras.require("pictures need", "matplotlib", extra="plot")
     named = dict(models) if isinstance(models, Mapping) else {"": models}
     target, prepared = resolve_device(device), _shared_preprocessing(named)
     names, pixels = _pixels(images, prepared)
     traced = {
-        name: look(model, pixels, prepared, target, precision, batch_size, attention) for name, model in named.items()
+        name: trace_images(model, pixels, prepared, target, precision, batch_size, attention)
+        for name, model in named.items()
     }
     return _compose(names, pixels, traced)
 

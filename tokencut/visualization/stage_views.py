@@ -61,7 +61,7 @@ class DrawnModel:
     stages: tuple[DrawnStage, ...]
 
 
-def look(
+def trace_images(
     model: CompressedModel,
     pixels: Tensor,
     prepared: Preprocessing,

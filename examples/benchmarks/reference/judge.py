@@ -21,8 +21,8 @@ from tokencut.models.loading import load_model
 from tokencut.runtime.devices import resolve_device
 from tokencut.search.run import SearchSettings, find_schedule
 from tokencut.search.targets import Target
-from tokencut.sweep.run import SweepPlan, sweep
-from tokencut.sweep.state import load_state
+from tokencut.sweeping.run import SweepPlan, sweep
+from tokencut.sweeping.state import load_state
 from tokencut.training.recipe import TrainingRecipe
 from tokencut.training.setup import TrainingSetup
 

@@ -101,13 +101,13 @@ def keep_text(keep: Keep) -> str:
     return "/".join(map(str, keep if isinstance(keep, tuple) else (keep,)))
 
 
-def read_variants(labels: Sequence[str], *, option: str = "--methods") -> tuple[Variant, ...]:
+def read_variants(labels: Sequence[str], *, parameter: str = "methods") -> tuple[Variant, ...]:
     """Reads the methods of a sweep, or of another comparison.
 
     Args:
         labels: Method names, each with settings behind colons where wanted; or `all`, for every method that needs no
             training.
-        option: What they were typed behind.
+        parameter: What they were given by.
 
     Raises:
         UsageError: There is none, one stands twice, is unknown, or needs training first.
@@ -117,40 +117,41 @@ def read_variants(labels: Sequence[str], *, option: str = "--methods") -> tuple[
         ready = [name for name, method in methods().items() if not method.needs_training]
         named = sorted(ready, key=lambda name: name != FIRST)
     if not any(named):
-        raise UsageError(f"no method given; type {option} bat,evit,tome, or {option} all")
-    refuse_repeats(option, "method", named)
-    return tuple(_read_variant(label, option) for label in named)
+        raise UsageError(f"no method given; type `{parameter}=['bat', 'evit', 'tome']`, or `{parameter}=['all']`")
+    refuse_repeats(parameter, "method", named)
+    return tuple(_read_variant(label, parameter) for label in named)
 
 
-def _read_variant(label: str, option: str) -> Variant:
+def _read_variant(label: str, parameter: str) -> Variant:
     name, *settings = label.split(":")
     options: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key or key in options:
-            raise UsageError(f"{option} {label}: {setting!r} is not one setting of the form key=value; "
-                             f"type {option} bat,bat:pairs=0.25")  # fmt: skip
+            raise UsageError(f"`{parameter}` {label}: {setting!r} is not one setting of the form key=value; "
+                             f"type `{parameter}=['bat', 'bat:pairs=0.25']`")  # fmt: skip
         options[key] = value
     if name == DENSE:
-        raise UsageError(f"the dense model is there without being named; leave dense out of {option}")
+        raise UsageError(f"the dense model is there without being named; leave dense out of `{parameter}`")
     if name == ALL:
-        raise UsageError(f"{option} all is every method, and stands alone; type {option} all, or name them")
+        raise UsageError(f"`{parameter}=['all']` is every method, and stands alone; give it alone, or name them")
     make_method(name, dict(options))
     if methods()[name].needs_training:
         raise UsageError(f"method {name} means nothing before it is fine-tuned, so it cannot be compared; leave it out "
-                         f"of {option}, and type tokencut eval FILE where its stages are trained")  # fmt: skip
+                         f"of `{parameter}`, and type `tokencut.evaluate` where its stages are trained")  # fmt: skip
     return Variant(label, name, options)
 
 
-def refuse_repeats(option: str, what: str, texts: Sequence[str]) -> None:
+def refuse_repeats(parameter: str, what: str, values: Sequence[str | Keep]) -> None:
     """Refuses a list in which something stands twice.
 
     Raises:
         UsageError: With a list in which it stands once.
     """
-    twice = [text for text in texts if texts.count(text) > 1]
+    twice = [value for value in values if values.count(value) > 1]
     if twice:
-        raise UsageError(f"{what} {twice[0]} is given twice; type {option} {','.join(dict.fromkeys(texts))}")
+        text = twice[0] if isinstance(twice[0], str) else keep_text(twice[0])
+        raise UsageError(f"{what} {text} is given twice; type `{parameter}={list(dict.fromkeys(values))}`")
 
 
 def compare(rows: Sequence[Row]) -> tuple[Comparison, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from tokencut.errors import UsageError
 from tokencut.evaluation.statistics import Difference, paired_difference
-from tokencut.sweep.rows import DENSE, Keep, Row, compare, keep_text, pair_name, read_variants
+from tokencut.sweeping.rows import DENSE, Keep, Row, compare, keep_text, pair_name, read_variants
 
 
 def row(method: str, keep: Keep, *correct: bool) -> Row:
@@ -32,17 +32,17 @@ def test_all_is_every_method_that_needs_no_training() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([], "no method given; type --methods bat,evit,tome, or --methods all"),
-        ([""], "no method given; type --methods bat,evit,tome, or --methods all"),
-        (["evit", "bat", "evit"], "method evit is given twice; type --methods evit,bat"),
-        (["bat", "all"], "--methods all is every method, and stands alone; type --methods all, or name them"),
-        (["dense"], "the dense model is there without being named; leave dense out of --methods"),
-        (["bat:pairs"], "--methods bat:pairs: 'pairs' is not one setting of the form key=value; type --methods "
-                        "bat,bat:pairs=0.25"),
-        (["bat:pairs=0:pairs=1"], "--methods bat:pairs=0:pairs=1: 'pairs=1' is not one setting of the form key=value; "
-                                  "type --methods bat,bat:pairs=0.25"),
+        ([], "no method given; type `methods=['bat', 'evit', 'tome']`, or `methods=['all']`"),
+        ([""], "no method given; type `methods=['bat', 'evit', 'tome']`, or `methods=['all']`"),
+        (["evit", "bat", "evit"], "method evit is given twice; type `methods=['evit', 'bat']`"),
+        (["bat", "all"], "`methods=['all']` is every method, and stands alone; give it alone, or name them"),
+        (["dense"], "the dense model is there without being named; leave dense out of `methods`"),
+        (["bat:pairs"], "`methods` bat:pairs: 'pairs' is not one setting of the form key=value; type "
+                        "`methods=['bat', 'bat:pairs=0.25']`"),
+        (["bat:pairs=0:pairs=1"], "`methods` bat:pairs=0:pairs=1: 'pairs=1' is not one setting of the form key=value; "
+                                  "type `methods=['bat', 'bat:pairs=0.25']`"),
         (["dyvit"], "method dyvit means nothing before it is fine-tuned, so it cannot be compared; leave it out of "
-                    "--methods, and type tokencut eval FILE where its stages are trained"),
+                    "`methods`, and type `tokencut.evaluate` where its stages are trained"),
     ],
 )  # fmt: skip
 def test_methods_that_are_refused(labels: list[str], message: str) -> None:

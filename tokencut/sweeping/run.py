@@ -15,8 +15,9 @@ from tokencut import cost
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source, check_apart
 from tokencut.errors import UsageError
-from tokencut.evaluation.accuracy import EvaluationReport, Tally
+from tokencut.evaluation.accuracy import EvaluationReport, MetricAccumulator
 from tokencut.evaluation.statistics import paired_difference
+from tokencut.messages import noting
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.pretrained_cfg import architecture_of
 from tokencut.profiling.latency import Timing, measure
@@ -33,11 +34,11 @@ from tokencut.runtime.devices import (
 )
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
-from tokencut.sweep.picture import picture_of
-from tokencut.sweep.report import JSON as RESULTS
-from tokencut.sweep.report import SweepReport, check_folder, write_report
-from tokencut.sweep.rows import DENSE, Keep, Row, Variant, compare, keep_text, pair_name, read_variants, refuse_repeats
-from tokencut.sweep.state import Key, Speed, State, conditions_of, load_state, with_speed
+from tokencut.sweeping.picture import picture_of
+from tokencut.sweeping.report import JSON as RESULTS
+from tokencut.sweeping.report import SweepReport, check_folder, write_report
+from tokencut.sweeping.rows import DENSE, Keep, Row, Variant, compare, pair_name, read_variants, refuse_repeats
+from tokencut.sweeping.state import Key, Speed, State, conditions_of, load_state, with_speed
 
 DENSE_KEY: Key = (DENSE, 1.0)
 # A model's share of the timing: some 20 rounds of what takes a fifth of a second; fewer of what takes longer.
@@ -84,8 +85,8 @@ class SweepPlan:
         variants = read_variants(self.methods)
         keeps = [float(keep) if isinstance(keep, (int, float)) else tuple(map(float, keep)) for keep in self.keeps]
         if not keeps:
-            raise UsageError("no keep rate given; type --keep 0.9,0.7,0.5")
-        refuse_repeats("--keep", "keep", [keep_text(keep) for keep in keeps])
+            raise UsageError("no keep rate given; type `keeps=[0.9, 0.7, 0.5]`")
+        refuse_repeats("keeps", "keep", keeps)
         return [(variant, keep) for keep in keeps for variant in variants]
 
 
@@ -145,6 +146,14 @@ def sweep(
     Raises:
         TokencutError: matplotlib is missing; a setting is out of range; the model, the images or the folder won't do;
             or the folder holds rows that were made for something else.
+
+    Example:
+        >>> import tokencut
+        >>> from tokencut.models.loading import load_model
+        >>> plan = tokencut.SweepPlan(["bat", "evit"], [0.5], limit=40, latency=False, workers=0, device="cpu")
+        >>> report = tokencut.sweep(load_model("digits").model, "digits", "report", plan)
+        >>> [row.method for row in report.rows]
+        ['dense', 'bat', 'evit']
     """
     extras.require("the plots need", "matplotlib", extra="plot")
     plan, into = plan or SweepPlan(), check_folder(folder, force=force)
@@ -169,8 +178,8 @@ def sweep(
             state.require_named((DENSE_KEY, *recipes), into)
     run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, tell)
     finished = len(recipes) + 1 - len(run.left())
-    if finished and on_note:
-        on_note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
+    if finished:
+        noting(on_note)(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
     with inference_state(model, device, dtype), torch.no_grad():
         notes = run.run(model)
         pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, on_note=on_note)
@@ -228,7 +237,7 @@ class _Run:
 
     def _judge(self, model: nn.Module, key: Key, position: int, rows: int) -> EvaluationReport:
         count, name = len(self.images), pair_name(*key)
-        tally = Tally(self.images, self.plan.precision)
+        tally = MetricAccumulator(self.images, self.plan.precision)
         with closing(iter(self.batches)) as batches:
             for batch in batches:
                 # A batch is empty where none of its images could be read.

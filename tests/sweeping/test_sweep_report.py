@@ -14,9 +14,9 @@ from PIL import Image
 
 from tokencut.errors import ArtifactError
 from tokencut.evaluation.statistics import Difference
-from tokencut.sweep.picture import SweepPicture
-from tokencut.sweep.report import FILES, SweepReport, check_folder, markdown, write_report
-from tokencut.sweep.rows import Row, compare
+from tokencut.sweeping.picture import SweepPicture
+from tokencut.sweeping.report import FILES, SweepReport, check_folder, markdown, write_report
+from tokencut.sweeping.rows import Row, compare
 from tokencut.visualization.drawing import Picture
 
 MARKDOWN = """\
@@ -157,8 +157,8 @@ def test_results_of_unknown_origin_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         check_folder(tmp_path, force=False)
     assert str(caught.value) == (
-        f"{tmp_path / 'table.md'} exists, but not the state.json from which a sweep could go on; add --force to "
-        f"replace it, or give another folder, such as -o {tmp_path}-2"
+        f"{tmp_path / 'table.md'} exists, but not the state.json from which a sweep could go on; add `force=True` to "
+        f"replace it, or give another folder, such as `folder='{tmp_path}-2'`"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from image_files import encoded, picture, write_folder
 
-from tokencut.data.photos import Photo, check_photos, find_photos, read_photos
+from tokencut.data.image_files import Photo, check_photos, find_photos, read_photos
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
 

@@ -13,7 +13,7 @@ from image_files import write_folder
 
 from tokencut.data.image_set import open_images
 from tokencut.model import compress
-from tokencut.sweep.picture import SweepPicture, picture_of
+from tokencut.sweeping.picture import SweepPicture, picture_of
 from tokencut.visualization import grid
 
 pytest.importorskip("matplotlib")

@@ -12,9 +12,9 @@ from typing import Any
 
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write, check_writable_folder
-from tokencut.sweep.picture import SweepPicture
-from tokencut.sweep.rows import DENSE, Comparison, Row, keep_text
-from tokencut.sweep.state import FILE as STATE
+from tokencut.sweeping.picture import SweepPicture
+from tokencut.sweeping.rows import DENSE, Comparison, Row, keep_text
+from tokencut.sweeping.state import FILE as STATE
 from tokencut.visualization.plots import FORMATS, Series, accuracy_plot, save_figure
 
 CSV, JSON, TABLE = "results.csv", "results.json", "table.md"
@@ -100,7 +100,8 @@ def check_folder(folder: str | os.PathLike[str], *, force: bool) -> Path:
     found = [name for name in FILES if (target / name).exists()]
     if found and not force and not (target / STATE).exists():
         raise ArtifactError(f"{target / found[0]} exists, but not the {STATE} from which a sweep could go on; add "
-                            f"--force to replace it, or give another folder, such as -o {target}-2")  # fmt: skip
+                            f"`force=True` to replace it, or give another folder, such as "
+                            f"`folder={f'{target}-2'!r}`")  # fmt: skip
     return target
 
 

@@ -21,10 +21,10 @@ from tokencut.evaluation.accuracy import evaluate
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.profiling.latency import Timing
-from tokencut.sweep import report as sweep_report
-from tokencut.sweep import run as sweeping
-from tokencut.sweep.report import SweepReport
-from tokencut.sweep.run import SweepPlan, SweepProgress, sweep
+from tokencut.sweeping import report as sweep_report
+from tokencut.sweeping import run as sweeping
+from tokencut.sweeping.report import SweepReport
+from tokencut.sweeping.run import SweepPlan, SweepProgress, sweep
 
 pytest.importorskip("matplotlib")
 
@@ -193,7 +193,7 @@ def test_a_report_loses_no_rows_unless_told_to(images: Path, tmp_path: Path, cha
     missing = "bat, keep 0.5; topk, keep 0.5" if "methods" not in changes else "bat, keep 0.5; bat, keep 0.25"
     assert str(caught.value) == (
         f"{folder} holds rows that a report of this sweep would lack ({missing}): name those methods and keep rates "
-        f"too, add --force to drop them and start again, or give another folder, such as -o {folder}-2"
+        f"too, add `force=True` to drop them and start again, or give another folder, such as -o {folder}-2"
     )
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(sweep(small_model(), images, folder, plan(**changes), force=True).rows) == len(changes["keeps"]) * 2 + 1
@@ -232,8 +232,8 @@ def test_rows_of_another_sweep_are_not_taken(
     with pytest.raises(ArtifactError) as caught:
         sweep(small_model(seed), images, folder, plan(**few, **changes))
     assert str(caught.value) == (
-        f"{folder} holds rows made with {what}; add --force to drop them and start again, or give another "
-        f"folder, such as -o {folder}-2"
+        f"{folder} holds rows made with {what}; add `force=True` to drop them and start again, or give another "
+        f"folder, such as `folder='{folder}-2'`"
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
     judged = Counter()
@@ -246,7 +246,7 @@ def test_another_version_of_tokencut_takes_no_rows(
 ) -> None:
     sweep(small_model(), images, tmp_path / "report", plan(methods=("topk",), keeps=(0.5,)))
     monkeypatch.setattr("tokencut.runtime.devices.__version__", "99")
-    with pytest.raises(ArtifactError, match="made with other versions; add --force"):
+    with pytest.raises(ArtifactError, match="made with other versions; add `force=True`"):
         sweep(small_model(), images, tmp_path / "report", plan(methods=("topk",), keeps=(0.5,)))
 
 
@@ -255,7 +255,7 @@ def test_a_method_whose_defaults_changed_takes_no_rows(images: Path, tmp_path: P
     sweep(small_model(), images, folder, few)
     text = (folder / "state.json").read_text()
     (folder / "state.json").write_text(text.replace('"weights":"size"', '"weights":"attention"'))
-    with pytest.raises(ArtifactError, match=r"made with other reduction options \(bat, keep 0.5\); add --force"):
+    with pytest.raises(ArtifactError, match=r"made with other reduction options \(bat, keep 0.5\); add `force=True`"):
         sweep(small_model(), images, folder, few)
 
 
@@ -353,13 +353,13 @@ def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keeps": ()}, "no keep rate given; type --keep 0.9,0.7,0.5"),
-        ({"keeps": (0.5, 0.25, 0.5)}, "keep 0.5 is given twice; type --keep 0.5,0.25"),
-        ({"keeps": (1.5,)}, "keep 1.5 is not in (0, 1]; it is the fraction of tokens that stay, such as --keep 0.7"),
+        ({"keeps": ()}, "no keep rate given; type `keeps=[0.9, 0.7, 0.5]`"),
+        ({"keeps": (0.5, 0.25, 0.5)}, "keep 0.5 is given twice; type `keeps=[0.5, 0.25]`"),
+        ({"keeps": (1.5,)}, "keep 1.5 is not in (0, 1]; it is the fraction of tokens that stay, such as `keep=0.7`"),
         ({"methods": ("dyvit",)}, "method dyvit means nothing before it is fine-tuned, so it cannot be compared; "
-            "leave it out of --methods, and type tokencut eval FILE where its stages are trained"),
-        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type --batch-size 64"),
-        ({"precision": "fp8"}, "unknown precision 'fp8', expected fp32, bf16 or fp16; type --precision bf16"),
+            "leave it out of `methods`, and type `tokencut.evaluate` where its stages are trained"),
+        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type `batch_size=64`"),
+        ({"precision": "fp8"}, "unknown precision 'fp8', expected fp32, bf16 or fp16; type `precision='bf16'`"),
     ],
 )  # fmt: skip
 def test_plans_that_are_refused(images: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

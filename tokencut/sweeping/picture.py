@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tokencut.data.image_files import Photo, check_photos, photo_of
 from tokencut.data.image_set import ImageSet
-from tokencut.data.photos import Photo, check_photos, photo_of
-from tokencut.data.sampling import evenly_spread
+from tokencut.data.sampling import strided_subset
 from tokencut.errors import DataError, UsageError
+from tokencut.messages import noting
 from tokencut.model import CompressedModel
 from tokencut.recipe import Recipe
-from tokencut.sweep.rows import Keep, keep_text
+from tokencut.sweeping.rows import Keep, keep_text
 from tokencut.visualization.drawing import Picture, draw
 
 IMAGES = 3
@@ -59,8 +60,7 @@ def picture_of(
     try:
         picture = draw(models, list(photos.values()), device=device, precision=precision)
     except UsageError as error:  # a report without a picture is better than none
-        if on_note:
-            on_note(f"the report has no picture of tokens: {error}")
+        noting(on_note)(f"the report has no picture of tokens: {error}")
         return None
     return SweepPicture(picture, tuple(photos), keep_text(lowest))
 
@@ -73,7 +73,7 @@ def _mean(keep: Keep) -> float:
 def _readable(images: ImageSet) -> dict[str, Photo]:
     """Evenly spread images by name; in the place of one that cannot be read stands the next that can."""
     found: dict[str, Photo] = {}
-    for position in evenly_spread(len(images), IMAGES):
+    for position in strided_subset(len(images), IMAGES):
         for index in images.indices[position:]:
             name, photo = images.source.filename(index), photo_of(images.source, index)
             if name not in found and _can_be_read(photo):

@@ -12,8 +12,8 @@ from image_files import write_folder
 from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
 from tokencut.errors import ArtifactError
-from tokencut.sweep.rows import DENSE, Row
-from tokencut.sweep.state import FILE, FORM, Speed, State, conditions_of, load_state, with_speed
+from tokencut.sweeping.rows import DENSE, Row
+from tokencut.sweeping.state import FILE, FORM, Speed, State, conditions_of, load_state, with_speed
 
 CONDITIONS = {"weights": "abc", "precision": "fp32"}
 RECIPE = {"method": "bat", "keep": [0.9, 0.5], "layers": [2, 4]}
@@ -39,7 +39,9 @@ def test_there_is_none_in_an_empty_or_missing_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot make the folder .*: No such file or directory; give another -o"):
+    with pytest.raises(
+        ArtifactError, match="cannot make the folder .*: No such file or directory; give another `folder`"
+    ):
         state().save(tmp_path / "none" / "report")
 
 
@@ -78,8 +80,8 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, text: str, what: 
     with pytest.raises(ArtifactError) as caught:
         load_state(tmp_path)
     assert str(caught.value) == (
-        f"cannot go on with {tmp_path / FILE}: the file is damaged or was not written by tokencut: {what}; add --force "
-        f"to start again, or give another folder, such as -o {tmp_path}-2"
+        f"cannot go on with {tmp_path / FILE}: the file is damaged or was not written by tokencut: {what}; add "
+        f"`force=True` to start again, or give another folder, such as `folder='{tmp_path}-2'`"
     )
 
 
@@ -88,21 +90,21 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         load_state(tmp_path)
     assert str(caught.value) == (
-        f"cannot go on with {tmp_path / FILE}: the file has format 2, and this tokencut reads up to 1; add --force to "
-        f"start again, or give another folder, such as -o {tmp_path}-2"
+        f"cannot go on with {tmp_path / FILE}: the file has format 2, and this tokencut reads up to 1; add "
+        f"`force=True` to start again, or give another folder, such as `folder='{tmp_path}-2'`"
     )
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(
-        ArtifactError, match="cannot go on with .*Is a directory.*; add --force to start again, or give"
+        ArtifactError, match="cannot go on with .*Is a directory.*; add `force=True` to start again, or give"
     ):
         load_state(tmp_path)
     (tmp_path / FILE).rmdir()
     (tmp_path / FILE).write_bytes(b"\xff\xfe")
     with pytest.raises(
-        ArtifactError, match="cannot go on with .*decode.*; add --force to start again, or give another"
+        ArtifactError, match="cannot go on with .*decode.*; add `force=True` to start again, or give another"
     ):
         load_state(tmp_path)
 
@@ -124,8 +126,8 @@ def test_rows_made_for_something_else_are_refused(conditions: dict[str, str], re
     with pytest.raises(ArtifactError) as caught:
         state().require({**CONDITIONS, **conditions}, {("bat", (0.9, 0.5)): recipe}, Path("report"))
     assert str(caught.value) == (
-        f"report holds rows made with {what}; add --force to drop them and start again, or give another "
-        "folder, such as -o report-2"
+        f"report holds rows made with {what}; add `force=True` to drop them and start again, or give another "
+        "folder, such as `folder='report-2'`"
     )
 
 

@@ -19,7 +19,7 @@ from tokencut.messages import one_line
 from tokencut.runtime.devices import versions
 from tokencut.runtime.resume import require_same, weights_digest
 from tokencut.schema import NUMBER, OBJECT, TEXT, Fields, Form, Items, Rule, optional
-from tokencut.sweep.rows import Keep, Row, keep_text, pair_name
+from tokencut.sweeping.rows import Keep, Row, keep_text, pair_name
 
 FILE = "state.json"
 _NAMED = {"method": TEXT, "keep": Rule(lambda value: _rates(value) is not None, "keep rates joined by /")}
@@ -39,8 +39,8 @@ FORM = Form(
         "speeds": Items(Fields({**_NAMED, **dict.fromkeys(("median", "low", "high"), NUMBER)}), most=None),
     }),
     called="state",
-    otherwise="add --force to start again",
-    newer="add --force to start again",
+    otherwise="add `force=True` to start again",
+    newer="add `force=True` to start again",
 )  # fmt: skip
 
 Key = tuple[str, Keep]
@@ -122,7 +122,7 @@ class State:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise ArtifactError(f"cannot make the folder {folder}: {error.strerror}; give another -o") from error
+            raise ArtifactError(f"cannot make the folder {folder}: {error.strerror}; give another `folder`") from error
         with atomic_write(folder / FILE) as temporary:
             temporary.write_text(FORM.write(self._to_json()) + "\n", encoding="utf-8")
 
@@ -140,7 +140,7 @@ class State:
 
 
 def _otherwise(folder: Path) -> str:
-    return f"add --force to drop them and start again, or give another folder, such as -o {folder}-2"
+    return f"add `force=True` to drop them and start again, or give another folder, such as `folder={f'{folder}-2'!r}`"
 
 
 def load_state(folder: Path) -> State | None:
@@ -157,7 +157,7 @@ def load_state(folder: Path) -> State | None:
     except (OSError, ValueError, ArtifactError) as error:
         why = error if isinstance(error, ArtifactError) else f"{one_line(error)}; {FORM.otherwise}"
         raise ArtifactError(
-            f"cannot go on with {path}: {why}, or give another folder, such as -o {folder}-2"
+            f"cannot go on with {path}: {why}, or give another folder, such as `folder={f'{folder}-2'!r}`"
         ) from error
     state = State(data["conditions"], notes=tuple(data["notes"]), timed_on=data["timed_on"])
     for entry in data["rows"]:
