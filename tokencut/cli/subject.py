@@ -16,7 +16,7 @@ from torch import nn
 from tokencut import cost
 from tokencut.cli import render
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
-from tokencut.data.sources import Source
+from tokencut.data.sources import DIGITS, Source
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.distributed import evaluate_spread
@@ -160,6 +160,22 @@ def mind_recipe(spec: str, *, taken_by: str, instead: str) -> None:
             f"{spec} was trained for its recipe ({describe(recipe)}), which {taken_by} cannot replace; {instead}"
         )
     render.note(f"the recipe of {spec} ({describe(recipe)}) does not count: {taken_by} starts from its dense model")
+
+
+def note_same_images(first: str, one: Source | None, second: str, other: Source | None, why: str) -> None:
+    """Says so where two options name the same images; of digits, each takes its own part.
+
+    Args:
+        first: An option.
+        one: Its images.
+        second: Another option.
+        other: Its images.
+        why: What comes of it.
+    """
+    if one is None or other is None or DIGITS in (one.name, other.name):
+        return
+    if Path(one.name).expanduser().resolve() == Path(other.name).expanduser().resolve():
+        render.note(f"{first} and {second} are both {other.name}: {why}; give other images to one of them")
 
 
 def describe(recipe: Recipe) -> str:
