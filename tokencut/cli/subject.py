@@ -26,6 +26,7 @@ from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.artifact import read_info
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
+from tokencut.models.pretrained_cfg import data_config
 from tokencut.recipe import Recipe
 from tokencut.runtime.distributed import Group, alone
 
@@ -102,11 +103,18 @@ def prepare(
         model_kwargs=parse_model_kwargs(source.model_kwargs or ()),
         num_classes=source.num_classes,
         img_size=source.img_size,
+        preprocessing=source.preprocessing(),
         weights_needed=weights_needed,
         seed=seed,
     )
     for text in loaded.notes:
         render.note(text)
+    if source.checkpoint is not None and weights_needed and not source.preprocessing():
+        told = data_config(loaded.dense)
+        mean, std = (",".join(f"{value:g}" for value in told[name]) for name in ("mean", "std"))
+        render.note(f"{source.checkpoint} does not say how its images were prepared: taking what timm has for "
+                    f"{loaded.name}, --mean {mean} --std {std} --crop-pct {told['crop_pct']:g} --interpolation "
+                    f"{told['interpolation']}; type those of the weights where they differ")  # fmt: skip
     if not weights_needed and loaded.info is None and loaded.origin.kind == "random":
         render.note("costs do not depend on weights, so none are downloaded")
     if dense:
