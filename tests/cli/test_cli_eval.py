@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 from image_files import picture
 from outcome import TINY, Run
+from safetensors.torch import save_file
 
 KEYS = {"model", "data", "images", "top1", "top5", "loss", "gmacs", "seconds", "images_per_second"}
 
@@ -69,6 +71,26 @@ def test_a_class_map_tells_the_order_of_the_classes(run: Run, pictures: Path, tm
     # The same logits, under other names.
     renamed = {"ant": "cat", "bee": "ant", "cat": "bee"}
     assert mapped == {(label, renamed[top1]) for label, top1 in natural}
+
+
+def test_a_checkpoint_tells_what_is_assumed_of_its_images(run: Run, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    made = timm.create_model("test_vit", img_size=64, num_classes=3)
+    save_file(dict(made.state_dict()), file)
+    words = ("eval", "test_vit", "--img-size", "64", "--num-classes", "3", "--checkpoint", file, "--dense",
+             "--data", pictures, "-j", "0", "--json")  # fmt: skip
+    done = run(*words)
+    cfg = made.pretrained_cfg
+    mean, std = (",".join(f"{value:g}" for value in cfg[name]) for name in ("mean", "std"))
+    assumed = ("--mean", mean, "--std", std, "--crop-pct", f"{cfg['crop_pct']:g}", "--interpolation", "bicubic")
+    assert any(note.startswith(f"{file} does not say how") and " ".join(assumed) in note for note in done.notes)
+    again = run(*words, *assumed)
+    assert not any("does not say how" in note for note in again.notes)
+    assert again.json["loss"] == done.json["loss"] != run(*words, "--mean", "0.1").json["loss"]
+    wrong = run(*words, "--std", "a,b")
+    assert (wrong.code, wrong.err) == (
+        2, "error: --std a,b is no list of numbers joined by commas; type --std 0.229,0.224,0.225\n"
+    )  # fmt: skip
 
 
 def test_predictions_and_limit(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:

@@ -320,6 +320,19 @@ def test_outputs_among_the_images_are_told_before_any_work(
     assert {path.suffix for path in train.rglob("*")} == {"", ".jpg"} and "curves" not in names_in(train)
 
 
+def test_the_same_images_to_train_and_to_judge_are_told(
+    run: Run, tmp_path: Path, train: Path, compressed: Path
+) -> None:
+    (tmp_path / "link").symlink_to(train)
+    done = run("compress", compressed, *FINETUNE, "--train-data", train, "--data", tmp_path / "link", "--lr", "1e-9",
+               "-o", tmp_path / "out.safetensors")  # fmt: skip
+    assert done.code == 0
+    assert (
+        f"--train-data and --data are both {tmp_path / 'link'}: an accuracy on images that the model was trained on is "
+        "too good; give other images to one of them" in done.notes
+    )
+
+
 def refusal(run: Run, *words: object) -> str:
     """The error line of a command that came to no step of training."""
     done = run(*words)

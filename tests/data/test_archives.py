@@ -13,9 +13,10 @@ from pathlib import Path, PureWindowsPath
 from typing import IO, Literal
 
 import pytest
-from image_files import write_tar
+from image_files import tar_of, write_tar
 
 from tokencut.data import archives
+from tokencut.data.sources import open_source
 from tokencut.errors import DataError
 
 
@@ -217,7 +218,61 @@ def test_a_changed_archive_is_unpacked_anew(tmp_path: Path, cache: Path) -> None
     assert (after / "cat/1.jpg").read_bytes() == b"changed"
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_hard_link_is_the_file_it_names(tmp_path: Path, cache: Path, mode: Literal["w", "w:gz"]) -> None:
+    """As tar packs a file that it has met before; `link` names it from the root of the archive."""
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "dog").mkdir()
+    (tmp_path / "set" / "cat" / "1.jpg").write_bytes(b"meow")
+    (tmp_path / "set" / "dog" / "2.jpg").hardlink_to(tmp_path / "set" / "cat" / "1.jpg")
+    path = tar_of(tmp_path / "set", tmp_path / "set.tar", mode)
+    with tarfile.open(path) as archive:
+        assert sum(member.islnk() for member in archive) == 1
+    source = open_source(path)
+    found = {}
+    for number in range(len(source)):
+        with source.open(number) as file:
+            found[source.filename(number)] = file.read()
+    assert found == {"cat/1.jpg": b"meow", "dog/2.jpg": b"meow"}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_hard_link_to_nothing_before_it(tmp_path: Path, cache: Path, mode: Literal["w", "w:gz"]) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, mode=mode) as archive:
+        link = tarfile.TarInfo("cat/2.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "cat/1.jpg"
+        archive.addfile(link)
+    if mode == "w":
+        assert archives.scan(path).others == ["cat/2.jpg"]
+    else:
+        with pytest.raises(DataError, match="holds 'cat/2.jpg', which is a link"):
+            archives.unpack(path)
+    with tarfile.open(path, mode=mode) as archive:
+        link.linkname = "../../etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(DataError, match=r"holds '\.\./\.\./etc/passwd', a path that leads out of it"):
+        (archives.scan if mode == "w" else archives.unpack)(path)
+
+
+def test_archives_joined_by_cat_are_refused(tmp_path: Path, cache: Path) -> None:
+    first, second = (write_tar(tmp_path / f"{name}.tar", {f"{name}/1.jpg": b"x"}) for name in ("cat", "dog"))
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    packed = tmp_path / "joined.tar.gz"
+    packed.write_bytes(gzip.compress(joined.read_bytes()))
+    for path, read in ((joined, archives.scan), (packed, archives.unpack)):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(caught.value) == (
+            f"{path} goes on behind the mark of its end, as archives that were joined by cat do; unpack it with tar "
+            "--ignore-zeros, and give the folder"
+        )
+    first.write_bytes(first.read_bytes() + bytes(100_000))  # padding
+    assert set(archives.scan(first).files) == {"cat/1.jpg"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.FIFOTYPE])
 def test_only_files_and_folders_are_unpacked(tmp_path: Path, cache: Path, kind: bytes) -> None:
     path = write_link(tmp_path / "set.tar.gz", "w:gz", kind)
     with pytest.raises(

@@ -39,9 +39,12 @@ def test_16_bit_grey_is_scaled_and_not_clipped(form: str) -> None:
     assert (pixels == pixels[..., :1]).all()
 
 
-def test_32_bit_integers_are_taken_for_16() -> None:
-    assert decoded(encoded(Image.new("I", (1, 1), 0x8000), "TIFF")).tolist() == [[[0x80] * 3]]
-    assert decoded(encoded(Image.new("I", (1, 1), 1 << 20), "TIFF")).tolist() == [[[255] * 3]]
+def test_a_png_of_16_bits_that_pillow_opens_as_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older releases of Pillow do."""
+    opened = Image.open(io.BytesIO(encoded(Image.new("I;16", (1, 1), 0x8000), "PNG"))).convert("I")
+    opened.format = "PNG"
+    monkeypatch.setattr(Image, "open", lambda *_, **__: opened)
+    assert np.asarray(decode(io.BytesIO())).tolist() == [[[0x80] * 3]]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +80,10 @@ def test_a_palette_with_transparency_needs_no_warning() -> None:
         (encoded(picture(1))[:-200], "image file is truncated"),
         (b"just text", "not a JPEG, PNG, WEBP, BMP or TIFF image"),
         (b"", "not a JPEG, PNG, WEBP, BMP or TIFF image"),
-        (encoded(picture(1), "GIF"), "not a JPEG, PNG, WEBP, BMP or TIFF image"),
+        (encoded(picture(1), "PPM"), "not a JPEG, PNG, WEBP, BMP or TIFF image"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "floating-point pixels, whose range is unknown"),
     ],
-    ids=["truncated", "text", "empty", "gif", "float"],
+    ids=["truncated", "text", "empty", "ppm", "float"],
 )
 def test_what_cannot_be_decoded_says_why(content: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImageError, match=reason):
@@ -177,3 +180,18 @@ def test_the_smallest_images_work(size: tuple[int, int]) -> None:
     prepared = preprocessing_of(timm.create_model("test_vit", img_size=32))
     image = decode(io.BytesIO(encoded(Image.new("RGB", size, (1, 2, 3)), "PNG")))
     assert prepared.transform()(image).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("value", [200, 40_000, 3_000_000])
+def test_pixels_of_32_bits_are_unreadable_rather_than_black(value: int) -> None:
+    content = encoded(Image.fromarray(np.full((8, 8), value, np.int32)), "TIFF")
+    with pytest.raises(UnreadableImageError, match="^32-bit pixels, whose range is unknown$"):
+        decode(io.BytesIO(content))
+
+
+def test_a_gif_under_another_name_is_its_first_frame() -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    file = io.BytesIO()
+    red.save(file, "GIF", save_all=True, append_images=[blue])
+    file.seek(0)
+    assert decode(file).getpixel((3, 3)) == (255, 0, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model_files import random_weights, same_weights, write_model_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
@@ -18,6 +18,7 @@ from tokencut.models.checkpoints import sha256
 from tokencut.models.loading import artifact_of, load_model
 from tokencut.models.metadata import Origin
 from tokencut.models.model_args import parse_model_kwargs
+from tokencut.models.pretrained_cfg import data_config
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,39 @@ def refusal(kind: type[TokencutError], spec: str, **options: Any) -> str:
 )
 def test_what_is_not_a_model(spec: str, message: str) -> None:
     assert message in refusal(UsageError, spec)
+
+
+def test_preprocessing_that_is_told_is_kept(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "weights.safetensors")
+    told = {"mean": [0.1, 0.2, 0.3], "std": (0.5,), "crop_pct": 1.0, "interpolation": "bilinear"}
+    loaded = load_model("test_vit", checkpoint=tmp_path / "weights.safetensors", preprocessing=told)
+    expected = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5), "crop_pct": 1.0, "interpolation": "bilinear"}
+    path = tmp_path / "out.safetensors"
+    artifact.save(compress(loaded.model, keep=0.5), path)
+    by_default = data_config(load_model("test_vit", pretrained=False).model)
+    for model in (loaded.model, artifact.load(path).model):
+        found = data_config(model)
+        assert {name: found[name] for name in expected} == expected
+        assert {name: found[name] for name in found.keys() - expected} == {
+            name: by_default[name] for name in found.keys() - expected
+        }
+    assert by_default["mean"] != expected["mean"]
+    assert "takes no other preprocessing" in refusal(UsageError, str(path), preprocessing=told)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean 0.5,0.5 is not a number from -1 to 2, one or three of them; give such as 0.485,"),
+        ({"mean": 128.0}, "mean 128.0 is not a number from -1 to 2, one"),
+        ({"std": (0.2, 0.2, 0.0)}, "std 0.2,0.2,0.0 is not a number from 0.001 to 1000"),
+        ({"crop_pct": float("nan")}, "crop_pct nan is not a number from 0.05 to 2; give such as 0.9"),
+        ({"crop_pct": 1e-9}, "crop_pct 1e-09 is not a number from 0.05"),
+        ({"interpolation": "foo"}, "interpolation 'foo' is none of bicubic, bilinear, "),
+    ],
+)
+def test_preprocessing_that_is_none(told: dict[str, Any], message: str) -> None:
+    assert message in refusal(UsageError, "test_vit", pretrained=False, preprocessing=told)
 
 
 def test_a_folder_with_a_tokencut_file_has_its_recipe(folder: Path, weights: dict[str, Tensor]) -> None:

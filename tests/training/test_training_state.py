@@ -140,6 +140,14 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             load_state(tmp_path, CONDITIONS)
 
 
+@pytest.mark.parametrize("position", [{"epoch": -1}, {"step": -3}, {"epoch": 0.5}, {"step": None}])
+def test_a_position_that_is_none_is_damage(tmp_path: Path, position: dict[str, Any]) -> None:
+    save_state(tmp_path, replace(state(), **position))
+    [(name, value)] = position.items()
+    with pytest.raises(ArtifactError, match=rf"cannot read .*state.pt \(its {name} is {value}\); type --force"):
+        load_state(tmp_path, CONDITIONS)
+
+
 def test_nothing_in_the_file_is_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     torch.save({"format": 1, "payload": Payload(mark)}, tmp_path / FILE, pickle_module=pickle)

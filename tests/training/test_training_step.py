@@ -11,7 +11,7 @@ from training_runs import CPU, model, run, setup, weights
 
 from tokencut.data.loading import Batch, Unreadable
 from tokencut.data.sources import Source
-from tokencut.errors import TokencutError
+from tokencut.errors import TokencutError, UsageError
 from tokencut.model import CompressedModel
 from tokencut.training.order import Order
 from tokencut.training.recipe import SHORT
@@ -69,6 +69,16 @@ def test_gradients_are_the_mean_over_the_images_that_were_decoded(accumulate: in
         assert (weight.grad is None) == (gradient is None)
         if gradient is not None:
             torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1.0, 5.0, float("inf")])
+@pytest.mark.parametrize("name", ["keep_warmup", "warmup_epochs"])
+def test_a_warm_up_that_the_run_would_not_outlast_is_refused(few: Source, name: str, value: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(model(), few, SHORT.changed(epochs=1, **{name: value}))
+    assert str(caught.value) == (
+        f"{name} {value:g} is no part of 1 epoch, so that the run would end before it is warm; give less, such as 0.2"
+    )
 
 
 def test_keep_warms_up_from_all_tokens_to_the_recipe_s(few: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def compress(
           --num-classes 10 --keep 0.9/0.7/0.5 -o out.safetensors
     """
     from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes
-    from tokencut.cli.subject import gmacs, prepare
+    from tokencut.cli.subject import gmacs, note_same_images, prepare
     from tokencut.data.sources import check_apart, open_source
     from tokencut.model import CompressedModel
     from tokencut.models.artifact import check_output, save
@@ -83,6 +83,8 @@ def compress(
         if train is not None:
             for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
                 check_apart(place, train, images)
+        why = "an accuracy on images that the model was trained on is too good"
+        note_same_images("--train-data", train, "--data", images, why)
         search = None
         if searching:
             from tokencut.cli.search_run import requested_search
@@ -92,7 +94,8 @@ def compress(
                 target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
                 workers=data.workers, class_map=data.class_map,
             )  # fmt: skip
-            search.mind(data.data)
+            why = "an accuracy on images that the schedule was chosen by is too good"
+            note_same_images("--calibration", search.source, "--data", images, why)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)
         work = FinetuneRun(subject, output, tuning, train, images, data, run, group)

@@ -49,6 +49,7 @@ def open_onnx(
         "--model-kwargs": bool(source.model_kwargs),
         "--num-classes": source.num_classes is not None,
         "--img-size": source.img_size is not None,
+        **{f"--{name.replace('_', '-')}": True for name in source.preprocessing()},
         "--compile": compiling.mode is not None,
         f"--precision {run.precision}": run.precision != "fp32",
         f"--device {run.device}": run.device not in ("auto", "cpu"),

@@ -182,6 +182,21 @@ CHECKPOINT_HELP = "Local weights: safetensors, or a timm .pth."
 KWARGS_HELP = "An argument for timm; may be repeated or comma-joined."
 
 
+MEAN_HELP = "Mean of the pixels, from 0 to 1, that the weights were trained with, instead of the one that is assumed."
+CROP_HELP = "Share of the resized image that is kept, as for the weights."
+INTERPOLATION_HELP = "How images are resized, as for the weights: bicubic, bilinear, ..."
+FRACTION: dict[str, Any] = {"parser": number, "metavar": "F"}
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers joined by commas."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        example = "0.485,0.456,0.406" if option == "--mean" else "0.229,0.224,0.225"
+        raise UsageError(f"{option} {text} is no list of numbers joined by commas; type {option} {example}") from error
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Where a model's weights come from, and how timm builds it."""
@@ -193,6 +208,22 @@ class ModelOptions:
     )
     num_classes: Annotated[int | None, model_option("--num-classes", **NUMBER, help="Classes of the head.")] = None
     img_size: Annotated[int | None, model_option("--img-size", **NUMBER, help="Side of the images, in px.")] = None
+    mean: Annotated[str | None, model_option("--mean", metavar="R,G,B", help=MEAN_HELP)] = None
+    std: Annotated[str | None, model_option("--std", metavar="R,G,B", help="Likewise the standard deviation.")] = None
+    crop_pct: Annotated[float | None, model_option("--crop-pct", **FRACTION, help=CROP_HELP)] = None
+    interpolation: Annotated[str | None, model_option("--interpolation", metavar="NAME", help=INTERPOLATION_HELP)] = (
+        None
+    )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What was typed of the preprocessing.
+
+        Raises:
+            UsageError: A mean or standard deviation is no list of numbers.
+        """
+        typed = {"mean": _numbers("--mean", self.mean), "std": _numbers("--std", self.std), "crop_pct": self.crop_pct,
+                 "interpolation": self.interpolation}  # fmt: skip
+        return {name: value for name, value in typed.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokencut.cli.options import RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
-from tokencut.data.sources import DIGITS, open_source
+from tokencut.data.sources import open_source
 from tokencut.errors import UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.models.loading import Loaded
@@ -87,14 +87,6 @@ class SearchRun:
     def option(self) -> str:
         """The option that asks for it, such as `--target-gmacs`."""
         return self._asked.partition(" ")[0]
-
-    def mind(self, data: str | None) -> None:
-        """Warns where accuracy would be told of the images that the schedule is chosen by."""
-        calibration = self.source.name
-        if data is None or DIGITS in (data, calibration) or Path(data).resolve() != Path(calibration).resolve():
-            return  # of digits, each takes its own part
-        render.note(f"--calibration and --data are both {data}: an accuracy on images that the schedule was chosen by "
-                    "is too good; give other images to one of them")  # fmt: skip
 
     def __call__(self, loaded: Loaded, arguments: dict[str, Any]) -> dict[str, Any]:
         """Finds the schedule.

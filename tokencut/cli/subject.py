@@ -16,7 +16,7 @@ from torch import nn
 from tokencut import cost
 from tokencut.cli import render
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
-from tokencut.data.sources import Source
+from tokencut.data.sources import DIGITS, Source
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.distributed import evaluate_spread
@@ -26,6 +26,7 @@ from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.artifact import read_info
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
+from tokencut.models.pretrained_cfg import data_config
 from tokencut.recipe import Recipe
 from tokencut.runtime.distributed import Group, single_process
 
@@ -102,11 +103,18 @@ def prepare(
         model_kwargs=parse_model_kwargs(source.model_kwargs or ()),
         num_classes=source.num_classes,
         img_size=source.img_size,
+        preprocessing=source.preprocessing(),
         weights_needed=weights_needed,
         seed=seed,
     )
     for text in loaded.notes:
         render.note(text)
+    if source.checkpoint is not None and weights_needed and not source.preprocessing():
+        told = data_config(loaded.dense)
+        mean, std = (",".join(f"{value:g}" for value in told[name]) for name in ("mean", "std"))
+        render.note(f"{source.checkpoint} does not say how its images were prepared: taking what timm has for "
+                    f"{loaded.name}, --mean {mean} --std {std} --crop-pct {told['crop_pct']:g} --interpolation "
+                    f"{told['interpolation']}; type those of the weights where they differ")  # fmt: skip
     if not weights_needed and loaded.info is None and loaded.origin.kind == "random":
         render.note("costs do not depend on weights, so none are downloaded")
     if dense:
@@ -160,6 +168,22 @@ def warn_recipe_ignored(spec: str, *, taken_by: str, instead: str) -> None:
             f"{spec} was trained for its recipe ({describe(recipe)}), which {taken_by} cannot replace; {instead}"
         )
     render.note(f"the recipe of {spec} ({describe(recipe)}) does not count: {taken_by} starts from its dense model")
+
+
+def note_same_images(first: str, one: Source | None, second: str, other: Source | None, why: str) -> None:
+    """Says so where two options name the same images; of digits, each takes its own part.
+
+    Args:
+        first: An option.
+        one: Its images.
+        second: Another option.
+        other: Its images.
+        why: What comes of it.
+    """
+    if one is None or other is None or DIGITS in (one.name, other.name):
+        return
+    if Path(one.name).expanduser().resolve() == Path(other.name).expanduser().resolve():
+        render.note(f"{first} and {second} are both {other.name}: {why}; give other images to one of them")
 
 
 def describe(recipe: Recipe) -> str:

@@ -56,10 +56,11 @@ def is_gzip(path: Path) -> bool:
 def scan(path: Path) -> Listing:
     """Lists an uncompressed tar archive.
 
-    Where a path occurs twice the later entry counts, as it would when unpacked.
+    Where a path occurs twice the later entry counts, as it would when unpacked. A hard link is the file that it names,
+    as tar writes one that it has met before.
 
     Raises:
-        DataError: The archive is truncated or damaged, or holds a path that leads out of it.
+        DataError: The archive is truncated or damaged, holds a path that leads out of it, or goes on behind its end.
     """
     listing = Listing()
     with _reading(path), tarfile.open(path, "r:", tarinfo=_Member) as archive:
@@ -69,8 +70,11 @@ def scan(path: Path) -> Listing:
                 listing.folders.add(name)
             elif member.isreg() and not member.issparse():
                 listing.files[name] = (member.offset_data, member.size)
+            elif member.islnk() and (earlier := _linked_path(path, member)) in listing.files:
+                listing.files[name] = listing.files[earlier]
             else:
                 listing.others.append(name)
+        _check_end(path, archive)
     listing.folders.discard(".")
     return listing
 
@@ -216,15 +220,17 @@ def _extract(path: Path, folder: Path) -> None:
     with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
         for member in _members(archive):
             name = _inner_path(path, member)
+            if member.islnk() and (folder / (earlier := _linked_path(path, member))).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / earlier, folder / name)
+                continue
             if not (member.isdir() or member.isreg()):
                 raise DataError(
                     f"{path} holds {name!r}, which is a link or a device: only plain files and folders are unpacked; "
                     "unpack it yourself and give the folder"
                 )
             _write(archive, member, folder / name)
-        # What follows the last member is padding; reading it lets gzip find out whether all came through whole.
-        while stream.read(1 << 20):
-            pass
+        _check_end(path, archive)  # which lets gzip find out as well whether all came through whole
 
 
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
@@ -257,12 +263,35 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
+def _check_end(path: Path, archive: tarfile.TarFile) -> None:
+    """Refuses what goes on behind the mark of its end, where only padding may be.
+
+    Raises:
+        DataError: It does.
+    """
+    stream = archive.fileobj
+    assert stream is not None
+    while content := stream.read(1 << 20):  # the mark was what was read last
+        if content.strip(b"\0"):
+            raise DataError(
+                f"{path} goes on behind the mark of its end, as archives that were joined by cat do; unpack it with "
+                "tar --ignore-zeros, and give the folder"
+            )
+
+
 def _inner_path(path: Path, member: tarfile.TarInfo) -> str:
     """A member's path without a leading `/` or `./`, which mean nothing in an archive."""
+    return _inner(path, member.name)
+
+
+def _linked_path(path: Path, member: tarfile.TarInfo) -> str:
+    """The path of the member that a hard link names."""
+    return _inner(path, member.linkname)
+
+
+def _inner(path: Path, name: str) -> str:
     # As this system reads it: on Windows a drive and a backslash lead out as well.
-    inner = PurePath(member.name.lstrip("/"))
+    inner = PurePath(name.lstrip("/"))
     if ".." in inner.parts or inner.anchor:
-        raise DataError(
-            f"{path} holds {member.name!r}, a path that leads out of it; pack the images again without '..'"
-        )
+        raise DataError(f"{path} holds {name!r}, a path that leads out of it; pack the images again without '..'")
     return inner.as_posix()

@@ -19,6 +19,8 @@ from tokencut.models.pretrained_cfg import data_config
 
 # Tried whatever a file is called, and no others: for PostScript, Pillow would run Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# Read as well, the first frame of it, where it lies under another name, as in some sets of JPEGs; Pillow and timm do.
+UNDER_OTHER_NAMES = ("GIF",)
 MODES = {1: "L", 3: "RGB"}
 
 Transform = Callable[[Image.Image], Tensor]
@@ -109,7 +111,7 @@ def decode(file: BinaryIO, mode: str = "RGB") -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of odd but harmless metadata, which would break into progress bars and cannot be acted on.
             warnings.simplefilter("ignore")
-            return _to_mode(Image.open(file, formats=FORMATS), mode)
+            return _to_mode(Image.open(file, formats=(*FORMATS, *UNDER_OTHER_NAMES)), mode)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything, SyntaxError included
@@ -119,6 +121,8 @@ def decode(file: BinaryIO, mode: str = "RGB") -> Image.Image:
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown")
+    if image.mode == "I" and image.format != "PNG":
+        raise ValueError("32-bit pixels, whose range is unknown")
     if image.mode.startswith("I"):  # 16 bits; "I", which has room for 32, is how older Pillows open 16-bit PNGs
         pixels = np.clip(np.asarray(image), 0, 0xFFFF) >> 8  # the higher byte, as Pillow does with 16-bit colour
         image = Image.fromarray(pixels.astype(np.uint8))

@@ -21,7 +21,7 @@ from tokencut.models.checkpoints import load_strictly, not_finite, random_state,
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
-from tokencut.models.pretrained_cfg import description_of, sync_pretrained_cfg
+from tokencut.models.pretrained_cfg import check_preprocessing, description_of, sync_pretrained_cfg
 from tokencut.recipe import Recipe
 
 BUNDLED = "digits"
@@ -66,6 +66,7 @@ class Request:
     pretrained: bool = True
     checkpoint: Path | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     weights_needed: bool = True
     seed: int = 0
 
@@ -83,6 +84,7 @@ def load_model(
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     weights_needed: bool = True,
     seed: int = 0,
 ) -> Loaded:
@@ -96,6 +98,8 @@ def load_model(
         model_kwargs: More arguments for timm.
         num_classes: Classes of the head, 0 for none.
         img_size: Height and width of the image in px.
+        preprocessing: What the weights were trained with, where the model's description says otherwise: some of `mean`
+            and `std` (by channel, of pixels from 0 to 1), `crop_pct` and `interpolation`.
         weights_needed: Whether the weights matter: where they don't, as for a cost, nothing is ever downloaded.
         seed: For random weights.
 
@@ -105,7 +109,8 @@ def load_model(
         ArtifactError: A file that is not one of tokencut's, or damaged.
     """
     args = _timm_args(model_kwargs, num_classes, img_size)
-    request = Request(pretrained, Path(checkpoint) if checkpoint else None, args, weights_needed, seed)
+    known = check_preprocessing(preprocessing or {})
+    request = Request(pretrained, Path(checkpoint) if checkpoint else None, args, known, weights_needed, seed)
     if Path(spec).is_file():
         _refuse_exported(spec)
         return _from_artifact(spec, request)
@@ -181,6 +186,7 @@ def _from_artifact(spec: str, request: Request) -> Loaded:
         "`checkpoint`": request.checkpoint is not None,
         "`pretrained=False`": not request.pretrained,
         "arguments of the architecture": bool(request.args),
+        "other preprocessing": bool(request.preprocessing),
     }
     option = next((name for name, used in given.items() if used), None)
     if option:
@@ -298,6 +304,8 @@ def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request
                     "until it is trained")  # fmt: skip
     if origin is not None and (problem := not_finite(model.state_dict())):
         raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by `checkpoint='FILE'`")
+    if request.preprocessing:
+        setattr(model, "pretrained_cfg", {**description_of(model), **request.preprocessing})  # noqa: B010 (not a tensor)
     sync_pretrained_cfg(model, own_weights=origin is not None and origin.kind != "checkpoint")
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)

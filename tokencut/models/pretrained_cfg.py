@@ -12,10 +12,13 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from tokencut.adapters import known_adapter
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
 
 # In the order of the logits, or by their numbers.
 LabelNames = tuple[str, ...] | dict[int, str]
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+EXAMPLES = {"mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "crop_pct": "0.9"}
 
 # What leads to files, what leads to weights and says whose they are, and what is told of those weights.
 _PATHS = ("file", "source", "state_dict")
@@ -79,6 +82,35 @@ def _channels(model: nn.Module) -> int | None:
         return getattr(model.get_submodule(first), "in_channels", None) if isinstance(first, str) else None
     except AttributeError:
         return None
+
+
+def check_preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks what is to take the place of a model's own preprocessing.
+
+    Args:
+        given: Some of `mean` and `std` (a number, or one a channel), `crop_pct` and `interpolation`.
+
+    Returns:
+        The same as timm's description holds it.
+
+    Raises:
+        UsageError: A value that no preprocessing has.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == "interpolation":
+            if value not in INTERPOLATIONS:
+                raise UsageError(f"interpolation {value!r} is none of {', '.join(INTERPOLATIONS)}; give bicubic")
+            checked[name] = value
+            continue
+        numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        least, most = {"mean": (-1.0, 2.0), "std": (1e-3, 1e3), "crop_pct": (0.05, 2.0)}[name]
+        if len(numbers) not in ((1,) if name == "crop_pct" else (1, 3)) or not all(least <= n <= most for n in numbers):
+            shown, many = ",".join(map(str, numbers)), "" if name == "crop_pct" else ", one or three of them"
+            raise UsageError(f"{name} {shown} is not a number from {least:g} to {most:g}{many}; give such as "
+                             f"{EXAMPLES[name]}")  # fmt: skip
+        checked[name] = numbers[0] if name == "crop_pct" else numbers * (3 // len(numbers))
+    return checked
 
 
 def sync_pretrained_cfg(model: nn.Module, *, own_weights: bool) -> None:

@@ -139,6 +139,9 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
         del values["format"]
         values["best"] = None if values["best"] is None else Best(**values["best"])
         state = TrainingState(**values)
+        for name, number in (("epoch", state.epoch), ("step", state.step)):
+            if not isinstance(number, int) or number < 0:
+                raise ValueError(f"its {name} is {number!r}")
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, LookupError, TypeError,
             ValueError) as error:  # fmt: skip
         raise ArtifactError(f"cannot read {path} ({one_line(error)}); type `force=True` to start again") from error

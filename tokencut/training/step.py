@@ -65,6 +65,9 @@ class Trainer:
             precision: What forwards compute in, `fp32` or `bf16`.
             compiled: Whether to use `torch.compile`.
             new_head: Whether the classifier starts from nothing.
+
+        Raises:
+            UsageError: The recipe does not go with the model or the number of epochs.
         """
         self.model, self.recipe, self.order, self.epochs, self.group = model, recipe, order, epochs, group
         self.precision = precision
@@ -72,6 +75,10 @@ class Trainer:
         if recipe.keep_warmup and (self.target.schedule.keep is None or methods()[self.target.method].needs_training):
             raise UsageError(f"`keep_warmup` lowers a keep rate, which method {self.target.method} with "
                              "`reduce_by` or learned stages does not follow; leave it out")  # fmt: skip
+        for name, warmup in (("keep_warmup", recipe.keep_warmup), ("warmup_epochs", recipe.warmup_epochs)):
+            if warmup and warmup >= epochs:
+                raise UsageError(f"`{name}` {warmup:g} is no part of {epochs} epoch{'s' * (epochs != 1)}, so that the "
+                                 f"run would end before it is warm; give less, such as {epochs / 5:g}")  # fmt: skip
         group.broadcast_parameters(model)
         self.ema: Any = None
         if recipe.ema_decay:
