@@ -137,7 +137,7 @@ def test_a_new_head_and_too_few_images_are_not_guarded(some: Source, few: Source
     told.clear()
     assert run(model(), few, HARMLESS, callbacks=callbacks).held_out is None
     assert told[0] == ("40 training images are too few to hold some out, so it will not be known whether the fine-tune "
-                       "does harm; `data` DIR tells")  # fmt: skip
+                       "does harm; `data='DIR'` tells")  # fmt: skip
     told.clear()
     run(model(), few, HARMLESS, callbacks=callbacks, judge=lambda judged: 42.0)  # who judges will see it
     assert not any("hold" in note for note in told)
