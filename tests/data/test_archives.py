@@ -266,7 +266,7 @@ def test_archives_joined_by_cat_are_refused(tmp_path: Path, cache: Path) -> None
             read(path)
         assert str(caught.value) == (
             f"{path} goes on behind the mark of its end, as archives that were joined by cat do; unpack it with tar "
-            "--ignore-zeros, and give the folder"
+            "-i, which goes past the mark, and give the folder"
         )
     first.write_bytes(first.read_bytes() + bytes(100_000))  # padding
     assert set(archives.scan(first).files) == {"cat/1.jpg"}

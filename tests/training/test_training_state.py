@@ -144,7 +144,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_position_that_is_none_is_damage(tmp_path: Path, position: dict[str, Any]) -> None:
     save_state(tmp_path, replace(state(), **position))
     [(name, value)] = position.items()
-    with pytest.raises(ArtifactError, match=rf"cannot read .*state.pt \(its {name} is {value}\); type --force"):
+    with pytest.raises(ArtifactError, match=rf"cannot read .*state.pt \(its {name} is {value}\); type `force=True`"):
         load_state(tmp_path, CONDITIONS)
 
 

@@ -77,7 +77,7 @@ def test_a_warm_up_that_the_run_would_not_outlast_is_refused(few: Source, name: 
     with pytest.raises(UsageError) as caught:
         run(model(), few, SHORT.changed(epochs=1, **{name: value}))
     assert str(caught.value) == (
-        f"{name} {value:g} is no part of 1 epoch, so that the run would end before it is warm; give less, such as 0.2"
+        f"`{name}` {value:g} is no part of 1 epoch, so that the run would end before it is warm; give less, such as 0.2"
     )
 
 

@@ -275,7 +275,7 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
         if content.strip(b"\0"):
             raise DataError(
                 f"{path} goes on behind the mark of its end, as archives that were joined by cat do; unpack it with "
-                "tar --ignore-zeros, and give the folder"
+                "tar -i, which goes past the mark, and give the folder"
             )
 
 
