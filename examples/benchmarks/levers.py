@@ -36,7 +36,6 @@ KINDS = ("unit", "tokens", "normed", "keys", "layer_norm")
 DENSITIES = ("scale_free", "relative")
 
 
-@register
 @dataclass(frozen=True)
 class Levers(Method):
     """Density peaks with the levers that were tried."""
@@ -150,4 +149,5 @@ parse = defaults.parse  # the command line is that of defaults
 
 def main() -> None:
     """Judges every setting of the levers at every keep rate, and prints the table."""
+    register(Levers)
     defaults.judge_grid("levers")

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tokencut.methods import base, methods
+
 Benchmark = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's method is registered for these tests alone."""
+    monkeypatch.setattr(base, "_METHODS", dict(methods()))
 
 
 def test_without_levers_it_is_bat(benchmark: Benchmark) -> None:
@@ -31,7 +39,7 @@ def test_every_lever_gives_as_many_groups_as_there_is_room_for() -> None:
     features = torch.randn(2, 17, 8, generator=torch.Generator().manual_seed(0))
     source = torch.arange(16).expand(2, -1)
     stage_input = StageInput(Tokens(features, 1, source=source), None, lambda tokens: tokens)  # type: ignore[arg-type]
-    assert levers.Levers.name == "levers"
+    base.register(levers.Levers)
     for options in ({"density": "relative"}, {"size_aware": 2}, {"rounds": 2}, {"spatial": 0.5}, {"weight_power": 0.5},
                     {"features": "layer_norm"}, {"window": 8}):  # fmt: skip
         found = make_method("levers", options).decide(stage_input, 7)

@@ -140,8 +140,7 @@ def test_the_published_density_depends_on_the_scale(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("k", FACTORS)
-@pytest.mark.parametrize("window", [24, 160], ids=["one tile", "phases"])
+@pytest.mark.parametrize(("window", "k"), [*((24, k) for k in FACTORS), (132, 1 / 3), (132, 16.0)])
 def test_kernels_decide_the_same_in_another_scale(window: int, k: float) -> None:
     pytest.importorskip("triton")
     from tokencut.ops.kernels import clusters

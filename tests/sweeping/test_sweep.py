@@ -193,7 +193,7 @@ def test_a_report_loses_no_rows_unless_told_to(images: Path, tmp_path: Path, cha
     missing = "bat, keep 0.5; topk, keep 0.5" if "methods" not in changes else "bat, keep 0.5; bat, keep 0.25"
     assert str(caught.value) == (
         f"{folder} holds rows that a report of this sweep would lack ({missing}): name those methods and keep rates "
-        f"too, add `force=True` to drop them and start again, or give another folder, such as -o {folder}-2"
+        f"too, add `force=True` to drop them and start again, or give another folder, such as `folder='{folder}-2'`"
     )
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(sweep(small_model(), images, folder, plan(**changes), force=True).rows) == len(changes["keeps"]) * 2 + 1
