@@ -17,6 +17,7 @@ from torch import Tensor
 from tokencut import cost
 from tokencut.blocks import BlockLoop, Stage
 from tokencut.errors import ModelError
+from tokencut.evaluation.statistics import mean_and_error
 from tokencut.model import CompressedModel, stage_cost
 from tokencut.search.space import Counts
 from tokencut.tokens import Tokens
@@ -196,9 +197,8 @@ class Probe:
 
     def _is_behind(self, outputs: list[Tensor], rival: Outcome) -> bool:
         divergence = self._divergence(outputs)
-        ahead = divergence - rival.divergence[: len(divergence)]
-        error = float(ahead.std()) / math.sqrt(len(ahead)) if len(ahead) > 1 else math.inf
-        return float(ahead.mean()) > BEHIND * error
+        mean, error = mean_and_error(divergence - rival.divergence[: len(divergence)])
+        return mean > BEHIND * error
 
     def _divergence(self, outputs: list[Tensor]) -> Tensor:
         parts = []
