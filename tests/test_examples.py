@@ -17,6 +17,7 @@ NEEDS = {"draw": "matplotlib", "sweep": "matplotlib"}
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
+@pytest.mark.slow
 def test_the_example_gives_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(NEEDS.get(name, "torch"))
     pytest.importorskip("sklearn")

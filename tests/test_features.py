@@ -244,6 +244,7 @@ def test_an_image_alone_and_in_a_batch(method: str) -> None:
 
 @pytest.mark.parametrize("unmerge", ["change", "copy"])
 @pytest.mark.parametrize("method", ["bat", "topk", "evit"])
+@pytest.mark.slow
 def test_one_graph_and_the_same_features_compiled(method: str, unmerge: str) -> None:
     compressed, images = compress(small(depth=2), keep=0.5, layers=(1, 2), method=method).eval(), pictures()
     torch._dynamo.reset()

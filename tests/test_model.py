@@ -284,6 +284,7 @@ def test_fvcores_own_analysis_of_a_model(method: str, settings: dict[str, object
 
 @tracing
 @pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.slow
 def test_tensorboards_graph_of_a_model(method: str) -> None:
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard._pytorch_graph import graph  # what `SummaryWriter.add_graph` writes

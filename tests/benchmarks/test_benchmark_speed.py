@@ -178,6 +178,7 @@ def test_exported_files_compute_in_fp32(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err.endswith(wanted)
 
 
+@pytest.mark.slow
 def test_the_script_on_a_small_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

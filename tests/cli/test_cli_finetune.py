@@ -111,6 +111,7 @@ def test_a_fine_tune_that_harms_keeps_the_weights_from_before(
     assert names_in(tmp_path) == ["out.log.csv", "out.safetensors", "plain.safetensors"]
 
 
+@pytest.mark.slow
 def test_two_processes_judge_the_held_out_images_together(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
@@ -242,6 +243,7 @@ def test_a_second_interrupt_ends_it_at_once(
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_epoch(run: Run, tmp_path: Path, train: Path, compressed: Path) -> None:
     words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o")
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"

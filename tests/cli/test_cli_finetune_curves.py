@@ -89,6 +89,7 @@ def test_tensorboard_is_asked_for_before_any_work(
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_with_the_doubled_batch(
     run: Run, tmp_path: Path, train: Path, pictures: Path, compressed: Path
 ) -> None:

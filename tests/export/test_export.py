@@ -102,6 +102,7 @@ def test_preprocessing_and_batch_size_can_be_baked_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(set(methods()) - {"bat", "evit"}))
+@pytest.mark.slow
 def test_every_method_gives_the_same_under_onnxruntime(
     method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

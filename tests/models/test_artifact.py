@@ -74,6 +74,7 @@ def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); import model_files; from tokencut.models import artifact;"

@@ -115,6 +115,7 @@ def test_what_is_judged_last_is_the_running_average(some: Source, monkeypatch: p
 
 @pytest.mark.parametrize("recipe", [HARMFUL, dataclasses.replace(WILD, lr=1e-7, beta=0.0)], ids=["harmful", "harmless"])
 @pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.slow
 def test_a_run_that_was_stopped_comes_to_the_same(some: Source, tmp_path: Path, recipe: Any, steps: int) -> None:
     whole, cut, resumed = trained_digits(), trained_digits(), trained_digits()
     how = setup(batch_size=20)

@@ -65,6 +65,7 @@ def test_a_task_is_carried_out(data: Path, trained: Path, tmp_path: Path) -> Non
     assert more["gmacs"] / dense["gmacs"] > 0.8
 
 
+@pytest.mark.slow
 def test_a_sweep_and_a_search_are_carried_out(data: Path, trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     judging = judge_of(data, trained, tmp_path)
