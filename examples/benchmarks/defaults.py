@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from options import TRAINING_IMAGES, image_parser
 from torch import Tensor, nn
 
 from tokencut import compress
@@ -36,12 +37,10 @@ from tokencut.models.loading import load_model
 from tokencut.runtime.devices import inference_state, resolve_device
 
 GRID = [
-    "clusters=0.25,0.5,1",
-    "pairs=0,0.25",
     "neighbours=3,5",
     "mass=0,0.125",
     "features=unit,normed,tokens,keys",
-    "balance=0.35,0.5,0.65",
+    "balance=0.35,0.5",
     "keep_norm=true,false",
     "weights=size,attention",
 ]
@@ -146,30 +145,24 @@ def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
-def parse() -> argparse.Namespace:
-    """Reads the command line."""
+def parse(grid: Sequence[str] = GRID) -> argparse.Namespace:
+    """Reads the command line; `grid` is the default of its option."""
     known = [name for name, method in methods().items() if not method.needs_training and name != "bat"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
-    parser.add_argument("--data", required=True, help="training images: a folder, a tar, or digits")
-    parser.add_argument("--limit", type=int, default=5000, help="an evenly spread sample of so many")
+    parser = image_parser(__doc__, data=TRAINING_IMAGES, limit=5000, batch_size=100)
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
-    parser.add_argument("--grid", nargs="*", default=GRID, metavar="KEY=V,V", help="settings to combine")
+    parser.add_argument("--grid", nargs="*", default=list(grid), metavar="KEY=V,V", help="settings to combine")
     parser.add_argument("--methods", nargs="*", default=known, choices=known, help="the other methods")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 
 def main() -> None:
     """Judges every setting at every keep rate, and prints the table."""
-    judge_grid("bat")
+    judge_grid("bat", parse())
 
 
 @torch.no_grad()
-def judge_grid(method: str) -> None:
+def judge_grid(method: str, args: argparse.Namespace) -> None:
     """Judges every setting of a method at every keep rate, and prints the table."""
-    args = parse()
     dense, device = load_model(args.model).dense, resolve_device(args.device)
     batches, truth = load_images(dense, args, device)
     table = list(settings(args.grid, args.methods, method))

@@ -9,6 +9,7 @@ spatial term (arXiv 2308.01045), scores that class attention raises, and average
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from tokencut.methods import (
     windows,
 )
 
+GRID = ("density=scale_free,relative", "size_aware=0,1", "rounds=0,1", "spatial=0,0.05", "attention=0,0.1")
 KINDS = ("unit", "tokens", "normed", "keys", "layer_norm")
 DENSITIES = ("scale_free", "relative")
 
@@ -144,10 +146,12 @@ def _nearest_mean(points: Tensor, group: Tensor, sizes: Tensor, count: int, part
     return distances.masked_fill(window.view(1, -1, 1) != theirs.unsqueeze(1), torch.inf).argmin(2)
 
 
-parse = defaults.parse  # the command line is that of defaults
+def parse() -> argparse.Namespace:
+    """Reads the command line, which is that of `defaults` with a grid of levers."""
+    return defaults.parse(GRID)
 
 
 def main() -> None:
     """Judges every setting of the levers at every keep rate, and prints the table."""
     register(Levers)
-    defaults.judge_grid("levers")
+    defaults.judge_grid("levers", parse())

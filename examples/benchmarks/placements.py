@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import torch
 from defaults import Setting, judge, load_images, log_probabilities
+from options import TRAINING_IMAGES, image_parser
 from torch import nn
 
 from tokencut import compress, cost
@@ -46,15 +47,10 @@ def price(dense: nn.Module, layers: Sequence[int] | str | None, keep: float, met
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
-    parser.add_argument("--data", required=True, help="training images: a folder, a tar, or digits")
-    parser.add_argument("--limit", type=int, default=5000, help="an evenly spread sample of so many")
+    parser = image_parser(__doc__, data=TRAINING_IMAGES, limit=5000, batch_size=100)
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS, help="of the default blocks")
     parser.add_argument("--layers", nargs="+", default=LAYERS, metavar="LAYERS", help="as the option of that name")
     parser.add_argument("--method", default="bat")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from options import IMAGES, image_parser
 from torch import Tensor, nn
 
 from tokencut import compress
@@ -122,15 +123,10 @@ def row(method: str, keep: float, precision: str, full: Judged, half: Judged, de
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     untrained = [name for name, method in methods().items() if not method.needs_training]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
-    parser.add_argument("--data", required=True, help="a folder with one sub-folder a class, a tar, or digits")
-    parser.add_argument("--limit", type=int, help="an evenly spread sample of so many")
+    parser = image_parser(__doc__, data=IMAGES, limit=None, batch_size=50)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--methods", nargs="+", default=["bat", "evit", "tome"], choices=untrained)
     parser.add_argument("--precision", nargs="+", default=HALVES, choices=HALVES)
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 

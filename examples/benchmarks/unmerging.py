@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from options import IMAGES, image_parser
 from torch import Tensor, nn
 
 from tokencut import compress
@@ -150,10 +151,7 @@ def row(method: str, keep: float, rule: str, found: Tensor, copied: Tensor) -> s
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
-    parser.add_argument("--data", required=True, help="a folder with one sub-folder a class, a tar, or digits")
-    parser.add_argument("--limit", type=int, default=64, help="an evenly spread sample of so many")
+    parser = image_parser(__doc__, data=IMAGES, limit=64, batch_size=16)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.7, 0.5])
     parser.add_argument("--methods", nargs="+", default=["bat", "dpc", "tome", "topk", "evit"], type=method_of,
                         metavar="METHOD[:KEY=VALUE,...]")  # fmt: skip
@@ -161,8 +159,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=ALL_RULES, choices=ALL_RULES)
     parser.add_argument("--neighbours", type=int, default=8, help="tokens that a softmax is over")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the softmax")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     args.rules = ["copy", *(rule for rule in args.rules if rule != "copy")]  # what the others are held against
     args.blocks = sorted(set(args.blocks))
