@@ -14,6 +14,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import DropPath, PatchDropout
 from timm.loss import SoftTargetCrossEntropy
+from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -29,6 +30,11 @@ WARM_STEPS, TIMED_STEPS = 5, 20
 # Of the time that is left, what goes to training in the plan: the rest is for evaluations, saving and slower steps.
 PLANNED_SHARE = 0.93
 JUDGED_AT_ONCE = 500
+
+
+def can_drop_patches(model: nn.Module) -> bool:
+    """Whether image tokens can be left out: where a model turns or biases them by position, they lose their places."""
+    return isinstance(model, VisionTransformer)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class Training:
         )
 
     def _enter(self, drop: float) -> None:
-        self.model.patch_drop = PatchDropout(drop, self.model.num_prefix_tokens) if drop else nn.Identity()
+        if can_drop_patches(self.model):
+            self.model.patch_drop = PatchDropout(drop, self.model.num_prefix_tokens) if drop else nn.Identity()
 
     def compile(self) -> bool:
         """Compiles the blocks, all of them by one piece of code; False where that does not work here."""
@@ -245,10 +252,10 @@ class Training:
     def judge(self) -> dict[str, float]:
         """Top-1 in percent of the weights (`top1_raw`) and of their running average (`top1`)."""
         # A copy is not compiled: for two passes over the validation images compiling would not pay.
-        plain = copy.deepcopy(self.model)
-        plain.patch_drop = nn.Identity()
-        ema = self.ema.module
-        ema.patch_drop = nn.Identity()
+        plain, ema = copy.deepcopy(self.model), self.ema.module
+        for model in (plain, ema):
+            if can_drop_patches(model):
+                model.patch_drop = nn.Identity()
         return {"top1": self.accuracy(ema), "top1_raw": self.accuracy(plain)}
 
     @torch.no_grad()

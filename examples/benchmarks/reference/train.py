@@ -33,7 +33,7 @@ from torch import nn
 
 from reference import shards
 from reference.augment import Augmentation
-from reference.loop import Recipe, Training
+from reference.loop import Recipe, Training, can_drop_patches
 from reference.pixels import Held, read
 from tokencut.errors import TokencutError
 from tokencut.files import atomic_write
@@ -130,6 +130,8 @@ class Run:
         state = self._saved() if args.resume else None
         recipe = Recipe(**state["recipe"]) if state else recipe_of(args, self.architecture)
         model, self.model_args = build(args, self.architecture, len(train.classes))
+        if recipe.patch_drop and not can_drop_patches(model):
+            raise TokencutError(f"{self.architecture} can't leave out image tokens in training; type --patch-drop 0")
         typed = Augmentation(scale=(args.crop_scale, 1.0), rotation=args.rotation, jitter=args.jitter, three=args.three,
                              erasing=args.erasing)  # fmt: skip
         augmentation = Augmentation(**state["augmentation"]) if state else typed
