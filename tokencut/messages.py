@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Any
@@ -30,6 +31,12 @@ def one_line(what: object, most: int = 200) -> str:
     """
     text = " ".join(str(what).split()) or type(what).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """A text as one line that does nothing but show: line breaks and control characters become spaces."""
+    one_line = re.sub(r"\s*[\r\n\u0085\u2028\u2029]\s*", " ", text)
+    return "".join(character if character.isprintable() else " " for character in one_line)
 
 
 def shorten(value: Any) -> str:

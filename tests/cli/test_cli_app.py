@@ -168,7 +168,7 @@ def test_text_that_a_terminal_cannot_show_is_replaced() -> None:
     done = python("-m", "tokencut", "größe", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown command 'gr\\xf6\\xdfe'; commands are")
-    code = "from tokencut.cli import render; render.write('1.0 ± 0.1')"
+    code = "from tokencut.cli import render\nwith render.streams(): render.write('1.0 ± 0.1')"
     assert python("-c", code, env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout == "1.0 ? 0.1\n"
 
 

@@ -5,6 +5,7 @@ A command is a file with a function, and one line in `COMMANDS`. Nothing here im
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _function in COMMANDS.items():
-    app.command(_name)(_function)
+    # What stands in brackets would be taken for markup.
+    app.command(_name, help=inspect.cleandoc(_function.__doc__ or "").replace("[", "\\["))(_function)
 
 
 def _print_version(wanted: bool) -> None:
@@ -102,31 +104,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
     """
     words, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
-    with Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks():
+    no_stdout = sys.stdout is None
+    with render.streams(), Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks():
         try:
+            if no_stdout:
+                raise TokencutError("stdout is closed, so no result could be printed; send it to a file or /dev/null")
             _refuse_empty(words)
-            _invoke(words or ["--help"])
+            _invoke([*words] or ["--help"])  # the parser takes words out of its list
             return DONE
         except render.ReaderGoneError:
             return DONE
         except typer.Exit as done:
             return done.exit_code
-        except SystemExit:  # rich ends so when the reader of a help text has gone
-            return DONE
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (nothing may end in a traceback)
             if debug:
                 traceback.print_exc()
             # An interrupt while torch is being imported can surface as any exception.
             code, message = (INTERRUPTED, "interrupted") if interrupts.seen else _explain(error, words)
-            render.error(message)
+            render.error(message, code, as_json="--json" in _options(words))
             return code
 
 
 def _take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
     """The words without `--debug`, which may stand anywhere before a `--`, and whether it was there."""
-    end = words.index("--") if "--" in words else len(words)
-    kept = [word for word in words[:end] if word != "--debug"]
-    return [*kept, *words[end:]], len(kept) < end
+    options = _options(words)
+    kept = [word for word in options if word != "--debug"]
+    return [*kept, *words[len(options) :]], len(kept) < len(options)
+
+
+def _options(words: Sequence[str]) -> Sequence[str]:
+    """The words among which there may be options: those before a `--`."""
+    return words[: words.index("--")] if "--" in words else words
 
 
 def _refuse_empty(words: Sequence[str]) -> None:

@@ -102,7 +102,7 @@ def profile(
         _show_blocks(report)
     conclusions = _conclusions(report)
     if conclusions:
-        render.write("\n".join(["", *conclusions]))
+        render.write("", *conclusions)
 
 
 def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *, latency: bool) -> ProfileReport:

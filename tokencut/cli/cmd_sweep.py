@@ -127,4 +127,4 @@ def _show(report: SweepReport) -> None:
         first = report.comparisons[0].first
         render.write("")
         render.show(render.table(*comparison_table(report.comparisons), title=f"{first} against the others"))
-    render.write(f"\n{LEGEND}")
+    render.write("", LEGEND)

@@ -1,4 +1,8 @@
-"""All that is printed, and the only place that knows rich: results to stdout; notes, progress and errors to stderr."""
+"""All that is printed, and the only place that knows rich: results to stdout; notes, progress and errors to stderr.
+
+Names and labels out of files may hold anything: every text passes `printable` on its way, so that none can clear a
+screen, or add a line that looks like ours.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from tokencut.cli.wording import typed
 from tokencut.errors import TokencutError
+from tokencut.messages import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType as RenderableType
+    from rich.text import Text
 
 # Where no terminal says how wide it is, nothing is wrapped: the output goes to a file or to another program.
 UNBOUNDED = 1000
@@ -29,18 +35,29 @@ class ReaderGoneError(Exception):
     """Whoever read our stdout has closed it (`| head`): there is nobody left to print for."""
 
 
-def write(text: str) -> None:
-    """Prints a line, or several, to stdout.
+class _Stdout:
+    """Stands for stdout, so that whoever prints (a result, a parser's help) meets what can go wrong in one way."""
 
-    Raises:
-        ReaderGoneError: The other end is closed.
-        TokencutError: It cannot be written (a full disk).
-    """
-    stream = sys.stdout
-    encodable = text.encode(stream.encoding or "utf-8", errors="replace").decode(stream.encoding or "utf-8")
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        with _told():
+            return self._stream.write(text.encode(encoding, errors="replace").decode(encoding))
+
+    def flush(self) -> None:
+        with _told():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
     try:
-        stream.write(encodable + "\n")
-        stream.flush()
+        yield
     except BrokenPipeError as gone:
         _discard_stdout()
         raise ReaderGoneError from gone
@@ -57,9 +74,45 @@ def _discard_stdout() -> None:
         os.close(nowhere)
 
 
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """A context in which stdout and stderr can be written to, whatever they lead to.
+
+    Writing to stdout raises ReaderGoneError where the other end is closed, TokencutError where there is no space. A
+    stream that was closed (`2>&-`) leads nowhere, and so does its number: the next file to be opened would have it, and
+    get whatever a library prints.
+    """
+    before = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        if None in before:
+            while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+                pass
+            os.close(number)
+        sys.stdout, sys.stderr = cast(TextIO, _Stdout(before[0] or nowhere)), before[1] or nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def write(*lines: str) -> None:
+    """Prints lines to stdout.
+
+    Raises:
+        ReaderGoneError: The other end is closed.
+        TokencutError: It cannot be written (a full disk).
+    """
+    _to_stdout("\n".join(map(printable, lines)))
+
+
+def _to_stdout(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def write_json(values: Mapping[str, Any]) -> None:
     """Prints one JSON object to stdout; numbers that are not finite, which JSON does not know, as null."""
-    write(json_text(values))
+    _to_stdout(json_text(values))
 
 
 def json_text(values: Mapping[str, Any]) -> str:
@@ -77,21 +130,23 @@ def _for_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def error(message: str) -> None:
-    """Prints one line `error: ...` to stderr."""
-    _to_stderr(f"error: {typed(message)}")
+def error(message: str, exit_code: int = 1, *, as_json: bool = False) -> None:
+    """Prints one line `error: ...` to stderr, and where stdout is to be JSON, an object with it there, too."""
+    told = printable(typed(message).strip())
+    _to_stderr(f"error: {told}")
+    if as_json:
+        with contextlib.suppress(ReaderGoneError, TokencutError):  # it may be stdout that failed
+            _to_stdout(json.dumps({"error": told, "exit_code": exit_code}, indent=2))
 
 
 def note(message: str) -> None:
     """Prints one line `note: ...` to stderr."""
-    _to_stderr(f"note: {typed(message)}")
+    _to_stderr(f"note: {printable(typed(message).strip())}")
 
 
-def _to_stderr(message: str) -> None:
-    one_line = re.sub(r"\s*[\r\n]\s*", " ", message.strip())
-    printable = "".join(character if character.isprintable() else " " for character in one_line)
+def _to_stderr(line: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads it
-        print(printable, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def show(*parts: RenderableType) -> None:
@@ -102,8 +157,8 @@ def show(*parts: RenderableType) -> None:
     console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
     with console.capture() as captured:
         for part in parts:
-            console.print(part)
-    write("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()))
+            console.print(printable(part) if isinstance(part, str) else part)
+    _to_stdout("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()))
 
 
 def table(
@@ -112,27 +167,31 @@ def table(
     """A table; the first `left` columns are texts and stand left, the others are numbers and stand right."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, title=title and Text(title), title_justify="left", pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, title=title and _plain_text(title), title_justify="left", pad_edge=False)
     for position, column in enumerate(columns):
-        made.add_column(Text(column), justify="left" if position < left else "right", overflow="fold")
+        made.add_column(_plain_text(column), justify="left" if position < left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*map(_plain_text, row))
     return made
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> RenderableType:
     """Names and values, one a line."""
     from rich.table import Table
-    from rich.text import Text
 
     made = Table.grid(padding=(0, 2))
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows:
-        made.add_row(Text(name, style="bold"), Text(value))
+        made.add_row(_plain_text(name, style="bold"), _plain_text(value))
     return made
+
+
+def _plain_text(text: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
 
 
 def pairs(values: Mapping[str, Any]) -> str:
@@ -209,5 +268,5 @@ def progress(title: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(title, total=None, status="")
-        yield lambda done, total, status: bar.update(task, completed=done, total=total, status=status)
+        task = bar.add_task(printable(title), total=None, status="")
+        yield lambda done, total, status: bar.update(task, completed=done, total=total, status=printable(status))
