@@ -86,8 +86,11 @@ class BlockLoop:
         return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
 
     def weighed(self, tokens: Tokens) -> Tokens:
-        """The same tokens with what attention adds to their logits, for their sizes and their policy."""
-        return replace(tokens, bias=attention_bias(tokens, self.proportional))
+        """The same tokens with all that blocks up to the next stage share: what attention adds to their logits for
+        their sizes and their policy, and what the family makes of them.
+        """
+        tokens = replace(tokens, bias=attention_bias(tokens, self.proportional))
+        return self.adapter.prepare(self.model, tokens)
 
     def step(
         self, number: int, tokens: Tokens, tokens_out: int | None = None, observer: BlockObserver | None = None

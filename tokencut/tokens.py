@@ -30,6 +30,9 @@ class Tokens:
             dropped; None where nobody asked for it.
         positions: Where each image token is, in rows and columns of patches from the first, fp32 `(B, N, 2)`: the mean
             over the patches that it holds. None where the model's blocks ask for no positions.
+        grid: Rows and columns of patches of the image, where positions are asked for.
+        shared: What the model's family makes once for all blocks up to the next stage (`Adapter.prepare`), such as a
+            table of rotations; None for nothing.
         policy: Which image tokens still count, fp32 `(B, N)`, 1 or 0 with a gradient: only while a method trains that
             hides tokens instead of dropping them (`Method.soft_policy`).
         bias: What attention adds to its logits for the tokens' sizes and policy, `(B, 1, 1, P + N)` in the features'
@@ -41,6 +44,8 @@ class Tokens:
     sizes: Tensor | None = None
     source: Tensor | None = None
     positions: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    shared: Tensor | None = None
     policy: Tensor | None = None
     bias: Tensor | None = None
 
@@ -96,7 +101,7 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
     sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
     features = features.gather(1, rows)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, shared=None, bias=None)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -109,7 +114,7 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     if positions is not None:
         positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
     features = _merged(tokens, decision)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, shared=None, bias=None)
 
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:

@@ -11,14 +11,13 @@ import torch
 from timm.layers import LayerScale
 from torch import nn
 
-from tokencut.adapters import adapter_for, supported_modules
+from tokencut.adapters import adapter_for, counted_macs
 from tokencut.attention import attention_bias
 from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, compress
 from tokencut.tokens import Tokens
 
-MODULES = [module for modules in supported_modules().values() for module in modules]
-NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
+NAMES = timm.list_models(module=["vision_transformer", "deit"])
 
 # One small model for each kind of block, attention, prefix and pooling among the 179.
 SMALL: dict[str, dict[str, Any]] = {
@@ -149,6 +148,15 @@ def test_two_heads_give_their_logits_or_the_mean() -> None:
         torch.testing.assert_close(model(pixels), (apart[0] + apart[1]) / 2)
 
 
+def test_convolutions_are_counted_behind_the_back_of_the_models_hooks() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(6, 5))
+    seen: list[object] = []
+    layers[0].register_forward_hook(lambda *_: seen.append(_))
+    # 8 x 8 places of 8 filters of 27; 6 x 6 of 8 filters of 9; 8 x 6 rows of 6 by 5.
+    assert counted_macs(layers, (3, 16, 16)) == 64 * 8 * 27 + 36 * 8 * 9 + 8 * 6 * 6 * 5
+    assert not seen
+
+
 def test_sizes_in_pixels() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), patch_size=(8, 16), depth=1)
     adapter = adapter_for(model)
@@ -195,10 +203,8 @@ def test_proportional_attention_is_attention_to_every_patch() -> None:
 def test_an_unsupported_family_is_named_with_those_that_are() -> None:
     with pytest.raises(ModelError) as caught:
         compress(timm.create_model("test_resnet"))
-    assert str(caught.value) == (
-        "ResNet models are not supported; supported are: ViT / DeiT (timm.models.vision_transformer/deit); "
-        "'tokencut models' lists the names"
-    )
+    assert str(caught.value).startswith("ResNet models are not supported; supported are: ViT / DeiT")
+    assert str(caught.value).endswith("; 'tokencut models' lists the names")
 
 
 @pytest.mark.parametrize(

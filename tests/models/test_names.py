@@ -68,4 +68,4 @@ def test_listing() -> None:
     assert {model.name for model in list_supported("vit_*_patch14_DINOv2")} == {
         f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large", "giant")
     }
-    assert list_supported("resnet") == []
+    assert list_supported("convnext") == []

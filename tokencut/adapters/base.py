@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tokencut.attention import AttentionInfo, TimmModule
@@ -86,6 +88,10 @@ class Adapter(ABC):
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
 
+    def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
+        """Makes, behind `embed` and behind each stage, what all blocks up to the next one share (`Tokens.shared`)."""
+        return tokens
+
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
         """What the attention of a block is given beside features.
 
@@ -156,15 +162,47 @@ def adapter_for(model: nn.Module) -> Adapter:
     if adapter is not None:
         adapter.check(model)
         return adapter
-    families = ", ".join(f"{family} (timm.models.{'/'.join(names)})" for family, names in supported_modules().items())
     raise ModelError(
-        f"{type(model).__name__} models are not supported; supported are: {families}; 'tokencut models' lists the names"
+        f"{type(model).__name__} models are not supported; supported are: {', '.join(supported_modules())}; "
+        "'tokencut models' lists the names"
     )
 
 
 def linear_macs(module: nn.Module) -> int:
     """Multiply-adds per token of all linear layers inside a module that applies each of them to every token once."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def counted_macs(module: nn.Module, inputs: tuple[int, ...]) -> int:
+    """Multiply-adds per image of what has no closed form, such as a backbone of convolutions before the first block.
+
+    A copy without weights runs on the meta device, where nothing is computed, and each layer's output tells its count.
+
+    Args:
+        module: Any module whose products are convolutions (none of them transposed) and linear layers.
+        inputs: The shape of its input for one image, such as `(3, H, W)`.
+    """
+    weights = [*module.parameters(), *module.buffers()]
+    hollow = copy.deepcopy(module, {id(tensor): _without_storage(tensor) for tensor in weights}).eval()
+    found: list[int] = []
+
+    def note(layer: nn.Module, _: Any, output: Tensor) -> None:
+        weight: Any = layer.weight
+        found.append(output.numel() * weight[0].numel())
+
+    for layer in hollow.modules():
+        layer._forward_hooks.clear()  # the model's own would see images that nobody gave
+        layer._forward_pre_hooks.clear()
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+            layer.register_forward_hook(note)
+    with torch.no_grad():
+        hollow(torch.empty(1, *inputs, dtype=weights[0].dtype, device="meta"))
+    return sum(found)
+
+
+def _without_storage(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def fused_attention_macs(query_width: int, value_width: int) -> Macs:

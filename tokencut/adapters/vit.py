@@ -1,4 +1,4 @@
-"""Every architecture that timm builds from its modules `vision_transformer` and `deit`."""
+"""Every architecture that timm builds of its class `VisionTransformer`, also with convolutions before the blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokencut.adapters import vit_blocks
-from tokencut.adapters.base import Adapter, Context, linear_macs, register_adapter
+from tokencut.adapters.base import Adapter, Context, counted_macs, linear_macs, register_adapter
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
@@ -22,11 +22,12 @@ _AVERAGE_POOLS = ("avg", "avgmax")
 @register_adapter
 class ViTAdapter(Adapter):
     """Plain, distilled (two heads), register tokens, no class token, average or attention pooling, LayerScale,
-    q/k norm, pre-norm, res-post-norm, parallel and differential blocks.
+    q/k norm, pre-norm, res-post-norm, parallel and differential blocks; patches cut by one convolution, or by a whole
+    backbone of them (hybrids, ViTamin).
     """
 
     family = "ViT / DeiT"
-    timm_modules = ("vision_transformer", "deit")
+    timm_modules = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
 
     def accepts(self, model: nn.Module) -> bool:
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
@@ -58,7 +59,7 @@ class ViTAdapter(Adapter):
         return model.patch_embed.img_size
 
     def patch_size(self, model: TimmModule) -> tuple[int, int]:
-        height, width = model.patch_embed.patch_size
+        height, width = model.patch_embed.feat_ratio(as_scalar=False)
         return int(height), int(width)
 
     def classifier(self, model: TimmModule) -> nn.Module:
@@ -119,7 +120,7 @@ class ViTAdapter(Adapter):
         patches = _patch_count(embed)
         pooled, head_prefix_tokens = _pool_macs(model)
         return ModelCost(
-            embed=embed.proj.weight.numel() * patches,
+            embed=_embed_macs(embed),
             blocks=tuple(vit_blocks.handler(b).cost(b, max(1, len(_class_rows(model)))) for b in model.blocks),
             head=pooled,
             num_prefix_tokens=self.num_prefix_tokens(model),
@@ -134,6 +135,13 @@ def _patch_count(embed: TimmModule) -> int:
     """Patches of an image of the size that the model is built for, with those that padding adds."""
     rows, columns = embed.dynamic_feat_size(embed.img_size)
     return int(rows * columns)
+
+
+def _embed_macs(embed: TimmModule) -> int:
+    """Multiply-adds of making patches."""
+    if isinstance(embed, PatchEmbed):
+        return int(embed.proj.weight.numel() * _patch_count(embed))
+    return counted_macs(embed, (embed.in_chans, *embed.img_size))
 
 
 def _patches(embed: TimmModule, images: Tensor) -> Tensor:

@@ -98,10 +98,9 @@ def resolve_name(spec: str) -> ModelName:
     if not is_model(name):
         raise UsageError(f"unknown model {spec!r}{_nearest(written)} 'tokencut models' lists the names")
     if name not in architectures():
-        families = ", ".join(f"{kind} (timm.models.{'/'.join(names)})" for kind, names in supported_modules().items())
         module = model_entrypoint(name).__module__.rpartition(".")[2]
-        raise ModelError(f"{name} is of timm's family {module}, which is not supported; supported are: {families}; "
-                         "'tokencut models' lists the names")  # fmt: skip
+        raise ModelError(f"{name} is of timm's family {module}, which is not supported; supported are: "
+                         f"{', '.join(supported_modules())}; 'tokencut models' lists the names")  # fmt: skip
     if tag and tag not in _tags(name):
         known = f"its tags are {', '.join(_tags(name))}" if _tags(name) else f"it has none, type {written}"
         raise UsageError(f"{name} has no weights tagged {tag!r}; {known}")

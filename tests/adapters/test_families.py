@@ -1,0 +1,251 @@
+"""What holds for every family: a row in `FAMILIES` puts a new one through all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+import tokencut
+from tokencut.adapters import adapter_for, supported_modules
+from tokencut.attention import attention_bias
+from tokencut.blocks import BlockLoop
+from tokencut.export.run import export_model
+from tokencut.model import CompressedModel, compress, predicted_macs
+from tokencut.profiling.counting import count_macs
+from tokencut.tokens import Tokens
+from tokencut.visualization.drawing import draw
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row.
+
+    Attributes:
+        modules: timm's modules.
+        names: How many names timm 1.0.31 has in them.
+        small: Arguments that make small models, one for each kind of block, attention, position and pooling.
+        lacking: Parameters that timm itself gives no gradient, by a part of their names.
+        arguments: What makes any of the names shallow enough to be built on the meta device.
+        slow: Whether its small models are too large for the quick loop.
+    """
+
+    modules: tuple[str, ...]
+    names: int
+    small: Mapping[str, Mapping[str, Any]]
+    lacking: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=lambda: {"depth": 2})
+    slow: bool = False
+
+
+FAMILIES = {
+    "hybrid": Family(
+        ("vision_transformer_hybrid",),
+        14,
+        {"vit_tiny_r_s16_p8_224": {"img_size": 128, "depth": 3, "embed_dim": 48, "num_heads": 3}},
+    ),
+    "vitamin": Family(("vitamin",), 13, {"vitamin_small_224": {"img_size": 64, "depth": 2, "mlp_ratio": 1}}, slow=True),
+}
+SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in family.small.items()}
+EVERY_SMALL = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if row.slow else []) for name, (row, _) in SMALL.items()]
+)
+NAMES = {name: family for family in FAMILIES.values() for name in timm.list_models(module=list(family.modules))}
+
+
+def small_model(name: str) -> Any:
+    """A small model with random weights, wider than timm starts them and LayerScale near 1, so that no error hides."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"num_classes": 10, **SMALL[name][1]}).eval()
+    scales = {id(module.gamma) for module in model.modules() if isinstance(module, LayerScale)}
+    with torch.no_grad():
+        for label, parameter in model.named_parameters():
+            if id(parameter) in scales or label.rpartition(".")[2] in ("gamma_1", "gamma_2"):
+                nn.init.uniform_(parameter, 0.8, 1.2)
+            elif parameter.dim() > 1 and "rope" not in label:
+                parameter.mul_(3.0)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def images(model: Any, batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def reducing(model: nn.Module, method: str = "bat", keep: float = 0.6) -> CompressedModel:
+    """Every block but the last reduces."""
+    return compress(model, keep=keep, layers=range(1, len(adapter_for(model).blocks(model))), method=method)
+
+
+def in_halves(loop: BlockLoop, number: int, tokens: Tokens) -> Tokens:
+    """A block by the reducing path, with nothing removed, and what travels made anew behind it."""
+    half = loop.stage_input(number, replace(loop.weighed(replace(tokens, shared=None)), bias=tokens.bias))
+    row = half.attention.class_attention()
+    assert row.shape == (len(row), tokens.count) and (row >= 0).all() and (row.sum(1) > 0).all()
+    assert half.attention.keys().shape[:2] == row.shape
+    return loop.mlp_half(number, half.tokens)
+
+
+def test_all_names_are_there() -> None:
+    for family in FAMILIES.values():
+        assert set(family.modules) <= {module for modules in supported_modules().values() for module in modules}
+        assert len(timm.list_models(module=list(family.modules))) >= family.names
+
+
+@EVERY_SMALL
+def test_keep_one_is_timm_bit_for_bit(name: str) -> None:
+    model = small_model(name)
+    with torch.no_grad():
+        assert torch.equal(compress(model, keep=1.0).eval()(images(model)), model(images(model)))
+
+
+@EVERY_SMALL
+def test_the_loop_with_nothing_removed_is_the_model(name: str) -> None:
+    model = small_model(name)
+    loop, pixels = compress(model, keep=1.0).loop, images(model)
+    with torch.no_grad():
+        tokens = loop.embed(pixels)
+        whole = loop.run(tokens, ())
+        torch.testing.assert_close(loop.head(whole), model(pixels), rtol=1e-5, atol=1e-5)
+        halves = tokens
+        for number in range(1, loop.depth + 1):
+            halves = in_halves(loop, number, halves)
+        scale = float(whole.features.abs().max())
+        torch.testing.assert_close(halves.features / scale, whole.features / scale, rtol=0, atol=1e-5)
+    assert (whole.features - tokens.features).abs().mean() > 0.05, "the blocks do too little for a test"
+
+
+@EVERY_SMALL
+def test_every_block_in_halves_is_the_block(name: str) -> None:
+    model = small_model(name)
+    loop = compress(model, keep=1.0).loop
+    with torch.no_grad():
+        tokens = loop.embed(images(model))
+        sizes = torch.rand(3, tokens.count, generator=torch.Generator().manual_seed(2)) + 1
+        tokens = replace(tokens, sizes=sizes, bias=attention_bias(replace(tokens, sizes=sizes), True))
+        for number in range(1, loop.depth + 1):
+            whole = loop.step(number, tokens)
+            scale = float(whole.features.abs().max())
+            halves = in_halves(loop, number, tokens).features
+            torch.testing.assert_close(halves / scale, whole.features / scale, rtol=0, atol=1e-5)
+            tokens = whole
+
+
+@EVERY_SMALL
+def test_the_head_with_every_token_once_is_timms(name: str) -> None:
+    model = small_model(name)
+    loop, pixels = compress(model, keep=1.0).loop, images(model)
+    with torch.no_grad():
+        tokens = loop.run(loop.embed(pixels), ())
+        ones = loop.weighed(replace(tokens, sizes=torch.ones(3, tokens.count)))
+        torch.testing.assert_close(loop.head(ones), model(pixels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bat", "tome", "evit"])
+@EVERY_SMALL
+def test_an_image_has_the_same_logits_alone_and_in_any_batch(name: str, method: str) -> None:
+    model = small_model(name)
+    compressed, pixels = reducing(model, method).eval(), images(model)
+    with torch.no_grad():
+        logits = compressed(pixels)
+        assert (logits - model(pixels)).abs().max() > 1e-3, "nothing was reduced"
+        torch.testing.assert_close(compressed(pixels.flip(0)).flip(0), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compressed(pixels[1:2]), logits[1:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@EVERY_SMALL
+def test_the_closed_form_is_what_fvcore_counts(name: str) -> None:
+    model = small_model(name)
+    for compressed in (reducing(model), reducing(model, "tome"), model):
+        counted = count_macs(compressed, (3, *model.patch_embed.img_size))
+        assert sum(row.macs for row in predicted_macs(compressed)) == counted.total
+        assert not counted.uncounted
+
+
+@EVERY_SMALL
+def test_features_and_pictures(name: str) -> None:
+    model = small_model(name)
+    compressed, pixels = reducing(model).eval(), images(model)
+    rows, columns = compressed.adapter.grid(model, *pixels.shape[-2:])
+    with torch.no_grad():
+        maps = tokencut.features_only(compressed, out_indices=2)(pixels)
+        dense = tokencut.features_only(compress(model, keep=1.0), out_indices=2)(pixels)
+        expected = model.forward_intermediates(pixels, 2, intermediates_only=True)
+    width = compressed.adapter.cost(model).width
+    assert [tuple(each.shape) for each in maps] == [(3, width, rows, columns)] * 2
+    assert all(torch.equal(one, other) for one, other in zip(dense, expected, strict=True))
+    assert draw(compressed, pixels.clamp(0, 1).mul(255).byte(), device="cpu").views
+
+
+@EVERY_SMALL
+def test_a_training_step_reaches_every_weight(name: str) -> None:
+    model = small_model(name)
+    compressed = reducing(model).train()
+    compressed.model.set_grad_checkpointing()
+    compressed(images(model)).square().sum().backward()
+    missing = {label for label, weight in compressed.model.named_parameters() if not _has_gradient(weight)}
+    lacking = SMALL[name][0].lacking
+    assert not {label for label in missing if not any(part in label for part in lacking)}
+
+
+def _has_gradient(weight: nn.Parameter) -> bool:
+    return weight.grad is not None and bool(weight.grad.abs().sum() > 0) and bool(weight.grad.isfinite().all())
+
+
+@EVERY_SMALL
+def test_a_file_holds_all_of_it(name: str, tmp_path: Path) -> None:
+    model = small_model(name)
+    compressed, path = reducing(model).eval(), tmp_path / "m.safetensors"
+    tokencut.save(compressed, path)
+    with torch.no_grad():
+        assert torch.equal(tokencut.load(path)(images(model)), compressed(images(model)))
+        again = timm.create_model(name, checkpoint_path=str(path), **{"num_classes": 10, **SMALL[name][1]}).eval()
+        assert torch.equal(again(images(model)), model(images(model)))
+
+
+@pytest.mark.slow
+@EVERY_SMALL
+def test_it_compiles_without_a_graph_break(name: str) -> None:
+    model = small_model(name)
+    compressed, pixels = reducing(model).eval(), images(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(compressed, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(pixels), compressed(pixels), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@EVERY_SMALL
+def test_it_is_exported_with_any_batch(name: str, suffix: str, tmp_path: Path) -> None:
+    report = export_model(reducing(small_model(name)).eval(), tmp_path / f"m{suffix}", limit=3)
+    assert report.info.batch_size is None and report.agreement.to_dict()["images"] == 3
+    if suffix == ".onnx":
+        import onnx
+
+        kinds = {node.op_type for node in onnx.load(report.output).graph.node}
+        assert not kinds & {"If", "Loop", "Range"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_compresses_runs_and_is_counted(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, **NAMES[name].arguments)
+    compressed = compress(model, keep=0.5).eval()
+    size = adapter_for(model).input_size(model)
+    assert size is not None
+    logits, traces = compressed.trace(torch.empty(2, 3, *size, device="meta"))
+    patches = compressed.recipe.tokens
+    assert traces[-1].tokens.count == compressed.recipe.stages[-1].tokens_out < patches
+    assert logits.shape == (2, model.num_classes or model.num_features)
+    assert sum(row.macs for row in predicted_macs(compressed)) == count_macs(compressed, (3, *size)).total
