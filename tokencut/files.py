@@ -5,14 +5,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tokencut.errors import ArtifactError
 
 # How the name of a temporary file ends.
 PART = ".part"
+
+
+KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a file to be read; what is none is refused, since to open a pipe waits until somebody writes to it.
+
+    Raises:
+        OSError: It cannot be opened, or is no file; `strerror` says why.
+    """
+    kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
+    if kind is not None:
+        code = errno.EISDIR if kind == KINDS[stat.S_IFDIR] else errno.EINVAL
+        raise OSError(code, f"it is {kind}, not a file", str(path))
+    return path.open("rb")
 
 
 def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:

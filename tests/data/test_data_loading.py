@@ -102,7 +102,7 @@ def test_the_global_random_numbers_stay_as_they_are(folder: Path) -> None:
 
 @forks
 def test_a_worker_that_dies_is_told_with_a_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "decode", lambda *_: os._exit(3))
+    monkeypatch.setattr(loading, "decode", lambda *_, **__: os._exit(3))
     with pytest.raises(DataError) as caught:
         list(make_loader(dataset(open_source(folder)), batch_size=6, workers=1))
     assert str(caught.value) == (

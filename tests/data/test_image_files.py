@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
 from image_files import encoded, picture, write_folder
+from PIL import Image
 
-from tokencut.data.image_files import Photo, check_photos, find_photos, read_photos
+from tokencut.data.image_files import Photo, check_photos, find_photos, photo_of, read_photos
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
 
@@ -56,3 +58,19 @@ def test_a_single_image_that_may_not_be_read() -> None:
         "1 of 1 image cannot be drawn: 'secret.jpg' (Permission denied); give JPEG, PNG, WEBP, BMP or TIFF files, or "
         "the word digits"
     )
+
+
+def test_a_photo_is_upright_and_an_image_of_a_set_is_as_it_is_judged(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("ant/1.jpg", "bee/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        picture(1, (40, 32)).save(tmp_path / name, exif=exif)
+    photos = [*find_photos([tmp_path / "ant/1.jpg"]), photo_of(open_source(tmp_path), 0)]
+    assert read_photos(photos, "RGB", lambda image: image.size) == [(32, 40), (40, 32)]
+
+
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(DataError, match=r"'.*photo.jpg' \(it is a pipe, not a file\)"):
+        check_photos(find_photos([tmp_path / "photo.jpg"]))

@@ -38,7 +38,7 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by one for every image decoded."""
     log: list[str] = []
     real = loading.decode
-    monkeypatch.setattr(loading, "decode", lambda file, mode: log.append(mode) or real(file, mode))
+    monkeypatch.setattr(loading, "decode", lambda file, mode, **how: log.append(mode) or real(file, mode, **how))
     return log
 
 

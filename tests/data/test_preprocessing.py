@@ -14,7 +14,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tokencut.data.preprocessing import UnreadableImageError, decode, preprocessing_of
+from tokencut.data.preprocessing import UnreadableImageError, decode, preprocessing_of, turn_of
 from tokencut.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -195,3 +195,42 @@ def test_a_gif_under_another_name_is_its_first_frame() -> None:
     red.save(file, "GIF", save_all=True, append_images=[blue])
     file.seek(0)
     assert decode(file).getpixel((3, 3)) == (255, 0, 0)
+
+
+def stored_turned(form: str, orientation: int) -> tuple[Image.Image, bytes]:
+    """A picture, and a file that holds it turned so that its EXIF's orientation turns it back."""
+    upright = picture(1, (40, 32))
+    back = {3: Image.Transpose.ROTATE_180, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}  # fmt: skip
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    upright.transpose(back[orientation]).save(buffer, form, exif=exif, **({"quality": 95} if form == "JPEG" else {}))
+    return upright, buffer.getvalue()
+
+
+@pytest.mark.parametrize(("form", "orientation"), [("PNG", 5), ("PNG", 6), ("PNG", 7), ("PNG", 8), ("JPEG", 3)])
+def test_a_photo_is_turned_upright_where_that_is_asked_for(form: str, orientation: int) -> None:
+    upright, content = stored_turned(form, orientation)
+    seen = decode(io.BytesIO(content), upright=True)
+    assert seen.size == upright.size
+    # JPEG loses a little.
+    assert np.abs(np.asarray(seen, dtype=int) - np.asarray(upright, dtype=int)).max() <= (40 if form == "JPEG" else 0)
+    # As timm, which opens with Pillow and converts.
+    stored = decode(io.BytesIO(content))
+    assert np.array_equal(stored, Image.open(io.BytesIO(content)).convert("RGB"))
+    assert turn_of(stored) is not None
+
+
+def test_a_tiff_which_pillow_turns_itself_is_turned_once() -> None:
+    upright, content = stored_turned("TIFF", 6)
+    for asked in (True, False):
+        seen = decode(io.BytesIO(content), upright=asked)
+        assert np.array_equal(seen, upright)
+        assert turn_of(seen) is None
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b""])
+def test_damaged_exif_turns_nothing(exif: bytes) -> None:
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "JPEG", exif=exif)
+    assert decode(io.BytesIO(buffer.getvalue()), upright=True).size == (40, 32)

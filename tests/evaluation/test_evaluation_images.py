@@ -69,3 +69,20 @@ def test_odd_images_are_judged(tmp_path: Path) -> None:
         "folders without images passed over: 1 ('empty')",
         "the model has no label names: the 2 folders stand for the model's classes in natural order",
     )
+
+
+def test_images_that_their_exif_turns_are_judged_as_timm_sees_them_and_that_is_said(tmp_path: Path) -> None:
+    root = greys(tmp_path / "set", {"a": [0] * 3, "b": [9] * 3})
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    wide = picture(3, (64, 32))
+    wide.save(root / "a/4.png", exif=exif)
+    model = small_model(2)
+    report = evaluate(model, root, workers=0)
+    assert report.notes[-1] == (
+        "images seen as they are stored, as timm sees them, though their EXIF says to turn them: 1 of 7 ('a/4.png'); "
+        "turn the files themselves to have them seen upright"
+    )
+    wide.save(root / "a/4.png")
+    untold = evaluate(model, root, workers=0)
+    assert (untold.loss, len(untold.notes)) == (report.loss, len(report.notes) - 1)

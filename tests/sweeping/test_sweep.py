@@ -146,7 +146,7 @@ def test_the_model_stays_as_it_is_and_is_not_copied(images: Path, tmp_path: Path
 def test_images_are_decoded_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     real = loading.decode
-    monkeypatch.setattr(loading, "decode", lambda file, mode: log.append(mode) or real(file, mode))
+    monkeypatch.setattr(loading, "decode", lambda file, mode, **how: log.append(mode) or real(file, mode, **how))
     held = sweep(small_model(), images, tmp_path / "held", plan())
     assert len(log) == 24
     streamed = sweep(small_model(), images, tmp_path / "streamed", plan(held_bytes=0))

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tokencut.data.preprocessing import FORMATS, UnreadableImageError, decode
 from tokencut.data.sources import DIGITS, DigitsSource, Source
 from tokencut.errors import DataError
+from tokencut.files import open_plain
 
 # So many of the test images stand for the word `digits`.
 DIGITS_DRAWN = 4
@@ -28,10 +30,12 @@ class Photo:
     Attributes:
         name: As the user wrote it.
         opened: Opens its encoded bytes.
+        upright: Whether it is turned as its EXIF says.
     """
 
     name: str
     opened: Callable[[], BinaryIO]
+    upright: bool = True
 
 
 PhotoLike = str | os.PathLike[str] | Photo
@@ -54,17 +58,13 @@ def find_photos(images: Sequence[PhotoLike]) -> list[Photo]:
             source = DigitsSource("test")
             found += [photo_of(source, index) for index in range(DIGITS_DRAWN)]
         else:
-            found.append(Photo(os.fspath(image), _opener(Path(image).expanduser())))
+            found.append(Photo(os.fspath(image), partial(open_plain, Path(image).expanduser())))
     return found
 
 
 def photo_of(source: Source, index: int) -> Photo:
-    """An image of a source, named `SOURCE:PATH`."""
-    return Photo(f"{source.name}:{source.filename(index)}", lambda: source.open(index))
-
-
-def _opener(path: Path) -> Callable[[], BinaryIO]:
-    return lambda: path.open("rb")
+    """An image of a source, named `SOURCE:PATH`, as it is judged."""
+    return Photo(f"{source.name}:{source.filename(index)}", partial(source.open, index), source.upright)
 
 
 def read_photos(photos: Sequence[Photo], mode: str, use: Callable[[Image.Image], Made]) -> list[Made]:
@@ -84,7 +84,7 @@ def read_photos(photos: Sequence[Photo], mode: str, use: Callable[[Image.Image],
             with photo.opened() as file:
                 # Whole first: a decoder that fails on a socket or a device says less than reading does.
                 content = io.BytesIO(file.read())
-            made.append(use(decode(content, mode)))
+            made.append(use(decode(content, mode, upright=photo.upright)))
         except IsADirectoryError:
             failures.append(f"{photo.name!r} (a folder; name the files in it, such as {Path(photo.name) / '*.jpg'})")
         except FileNotFoundError:

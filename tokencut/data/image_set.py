@@ -129,15 +129,25 @@ class ImageSet:
     def _told(self, image: Unreadable) -> str:
         return f"{self.source.filename(image.index)!r} ({image.reason})"
 
-    def notes(self, unreadable: Collection[Unreadable] = ()) -> tuple[str, ...]:
-        """What has to be said of them: their classes, a sample, those that could not be decoded."""
+    def notes(self, unreadable: Collection[Unreadable] = (), lying: Collection[int] = ()) -> tuple[str, ...]:
+        """What has to be said of them: their classes, a sample, those that could not be decoded or lie on their side.
+
+        Args:
+            unreadable: Images that could not be decoded.
+            lying: The numbers of those that were seen as they are stored, though their EXIF says to turn them.
+        """
         sample = sample_note(len(self), len(self.source)) if len(self) < len(self.source) else ""
         skipped = (
             f"images skipped, since they could not be decoded: {len(unreadable)} of {len(self)} "
             f"({quoted(self.filenames(unreadable))})" if unreadable else ""
         )  # fmt: skip
         classes = self.class_map.notes if self.class_map else ()
-        return tuple(note for note in (*self.source.notes, *classes, sample, skipped) if note)
+        turned = (
+            f"images seen as they are stored, as timm sees them, though their EXIF says to turn them: {len(lying)} of "
+            f"{len(self)} ({quoted([self.source.filename(index) for index in lying])}); turn the files themselves to "
+            "have them seen upright" if lying else ""
+        )  # fmt: skip
+        return tuple(note for note in (*self.source.notes, *classes, sample, skipped, turned) if note)
 
     def digest(self, on_image: Callable[[int], None] | None = None) -> str:
         """SHA-256 of the encoded images, in order, with the names and classes they go by.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from tokencut.data.preprocessing import Transform, UnreadableImageError, decode
+from tokencut.data.preprocessing import Transform, UnreadableImageError, decode, turn_of
 from tokencut.data.sources import Source
 from tokencut.errors import DataError, UsageError
 from tokencut.runtime.devices import check_batch_size
@@ -23,11 +23,12 @@ MOST_WORKERS = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: its tensor `(C, H, W)`, its class, and its number in the source."""
+    """One image: its tensor `(C, H, W)`, its class, its number in the source, and whether it lies as its EXIF tells."""
 
     image: Tensor
     target: int
     index: int
+    lies: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,22 @@ class Batch:
         targets: The class of each image, `(B,)`.
         indices: Its number in the source, `(B,)`.
         unreadable: What is missing.
+        lying: The numbers of the images that are seen as they are stored, though their EXIF says to turn them.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
     unreadable: tuple[Unreadable, ...]
+    lying: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, for a loader that feeds a GPU."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.indices.pin_memory(), self.unreadable)
+        images, targets, indices = (tensor.pin_memory() for tensor in (self.images, self.targets, self.indices))
+        return replace(self, images=images, targets=targets, indices=indices)
 
 
 class ImageDataset(Dataset[Sample | Unreadable]):
@@ -100,12 +104,13 @@ class ImageDataset(Dataset[Sample | Unreadable]):
         try:
             file, folder = self.source[index]
             with file:
-                image = decode(file, self.mode)
+                image = decode(file, self.mode, upright=self.source.upright)
         except OSError as error:
             return Unreadable(index, error.strerror or str(error))
         except UnreadableImageError as error:
             return Unreadable(index, str(error))
-        return Sample(self.transform(image), self.targets[folder], index)
+        lies = not self.source.upright and turn_of(image) is not None
+        return Sample(self.transform(image), self.targets[folder], index, lies)
 
 
 class Batches(Protocol):
@@ -204,6 +209,7 @@ def collate(items: Sequence[Sample | Unreadable]) -> Batch:
         targets=torch.tensor([sample.target for sample in samples], dtype=torch.long),
         indices=torch.tensor([sample.index for sample in samples], dtype=torch.long),
         unreadable=tuple(item for item in items if isinstance(item, Unreadable)),
+        lying=tuple(sample.index for sample in samples if sample.lies),
     )
 
 

@@ -23,6 +23,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 UNDER_OTHER_NAMES = ("GIF",)
 MODES = {1: "L", 3: "RGB"}
 
+# What turns an image upright, by the orientation that its EXIF tells; 1 is upright as it is stored.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -94,12 +102,13 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     return Preprocessing(config, MODES[channels])
 
 
-def decode(file: BinaryIO, mode: str = "RGB") -> Image.Image:
+def decode(file: BinaryIO, mode: str = "RGB", *, upright: bool = False) -> Image.Image:
     """Decodes an image, as timm's dataset does, save that 16-bit grey is scaled to 8 bits and not clipped to white.
 
     Args:
         file: The encoded image.
         mode: Pillow's mode to convert to.
+        upright: Whether to turn it as its EXIF says, as viewers do; timm, and what trains with it, do not.
 
     Returns:
         The image, fully decoded.
@@ -111,7 +120,10 @@ def decode(file: BinaryIO, mode: str = "RGB") -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of odd but harmless metadata, which would break into progress bars and cannot be acted on.
             warnings.simplefilter("ignore")
-            return _to_mode(Image.open(file, formats=(*FORMATS, *UNDER_OTHER_NAMES)), mode)
+            image = Image.open(file, formats=(*FORMATS, *UNDER_OTHER_NAMES))
+            image.load()  # which turns a TIFF, and then tells no orientation
+            turn = turn_of(image) if upright else None
+            return _to_mode(image if turn is None else image.transpose(turn), mode)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything, SyntaxError included
@@ -125,5 +137,14 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         raise ValueError("32-bit pixels, whose range is unknown")
     if image.mode.startswith("I"):  # 16 bits; "I", which has room for 32, is how older Pillows open 16-bit PNGs
         pixels = np.clip(np.asarray(image), 0, 0xFFFF) >> 8  # the higher byte, as Pillow does with 16-bit colour
-        image = Image.fromarray(pixels.astype(np.uint8))
+        told, image = image.info, Image.fromarray(pixels.astype(np.uint8))
+        image.info = told
     return image.convert(mode)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What would turn an image upright, by its EXIF; None where it tells nothing, or that it is."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 (damaged metadata raises almost anything, and takes nothing from the pixels)
+        return None

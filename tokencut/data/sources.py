@@ -34,7 +34,11 @@ class Source(Reader):
         classes: The class folders.
         notes: What a user should know: files passed over, classes without images.
         class_order: The folders' names in the order of a model's classes, where the user told it.
+        upright: Whether images are turned as their EXIF says. Single photos are; sets of images are read as timm reads
+            them, which does not, so that an accuracy is timm's.
     """
+
+    upright = False
 
     def __init__(self, name: str, layout: Layout) -> None:
         super().__init__()

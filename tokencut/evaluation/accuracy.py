@@ -190,6 +190,7 @@ class MetricAccumulator:
         self.of = of
         self.precision = precision
         self.unreadable: list[Unreadable] = []
+        self.lying: list[int] = []
         self.indices: list[int] = []
         self.targets: list[int] = []
         self.ranked: list[list[int]] = []
@@ -200,6 +201,7 @@ class MetricAccumulator:
     def add(self, batch: Batch, logits: Tensor | None) -> None:
         """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
         self.unreadable += batch.unreadable
+        self.lying += batch.lying
         self.images.check_unreadable(self.unreadable, self.of)
         if logits is None:
             return
@@ -237,7 +239,7 @@ class MetricAccumulator:
             seconds=seconds,
             images_per_second=images / seconds,
             unreadable=tuple(self.images.filenames(self.unreadable)),
-            notes=self.images.notes(self.unreadable),
+            notes=self.images.notes(self.unreadable, self.lying),
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
             numbers=tuple(self.indices),
         )
