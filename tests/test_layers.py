@@ -14,12 +14,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # A folder, or a module beside the folders, imports only what stands in lines above its own. Inside a folder modules may
 # import each other, without cycles.
 LAYERS = (
-    "errors messages cost",
+    "errors messages cost observers",
     "files schedule schema ops",
     "tokens",
     "attention",
     "methods adapters",
-    "recipe observers features",
+    "recipe tracing features",
     "blocks",
     "model",
     "backbone models runtime",

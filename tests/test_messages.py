@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
-import pytest
-
-from tokencut.messages import listed, noting, one_line, quoted, shorten
+from tokencut.messages import listed, one_line, quoted, shorten
 
 
 def test_quoted_names_the_first_three() -> None:
@@ -33,12 +29,3 @@ def test_one_line_is_one_and_short() -> None:
 def test_shorten_tells_a_value_as_python_writes_it() -> None:
     assert shorten("a\nb") == "'a\\nb'"
     assert shorten([1] * 100) == "[" + "1, " * 18 + "1," + "..."
-
-
-def test_a_note_that_nobody_takes_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[str] = []
-    with caplog.at_level(logging.INFO, logger="tokencut"):
-        noting(told.append)("taken")
-        noting(None)("100 % logged")
-    assert (told, caplog.messages) == (["taken"], ["100 % logged"])
-    assert [record.name for record in caplog.records] == ["tokencut"]

@@ -6,13 +6,14 @@ from typing import Any
 
 import timm
 import torch
+from observing import Seen
 from torch import Tensor, nn
 
 from tokencut.model import CompressedModel, compress
 from tokencut.runtime.distributed import single_process
 from tokencut.training.recipe import TrainingRecipe
 from tokencut.training.run import finetune
-from tokencut.training.setup import FinetuneReport, TrainingCallbacks, TrainingProgress, TrainingSetup
+from tokencut.training.setup import FinetuneReport, TrainingSetup
 
 CPU = single_process(torch.device("cpu"))
 # Everything random that there is.
@@ -46,10 +47,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def stop_after(steps: int) -> TrainingCallbacks:
+def stop_after(steps: int) -> Seen:
     """Asks to stop once so many steps are done."""
-    done: list[TrainingProgress] = []
-    return TrainingCallbacks(on_step=done.append, should_stop=lambda: len(done) >= steps)
+    return Seen(lambda seen: len(seen.steps) >= steps)
 
 
 def run(trained: CompressedModel, data: Any, recipe: TrainingRecipe = WILD, **options: Any) -> FinetuneReport:

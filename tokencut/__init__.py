@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
     from tokencut.models.artifact import load, save
+    from tokencut.observers import Observer
     from tokencut.profiling.measuring import ProfileReport, profile
     from tokencut.search.report import SearchSettings
     from tokencut.search.run import find_schedule
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressedModel",
     "EvaluationReport",
+    "Observer",
     "ProfileReport",
     "SearchSettings",
     "SweepPlan",
@@ -58,6 +60,7 @@ __all__ = [
 _HOME = {
     "CompressedModel": "model",
     "EvaluationReport": "evaluation.accuracy",
+    "Observer": "observers",
     "ProfileReport": "profiling.measuring",
     "SearchSettings": "search.report",
     "SweepPlan": "sweeping.run",

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from tokencut.adapters import Adapter
 from tokencut.attention import TimmModule, attention_bias
 from tokencut.methods import Method, StageInput
-from tokencut.observers import BlockObserver
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens, apply_decision, full_precision
+from tokencut.tracing import BlockObserver
 
 
 class Stage(nn.Module):

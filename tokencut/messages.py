@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any
 
 # Names that a message quotes before it says how many more there are.
 QUOTED = 3
-
-
-LOGGER = logging.getLogger("tokencut")
-LOGGER.addHandler(logging.NullHandler())
-
-
-def noting(on_note: Callable[[str], None] | None) -> Callable[[str], None]:
-    """Whom to tell a note: who asked for it, or else the logger `tokencut`, at level INFO."""
-    return on_note or LOGGER.info
 
 
 def one_line(what: object, most: int = 200) -> str:

@@ -16,10 +16,10 @@ from tokencut.blocks import BlockLoop, Stage
 from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
 from tokencut.methods import Method, StageShape, make_method
-from tokencut.observers import BlockObserver, Trace, Tracer
 from tokencut.recipe import Recipe
 from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
 from tokencut.tokens import Tokens
+from tokencut.tracing import BlockObserver, Trace, Tracer
 
 
 class CompressedModel(nn.Module):

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from jobs import Lines
 from options import TRAINING_IMAGES, image_parser
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def log_probabilities(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
 
 def load_images(dense: nn.Module, args: argparse.Namespace, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """The training images in normalised batches, and their classes."""
-    source = open_source(args.data, split="train", on_note=print)
+    source = open_source(args.data, split="train", observer=Lines())
     images = open_images(dense, source, limit=args.limit)
     loaded = [batch for batch in images.batches(args.batch_size) if len(batch)]
     batches = [images.prepared.normalise(batch.images, device) for batch in loaded]

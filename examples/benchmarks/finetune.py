@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import carried_out, say
+from jobs import Lines, carried_out, say
 from results import Results
 from tuning import DENSE, Resources, Settings, Task, carry_out, recipe_of
 from tuning_table import report
@@ -120,7 +120,7 @@ def main() -> None:
         recipe_of(settings, task.changes)
     results = Results(args.output, asdict(settings))
     resolve_device(args.device)
-    open_source(args.train_data, split="train", on_note=say)  # an archive is unpacked once, before the jobs start
+    open_source(args.train_data, split="train", observer=Lines())  # an archive is unpacked once, before the jobs start
     left = [task for task in wanted if task.key not in results.rows]
     for task, found in carried_out(carry_out, left, jobs=args.jobs, until=started + args.max_seconds):
         results.add(task.key, found)

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tokencut.errors import TokencutError
+from tokencut.observers import Observer
 
 # The runner imports this first, so that time limits count what torch takes to load.
 STARTED = time.monotonic()
@@ -154,3 +155,13 @@ def _end_with(parent: int) -> None:
 def say(text: str) -> None:
     """A line of progress on stderr, at once."""
     print(text, file=sys.stderr, flush=True)
+
+
+class Lines(Observer):
+    """Says what is noted on the way."""
+
+    def note(self, text: str) -> None:
+        say(text)
+
+    def warning(self, text: str) -> None:
+        say(text)

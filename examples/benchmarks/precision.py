@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jobs import Lines
 from options import IMAGES, image_parser
 from torch import Tensor, nn
 
@@ -135,7 +136,7 @@ def main() -> None:
     """Judges every model in every precision, and prints the table line by line."""
     args = parse()
     dense, device = load_model(args.model).dense, resolve_device(args.device)
-    images = open_images(dense, args.data, limit=args.limit, on_note=print).batches(
+    images = open_images(dense, args.data, limit=args.limit, observer=Lines()).batches(
         args.batch_size, device=device, held_bytes=HELD_BYTES
     )
     untouched = {precision: judge(dense, images, device, precision) for precision in ["fp32", *args.precision]}

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jobs import Lines
 from options import IMAGES, image_parser
 from torch import Tensor, nn
 
@@ -178,7 +179,7 @@ def main() -> None:
     """Judges every method at every keep rate, and prints the table line by line."""
     args = parse()
     dense, device = load_model(args.model).dense.float(), resolve_device(args.device)
-    found = open_images(dense, args.data, limit=args.limit, on_note=print)
+    found = open_images(dense, args.data, limit=args.limit, observer=Lines())
     images = found.batches(args.batch_size, device=device, held_bytes=HELD_BYTES)
     wanted = dense_maps(dense, images, device, args.blocks)
     print(f"{args.model}, {len(found):,} images of {args.data}, fp32, on {describe_device(device)}: error "

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from observing import Seen
 from outcome import TINY, Run
 
 from tokencut.cli import search_run
@@ -84,11 +85,9 @@ def test_calibration_that_is_also_data_is_told_of(run: Run, pictures: Path, tmp_
 def test_interrupted_it_goes_on_with_the_best(
     run: Run, pictures: Path, tmp_path: Path, gmacs: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[search.SearchProgress] = []
-
     def stopped(*args: object, **kwargs: object) -> search.SearchReport:
-        stop = {"on_progress": seen.append, "should_stop": lambda: bool(seen) and seen[-1].best is not None}
-        return find_schedule(*args, **{**kwargs, **stop})  # type: ignore[arg-type]
+        seen = Seen(lambda seen: any(now.values for now in seen.told))
+        return find_schedule(*args, **{**kwargs, "observer": seen})  # type: ignore[arg-type]
 
     monkeypatch.setattr(search_run, "find_schedule", stopped)
     path = tmp_path / "out.safetensors"

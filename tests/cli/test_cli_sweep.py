@@ -234,7 +234,7 @@ def test_progress_shows_what_is_running_and_what_is_left(
     os.close(ours)
     drawn = b"".join(parts).decode()
     assert "sweep of test_vit" in drawn
-    assert "topk, keep 0.5: " in drawn
+    assert "topk, keep 0.5 " in drawn
     assert "% top-1, 1 row left" in drawn
     assert "24/24" in drawn
 

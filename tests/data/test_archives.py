@@ -14,6 +14,7 @@ from typing import IO, Literal
 
 import pytest
 from image_files import tar_of, write_tar
+from observing import Seen
 
 from tokencut.data import archives
 from tokencut.data.sources import open_source
@@ -144,7 +145,7 @@ def test_a_python_whose_tarfile_has_no_filters_unpacks_as_well(
 def test_what_lost_files_is_unpacked_anew(tmp_path: Path, cache: Path, harm: str) -> None:
     """As cleaners of temporary folders do."""
     files = {"cat/1.jpg": b"meow", "cat/2.jpg": b"purr", "dög/1.jpg": b"woof"}
-    path, notes = write_tar(tmp_path / "set.tar.gz", files, "w:gz"), []
+    path, seen = write_tar(tmp_path / "set.tar.gz", files, "w:gz"), Seen()
     folder = archives.unpack(path)
     lists = [entry for entry in cache.iterdir() if entry.suffix == ".list"]
     if harm == "lost":
@@ -155,11 +156,12 @@ def test_what_lost_files_is_unpacked_anew(tmp_path: Path, cache: Path, harm: str
         lists[0].unlink()
     else:
         lists[0].write_text("what")
-    assert archives.unpack(path, notes.append) == folder
+    assert archives.unpack(path, seen) == folder
     assert {name: (folder / name).read_bytes() for name in files} == files
-    assert notes == [f"{folder}, where {path} was unpacked, is no longer as it was",
+    assert seen.notes == [f"{folder}, where {path} was unpacked, is no longer as it was",
                      f"unpacking {path} into {folder}, this once"]  # fmt: skip
-    assert archives.unpack(path, lambda text: pytest.fail(text)) == folder
+    assert archives.unpack(path, seen) == folder
+    assert len(seen.notes) == 2
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -198,14 +200,14 @@ def test_kinds_are_known_by_content(tmp_path: Path) -> None:
 
 def test_unpacks_once(tmp_path: Path, cache: Path) -> None:
     path = write_tar(tmp_path / "set.tar.gz", {"cat/1.jpg": b"meow", "/dog/notes.txt": b"woof"}, "w:gz")
-    notes: list[str] = []
-    folder = archives.unpack(path, notes.append)
-    assert notes == [f"unpacking {path} into {folder}, this once"]
+    seen = Seen()
+    folder = archives.unpack(path, seen)
+    assert seen.notes == [f"unpacking {path} into {folder}, this once"]
     assert folder.parent == cache
     assert folder.name.startswith("set-")
     assert {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")} == {"cat/1.jpg", "dog/notes.txt"}
-    assert archives.unpack(path, notes.append) == folder
-    assert len(notes) == 1
+    assert archives.unpack(path, seen) == folder
+    assert len(seen.notes) == 1
     assert left_in(cache) == [folder]
 
 
@@ -341,11 +343,11 @@ def test_of_several_at_once_one_unpacks(tmp_path: Path, cache: Path, monkeypatch
         extract(archive, folder)
 
     monkeypatch.setattr(archives, "_extract", counted)
-    notes: list[str] = []
+    seen = Seen()
     with ThreadPoolExecutor(3) as pool:
-        folders = list(pool.map(lambda _: archives.unpack(path, notes.append), range(3)))
+        folders = list(pool.map(lambda _: archives.unpack(path, seen), range(3)))
     assert len(calls) == 1
-    assert sorted(note.split(" ")[0] for note in notes) == ["another", "another", "unpacking"]
+    assert sorted(note.split(" ")[0] for note in seen.notes) == ["another", "another", "unpacking"]
     assert set(folders) == set(left_in(cache))
 
 

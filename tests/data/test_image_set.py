@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from image_files import encoded, picture, tar_of, write_folder
+from observing import Seen
 
 from tokencut.data import loading
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, images_for, open_images
@@ -91,9 +92,9 @@ def test_a_limit_takes_an_evenly_spread_sample(folder: Path) -> None:
 
 
 def test_the_digest_knows_the_same_images_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
-    seen: list[int] = []
-    digest = images_of(folder).digest(seen.append)
-    assert seen == list(range(1, 13))
+    seen = Seen()
+    digest = images_of(folder).digest(seen)
+    assert [now[:3] for now in seen.told] == [("reading the images", done, 12) for done in range(1, 13)]
     assert images_of(tar_of(folder, tmp_path / "set.tar")).digest() == digest
     assert images_of(folder, limit=6).digest() != digest
 

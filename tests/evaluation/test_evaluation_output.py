@@ -11,9 +11,10 @@ import pytest
 import torch
 from image_files import greys, write_folder
 from judged_models import Answers, black_or_not, small_model
+from observing import Seen
 
 from tokencut.errors import ArtifactError, ModelError
-from tokencut.evaluation.accuracy import EvaluationReport, Progress, evaluate
+from tokencut.evaluation.accuracy import EvaluationReport, evaluate
 
 
 @pytest.fixture
@@ -48,20 +49,20 @@ def test_predictions_hold_five_classes_in_the_models_words(folder: Path, tmp_pat
 
 
 def test_predictions_that_are_there_are_not_replaced(folder: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen = Seen()
     (tmp_path / "out.csv").write_text("mine")
     with pytest.raises(ArtifactError, match=r"out\.csv exists"):
-        evaluate(small_model(), folder, workers=0, predictions=tmp_path / "out.csv", on_progress=seen.append)
-    assert not seen and (tmp_path / "out.csv").read_text() == "mine"
+        evaluate(small_model(), folder, workers=0, predictions=tmp_path / "out.csv", observer=seen)
+    assert not seen.told and (tmp_path / "out.csv").read_text() == "mine"
     evaluate(small_model(), folder, workers=0, predictions=tmp_path / "out.csv", force=True)
     assert (tmp_path / "out.csv").read_text().startswith("path,label")
 
 
 def test_a_folder_for_predictions_must_exist_before_anything_is_done(folder: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen = Seen()
     with pytest.raises(ArtifactError, match="does not exist"):
-        evaluate(small_model(), folder, predictions=tmp_path / "no/out.csv", on_progress=seen.append)
-    assert not seen
+        evaluate(small_model(), folder, predictions=tmp_path / "no/out.csv", observer=seen)
+    assert not seen.told
 
 
 def test_a_failed_evaluation_writes_no_predictions(folder: Path, tmp_path: Path) -> None:
@@ -72,12 +73,12 @@ def test_a_failed_evaluation_writes_no_predictions(folder: Path, tmp_path: Path)
 
 
 def test_progress_is_told_after_each_batch(folder: Path) -> None:
-    seen: list[Progress] = []
-    report = evaluate(small_model(), folder, batch_size=10, workers=0, on_progress=seen.append)
-    assert [(progress.done, progress.total) for progress in seen] == [(10, 24), (20, 24), (24, 24)]
-    assert seen[-1].top1 == report.top1
-    assert seen[0].top1 == 10 * sum(report.correct[:10])
-    assert all(progress.images_per_second > 0 for progress in seen)
+    seen = Seen()
+    report = evaluate(small_model(), folder, batch_size=10, workers=0, observer=seen)
+    assert [now[:3] for now in seen.told] == [(f"evaluating {report.model}", done, 24) for done in (10, 20, 24)]
+    assert seen.told[-1].values["top1"] == report.top1
+    assert seen.told[0].values["top1"] == 10 * sum(report.correct[:10])
+    assert all(now.values["images_per_second"] > 0 for now in seen.told)
 
 
 def test_the_report_becomes_json(folder: Path) -> None:

@@ -56,11 +56,14 @@ def test_folders_that_match_no_class_are_an_error(folder: Path) -> None:
 INTERRUPTED = """
 import sys, time, torch, timm
 from tokencut.evaluation.accuracy import evaluate
+from tokencut.observers import Observer
+class Slow(Observer):
+    def progress(self, *now):
+        print("started", flush=True)
+        time.sleep(1)
 model = timm.create_model("test_vit", img_size=32, num_classes=3)
 try:
-    evaluate(
-        model, sys.argv[1], batch_size=1, workers=2, on_progress=lambda _: (print("started", flush=True), time.sleep(1))
-    )
+    evaluate(model, sys.argv[1], batch_size=1, workers=2, observer=Slow())
 except KeyboardInterrupt:
     sys.exit(130)
 """

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from image_files import write_folder
+from observing import Seen
 from torch import Tensor
 
 from tokencut.data.preprocessing import preprocessing_of
@@ -125,10 +126,8 @@ def test_a_model_without_a_head_is_not_evaluated(files: Files, pictures: Path, t
 
 
 def test_a_profile_alone(files: Files) -> None:
-    model, told = small(), list[tuple[int, int]]()
-    report = profile_onnx(
-        OnnxModel(files.dynamic), batch_size=2, rounds=3, name="mine", on_progress=lambda *now: told.append(now)
-    )
+    model, seen = small(), Seen()
+    report = profile_onnx(OnnxModel(files.dynamic), batch_size=2, rounds=3, name="mine", observer=seen)
     expected = profile(model, latency=False)
     assert (report.model, report.method, report.keep, report.batch_size) == ("mine", "evit", 0.5, 2)
     assert report.dense == expected.dense
@@ -140,7 +139,7 @@ def test_a_profile_alone(files: Files) -> None:
     assert report.stages == model.recipe.stages
     assert report.compressed.latency_ms
     assert (report.speedup, report.stage_share, report.speedup_spread) == (None, None, None)
-    assert told[-1] == (3, 3)
+    assert seen.told[-1] == ("timing mine", 3, 3, {})
     assert set(report.to_dict()["versions"]) == {"torch", "timm", "tokencut", "onnxruntime"}
     assert set(report.to_dict()["dense"]) == {"gmacs", "params"}
 

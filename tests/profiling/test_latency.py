@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from observing import Seen
 from torch import Tensor, nn
 
 from tokencut.errors import UsageError
@@ -81,12 +82,12 @@ def test_short_forwards_are_timed_several_at_once() -> None:
 
 @pytest.mark.parametrize(("max_seconds", "expected"), [(0.0, 3), (6.0, 4), (1e9, 7)])
 def test_rounds_end_when_the_time_is_up_but_never_before_the_third(max_seconds: float, expected: int) -> None:
-    clock, told = FakeClock(), list[tuple[int, int]]()
+    clock, seen = FakeClock(), Seen()
     timing = measure({"it": Worker(clock, 1.0)}, IMAGES, rounds=7, max_seconds=max_seconds, clock=clock,
-                     on_round=lambda done, total: told.append((done, total)))["it"]  # fmt: skip
-    assert len(timing.samples) == len(told) == expected
-    assert told[:2] == [(1, 7), (2, 7)]
-    assert told[-1] == (7, 7)
+                     observer=seen, task="timing it")["it"]  # fmt: skip
+    assert len(timing.samples) == len(seen.told) == expected
+    assert seen.told[:2] == [("timing it", 1, 7, {}), ("timing it", 2, 7, {})]
+    assert seen.told[-1] == ("timing it", 7, 7, {})
 
 
 def test_too_few_rounds() -> None:

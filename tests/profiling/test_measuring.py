@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from observing import Seen
 from torch import Tensor, nn
 
 from tokencut.cost import BlockRow, total
@@ -162,9 +163,9 @@ def test_report_without_latency_has_the_contracts_keys() -> None:
 
 
 def test_report_with_latency_adds_times() -> None:
-    told: list[tuple[int, int]] = []
+    seen = Seen()
     report = profile(compress(small(), keep=0.5), batch_size=2, device="cpu", rounds=3,
-                     on_progress=lambda done, rounds: told.append((done, rounds)))  # fmt: skip
+                     observer=seen)  # fmt: skip
     values = report.to_dict()
     assert list(values)[: len(CONTRACT)] == CONTRACT
     assert set(values) - set(CONTRACT) == {"speedup_spread", "stage_share", "compile_mode", "uncounted", "notes"}
@@ -176,7 +177,7 @@ def test_report_with_latency_adds_times() -> None:
     assert values["speedup"] == values["dense"]["latency_ms"] / values["compressed"]["latency_ms"]
     assert report.stage_share is not None
     assert 0 < report.stage_share < 1
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert seen.told == [(f"timing {report.model}", done, 3, {}) for done in (1, 2, 3)]
     assert "thread" in report.device
     assert json.loads(json.dumps(values)) == values
 

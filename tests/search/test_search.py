@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from observing import Seen
 from search_models import calibration, reduced, small_model
 
 from tokencut import compress
@@ -19,11 +19,12 @@ from tokencut.cost import total
 from tokencut.errors import TokencutError, UsageError
 from tokencut.evaluation.statistics import mean_and_error
 from tokencut.model import predicted_macs
+from tokencut.observers import Observer
 from tokencut.profiling.latency import Timing
 from tokencut.search import run as search
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.probe import Probe
-from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule, memorisation_note
+from tokencut.search.run import SearchReport, SearchSettings, find_schedule, memorisation_note
 from tokencut.search.targets import Target
 
 __all__ = ["calibration"]
@@ -255,10 +256,8 @@ def test_the_speedup_is_timed_beside_the_dense_model(calibration: Path, monkeypa
 
 
 def test_stopped_it_keeps_the_best_so_far(calibration: Path) -> None:
-    seen: list[SearchProgress] = []
     target = 0.6 * dense_gmacs()
-    report = find(calibration, Target(gmacs=target), on_progress=seen.append,
-                  should_stop=lambda: bool(seen) and seen[-1].best is not None)  # fmt: skip
+    report = find(calibration, Target(gmacs=target), observer=Seen(lambda seen: any(now.values for now in seen.told)))
     assert report.interrupted
     assert report.found.gmacs <= target
     assert report.front
@@ -266,31 +265,30 @@ def test_stopped_it_keeps_the_best_so_far(calibration: Path) -> None:
 
 def test_stopped_before_there_is_anything_it_is_an_interrupt(calibration: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        find(calibration, Target(gmacs=0.6 * dense_gmacs()), should_stop=lambda: True)
+        find(calibration, Target(gmacs=0.6 * dense_gmacs()), observer=Seen(lambda seen: True))
 
 
 def test_progress_begins_while_parts_are_timed(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(*args: object, on_round: Callable[[int, int], None], **kwargs: object) -> LatencyTable:
-        on_round(1, 15)
+    def timed(*args: object, observer: Observer, **kwargs: object) -> LatencyTable:
+        observer.progress("timing the model's parts", 1, 15, {})
         return TABLE
 
     timed_by_table(monkeypatch, 1.0)
     monkeypatch.setattr(search, "latency_table", timed)
-    seen: list[SearchProgress] = []
-    find(calibration, Target(speedup=1.6), on_progress=seen.append)
-    assert seen[0] == SearchProgress(0.0, None, "timing the model's parts, round 1 of 15")
-    assert seen[1].doing == "trying schedules"
+    seen = Seen()
+    find(calibration, Target(speedup=1.6), observer=seen)
+    assert seen.told[:2] == [("timing the model's parts", 1, 15, {}), ("trying schedules", 1, 8, {})]
     with pytest.raises(KeyboardInterrupt):
-        find(calibration, Target(speedup=1.6), should_stop=lambda: True)
+        find(calibration, Target(speedup=1.6), observer=Seen(lambda seen: True))
 
 
 def test_progress_shows_the_best(calibration: Path) -> None:
-    seen: list[SearchProgress] = []
-    report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), on_progress=seen.append)
-    shares = [now.share for now in seen]
-    assert shares == sorted(shares)
-    assert shares[-1] <= 1
-    divergences = [now.best.divergence for now in seen if now.best is not None]
+    seen = Seen()
+    report = find(calibration, Target(gmacs=0.6 * dense_gmacs()), observer=seen)
+    done = [now.done for now in seen.told]
+    assert done == sorted(done)
+    assert done[-1] <= seen.told[-1].total
+    divergences = [now.values["divergence"] for now in seen.told if now.values]
     assert divergences == sorted(divergences, reverse=True)
     assert divergences[-1] == report.found.divergence
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from image_files import encoded, picture, write_folder
+from observing import Seen
 
 from tokencut.cost import total
 from tokencut.data import loading
@@ -24,7 +25,7 @@ from tokencut.profiling.latency import Timing
 from tokencut.sweeping import report as sweep_report
 from tokencut.sweeping import run as sweeping
 from tokencut.sweeping.report import SweepReport
-from tokencut.sweeping.run import SweepPlan, SweepProgress, sweep
+from tokencut.sweeping.run import SweepPlan, sweep
 
 pytest.importorskip("matplotlib")
 
@@ -66,18 +67,19 @@ def plan(**changes: Any) -> SweepPlan:
     })  # fmt: skip
 
 
-class Counter:
+class Counter(Seen):
     """Counts the rows that are judged; interrupts in the middle of one of them if asked to."""
 
     def __init__(self, stop_in: int | None = None) -> None:
+        super().__init__()
         self.rows: list[str] = []
         self.stop_in = stop_in
 
-    def __call__(self, now: SweepProgress) -> None:
-        if now.top1 is None:
+    def progress(self, task: str, done: float, total: float, values: Mapping[str, float]) -> None:
+        if "top1" not in values:
             return
-        if not self.rows or self.rows[-1] != now.doing:
-            self.rows.append(now.doing)
+        if not self.rows or self.rows[-1] != task:
+            self.rows.append(task)
         if len(self.rows) == self.stop_in:
             raise KeyboardInterrupt
 
@@ -91,7 +93,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert batch.shape == (7, 3, 64, 64)
         assert all(model(batch).shape == (7, 3) for model in models.values())
         sessions.append(list(models))
-        options["on_round"](1, 1)
+        options["observer"].progress(options["task"], 1, 1, {})
         return {name: Timing(10.0 * place, (9.0 * place, 11.5 * place), 0.7 / place) for place, name in
                 enumerate(models, start=1)}  # fmt: skip
 
@@ -156,29 +158,29 @@ def test_images_are_decoded_once(images: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_an_interrupted_sweep_goes_on_where_it_was(images: Path, tmp_path: Path) -> None:
     whole = sweep(small_model(), images, tmp_path / "whole", plan())
-    first, second, notes = Counter(stop_in=3), Counter(), []
+    first, second = Counter(stop_in=3), Counter()
     with pytest.raises(KeyboardInterrupt):
-        sweep(small_model(), images, tmp_path / "report", plan(), on_progress=first)
+        sweep(small_model(), images, tmp_path / "report", plan(), observer=first)
     assert first.rows == ["the dense model", "bat, keep 0.5", "topk, keep 0.5"]
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["state.json"]
-    report = sweep(small_model(), images, tmp_path / "report", plan(), on_progress=second, on_note=notes.append)
+    report = sweep(small_model(), images, tmp_path / "report", plan(), observer=second)
     assert second.rows == ["topk, keep 0.5", "bat, keep 0.25", "topk, keep 0.25"]
-    assert notes == [f"2 of 5 rows were finished before and are taken from {tmp_path / 'report'}"]
+    assert second.notes == [f"2 of 5 rows were finished before and are taken from {tmp_path / 'report'}"]
     assert (report.rows, report.comparisons) == (whole.rows, whole.comparisons)
 
 
 def test_an_interrupt_before_the_first_row_leaves_nothing(images: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        sweep(small_model(), images, tmp_path / "report", plan(), on_progress=Counter(stop_in=1))
+        sweep(small_model(), images, tmp_path / "report", plan(), observer=Counter(stop_in=1))
     assert not (tmp_path / "report").exists()
 
 
 def test_a_finished_sweep_judges_nothing_and_a_wider_one_what_is_new(images: Path, tmp_path: Path) -> None:
     again, wider = Counter(), Counter()
     before = sweep(small_model(), images, tmp_path / "report", plan())
-    assert sweep(small_model(), images, tmp_path / "report", plan(), on_progress=again).rows == before.rows
+    assert sweep(small_model(), images, tmp_path / "report", plan(), observer=again).rows == before.rows
     assert again.rows == []
-    report = sweep(small_model(), images, tmp_path / "report", plan(methods=("topk", "tome", "bat")), on_progress=wider)
+    report = sweep(small_model(), images, tmp_path / "report", plan(methods=("topk", "tome", "bat")), observer=wider)
     assert wider.rows == ["tome, keep 0.5", "tome, keep 0.25"]
     assert len(report.rows) == 7
 
@@ -201,7 +203,7 @@ def test_a_report_loses_no_rows_unless_told_to(images: Path, tmp_path: Path, cha
 
 def test_an_interrupted_sweep_has_no_report_to_lose(images: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        sweep(small_model(), images, tmp_path / "report", plan(), on_progress=Counter(stop_in=4))
+        sweep(small_model(), images, tmp_path / "report", plan(), observer=Counter(stop_in=4))
     assert len(sweep(small_model(), images, tmp_path / "report", plan(keeps=(0.25,))).rows) == 3
 
 
@@ -237,7 +239,7 @@ def test_rows_of_another_sweep_are_not_taken(
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
     judged = Counter()
-    sweep(small_model(seed), images, folder, plan(**few, **changes), force=True, on_progress=judged)
+    sweep(small_model(seed), images, folder, plan(**few, **changes), force=True, observer=judged)
     assert judged.rows == ["the dense model", "bat, keep 0.5"]
 
 
@@ -322,20 +324,20 @@ def test_a_gpu_gives_much_the_same(images: Path, tmp_path: Path, held_bytes: int
 def test_progress_tells_what_is_running_and_what_is_left(
     images: Path, tmp_path: Path, timings: list[list[str]]
 ) -> None:
-    seen: list[SweepProgress] = []
+    seen = Seen()
     done = sweep(
         small_model(), images, tmp_path / "report", plan(methods=("bat",), keeps=(0.5,), latency=True),
-        on_progress=seen.append,
+        observer=seen,
     )  # fmt: skip
-    reading = [now for now in seen if now.doing == "reading the images"]
+    reading = [now for now in seen.told if now.task == "reading the images"]
     assert [(now.done, now.total) for now in reading] == [(count, 24) for count in range(1, 25)]
-    judging = [now for now in seen if now.top1 is not None]
+    judging = [now for now in seen.told if "top1" in now.values]
     assert [now.done for now in judging] == [7, 14, 21, 24, 31, 38, 45, 48]
-    assert {(now.doing, now.rows_left, now.total) for now in judging} == {
+    assert {(now.task, now.values["rows_left"], now.total) for now in judging} == {
         ("the dense model", 2, 48), ("bat, keep 0.5", 1, 48),
     }  # fmt: skip
-    assert judging[-1].top1 == done.rows[1].top1
-    assert seen[-1] == SweepProgress("timing all models in turn", 1, 1)
+    assert judging[-1].values["top1"] == done.rows[1].top1
+    assert seen.told[-1] == ("timing all models in turn", 1, 1, {})
 
 
 def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from image_files import write_folder
+from observing import Seen
 
 from tokencut.data.image_set import open_images
 from tokencut.model import compress
@@ -84,6 +85,8 @@ def test_the_next_stands_in_for_one_that_cannot_be_read(model: Any, folder: Path
 
 def test_too_large_a_picture_is_left_out_with_a_note(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "MOST_PIXELS", 1000)
-    notes: list[str] = []
-    assert drawn(model, folder, on_note=notes.append) is None
-    assert notes[0].startswith("the report has no picture of tokens: a picture of 3 images, each with 4 panels of ")
+    seen = Seen()
+    assert drawn(model, folder, observer=seen) is None
+    assert seen.notes[0].startswith(
+        "the report has no picture of tokens: a picture of 3 images, each with 4 panels of "
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 from image_files import write_folder
+from observing import Seen
 
 from tokencut.data.image_set import open_images
 from tokencut.data.sources import open_source
@@ -140,7 +141,7 @@ def test_the_condition_on_weights_tells_heads_apart(tmp_path: Path) -> None:
     source = open_source(write_folder(tmp_path / "set", ["a", "b", "c"], 1))
 
     def weights(model: Any) -> str:
-        return conditions_of(model, open_images(model, source), lambda read, total: None)["weights"]
+        return conditions_of(model, open_images(model, source), Seen())["weights"]
 
     one, two = (timm.create_model("test_vit", img_size=32, num_classes=3, num_heads=heads) for heads in (1, 2))
     two.load_state_dict(one.state_dict())  # the same tensors, cut into other heads

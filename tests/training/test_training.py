@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from image_files import write_folder
+from observing import Seen
 from torch import Tensor, nn
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
@@ -20,7 +21,6 @@ from tokencut.models import digits
 from tokencut.runtime.distributed import Group
 from tokencut.training import run as training
 from tokencut.training.recipe import SHORT
-from tokencut.training.setup import TrainingCallbacks
 from tokencut.training.state import load_state
 from tokencut.training.step import Trainer, TrainingDivergedError
 
@@ -39,19 +39,19 @@ def test_it_wins_back_what_was_lost_on_digits() -> None:
 
 
 def test_the_history_tells_terms_apart(few: Source) -> None:
-    rows: list[Any] = []
+    seen = Seen()
     report = run(
         model(),
         few,
         WILD,
         judge=lambda judged: 42.0,
-        callbacks=TrainingCallbacks(on_epoch=lambda h: rows.append(len(h))),
+        observer=seen,
     )
     first, last = report.history
     assert {"loss", "task", "distillation", "importance", "diversity", "top1", "lr", "seconds"} <= set(first)
     halves, tenths = first["task"] + first["distillation"], first["importance"] + first["diversity"]
     assert first["loss"] == pytest.approx(0.5 * halves + 0.1 * tenths, rel=1e-5)
-    assert (last["epoch"], last["updates"], last["top1"], rows) == (2, 10, 42.0, [1, 2])
+    assert (last["epoch"], last["updates"], last["top1"], seen.epochs) == (2, 10, 42.0, [(1, 5), (2, 10)])
 
 
 def test_select_best_takes_the_best_epoch_of_held_out_images(few: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +101,10 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(
 
 
 def test_a_new_head_trains_without_distillation_and_says_so(few: Source) -> None:
-    notes: list[str] = []
-    callbacks = TrainingCallbacks(on_start=notes.extend)
-    report = run(model(), few, SHORT.changed(epochs=1), setup=setup(new_head=True), callbacks=callbacks)
+    seen = Seen()
+    report = run(model(), few, SHORT.changed(epochs=1), setup=setup(new_head=True), observer=seen)
     assert "distillation" not in report.history[0]
-    assert notes[-1].startswith("the head is new, so there are no logits to distil from: distillation is off")
+    assert seen.notes[-1].startswith("the head is new, so there are no logits to distil from: distillation is off")
     features = SHORT.changed(epochs=1, distill="features")
     assert "distillation" in run(model(), few, features, setup=setup(new_head=True)).history[0]
 
@@ -134,7 +133,7 @@ def test_drop_path_stays_as_the_model_has_it(few: Source) -> None:
     trained = model(drop_path_rate=0.3)
     rates = [module.drop_prob for module in trained.modules() if hasattr(module, "drop_prob")]
     assert max(rates) == pytest.approx(0.3)
-    run(trained, few, SHORT.changed(epochs=1), callbacks=stop_after(1))
+    run(trained, few, SHORT.changed(epochs=1), observer=stop_after(1))
     assert [module.drop_prob for module in trained.modules() if hasattr(module, "drop_prob")] == rates
 
 

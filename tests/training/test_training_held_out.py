@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from observing import Seen
 from timm.utils import ModelEmaV3
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
@@ -19,7 +20,6 @@ from tokencut.models import digits
 from tokencut.training import held_out
 from tokencut.training.held_out import compared, guard_size
 from tokencut.training.recipe import SHORT
-from tokencut.training.setup import TrainingCallbacks
 
 HARMFUL, HARMLESS = SHORT.changed(epochs=1, lr=0.3, min_lr=1.0), SHORT.changed(epochs=1, lr=1e-7)
 
@@ -93,16 +93,13 @@ def test_a_fine_tune_that_harms_leaves_the_model_as_it_was(some: Source, changes
 def test_a_fine_tune_that_does_not_harm_is_the_result(some: Source) -> None:
     trained = trained_digits()
     before = weights(trained)
-    seen: list[int] = []
-    told: list[str] = []
-    report = run(trained, some, HARMLESS, setup=setup(batch_size=20),
-                 callbacks=TrainingCallbacks(on_epoch=lambda rows: seen.append(int(rows[-1]["updates"])),
-                                             on_start=told.extend))  # fmt: skip
-    assert told[0] == "40 of 200 training images are held out, to know whether the fine-tune does harm"
+    seen = Seen()
+    report = run(trained, some, HARMLESS, setup=setup(batch_size=20), observer=seen)
+    assert seen.notes[0] == "40 of 200 training images are held out, to know whether the fine-tune does harm"
     assert not same(before, weights(trained))
     assert report.held_out is not None
     assert (report.chosen, report.held_out.kept, report.notes) == (1, "after", ())
-    assert seen == [8]  # of 160 images
+    assert seen.epochs == [(1, 8)]  # of 160 images
 
 
 def test_what_is_judged_last_is_the_running_average(some: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +117,7 @@ def test_a_run_that_was_stopped_comes_to_the_same(some: Source, tmp_path: Path, 
     whole, cut, resumed = trained_digits(), trained_digits(), trained_digits()
     how = setup(batch_size=20)
     expected = run(whole, some, recipe, setup=how)
-    assert not run(cut, some, recipe, setup=how, state=tmp_path, callbacks=stop_after(steps)).finished
+    assert not run(cut, some, recipe, setup=how, state=tmp_path, observer=stop_after(steps)).finished
     found = run(resumed, some, recipe, setup=how, state=tmp_path, resume=True)
     assert same(weights(whole), weights(resumed))
     assert (found.held_out, found.chosen) == (expected.held_out, expected.chosen)
@@ -130,21 +127,22 @@ def test_a_run_that_was_stopped_comes_to_the_same(some: Source, tmp_path: Path, 
 
 
 def test_a_new_head_and_too_few_images_are_not_guarded(some: Source, few: Source) -> None:
-    told: list[str] = []
-    callbacks = TrainingCallbacks(on_start=told.extend)
-    report = run(model(), some, HARMLESS, setup=setup(new_head=True), callbacks=callbacks)
+    seen = Seen()
+    report = run(model(), some, HARMLESS, setup=setup(new_head=True), observer=seen)
     assert (report.held_out, report.history[0]["updates"]) == (None, 25)  # of all 200 images
-    assert not any("held out" in note or "hold" in note for note in told)
-    told.clear()
-    assert run(model(), few, HARMLESS, callbacks=callbacks).held_out is None
-    assert told[0] == ("40 training images are too few to hold some out, so it will not be known whether the fine-tune "
-                       "does harm; `data='DIR'` tells")  # fmt: skip
-    told.clear()
-    run(model(), few, HARMLESS, callbacks=callbacks, judge=lambda judged: 42.0)  # who judges will see it
-    assert not any("hold" in note for note in told)
-    report = run(model(), some, HARMLESS, setup=setup(guard=False), callbacks=callbacks)
+    assert not any("held out" in note or "hold" in note for note in seen.notes)
+    seen.notes.clear()
+    assert run(model(), few, HARMLESS, observer=seen).held_out is None
+    assert seen.notes[0] == (
+        "40 training images are too few to hold some out, so it will not be known whether the fine-tune does harm; "
+        "`data='DIR'` tells"
+    )
+    seen.notes.clear()
+    run(model(), few, HARMLESS, observer=seen, judge=lambda judged: 42.0)  # who judges will see it
+    assert not any("hold" in note for note in seen.notes)
+    report = run(model(), some, HARMLESS, setup=setup(guard=False), observer=seen)
     assert (report.held_out, report.history[0]["updates"]) == (None, 25)
-    assert not any("hold" in note for note in told)
+    assert not any("hold" in note for note in seen.notes)
 
 
 def test_predictors_that_are_new_are_no_new_head(some: Source) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from observing import Seen
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
 from tokencut.data.sources import Source, Subset
 from tokencut.errors import ArtifactError
+from tokencut.observers import TrainingProgress
 from tokencut.training import run as training
 from tokencut.training.recipe import SHORT
-from tokencut.training.setup import TrainingCallbacks, TrainingProgress
 from tokencut.training.state import load_state
 
 
@@ -39,9 +40,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(few: Source, tmp_path: Path,
     recipe = WILD if method != "dyvit" else dataclasses.replace(WILD, alpha=0.0, beta=0.0, keep_warmup=0.0)
     whole, cut, resumed = model(method), model(method), model(method)
     assert run(whole, few, recipe).finished
-    assert not run(cut, few, recipe, state=tmp_path, callbacks=stop_after(steps)).finished
+    assert not run(cut, few, recipe, state=tmp_path, observer=stop_after(steps)).finished
     # Twice: at another step once more.
-    run(cut := model(method), few, recipe, state=tmp_path, resume=True, callbacks=stop_after(1))
+    run(cut := model(method), few, recipe, state=tmp_path, resume=True, observer=stop_after(1))
     random.seed(99)
     torch.manual_seed(99)
     report = run(resumed, few, recipe, state=tmp_path, resume=True)
@@ -61,7 +62,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(few: Source,
             raise KilledError
 
     with pytest.raises(KilledError):
-        run(model(), few, state=tmp_path, callbacks=TrainingCallbacks(on_step=kill))
+        run(model(), few, state=tmp_path, observer=Seen(on_step=kill))
     report = run(resumed, few, state=tmp_path, resume=True)
     assert same(weights(whole), weights(resumed))
     timeless = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in report.history]
@@ -77,7 +78,7 @@ def test_processes_that_load_images_outlive_a_signal_to_the_whole_group(few: Sou
                 os.kill(child.pid or 0, signal.SIGTERM)
                 signalled.append(child.pid or 0)
 
-    report = run(model(), few, setup=setup(workers=2), callbacks=TrainingCallbacks(on_step=signal_workers))
+    report = run(model(), few, setup=setup(workers=2), observer=Seen(on_step=signal_workers))
     assert report.finished
     assert len(signalled) == 4
 
@@ -94,11 +95,11 @@ def test_a_state_is_written_while_a_long_epoch_lasts(
             found = load_state(tmp_path, conditions)
             seen.append((found.epoch, found.step))
 
-    run(model(), few, SHORT.changed(epochs=1), state=tmp_path, callbacks=TrainingCallbacks(on_step=look))
+    run(model(), few, SHORT.changed(epochs=1), state=tmp_path, observer=Seen(on_step=look))
     assert seen == [(0, 1), (0, 2), (0, 3), (0, 4)]
 
 
 def test_a_resume_with_other_images_is_refused(few: Source, tmp_path: Path) -> None:
-    run(model(), few, state=tmp_path, callbacks=stop_after(1))
+    run(model(), few, state=tmp_path, observer=stop_after(1))
     with pytest.raises(ArtifactError, match="holds a run made with other training images .40 images"):
         run(model(), Subset(few, range(39)), state=tmp_path, resume=True)

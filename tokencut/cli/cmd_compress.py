@@ -10,6 +10,7 @@ import typer
 
 from tokencut.cli import render
 from tokencut.cli.finetune_options import FinetuneOptions
+from tokencut.cli.observer import CommandObserver
 from tokencut.cli.options import (
     PRECISION,
     DataOptions,
@@ -76,10 +77,12 @@ def compress(
         check_run(output, tuning, force=force)
     device = resolve_device(run.device)
     with process_group(device) as group:
-        images = None if data.data is None else open_source(data.data, on_note=render.note, class_map=data.class_map)
+        images = (
+            None if data.data is None else open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
+        )
         train = None
         if tuning.train_data:
-            train = open_source(tuning.train_data, split="train", on_note=render.note, class_map=data.class_map)
+            train = open_source(tuning.train_data, split="train", observer=CommandObserver(), class_map=data.class_map)
         if train is not None:
             for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
                 check_apart(place, train, images)

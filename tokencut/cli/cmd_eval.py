@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tokencut.cli import render
+from tokencut.cli.observer import CommandObserver
 from tokencut.cli.options import (
     DEFAULT_MODEL,
     CompileOptions,
@@ -69,7 +70,7 @@ def evaluate(
         check_predictions(predictions, force=force)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
-    images = open_source(data.data, on_note=render.note, class_map=data.class_map)
+    images = open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(
         subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
+from tokencut.cli.observer import CommandObserver
 from tokencut.cli.options import (
     DATA_HELP,
     NUMBER,
@@ -68,7 +69,7 @@ def export_file(
     from tokencut.cli.subject import prepare
     from tokencut.data.sources import open_source
 
-    images = None if data is None else open_source(data, on_note=render.note)
+    images = None if data is None else open_source(data, observer=CommandObserver())
     subject = prepare(model, source, reduction, seed=seed, dense=dense)
     report = export_model(
         subject.model,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
+from tokencut.cli.observer import watched
 from tokencut.cli.options import (
     DEFAULT_MODEL,
     CompileOptions,
@@ -108,7 +109,7 @@ def profile(
 def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *, latency: bool) -> ProfileReport:
     from tokencut.profiling.measuring import profile as measure
 
-    with render.progress(f"timing {subject.name}") as advance:
+    with watched(f"timing {subject.name}") as observer:
         return measure(
             subject.model,
             latency=latency,
@@ -117,7 +118,7 @@ def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *,
             precision=run.precision,
             compile_mode=compiling.mode,
             name=subject.name,
-            on_progress=lambda done, total: advance(done, total, "rounds"),
+            observer=observer,
         )
 
 
@@ -126,14 +127,14 @@ def _measure_onnx(subject: Subject, run: TimingOptions, dense: Path | None, *, l
     from tokencut.export.onnx_profiling import profile_onnx
 
     assert isinstance(subject.model, OnnxModel)
-    with render.progress(f"timing {subject.name}") as advance:
+    with watched(f"timing {subject.name}") as observer:
         return profile_onnx(
             subject.model,
             dense=None if dense is None else OnnxModel(dense),
             latency=latency,
             batch_size=run.batch_size,
             name=subject.name,
-            on_progress=lambda done, total: advance(done, total, "rounds"),
+            observer=observer,
         )
 
 

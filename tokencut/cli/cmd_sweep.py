@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
+from tokencut.cli.observer import CommandObserver, watched
 from tokencut.cli.options import (
     DataOptions,
     JsonFlag,
@@ -23,7 +24,6 @@ from tokencut.runtime import extras
 
 if TYPE_CHECKING:
     from tokencut.sweeping.report import SweepReport
-    from tokencut.sweeping.run import SweepProgress
 
 
 @with_groups
@@ -78,13 +78,13 @@ def sweep(
     )
     plan.pairs()
     check_folder(output, force=force)
-    images = open_source(data.data, on_note=render.note, class_map=data.class_map)
+    images = open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
     check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
     warn_recipe_ignored(model, taken_by="a sweep", instead=instead)
     subject = prepare(model, source, ReductionOptions(), seed=run.seed, dense=True)
     try:
-        with render.progress(f"sweep of {subject.name}") as advance:
+        with watched(f"sweep of {subject.name}") as observer:
             report = run_sweep(
                 subject.model,
                 images,
@@ -92,8 +92,7 @@ def sweep(
                 plan,
                 force=force,
                 name=subject.name,
-                on_progress=lambda now: advance(now.done, now.total, _status(now)),
-                on_note=render.note,
+                observer=observer,
             )
     except KeyboardInterrupt:
         if (output / STATE).exists():
@@ -106,13 +105,6 @@ def sweep(
         return
     _show(report)
     render.note(f"wrote to {output}: {', '.join(report.files)}")
-
-
-def _status(now: SweepProgress) -> str:
-    if now.top1 is None:
-        return now.doing
-    rows = f"{now.rows_left} row{'s' if now.rows_left != 1 else ''} left"
-    return f"{now.doing}: {now.top1:.2f} % top-1, {rows}"
 
 
 def _show(report: SweepReport) -> None:

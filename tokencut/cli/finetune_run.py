@@ -143,12 +143,12 @@ class FinetuneRun:
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             draw = stack.enter_context(render.live())
-            view = stack.enter_context(closing(RunView(self.output, draw, self.group, self._curves())))
+            view = stack.enter_context(closing(RunView(self.output, draw, stop, self.group, self._curves())))
             try:
                 report = finetune(
                     model, self.train, recipe=self.tuning.training_recipe(), setup=self.setup(), group=self.group,
                     state=folder, resume=bool(self.tuning.resume), judge=self._judge() if self.val else None,
-                    callbacks=view.callbacks(stop),
+                    observer=view,
                 )  # fmt: skip
             except TrainingDivergedError as error:
                 raise self._keep_last_good(model, error) from error

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tokencut.cli import render
+from tokencut.cli.observer import CommandObserver
 from tokencut.cli.process import StopRequest
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
+from tokencut.observers import TrainingProgress
 from tokencut.runtime.distributed import Group
-from tokencut.training.setup import TrainingCallbacks, TrainingProgress
 from tokencut.training.step import TERMS
 from tokencut.training.tensorboard_log import TensorboardLog
 
@@ -29,33 +30,27 @@ def log_for(output: Path) -> Path:
     return output.with_suffix(".log.csv")
 
 
-class RunView:
+class RunView(CommandObserver):
     """The table on a terminal, the lines elsewhere, the log, and the curves; of the first process alone."""
 
-    def __init__(self, output: Path, draw: Any, group: Group, curves: TensorboardLog | None = None) -> None:
+    def __init__(
+        self, output: Path, draw: Any, stop: StopRequest, group: Group, curves: TensorboardLog | None = None
+    ) -> None:
         """Prepares a view.
 
         Args:
             output: The file that is to be written.
             draw: Draws the table, as `render.live` gives it.
+            stop: Says whether to stop.
             group: The processes.
             curves: For TensorBoard, where that was asked for.
         """
+        super().__init__(stop=stop)
         self.log = log_for(output)
         self.draw = draw
         self.main = group.main
         self.curves = curves
         self.rows: list[dict[str, float]] = []
-
-    def callbacks(self, stop: StopRequest) -> TrainingCallbacks:
-        """What the fine-tune is to tell."""
-        return TrainingCallbacks(
-            on_start=self.on_start,
-            on_step=self.on_step,
-            on_epoch=self.on_epoch,
-            on_save=lambda: self._curve(lambda curves: curves.flush()),
-            should_stop=lambda: stop.requested,
-        )
 
     def close(self) -> None:
         """Ends what is written all along."""
@@ -71,12 +66,11 @@ class RunView:
             self.curves = None
             render.note(f"no more curves are written: {error}")
 
-    def on_start(self, notes: tuple[str, ...]) -> None:
-        """Prints the notes."""
-        for text in notes:
-            render.note(text)
+    def saving(self) -> None:
+        """Writes the curves up to where a run that is killed goes on."""
+        self._curve(lambda curves: curves.flush())
 
-    def on_step(self, now: TrainingProgress) -> None:
+    def step(self, now: TrainingProgress) -> None:
         """Draws the table, and adds to the curves."""
         self._curve(lambda curves: curves.add("train", {**now.latest, "lr": now.lr}, now.updates))
         if self.main and render.on_terminal():
@@ -84,7 +78,7 @@ class RunView:
             left = f"{now.step}/{now.steps}, {duration(now.seconds_left)} left"
             self.draw(_table([*self.rows, current], now.epochs, left))
 
-    def on_epoch(self, history: list[dict[str, float]]) -> None:
+    def epoch(self, history: list[dict[str, float]]) -> None:
         """Prints a line, writes the log anew, and adds to the curves."""
         self.rows = list(history)
         if not self.main:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # Where no terminal says how wide it is, nothing is wrapped: the output goes to a file or to another program.
 UNBOUNDED = 1000
 
-# Called with images done, images in all, and a word on how it stands.
-Advance = Callable[[int, int, str], None]
+# Called with what is being done, how much is done, how much there is, and a word on how it stands.
+Advance = Callable[[str, float, float, str], None]
 
 
 class ReaderGoneError(Exception):
@@ -252,10 +252,10 @@ def progress(title: str) -> Iterator[Advance]:
         title: What is going on.
 
     Yields:
-        A function to call with the images done, the images in all, and a word on how it stands.
+        A function to call with what is being done, how much is done, how much there is, and a word on how it stands.
     """
     if not on_terminal():
-        yield lambda done, total, status: None
+        yield lambda task, done, total, status: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -269,4 +269,6 @@ def progress(title: str) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(printable(title), total=None, status="")
-        yield lambda done, total, status: bar.update(task, completed=done, total=total, status=printable(status))
+        yield lambda now, done, total, status: bar.update(
+            task, description=printable(now), completed=done, total=total, status=printable(status)
+        )

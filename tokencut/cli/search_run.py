@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencut.cli import render
+from tokencut.cli.observer import CommandObserver, watched
 from tokencut.cli.options import RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
@@ -19,7 +20,7 @@ from tokencut.errors import UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.models.loading import Loaded
 from tokencut.search.report import ParetoPoint
-from tokencut.search.run import SearchProgress, SearchReport, SearchSettings, find_schedule
+from tokencut.search.run import SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
 
 
@@ -55,7 +56,9 @@ class SearchRun:
         self.target.check()
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
-        self.source = open_source(options.calibration or "", split="train", on_note=render.note, class_map=class_map)
+        self.source = open_source(
+            options.calibration or "", split="train", observer=CommandObserver(), class_map=class_map
+        )
         default = SearchSettings()
         self._settings = SearchSettings(
             images=default.images if options.calibration_limit is None else options.calibration_limit,
@@ -103,11 +106,10 @@ class SearchRun:
             KeyboardInterrupt: It was interrupted before it had anything.
         """
         settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
-        with StopRequest() as stop, render.progress(f"searching {loaded.name}") as advance:
+        with StopRequest() as stop, watched(f"searching {loaded.name}", stop) as observer:
             self.report = find_schedule(
                 loaded.dense, self.source, self.target, **settings, settings=self._settings,
-                on_progress=lambda now: advance(round(100 * now.share), 100, _status(now)), on_note=render.note,
-                should_stop=lambda: stop.requested,
+                observer=observer,
             )  # fmt: skip
         for text in self.report.notes:
             render.note(text)
@@ -168,13 +170,6 @@ def _told_of(point: ParetoPoint) -> dict[str, Any]:
 
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' if count != 1 else ''}"
-
-
-def _status(now: SearchProgress) -> str:
-    if now.best is None:
-        return now.doing
-    agreement = "" if now.best.agreement is None else f", {now.best.agreement:.1f} % agree with dense"
-    return f"best: {render.gmacs_text(now.best.gmacs)} GMACs, damage {now.best.divergence:.4g}{agreement}"
 
 
 def requested_search(

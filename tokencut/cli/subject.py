@@ -15,6 +15,7 @@ from torch import nn
 
 from tokencut import cost
 from tokencut.cli import render
+from tokencut.cli.observer import watched
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
 from tokencut.data.sources import DIGITS, Source
 from tokencut.errors import UsageError
@@ -227,7 +228,7 @@ def measure_accuracy(
         compile_mode: How the model is compiled; not at all where None.
         force: Whether the CSV file may be replaced.
     """
-    with render.progress(f"evaluating {name}") as advance:
+    with watched(f"evaluating {name}") as observer:
         return evaluate_spread(
             group or single_process(device),
             model,
@@ -241,7 +242,5 @@ def measure_accuracy(
             force=force,
             gmacs=gmacs(model),
             name=name,
-            on_progress=lambda now: advance(
-                now.done, now.total, f"{now.top1:.2f} % top-1, {now.images_per_second:.0f} images/s"
-            ),
+            observer=observer,
         )

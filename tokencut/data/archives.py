@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from tokencut.data.listing import Listing
 from tokencut.errors import DataError
 from tokencut.files import atomic_write
-from tokencut.messages import noting, quoted
+from tokencut.messages import quoted
+from tokencut.observers import Observer
 
 CACHE_VARIABLE = "TOKENCUT_CACHE"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -87,7 +88,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokencut"
 
 
-def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
+def unpack(path: Path, observer: Observer | None = None) -> Path:
     """Unpacks a `.tar.gz` into the cache, unless that has been done and nothing is missing since.
 
     Only plain files and folders inside the archive are accepted. If it fails or is interrupted, nothing but an empty
@@ -96,7 +97,7 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
 
     Args:
         path: The archive. Its path, size and time of change say whether the cache holds it.
-        on_note: Told that an unpacking begins, since that can take minutes.
+        observer: Told that an unpacking begins, since that can take minutes.
 
     Returns:
         The folder with the archive's content.
@@ -108,15 +109,17 @@ def unpack(path: Path, on_note: Callable[[str], None] | None = None) -> Path:
     target = cache_folder() / _cache_name(path)
     if _is_whole(target):
         return target
-    note = noting(on_note)
+    told = observer or Observer()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.with_name(f".{target.name}.lock"), lambda: note(f"another process unpacks {path}; waiting")):
+        with _alone(
+            target.with_name(f".{target.name}.lock"), lambda: told.note(f"another process unpacks {path}; waiting")
+        ):
             if not _is_whole(target):
                 if target.is_dir():
-                    note(f"{target}, where {path} was unpacked, is no longer as it was")
+                    told.warning(f"{target}, where {path} was unpacked, is no longer as it was")
                     _clear(path, target)
-                note(f"unpacking {path} into {target}, this once")
+                told.note(f"unpacking {path} into {target}, this once")
                 _unpack(path, target)
     except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
         reason = getattr(error, "strerror", None) or error

@@ -23,6 +23,7 @@ from tokencut.data.sources import Source, open_source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
 from tokencut.models.pretrained_cfg import require_head
+from tokencut.observers import Observer
 
 # Held in memory up to this size: 14,000 images of 224 px, or 5,000 of 378 px. More are decoded anew for every model.
 HELD_BYTES = 2 * 2**30
@@ -149,17 +150,16 @@ class ImageSet:
         )  # fmt: skip
         return tuple(note for note in (*self.source.notes, *classes, sample, skipped, turned) if note)
 
-    def digest(self, on_image: Callable[[int], None] | None = None) -> str:
+    def digest(self, observer: Observer | None = None) -> str:
         """SHA-256 of the encoded images, in order, with the names and classes they go by.
 
         Args:
-            on_image: Told the number of images read.
+            observer: Told how many are read.
         """
-        digest = hashlib.sha256()
+        digest, told = hashlib.sha256(), observer or Observer()
         for done, index in enumerate(self.indices, start=1):
             digest.update(self._content(index))
-            if on_image:
-                on_image(done)
+            told.progress("reading the images", done, len(self), {})
         return digest.hexdigest()
 
     def _content(self, index: int) -> bytes:
@@ -238,7 +238,7 @@ def open_images(
     data: str | os.PathLike[str] | Source,
     *,
     limit: int | None = None,
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> ImageSet:
     """Finds the images that a classifier is to be judged on.
 
@@ -246,7 +246,7 @@ def open_images(
         model: The classifier.
         data: As `open_source` takes it.
         limit: An evenly spread sample of so many images.
-        on_note: Told what takes long: the unpacking of an archive.
+        observer: Told what takes long: the unpacking of an archive.
 
     Raises:
         ModelError: The model has no classification head, or takes neither colour nor grey images.
@@ -254,7 +254,7 @@ def open_images(
         UsageError: The limit is out of range.
     """
     require_head(model)  # before anything is unpacked
-    source = open_source(data, on_note=on_note)
+    source = open_source(data, observer=observer)
     return images_for(model, source, classes_for(model, source), limit=limit)
 
 

@@ -6,7 +6,7 @@ import io
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from tokencut.data.listing import Layout, find_classes, images_in, scan_folder
 from tokencut.data.sampling import stratified
 from tokencut.errors import DataError
 from tokencut.messages import quoted
+from tokencut.observers import Observer
 
 DIGITS = "digits"
 CLASS_MAP = "give a text file with the name of a class folder in each line, in the order of the model's classes"
@@ -140,7 +141,7 @@ def open_source(
     data: str | os.PathLike[str] | Source,
     *,
     split: str = "test",
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
     class_map: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Finds the images to judge, train or search by.
@@ -149,7 +150,7 @@ def open_source(
         data: A folder with one sub-folder a class, a `.tar` or `.tar.gz` of one (known by content, not name), the word
             `digits` (`./digits` is a folder of that name), or a source, which is returned as it is.
         split: The part of `digits`: `"test"`, or `"train"` for training and calibration.
-        on_note: Told what takes long: the unpacking of an archive.
+        observer: Told what takes long: the unpacking of an archive.
         class_map: A text file with the folders' names in the order of the model's classes, see `read_class_map`.
 
     Returns:
@@ -162,7 +163,7 @@ def open_source(
         return data
     if class_map is not None:
         order = read_class_map(class_map)
-        source = open_source(data, split=split, on_note=on_note)
+        source = open_source(data, split=split, observer=observer)
         source.class_order = order
         return source
     if data == DIGITS:
@@ -174,7 +175,7 @@ def open_source(
         raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}")
     try:
         if archives.is_gzip(path):
-            return FolderSource(name, archives.unpack(path, on_note))
+            return FolderSource(name, archives.unpack(path, observer))
         if archives.is_tar(path):
             return TarSource(name, path)
     except OSError as error:

@@ -23,29 +23,13 @@ from tokencut.data.sources import Source
 from tokencut.errors import ModelError, UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.models.pretrained_cfg import name_of
+from tokencut.observers import Observer
 from tokencut.runtime.compiling import compile_model, in_batches
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device, weights_dtype
 
 TOP = 5
 
 Forward = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an evaluation is.
-
-    Attributes:
-        done: Images seen so far, the unreadable ones among them.
-        total: Images to be seen.
-        top1: Percent right so far.
-        images_per_second: Decoded and judged, on average so far.
-    """
-
-    done: int
-    total: int
-    top1: float
-    images_per_second: float
 
 
 @dataclass(frozen=True)
@@ -103,8 +87,7 @@ def evaluate(
     force: bool = False,
     gmacs: float | None = None,
     name: str | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> EvaluationReport:
     """Measures a classifier's accuracy, with its own preprocessing, as timm would; the model stays as it was.
 
@@ -122,8 +105,7 @@ def evaluate(
         force: Whether a file of that name may be replaced.
         gmacs: Multiply-adds per image to put into the report, in units of 1e9.
         name: What the report calls the model; by default its architecture and tag.
-        on_progress: Told after each batch how far it is.
-        on_note: Told what takes long before the first batch: the unpacking of an archive.
+        observer: Told after each batch how far it is.
 
     Returns:
         The report.
@@ -146,19 +128,18 @@ def evaluate(
     wanted = precision_dtype(precision)
     if predictions is not None:
         check_predictions(predictions, force=force)
-    images = open_images(model, data, limit=limit, on_note=on_note)
+    images = open_images(model, data, limit=limit, observer=observer)
     loaded = images.batches(batch_size, workers=workers, device=target_device)
-    tally = MetricAccumulator(images, precision, of)
+    tally, told, called = MetricAccumulator(images, precision, of), observer or Observer(), name or name_of(model)
     forward = _forward(model, compile_mode, min(batch_size, len(images)))
     with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
         dtype = weights_dtype(model)
         for batch in batches:
             tally.add(batch, _logits(forward, batch, images.prepared, target_device, dtype))
-            if on_progress:
-                on_progress(tally.progress())
+            told.progress(f"evaluating {called}", tally.done, len(images), tally.values)
     if predictions is not None:
         _write_predictions(predictions, tally, force=force)
-    return tally.report(name or name_of(model), gmacs)
+    return tally.report(called, gmacs)
 
 
 def check_predictions(path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -219,10 +200,17 @@ class MetricAccumulator:
         self.losses += losses.tolist()
         self.right += sum(best[0] == target for best, target in zip(ranked, batch.targets.tolist(), strict=True))
 
-    def progress(self) -> Progress:
+    @property
+    def done(self) -> int:
+        """Images seen so far, the unreadable ones among them."""
+        return len(self.targets) + len(self.unreadable)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """How it stands: percent right, and images decoded and judged in a second, both on average so far."""
         judged = len(self.targets)
         rate = judged / (time.perf_counter() - self.started)
-        return Progress(judged + len(self.unreadable), len(self.images), 100 * self.right / max(judged, 1), rate)
+        return {"top1": 100 * self.right / max(judged, 1), "images_per_second": rate}
 
     def report(self, model: str, gmacs: float | None) -> EvaluationReport:
         seconds = time.perf_counter() - self.started

@@ -20,6 +20,7 @@ from tokencut.model import CompressedModel
 from tokencut.models.artifact import origin_of
 from tokencut.models.metadata import Origin
 from tokencut.models.pretrained_cfg import class_count
+from tokencut.observers import Observer
 
 CHECKED = 64
 NOISE = "noise"
@@ -68,7 +69,7 @@ class CheckImages:
 
 
 def check_images(
-    model: nn.Module, data: Any, *, limit: int | None = None, on_note: Callable[[str], None] | None = None
+    model: nn.Module, data: Any, *, limit: int | None = None, observer: Observer | None = None
 ) -> CheckImages:
     """Chooses the images to compare on.
 
@@ -76,7 +77,7 @@ def check_images(
         model: Dense or compressed.
         data: As `open_source` takes it; where None the digits for the bundled model, or noise.
         limit: How many, evenly spread; 64 where None.
-        on_note: Told what takes long.
+        observer: Told what takes long.
 
     Raises:
         DataError: The images cannot be found.
@@ -90,7 +91,7 @@ def check_images(
         except DataError as error:  # scikit-learn is not installed
             why = str(error)
     if data is not None:
-        real = images_for(model, open_source(data, on_note=on_note), limit=count)
+        real = images_for(model, open_source(data, observer=observer), limit=count)
         return CheckImages(real.prepared, len(real), real)
     noise = len(strided_subset(count, count))
     return CheckImages(preprocessing_of(model), noise, None, (f"checked on {count} images of noise, since {why}",))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from tokencut.errors import UsageError
 from tokencut.export.onnx_model import OnnxModel
+from tokencut.observers import Observer
 from tokencut.profiling.latency import measure, speedup
 from tokencut.profiling.measuring import DEFAULT_BATCH_SIZE, random_images, time_notes
 from tokencut.profiling.report import Figures, ProfileReport
@@ -22,7 +21,7 @@ def profile_onnx(
     batch_size: int = DEFAULT_BATCH_SIZE,
     rounds: int = 21,
     name: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> ProfileReport:
     """Times an exported file; its multiply-adds and parameters are those that it was exported with.
 
@@ -33,7 +32,7 @@ def profile_onnx(
         batch_size: Images in a forward; a file made for one size is timed with that.
         rounds: How many samples to take, at least 3; fewer are taken of large models, that it may end.
         name: What the report calls the model; by default what the file does.
-        on_progress: Told rounds done and rounds in all.
+        observer: Told rounds done and rounds in all.
 
     Returns:
         A report as of any model; `stages` are those of its recipe, and `blocks` is empty.
@@ -41,7 +40,7 @@ def profile_onnx(
     Raises:
         UsageError: An argument is out of range, or `dense` is not the same model uncompressed.
     """
-    info = model.info
+    info, called = model.info, name or model.info.model
     check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
     if dense is not None:
         _check_dense(model, dense)
@@ -51,14 +50,14 @@ def profile_onnx(
     if latency:
         cpu = torch.device("cpu")
         images = random_images(model, (size, *info.preprocessing["input_size"]), cpu)
-        timings = measure(sides, images, rounds=rounds, on_round=on_progress)
+        timings = measure(sides, images, rounds=rounds, observer=observer, task=f"timing {called}")
     before, after = timings.get("dense"), timings.get("compressed")
     ratio, spread = speedup(before, after) if before and after else (None, None)
     recipe = info.recipe
     other_size = latency and size != batch_size
     fixed = (f"timed with batches of {size}, the only ones that the file takes",) if other_size else ()
     return ProfileReport(
-        model=name or info.model,
+        model=called,
         method=recipe.method if recipe else None,
         keep=recipe.keep if recipe else 1.0,
         dense=Figures.of(info.dense_gmacs, info.dense_params, before if recipe else after),

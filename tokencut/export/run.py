@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, 
 from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.files import atomic_write, check_writable
+from tokencut.observers import Observer
 from tokencut.runtime import extras
 from tokencut.runtime.devices import check_batch_size, inference_state
 
@@ -110,7 +110,7 @@ def export_model(
     data: str | os.PathLike[str] | Source | None = None,
     limit: int | None = None,
     name: str | None = None,
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> ExportReport:
     """Writes a model to one file and compares the two: all of the file is there at the end, or nothing.
 
@@ -128,7 +128,7 @@ def export_model(
         data: Images to compare on, as `evaluate` takes them; where None the digits for the bundled model, or noise.
         limit: How many of them, evenly spread; 64 where None.
         name: What the file calls the model; by default its architecture and tag.
-        on_note: Told what takes long before the first batch: the unpacking of an archive.
+        observer: Told what takes long before the first batch: the unpacking of an archive.
 
     Returns:
         The report.
@@ -153,7 +153,7 @@ def export_model(
     info = describe_export(
         model, name=name, normalises=with_preprocessing, batch_size=None if dynamic_batch else batch_size
     )
-    images = check_images(model, data, limit=limit, on_note=on_note)
+    images = check_images(model, data, limit=limit, observer=observer)
     with inference_state(model, torch.device("cpu")), torch.no_grad(), atomic_write(target, force=force) as temporary:
         served = Normalised(model, images.prepared) if with_preprocessing else model
         program = captured(served, info)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencut.errors import UsageError
+from tokencut.observers import Observer
 from tokencut.profiling.memory import peak_memory
 
 Forward = Callable[[Tensor], object]
@@ -107,7 +108,8 @@ def measure(
     min_seconds: float = 0.05,
     max_seconds: float = 10.0,
     clock: Clock | None = None,
-    on_round: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
+    task: str = "timing",
 ) -> dict[str, Timing]:
     """Times models in turn: the first, the second, ..., the first again.
 
@@ -119,7 +121,8 @@ def measure(
             time the call more than the work.
         max_seconds: After so much time, warm-up included, no new round is begun, save that 3 are always made.
         clock: What tells the time; by default the device's own.
-        on_round: Told rounds done and rounds in all.
+        observer: Told rounds done and rounds in all.
+        task: What it is told that this is.
 
     Returns:
         The timings, by name.
@@ -131,7 +134,7 @@ def measure(
         raise UsageError(
             f"{rounds} rounds are too few to tell a spread, expected at least {MIN_ROUNDS}; give rounds=21"
         )
-    clock = clock or clock_for(images.device)
+    clock, told = clock or clock_for(images.device), observer or Observer()
     started = clock.mark()
     with torch.no_grad():
         repeats = {name: _warm_up(forward, images, min_seconds, clock) for name, forward in models.items()}
@@ -141,8 +144,7 @@ def measure(
             for name, forward in models.items():
                 samples[name].append(_time(forward, images, repeats[name], clock) / repeats[name])
             enough = done >= MIN_ROUNDS and clock.seconds(started, clock.mark()) >= max_seconds
-            if on_round:
-                on_round(rounds if enough else done, rounds)
+            told.progress(task, rounds if enough else done, rounds, {})
             if enough:
                 break
     return {name: _timing(taken, images.shape[0], memory[name]) for name, taken in samples.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.pretrained_cfg import name_of
+from tokencut.observers import Observer
 from tokencut.profiling.counting import MacCount, count_macs
 from tokencut.profiling.latency import Forward, Timing, measure, share_of_time, speedup
 from tokencut.profiling.report import Figures, ProfileReport
@@ -47,7 +47,7 @@ def profile(
     rounds: int = 21,
     compile_mode: str | None = None,
     name: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> ProfileReport:
     """Counts and times a model, dense and compressed side by side; the model stays as it was.
 
@@ -63,7 +63,7 @@ def profile(
         rounds: How many samples of each to take, at least 3; fewer are taken of large models, that it may end.
         compile_mode: Time both through `torch.compile` in this mode, such as `default`.
         name: What the report calls the model; by default its architecture and tag.
-        on_progress: Told rounds done and rounds in all.
+        observer: Told rounds done and rounds in all.
 
     Returns:
         The report.
@@ -88,17 +88,17 @@ def profile(
     recipe = model.recipe if isinstance(model, CompressedModel) else None
     inner = model.model if isinstance(model, CompressedModel) else model
     before, after = count_macs(inner, size), count_macs(model, size)
-    timed = _Timed()
+    timed, called = _Timed(), name or name_of(model)
     if latency:
         smaller = f"type `batch_size={batch_size // 2}`" if batch_size > 1 else "take a smaller model or `device='cpu'`"
         with enough_memory(batch_size, target, smaller), inference_state(model, target, dtype):
             images = random_images(model, (batch_size, *size), target)
-            timed = _time(model, inner, images, rounds, compile_mode, on_progress)
+            timed = _time(model, inner, images, rounds, compile_mode, observer, f"timing {called}")
     dense, compressed = _figures(inner, before, timed.dense), _figures(model, after, timed.compressed)
     ratio, spread = speedup(timed.dense, timed.compressed) if timed.dense and timed.compressed else (None, None)
     blocks = _blocks(model)
     return ProfileReport(
-        model=name or name_of(model),
+        model=called,
         method=recipe.method if recipe else None,
         keep=recipe.keep if recipe else 1.0,
         dense=dense,
@@ -138,7 +138,8 @@ def _time(
     images: Tensor,
     rounds: int,
     compile_mode: str | None,
-    on_progress: Callable[[int, int], None] | None,
+    observer: Observer | None,
+    task: str,
 ) -> _Timed:
     sides: dict[str, nn.Module] = {"dense": inner, "compressed": model} if model is not inner else {"dense": inner}
     forwards: dict[str, Forward] = dict(sides)
@@ -147,7 +148,7 @@ def _time(
         with torch.no_grad():
             for forward in forwards.values():
                 forward(images)  # compiles: that time is not the model's
-    timings = measure(forwards, images, rounds=rounds, on_round=on_progress)
+    timings = measure(forwards, images, rounds=rounds, observer=observer, task=task)
     if not isinstance(model, CompressedModel):
         return _Timed(timings["dense"], timings["dense"], None if compile_mode else 0.0)
     # Compiled stages are part of one graph, and have no beginning and no end.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from tokencut.blocks import BlockLoop
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.model import CompressedModel
+from tokencut.observers import Observer
 from tokencut.profiling.latency import Forward, measure
 from tokencut.profiling.measuring import random_images
 from tokencut.search.probe import any_block_reduces
@@ -79,7 +79,7 @@ def latency_table(
     device: torch.device,
     rounds: int = 15,
     max_seconds: float = 20.0,
-    on_round: Callable[[int, int], None] | None = None,
+    observer: Observer | None = None,
 ) -> LatencyTable:
     """Times the parts of a model in turn, so that all see the same machine; call it in the model's `inference_state`.
 
@@ -91,7 +91,7 @@ def latency_table(
         device: Where it runs.
         rounds: How many samples of each part to take.
         max_seconds: After so much time no new round is begun.
-        on_round: Told rounds done and rounds in all.
+        observer: Told rounds done and rounds in all.
     """
     loop = any_block_reduces(model)
     images = random_images(model, (batch_size, *preprocessing_of(model).config["input_size"]), device)
@@ -106,7 +106,8 @@ def latency_table(
     for count in counts:
         timed |= _parts(loop, _some(loop, whole, count, merged=model.method.merges()))
     times = {name: t.median_ms / 1000 for name, t in measure(
-        timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, on_round=on_round
+        timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, observer=observer,
+        task="timing the model's parts"
     ).items()}  # fmt: skip
     columns = {
         part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attention_half", "mlp_half")

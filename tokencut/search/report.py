@@ -77,21 +77,6 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class SearchProgress:
-    """How far a search is.
-
-    Attributes:
-        share: Of its effort, 0 to 1; it may end earlier.
-        best: The best schedule at the price it works on; None before there is one.
-        doing: What is going on, in words.
-    """
-
-    share: float
-    best: ParetoPoint | None
-    doing: str = "trying schedules"
-
-
-@dataclass(frozen=True)
 class SearchReport:
     """What a search found; its numbers are from calibration images.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tokencut.errors import UsageError
 from tokencut.evaluation.statistics import CLEAR, mean_and_error, pareto_front
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
+from tokencut.observers import Observer
 from tokencut.profiling.latency import measure
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
@@ -29,7 +30,7 @@ from tokencut.search.calibration import calibration_images
 from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.local_search import LocalSearch
 from tokencut.search.probe import Costs, Outcome, Probe
-from tokencut.search.report import ParetoPoint, SearchProgress, SearchReport, SearchSettings
+from tokencut.search.report import ParetoPoint, SearchReport, SearchSettings
 from tokencut.search.space import Counts, Space, keeps
 from tokencut.search.targets import Target, cheapest, search_drop, search_gmacs, search_speedup, within
 
@@ -51,9 +52,7 @@ def find_schedule(
     prop_attn: bool | None = None,
     method_options: Mapping[str, Any] | None = None,
     settings: SearchSettings | None = None,
-    on_progress: Callable[[SearchProgress], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    observer: Observer | None = None,
 ) -> SearchReport:
     """Finds the schedule that meets a target with the least damage, without training.
 
@@ -66,9 +65,7 @@ def find_schedule(
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.
         settings: How the search runs.
-        on_progress: Told before each batch how far it is.
-        on_note: Told what takes long before the first batch.
-        should_stop: Asked before each batch; where it says yes, the best so far is returned.
+        observer: Told how far it is, and asked whether to stop: then the best so far is returned.
 
     Returns:
         The report; `compress(model, keep=report.found.keep, layers=report.found.layers, method=...)` is the model.
@@ -102,13 +99,25 @@ def find_schedule(
         raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type `images=512`")
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
-    source = open_source(calibration, split="train", on_note=on_note)
+    source = open_source(calibration, split="train", observer=observer)
     with inference_state(reduced, device, precision_dtype(chosen.precision)):
         images = calibration_images(reduced, source, limit=chosen.images, batch_size=chosen.batch_size, device=device,
                                     seed=chosen.seed, workers=chosen.workers)  # fmt: skip
-        run = _Run(reduced, target, chosen, device, on_progress, should_stop)
+        run = _Run(reduced, target, chosen, device, observer or Observer())
         run.seek(images.batches, images.targets)
         return run.report(images.notes, time.perf_counter() - started)
+
+
+class _Asking(Observer):
+    """Passes on how far a search is, and ends it where it is to stop."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+
+    def progress(self, task: str, done: float, total: float, values: Mapping[str, float]) -> None:
+        if self.observer.should_stop():
+            raise _StoppedError
+        self.observer.progress(task, done, total, values)
 
 
 class _Run:
@@ -116,14 +125,13 @@ class _Run:
 
     def __init__(
         self, model: CompressedModel, target: Target, settings: SearchSettings, device: torch.device,
-        on_progress: Callable[[SearchProgress], None] | None, should_stop: Callable[[], bool],
+        observer: Observer,
     ) -> None:  # fmt: skip
         self.model = model
         self.target = target
         self.settings = settings
         self.device = device
-        self.on_progress = on_progress
-        self.should_stop = should_stop
+        self.observer = _Asking(observer)
         self.searcher: LocalSearch | None = None
         self.table: LatencyTable | None = None
         self.best: ParetoPoint | None = None
@@ -137,7 +145,7 @@ class _Run:
         try:
             if self.target.speedup is not None:
                 self.table = latency_table(
-                    self.model, batch_size=self.settings.timing_batch_size, device=self.device, on_round=self._on_round
+                    self.model, batch_size=self.settings.timing_batch_size, device=self.device, observer=self.observer
                 )
             probe = Probe(self.model, batches, targets, self._on_batch)
             table = self.table
@@ -169,17 +177,9 @@ class _Run:
         return within(searcher, self.target.gmacs or 0.0)
 
     def _on_batch(self) -> None:
-        if self.should_stop():
-            raise _StoppedError
-        if self.on_progress and self.searcher:
-            probe = self.searcher.probe
-            self.on_progress(SearchProgress(min(1.0, probe.spent / probe.passes / self.settings.effort), self.best))
-
-    def _on_round(self, done: int, total: int) -> None:
-        if self.should_stop():
-            raise _StoppedError
-        if self.on_progress:
-            self.on_progress(SearchProgress(0.0, None, f"timing the model's parts, round {done} of {total}"))
+        probe, effort = None if self.searcher is None else self.searcher.probe, self.settings.effort
+        done = 0.0 if probe is None else min(effort, probe.spent / probe.passes)
+        self.observer.progress("trying schedules", done, effort, {} if self.best is None else _standing(self.best))
 
     def _on_best(self, counts: Counts, outcome: Outcome) -> None:
         self.best = self._point(counts, outcome)
@@ -252,6 +252,11 @@ class _Run:
     def _rate(self, front: tuple[ParetoPoint, ...]) -> DropRate:
         assert self.searcher is not None
         return fit_rate([self.searcher.tried[point.tokens] for point in front], self.searcher.probe.dense)
+
+
+def _standing(best: ParetoPoint) -> dict[str, float]:
+    agreement = {} if best.agreement is None else {"agreement": best.agreement}
+    return {"gmacs": best.gmacs, "divergence": best.divergence, **agreement}
 
 
 def _percent(values: torch.Tensor) -> float:

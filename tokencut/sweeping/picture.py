@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from tokencut.data.image_files import Photo, check_photos, photo_of
 from tokencut.data.image_set import ImageSet
 from tokencut.data.sampling import strided_subset
 from tokencut.errors import DataError, UsageError
-from tokencut.messages import noting
 from tokencut.model import CompressedModel
+from tokencut.observers import Observer
 from tokencut.recipe import Recipe
 from tokencut.sweeping.rows import Keep, keep_text
 from tokencut.visualization.drawing import Picture, draw
@@ -37,7 +37,7 @@ def picture_of(
     *,
     device: torch.device,
     precision: str,
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> SweepPicture | None:
     """Draws evenly spread images of a sweep, the methods in rows; the same sweep gives the same picture.
 
@@ -47,7 +47,7 @@ def picture_of(
         images: What the sweep judges on.
         device: Where the model runs.
         precision: What it computes in.
-        on_note: Told why there is no picture.
+        observer: Told why there is no picture.
 
     Returns:
         The picture, at the keep rate that leaves least, where methods differ most; None where it would be too large.
@@ -60,7 +60,7 @@ def picture_of(
     try:
         picture = draw(models, list(photos.values()), device=device, precision=precision)
     except UsageError as error:  # a report without a picture is better than none
-        noting(on_note)(f"the report has no picture of tokens: {error}")
+        (observer or Observer()).warning(f"the report has no picture of tokens: {error}")
         return None
     return SweepPicture(picture, tuple(photos), keep_text(lowest))
 

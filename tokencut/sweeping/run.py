@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from tokencut.data.sources import Source, check_apart
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, MetricAccumulator
 from tokencut.evaluation.statistics import paired_difference
-from tokencut.messages import noting
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.pretrained_cfg import architecture_of
+from tokencut.observers import Observer
 from tokencut.profiling.latency import Timing, measure
 from tokencut.profiling.measuring import BUSY
 from tokencut.recipe import Recipe
@@ -90,28 +90,6 @@ class SweepPlan:
         return [(variant, keep) for keep in keeps for variant in variants]
 
 
-@dataclass(frozen=True)
-class SweepProgress:
-    """How far a sweep is.
-
-    Attributes:
-        doing: What is going on: the row being judged, or another task.
-        done: Images judged in all rows of this run, or steps of the other task.
-        total: How many there will be.
-        rows_left: Rows still to be finished, the one under way among them.
-        top1: Percent right so far in the row under way.
-    """
-
-    doing: str
-    done: int
-    total: int
-    rows_left: int = 0
-    top1: float | None = None
-
-
-Tell = Callable[[SweepProgress], None]
-
-
 def sweep(
     model: nn.Module,
     data: str | os.PathLike[str] | Source,
@@ -120,8 +98,7 @@ def sweep(
     *,
     force: bool = False,
     name: str | None = None,
-    on_progress: Tell | None = None,
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> SweepReport:
     """Judges a model under several methods and budgets on the same images, and writes a report; the model stays as is.
 
@@ -137,8 +114,7 @@ def sweep(
         plan: What to judge, and how; the defaults where None.
         force: Whether to drop rows found in the folder instead of going on with them.
         name: What the report calls the model; by default its architecture.
-        on_progress: Told how far it is.
-        on_note: Told what takes long, and what is taken from an earlier run.
+        observer: Told how far it is, and what is taken from an earlier run.
 
     Returns:
         The report, whose files are in the folder.
@@ -156,17 +132,16 @@ def sweep(
         ['dense', 'bat', 'evit']
     """
     extras.require("the plots need", "matplotlib", extra="plot")
-    plan, into = plan or SweepPlan(), check_folder(folder, force=force)
+    plan, into, told = plan or SweepPlan(), check_folder(folder, force=force), observer or Observer()
     device = resolve_device(plan.device)
     dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)
-    images = open_images(model, data, limit=plan.limit, on_note=on_note)
+    images = open_images(model, data, limit=plan.limit, observer=told)
     check_apart(into, images.source)
     batches = images.batches(plan.batch_size, workers=plan.workers, device=device, held_bytes=plan.held_bytes)
-    tell = on_progress or (lambda progress: None)
     state = None if force else load_state(into)
     conditions = {
-        **conditions_of(model, images, lambda *read: tell(SweepProgress("reading the images", *read))),
+        **conditions_of(model, images, told),
         "precision": plan.precision,
         "kind of device": device.type,
         "layers": str(_layers(recipes)),
@@ -176,13 +151,13 @@ def sweep(
         state.require(conditions, {key: recipe.to_json() for key, recipe in recipes.items()}, into)
         if (into / RESULTS).exists():
             state.require_named((DENSE_KEY, *recipes), into)
-    run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, tell)
+    run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, told)
     finished = len(recipes) + 1 - len(run.left())
     if finished:
-        noting(on_note)(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
+        told.note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
     with inference_state(model, device, dtype), torch.no_grad():
         notes = run.run(model)
-        pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, on_note=on_note)
+        pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, observer=told)
     report = run.report(name or architecture_of(model), notes)
     if pictured is not None:
         report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
@@ -215,7 +190,7 @@ class _Run:
     folder: Path
     plan: SweepPlan
     device: torch.device
-    tell: Tell
+    observer: Observer
 
     def left(self) -> list[Key]:
         """The rows that are not finished."""
@@ -242,9 +217,8 @@ class _Run:
             for batch in batches:
                 # A batch is empty where none of its images could be read.
                 tally.add(batch, self._logits(model, batch.images) if len(batch) else None)
-                now = tally.progress()
-                done = position * count + now.done
-                self.tell(SweepProgress(name, done, rows * count, rows - position, now.top1))
+                values = {**tally.values, "rows_left": rows - position}
+                self.observer.progress(name, position * count + tally.done, rows * count, values)
         return tally.report(name, None)
 
     def _logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
@@ -271,7 +245,8 @@ class _Run:
             {pair_name(*key): model for key, model in models.items()},
             noise.to(self.device, weights_dtype(models[DENSE_KEY])),
             max_seconds=TIMING_SECONDS * len(models),
-            on_round=lambda done, total: self.tell(SweepProgress("timing all models in turn", done, total)),
+            observer=self.observer,
+            task="timing all models in turn",
         )
 
     def report(self, model: str, notes: tuple[str, ...]) -> SweepReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tokencut.data.image_set import ImageSet
 from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
 from tokencut.messages import one_line
+from tokencut.observers import Observer
 from tokencut.runtime.devices import versions
 from tokencut.runtime.resume import require_same, weights_digest
 from tokencut.schema import NUMBER, OBJECT, TEXT, Fields, Form, Items, Rule, optional
@@ -198,17 +199,17 @@ def with_speed(row: Row, speed: Speed) -> Row:
     return replace(row, images_per_second=speed.median, images_per_second_quartiles=(speed.low, speed.high))
 
 
-def conditions_of(model: nn.Module, images: ImageSet, on_image: Callable[[int, int], None]) -> dict[str, str]:
+def conditions_of(model: nn.Module, images: ImageSet, observer: Observer) -> dict[str, str]:
     """What must be the same for a finished row to be of use again, options aside.
 
     Args:
         model: The dense model.
         images: The images it is judged on; all are read.
-        on_image: Told the number of images read, and of all.
+        observer: Told how many are read.
     """
     return {
         "weights": weights_digest(model, type(model).__name__, adapter_for(model).cost(model)),
         "preprocessing": str(sorted(images.prepared.config.items())),
-        "images": images.digest(lambda read: on_image(read, len(images))),
+        "images": images.digest(observer),
         "versions": str(versions()),
     }

@@ -20,6 +20,7 @@ from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel
 from tokencut.models.pretrained_cfg import require_head
+from tokencut.observers import Observer, TrainingProgress
 from tokencut.runtime.devices import resolve_device
 from tokencut.runtime.distributed import Group, single_process
 from tokencut.runtime.resume import weights_digest
@@ -27,7 +28,7 @@ from tokencut.training.held_out import CHOICE, HeldOutComparison, Right, compare
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
-from tokencut.training.setup import FinetuneReport, TrainingCallbacks, TrainingProgress, TrainingSetup
+from tokencut.training.setup import FinetuneReport, TrainingSetup
 from tokencut.training.state import Best, TrainingState, Weights, copy_of, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
@@ -47,7 +48,7 @@ def finetune(
     state: Path | None = None,
     resume: bool = False,
     judge: Judge | None = None,
-    callbacks: TrainingCallbacks | None = None,
+    observer: Observer | None = None,
 ) -> FinetuneReport:
     """Fine-tunes a compressed model in place; afterwards it is in eval mode and where it was.
 
@@ -63,7 +64,7 @@ def finetune(
         state: A folder to keep the run's state in; none is kept where None.
         resume: Whether to go on with the state in that folder, if there is one.
         judge: Measures top-1 after each epoch, for the history alone.
-        callbacks: Who is told, and who may stop it.
+        observer: Told how it goes, and asked after each step whether to stop: then the state is written.
 
     Returns:
         The report.
@@ -92,8 +93,8 @@ def finetune(
     model.to(group.device)
     try:
         with random_states_kept(group.device):
-            source = open_source(data, split="train")
-            run = _Run(model, source, recipe, setup, group, state, judge, callbacks or TrainingCallbacks())
+            source = open_source(data, split="train", observer=observer)
+            run = _Run(model, source, recipe, setup, group, state, judge, observer or Observer())
             return run.train(resume=resume)
     finally:
         model.to(home).eval()
@@ -128,10 +129,10 @@ class _Run:
         group: Group,
         folder: Path | None,
         judge: Judge | None,
-        callbacks: TrainingCallbacks,
+        observer: Observer,
     ) -> None:
         self.model, self.recipe, self.setup, self.group = model, recipe, setup, group
-        self.folder, self.judge, self.callbacks = folder, judge, callbacks
+        self.folder, self.judge, self.observer = folder, judge, observer
         self.class_map = training_classes(source, model)
         self.notes: list[str] = []
         self.held: Subset | None = None
@@ -203,7 +204,8 @@ class _Run:
         )  # fmt: skip
         try:
             state = self._start(found)
-            self.callbacks.on_start(tuple(self.notes))
+            for text in self.notes:
+                self.observer.note(text)
             if found is None and self._guarded:
                 state.before = self._right(self.model)
             finished = self._epochs(state)
@@ -247,7 +249,7 @@ class _Run:
             while state.epoch < self.epochs:
                 while state.step < self.order.steps:
                     stopped = not self._step(state, batches)
-                    if stopped or self.group.any(self.callbacks.should_stop()):
+                    if stopped or self.group.any(self.observer.should_stop()):
                         self._save(state)
                         return False
                     if time.monotonic() - saved > SAVE_EVERY:
@@ -263,13 +265,16 @@ class _Run:
         try:
             sums = self.trainer.step(state.epoch, state.step, map(self._checked, batches))
         except DataError:
-            if self.group.size == 1 and self.callbacks.should_stop():
+            if self.group.size == 1 and self.observer.should_stop():
                 return False
             raise
         state.step += 1
         for name, value in {**sums, "seconds": time.perf_counter() - began}.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
-        self.callbacks.on_step(self._progress(state, sums))
+        now = self._progress(state, sums)
+        values = {"epoch": now.epoch, **now.losses, "images_per_second": now.images_per_second}
+        self.observer.progress("fine-tuning", now.updates, self.epochs * self.order.steps, values)
+        self.observer.step(now)
         return True
 
     def _checked(self, batch: Batch) -> Batch:
@@ -303,7 +308,7 @@ class _Run:
         state.history.append(row)
         state.epoch, state.step, state.sums = number, 0, {}
         # Told first: a run killed before it is saved does, and tells, all of it again.
-        self.callbacks.on_epoch(state.history)
+        self.observer.epoch(state.history)
         self._save(state)
 
     def _right(self, model: CompressedModel) -> Right:
@@ -311,7 +316,7 @@ class _Run:
         assert self.held is not None
         report = evaluate_spread(
             self.group, model, self.held, batch_size=self.setup.batch_size, workers=self.setup.workers,
-            precision=self.setup.precision,
+            precision=self.setup.precision, observer=self.observer,
         )  # fmt: skip
         return dict(zip(report.numbers, report.correct, strict=True))
 
@@ -320,7 +325,7 @@ class _Run:
             return
         state.model, state.optimizer = self.model.state_dict(), self.trainer.optimizer.state_dict()
         state.ema = self.trainer.ema.module.state_dict() if self.trainer.ema else None
-        self.callbacks.on_save()
+        self.observer.saving()
         save_state(self.folder, state)
 
     def _take_result(self, state: TrainingState, original: Weights) -> tuple[int, HeldOutComparison | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokencut.errors import UsageError
@@ -51,35 +50,6 @@ class TrainingSetup:
 
 
 @dataclass(frozen=True)
-class TrainingProgress:
-    """How far a fine-tune is.
-
-    Attributes:
-        epoch: The epoch, from 1 on.
-        epochs: How many there are.
-        step: Steps done in the epoch.
-        steps: Steps an epoch.
-        losses: `loss` and its terms per image, on average over the epoch so far.
-        images_per_second: Trained on, over all processes, on average over the epoch so far.
-        seconds_left: Estimated, for the whole run without its evaluations.
-        updates: Steps done in the whole run.
-        latest: As `losses`, of the last step alone.
-        lr: The learning rate it has come to.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    losses: dict[str, float]
-    images_per_second: float
-    seconds_left: float
-    updates: int
-    latest: dict[str, float]
-    lr: float
-
-
-@dataclass(frozen=True)
 class FinetuneReport:
     """What a fine-tune came to.
 
@@ -99,22 +69,3 @@ class FinetuneReport:
     chosen: int
     held_out: HeldOutComparison | None
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TrainingCallbacks:
-    """Who is told how a fine-tune goes, and who may stop it.
-
-    Attributes:
-        on_start: Told the notes, before the first step.
-        on_step: Told after each step.
-        on_epoch: Told after each epoch, all the rows of the history so far.
-        on_save: Told before the state is written: a run that is killed goes on from here.
-        should_stop: Asked after each step.
-    """
-
-    on_start: Callable[[tuple[str, ...]], None] = lambda notes: None
-    on_step: Callable[[TrainingProgress], None] = lambda progress: None
-    on_epoch: Callable[[list[dict[str, float]]], None] = lambda history: None
-    on_save: Callable[[], None] = lambda: None
-    should_stop: Callable[[], bool] = lambda: False

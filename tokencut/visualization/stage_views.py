@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokencut.data.preprocessing import Preprocessing
 from tokencut.model import CompressedModel
-from tokencut.observers import Trace
 from tokencut.runtime.devices import check_batch_size, inference_state, precision_dtype
+from tokencut.tracing import Trace
 from tokencut.visualization.regions import Grid, Tokens, patches_held
 
 

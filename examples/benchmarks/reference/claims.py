@@ -26,7 +26,7 @@ from typing import Any
 
 import timm
 import torch
-from jobs import STARTED, carried_out, say
+from jobs import STARTED, Lines, carried_out, say
 from results import Results
 
 from reference import page
@@ -163,7 +163,7 @@ def main() -> None:
         runs = content.setdefault("runs", [])
         runs += [] if run in runs else [run]
         content["trained"] = {**content.get("trained", {}), **trained_of(args)}
-        open_source(args.train, split="train", on_note=say)  # a .tar.gz is unpacked now, once for all jobs
+        open_source(args.train, split="train", observer=Lines())  # a .tar.gz is unpacked now, once for all jobs
         judge = Judge(
             {name: folder for name, _, folder in (text.partition("=") for text in args.model)}, args.train, args.val,
             conditions["recipe"], args.batch_size, args.workers, args.device, args.precision, args.limit,

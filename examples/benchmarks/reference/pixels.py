@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from tokencut.data.loading import ImageDataset, make_loader
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
+from tokencut.observers import Observer
 
 # Images a worker hands over at once.
 CHUNK = 250
@@ -50,19 +50,19 @@ class Held:
         return [round(m, 3) for m in mean.tolist()], [round(d, 3) for d in deviation.tolist()]
 
 
-def read(data: str, side: int, *, workers: int | None = None, on_note: Callable[[str], None] | None = None) -> Held:
+def read(data: str, side: int, *, workers: int | None = None, observer: Observer | None = None) -> Held:
     """Decodes all images of a source.
 
     Args:
         data: A folder with one sub-folder a class, a `.tar` or a `.tar.gz` of one.
         side: Height and width that they are held in, px: others are scaled by their shorter side and cut to a square.
         workers: Processes that decode; one a processor, 4 at most, where None.
-        on_note: Told that an archive is being unpacked.
+        observer: Told that an archive is being unpacked.
 
     Raises:
         DataError: There are none, or one cannot be decoded.
     """
-    source = open_source(data, split="train", on_note=on_note)
+    source = open_source(data, split="train", observer=observer)
     dataset = ImageDataset(source, partial(_bytes, side=side), targets=range(len(source.classes)))
     images = torch.empty(len(source), 3, side, side, dtype=torch.uint8)
     labels = torch.empty(len(source), dtype=torch.int64)

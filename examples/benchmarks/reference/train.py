@@ -28,7 +28,7 @@ from typing import Any
 
 import timm
 import torch
-from jobs import STARTED, say
+from jobs import STARTED, Lines, say
 from torch import nn
 
 from reference import shards
@@ -149,7 +149,7 @@ class Run:
             f"after {time.monotonic() - STARTED:.0f} s; {self.training.recipe}, {augmentation}")  # fmt: skip
 
     def _read(self, data: str) -> Held:
-        return read(data, self.args.stored, workers=self.args.workers, on_note=say).to(self.device)
+        return read(data, self.args.stored, workers=self.args.workers, observer=Lines()).to(self.device)
 
     def _saved(self) -> dict[str, Any] | None:
         path = self.args.output / RESUME
