@@ -14,6 +14,7 @@ from tokencut.adapters.base import (
     register_adapter,
     supported_modules,
 )
+from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.attention import (
     AttentionInfo,
     QueryKey,
@@ -31,6 +32,7 @@ from tokencut.tokens import Tokens
 __all__ = [
     "Adapter",
     "BlockCost",
+    "ClassAndMean",
     "Context",
     "AttentionInfo",
     "QueryKey",
@@ -50,4 +52,5 @@ __all__ = [
     "register_adapter",
     "self_attention",
     "supported_modules",
+    "weighted_mean",
 ]
