@@ -15,6 +15,8 @@ from tokencut.adapters.base import (
     register_adapter,
     supported_modules,
 )
+from tokencut.adapters.subclasses import known_class, why_unknown
+from tokencut.adapters.wrappers import plain_model, refuse_sharded
 from tokencut.attention import (
     AttentionInfo,
     QueryKey,
@@ -23,8 +25,10 @@ from tokencut.attention import (
     differential_core,
     fused_attention,
     has_biased_kernel,
+    mixed_values,
     self_attention,
 )
+from tokencut.calling import call, has_hooks, is_patched, unwrapped, wrapped
 from tokencut.cost import BlockCost, Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -41,15 +45,25 @@ __all__ = [
     "TimmModule",
     "Tokens",
     "adapter_for",
+    "call",
     "counted_macs",
     "differential_attention",
     "differential_core",
     "fused_attention",
     "fused_attention_macs",
     "has_biased_kernel",
+    "has_hooks",
+    "is_patched",
     "known_adapter",
+    "known_class",
     "linear_macs",
+    "mixed_values",
+    "plain_model",
+    "refuse_sharded",
     "register_adapter",
     "self_attention",
     "supported_modules",
+    "unwrapped",
+    "wrapped",
+    "why_unknown",
 ]
