@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # A folder, or a module beside the folders, imports only what stands in lines above its own. Inside a folder modules may
 # import each other, without cycles.
 LAYERS = (
-    "errors messages cost observers",
+    "errors messages cost observers calling",
     "files schedule schema ops",
     "tokens",
     "attention",

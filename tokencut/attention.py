@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokencut.calling import has_hooks
 from tokencut.ops import kernels
 from tokencut.tokens import Tokens, full_precision
 
@@ -163,6 +164,27 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
+def mixed_values(layer: TimmModule, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """The attention inside one of timm's layers: fused, but where somebody looks at its weights.
+
+    Args:
+        layer: The timm module with `attn_drop` and `fused_attn`. With `fused_attn` off, as timm's
+            `AttentionExtract` leaves it, hooks on `attn_drop` see the weights, `(B, H, P + N, P + N)`.
+        query: As `fused_attention` takes it; so are `key`, `value` and `bias`.
+        key: Likewise.
+        value: Likewise.
+        bias: Likewise.
+
+    Returns:
+        `(B, H, P + N, d)`.
+    """
+    if layer.fused_attn or not has_hooks(layer.attn_drop):
+        return fused_attention(query, key, value, bias, layer.attn_drop.p if layer.training else 0.0)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    weights: Tensor = layer.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1))
+    return weights @ value
+
+
 def has_biased_kernel(bias: Tensor, *tensors: Tensor) -> bool:
     """Whether attention with such a bias has a kernel of its own: half precision on a GPU, one bias for all queries."""
     half = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
@@ -184,8 +206,7 @@ def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[T
     qkv = layer.qkv(x).reshape(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
     query, key = layer.q_norm(query), layer.k_norm(key)
-    dropout = layer.attn_drop.p if layer.training else 0.0
-    y = fused_attention(query, key, value, bias, dropout)
+    y = mixed_values(layer, query, key, value, bias)
     y = layer.norm(y.transpose(1, 2).reshape(batch, count, -1))
     if getattr(layer, "gate", None) is not None:
         y = y * layer.gate(x).sigmoid()
@@ -221,11 +242,24 @@ def differential_core(
     # Heads stand in pairs: the even ones make the first map, the odd ones the second.
     query, key = (t.unflatten(1, (layer.num_heads, 2)) for t in (layer.q_norm(query), layer.k_norm(key)))
     weight = layer._compute_lambda().type_as(query)
-    dropout = layer.attn_drop_p if layer.training else 0.0
-    first, second = (
-        F.scaled_dot_product_attention(query[:, :, i], key[:, :, i], value, attn_mask=bias, dropout_p=dropout)
-        for i in (0, 1)
-    )
+    first, second = _differing(layer, query, key, value, bias)
     y = layer.sub_norm(first - weight * second) * (1 - layer.lambda_init)
     maps = (QueryKey(query[:, :, 0], key[:, :, 0]), QueryKey(query[:, :, 1], key[:, :, 1], -weight.float()))
     return y.transpose(1, 2).reshape(batch, count, width), maps
+
+
+def _differing(layer: TimmModule, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """The two attentions whose difference is taken, each `(B, H, P + N, d)`, of queries and keys `(B, H, 2, P + N, d)`.
+
+    Fused, but where somebody looks at the weights of all `2 H` maps, as `mixed_values` says.
+    """
+    if layer.fused_attn or not has_hooks(layer.attn_drop):
+        dropout = layer.attn_drop_p if layer.training else 0.0
+        return tuple(
+            F.scaled_dot_product_attention(query[:, :, i], key[:, :, i], value, attn_mask=bias, dropout_p=dropout)
+            for i in (0, 1)
+        )
+    query, key = query.flatten(1, 2), key.flatten(1, 2)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    weights: Tensor = layer.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1))
+    return tuple(maps @ value for maps in weights.unflatten(1, (-1, 2)).unbind(2))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokencut.adapters import Adapter
+from tokencut.adapters import Adapter, Context
 from tokencut.attention import TimmModule, attention_bias
+from tokencut.calling import call
+from tokencut.errors import ModelError
 from tokencut.methods import Method, StageInput
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens, apply_decision, full_precision
@@ -108,16 +110,37 @@ class BlockLoop:
         """
         if tokens_out is None or tokens_out == tokens.count:
             return self._whole(number, tokens)
-        stage_input = self.stage_input(number, tokens)
-        left = self.weighed(self.stages[number](stage_input, tokens_out))
-        if observer is not None:
-            observer.stage(StagePlan(number, tokens.count, tokens_out), stage_input.tokens, left, stage_input.attention)
-        return self.mlp_half(number, left)
+        context = self.adapter.context(self.model, number, tokens)
+        left = tokens
 
-    def stage_input(self, number: int, tokens: Tokens) -> StageInput:
-        """Runs the first half of a block: what a stage in its middle sees."""
+        def staged(features: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            nonlocal left
+            entering = tokens.with_features(features)
+            stage_input = self.stage_input(number, entering, replace(context, bias=attn_mask))
+            left = self.weighed(self.stages[number](stage_input, tokens_out))
+            if observer is not None:
+                plan = StagePlan(number, tokens.count, tokens_out)
+                observer.stage(plan, stage_input.tokens, left, stage_input.attention)
+            left = self.mlp_half(number, left)
+            return left.features
+
+        # Hooks on the block and wrappers around it see what they see of a block that timm runs.
+        masks = {} if context.bias is None else {"attn_mask": context.bias}
+        features = call(self._block(number), staged, tokens.features, **masks)
+        self._check_gradient(number, left)
+        return left.with_features(features)
+
+    def stage_input(self, number: int, tokens: Tokens, context: Context | None = None) -> StageInput:
+        """Runs the first half of a block: what a stage in its middle sees.
+
+        Args:
+            number: The block's 1-based number.
+            tokens: The tokens entering it.
+            context: What its attention is given beside features; what the adapter says where None.
+        """
         block, adapter = self._block(number), self.adapter
-        half, attention = adapter.attention_half(self.model, block, tokens, adapter.context(self.model, number, tokens))
+        given = adapter.context(self.model, number, tokens) if context is None else context
+        half, attention = adapter.attention_half(self.model, block, tokens, given)
         return StageInput(half, attention, lambda features: adapter.pre_mlp_norm(block, features))
 
     def mlp_half(self, number: int, tokens: Tokens) -> Tokens:
@@ -150,6 +173,14 @@ class BlockLoop:
 
     def _block(self, number: int) -> TimmModule:
         return self.adapter.blocks(self.model)[number - 1]
+
+    def _check_gradient(self, number: int, left: Tokens) -> None:
+        """Refuses a checkpoint that has cut off what a stage learns by."""
+        if left.policy is None or not torch.is_grad_enabled() or left.policy.requires_grad:
+            return
+        if any(weight.requires_grad for weight in self.stages[number].parameters()):
+            raise ModelError(f"block {number} is checkpointed in torch's reentrant way, and its stage cannot learn; "
+                             "give checkpoint_wrapper its `checkpoint_impl=CheckpointImpl.NO_REENTRANT`")  # fmt: skip
 
     def _whole(self, number: int, tokens: Tokens) -> Tokens:
         """A block as timm runs it; activations are computed again in backward where timm would."""

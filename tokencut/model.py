@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.adapters import Adapter, adapter_for
+from tokencut.adapters import Adapter, adapter_for, plain_model, refuse_sharded
 from tokencut.attention import TimmModule
 from tokencut.blocks import BlockLoop, Stage
+from tokencut.calling import call, is_patched
 from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
 from tokencut.methods import Method, StageShape, make_method
@@ -50,9 +51,11 @@ class CompressedModel(nn.Module):
             UsageError: The recipe's method or one of its settings is unknown.
         """
         super().__init__()
+        model = plain_model(model)
         self.adapter: Adapter = adapter_for(model)
         self.model: TimmModule = model
         self.recipe = recipe
+        self._refuse_patched()
         self.method = make_method(recipe.method, dict(recipe.method_options))
         self.unmerge = UNMERGE_RULES[0]
         width = self.adapter.cost(model).width
@@ -68,6 +71,21 @@ class CompressedModel(nn.Module):
         """The model as a loop over blocks, to be run block by block."""
         stages = {int(layer): stage for layer, stage in self.stages.items()}
         return BlockLoop(self.adapter, self.model, stages, self.recipe.prop_attn)
+
+    def _refuse_patched(self) -> None:
+        """Refuses a model whose forward was replaced where a stage takes its place, the same at every keep rate."""
+        blocks = self.adapter.blocks(self.model)
+        parts = [(layer, part) for layer in self.recipe.schedule.layers if layer <= len(blocks)
+                 for part in self.adapter.stood_in_for(blocks[layer - 1])]  # fmt: skip
+        layer, patched = next(((n, part) for n, part in ((0, self.model), *parts) if is_patched(part)), (0, None))
+        if patched is not None:
+            name = next(name for name, part in self.model.named_modules() if part is patched)
+            raise ModelError(
+                f"{name or 'the model'} has a forward of its own, put on this one module, which stages would pass by; "
+                "use a hook (register_forward_hook), or take it off again (`del module.forward`; accelerate's by "
+                "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`)"
+                + (f", or give `layers` without {layer}" if layer else "")
+            )
 
     @property
     def num_classes(self) -> int:
@@ -90,11 +108,17 @@ class CompressedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
+        self._refuse_patched()
         plans = self._plans(images)
         if len(plans) == 0:  # torch.compile knows no bool(tuple)
             return self.model(images)  # timm's own forward, to the bit
         loop = self.loop
-        return loop.head(self._run(loop, loop.embed(images), plans))
+
+        def reduced(images: Tensor) -> Tensor:
+            return loop.head(self._run(loop, loop.embed(images), plans))
+
+        logits: Tensor = call(self.model, reduced, images)
+        return logits
 
     def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
         """Logits, and the tokens behind each stage.
@@ -108,9 +132,16 @@ class CompressedModel(nn.Module):
             Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
             (`block` is then the number of blocks, and the features are those before the final norm).
         """
-        loop, tracer = self.loop, Tracer(self.method, attention)
-        tokens = self._run(loop, loop.embed(images, source=source), self._plans(images), tracer)
-        return loop.head(tokens), [*tracer.traces, Trace(loop.depth, tokens)]
+        self._refuse_patched()
+        loop, tracer, plans = self.loop, Tracer(self.method, attention), self._plans(images)
+
+        def traced(images: Tensor) -> Tensor:
+            tokens = self._run(loop, loop.embed(images, source=source), plans, tracer)
+            tracer.traces.append(Trace(loop.depth, tokens))
+            return loop.head(tokens)
+
+        logits: Tensor = call(self.model, traced, images)
+        return logits, tracer.traces
 
     def forward_intermediates(
         self,
@@ -152,6 +183,7 @@ class CompressedModel(nn.Module):
             UsageError: A block, a format or a rule of un-merging does not exist.
             ModelError: Patch dropout has left no full grid.
         """
+        self._refuse_patched()
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
         unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
         loop, plans = self.loop, self._plans(x)
@@ -196,7 +228,18 @@ class CompressedModel(nn.Module):
         """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
         if len(plans) > 0 and plans[0].tokens_in != tokens.count:
             plans = self.recipe.stages_for(tokens.count)
-        return loop.run(tokens, plans, observer)
+        blocks, last = self.adapter.blocks(self.model), tokens
+        if not isinstance(blocks, nn.Sequential):
+            return loop.run(tokens, plans, observer)
+
+        def all_blocks(features: Tensor) -> Tensor:
+            nonlocal last
+            last = loop.run(tokens.with_features(features), plans, observer)
+            return last.features
+
+        # timm calls the blocks as one module.
+        features = call(blocks, all_blocks, tokens.features)
+        return last.with_features(features)
 
 
 def compress(
@@ -212,7 +255,8 @@ def compress(
     """Makes a Vision Transformer cheaper by reducing its tokens (default method: arXiv 2211.11315).
 
     Args:
-        model: A timm model of a supported family; it is copied and stays as it was.
+        model: A timm model of a supported family, also inside `torch.compile` or `DistributedDataParallel`; it is
+            copied, with its hooks, and stays as it was.
         keep: Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one a layer.
             `reduce_by` takes its place where given.
         layers: 1-based numbers of the blocks that reduce, or `"all"`, `"late"` (6, 8, 10 of 12) or `"gradual"` (each
@@ -235,6 +279,8 @@ def compress(
         >>> model(torch.zeros(3, 3, 160, 160)).shape
         torch.Size([3, 1000])
     """
+    model = plain_model(model)
+    refuse_sharded(model)
     adapter = adapter_for(model)
     built = make_method(method, dict(method_options or {}))
     schedule = make_schedule(len(adapter.blocks(model)), keep if reduce_by is None else None, layers, reduce_by)
@@ -265,6 +311,7 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     Raises:
         ModelError: A dense model's family is not supported.
     """
+    model = plain_model(model)
     if not isinstance(model, CompressedModel):
         return cost.predict(adapter_for(model).cost(model), {})
     shape = model.adapter.cost(model.model)

@@ -209,18 +209,19 @@ def test_an_unsupported_family_is_named_with_those_that_are() -> None:
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("block", "the block OddBlock is not known to tokencut, which knows Block, ResPostBlock"),
-     ("attention", "the attention layer OddAttention is not known to tokencut"),
-     ("pool", "the attention pooling OddPool is not known to tokencut")],
+    [("block", "the block Odd is not known: no stage can stand in it; tokencut knows Block, ResPostBlock"),
+     ("attention", "the attention layer Odd is not known"),
+     ("pool", "the attention pooling Odd is not known")],
 )  # fmt: skip
 def test_unknown_parts_are_refused_by_name(part: str, message: str) -> None:
     model = timm.create_model("test_vit3")
+    odd = type("Odd", (nn.Module,), {})()
     if part == "block":
-        model.blocks[1] = type("OddBlock", (type(model.blocks[1]),), {})(dim=96, num_heads=3)
+        model.blocks[1] = odd
     elif part == "attention":
-        model.blocks[1].attn.__class__ = type("OddAttention", (type(model.blocks[1].attn),), {})
+        model.blocks[1].attn = odd
     else:
-        model.attn_pool.__class__ = type("OddPool", (type(model.attn_pool),), {})
+        model.attn_pool = odd
     with pytest.raises(ModelError, match=message):
         CompressedModel(model, compress(timm.create_model("test_vit3")).recipe)
 

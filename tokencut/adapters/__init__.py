@@ -16,6 +16,8 @@ from tokencut.adapters.base import (
     supported_modules,
 )
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
+from tokencut.adapters.subclasses import known_class, why_unknown
+from tokencut.adapters.wrappers import plain_model, refuse_sharded
 from tokencut.attention import (
     AttentionInfo,
     QueryKey,
@@ -24,8 +26,10 @@ from tokencut.attention import (
     differential_core,
     fused_attention,
     has_biased_kernel,
+    mixed_values,
     self_attention,
 )
+from tokencut.calling import call, has_hooks, is_patched, unwrapped, wrapped
 from tokencut.cost import BlockCost, Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -43,16 +47,26 @@ __all__ = [
     "TimmModule",
     "Tokens",
     "adapter_for",
+    "call",
     "counted_macs",
     "differential_attention",
     "differential_core",
     "fused_attention",
     "fused_attention_macs",
     "has_biased_kernel",
+    "has_hooks",
+    "is_patched",
     "known_adapter",
+    "known_class",
     "linear_macs",
+    "mixed_values",
+    "plain_model",
+    "refuse_sharded",
     "register_adapter",
     "self_attention",
     "supported_modules",
     "weighted_mean",
+    "unwrapped",
+    "wrapped",
+    "why_unknown",
 ]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokencut.adapters.wrappers import instead_of
 from tokencut.attention import AttentionInfo, TimmModule
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
@@ -47,6 +48,10 @@ class Adapter(ABC):
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
         """Whether the model is of this family (exact classes: a subclass may do something else in `forward`)."""
+
+    def why_not(self, model: nn.Module) -> str | None:
+        """What keeps a model that looks like one of this family from being taken; None where it does not look so."""
+        return None
 
     @abstractmethod
     def check(self, model: TimmModule) -> None:
@@ -106,6 +111,10 @@ class Adapter(ABC):
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
         """A whole block as timm runs it."""
 
+    def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
+        """The modules of a block whose `forward` the two halves take the place of: the block, its attention layers."""
+        return [block]
+
     @abstractmethod
     def attention_half(
         self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
@@ -162,6 +171,13 @@ def adapter_for(model: nn.Module) -> Adapter:
     if adapter is not None:
         adapter.check(model)
         return adapter
+    why = next(filter(None, (adapter.why_not(model) for adapter in _ADAPTERS)), None)
+    if why is not None:
+        raise ModelError(f"{why}, which stages would pass by; keep timm's own, and make the change by a hook "
+                         "(register_forward_hook) or around the model")  # fmt: skip
+    instead = instead_of(model, lambda part: known_adapter(part) is not None)
+    if instead is not None:
+        raise ModelError(f"this {type(model).__name__} is {instead}")
     raise ModelError(
         f"{type(model).__name__} models are not supported; supported are: {', '.join(supported_modules())}; "
         "'tokencut models' lists the names"

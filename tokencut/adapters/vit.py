@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from tokencut.adapters import vit_blocks
 from tokencut.adapters.base import Adapter, Context, counted_macs, linear_macs, register_adapter
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
+from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
+from tokencut.calling import call, has_hooks, is_patched, unwrapped
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
+_CLASSES = (VisionTransformer, VisionTransformerDistilled)
 _AVERAGE_POOLS = ("avg", "avgmax")
 
 
@@ -31,7 +34,10 @@ class ViTAdapter(Adapter):
     timm_modules = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
 
     def accepts(self, model: nn.Module) -> bool:
-        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+        return known_class(model, _CLASSES) is not None
+
+    def why_not(self, model: nn.Module) -> str | None:
+        return why_unknown(model, _CLASSES)
 
     def check(self, model: TimmModule) -> None:
         embed = model.patch_embed
@@ -44,8 +50,8 @@ class ViTAdapter(Adapter):
             raise ModelError("dynamic_img_pad works with dynamic_img_size only; add `dynamic_img_size=True`")
         for block in model.blocks:
             vit_blocks.handler(block).check(block)
-        pool = getattr(model, "attn_pool", None)
-        if pool is not None and type(pool) not in (AttentionPoolLatent, AttentionPoolPrr, ClassAndMean):
+        pool = _attention_pool_of(model)
+        if pool is not None and known_class(pool, (AttentionPoolLatent, AttentionPoolPrr, ClassAndMean)) is None:
             raise ModelError(f"the attention pooling {type(pool).__name__} is not known to tokencut; "
                              "please report the model's name")  # fmt: skip
 
@@ -83,10 +89,18 @@ class ViTAdapter(Adapter):
         features, bias = tokens.features, context.bias
         if bias is None:
             return tokens.with_features(block(features))
-        if has_biased_kernel(bias, features):  # timm would pass the bias as a mask, which rules out the fastest kernels
-            handler = vit_blocks.handler(block)
-            return tokens.with_features(handler.mlp_half(block, handler.attention_half(block, features, bias)[0]))
+        handler = vit_blocks.handler(block)
+        # timm would pass the bias as a mask, which rules out the fastest kernels.
+        if has_biased_kernel(bias, features) or handler.passes_hooks_by(block):
+
+            def halves(features: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+                return handler.mlp_half(block, handler.attention_half(block, features, attn_mask)[0])
+
+            return tokens.with_features(call(block, halves, features, attn_mask=bias))
         return tokens.with_features(block(features, attn_mask=bias))
+
+    def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
+        return [block, *vit_blocks.handler(block).attentions(block)]
 
     def attention_half(
         self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
@@ -107,11 +121,12 @@ class ViTAdapter(Adapter):
 
     def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
         features, bias = self.final_norm(model, tokens.features), tokens.bias
-        weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
-        if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
+        pool = _attention_pool_of(model)
+        weighted = pool is None and model.global_pool in _AVERAGE_POOLS
+        if isinstance(pool, AttentionPoolLatent) and bias is not None:
             pooled = _attention_pool(model, features, bias)
-        elif isinstance(model.attn_pool, ClassAndMean):
-            pooled = model.attn_pool(features, tokens.counts())
+        elif isinstance(pool, ClassAndMean):
+            pooled = pool(features, tokens.counts())
         elif weighted and (counts := tokens.counts()) is not None:
             pooled = _average_pool(model, features, counts)
         else:
@@ -155,6 +170,7 @@ def _patches(embed: TimmModule, images: Tensor) -> Tensor:
     """
     plain = type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad
     plain = plain and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
+    plain = plain and not any(has_hooks(part) or is_patched(part) for part in (embed, embed.proj))
     if not (plain and images.is_cuda and images.dtype in (torch.float16, torch.bfloat16)):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
@@ -181,6 +197,12 @@ def _average_pool(model: TimmModule, features: Tensor, counts: Tensor) -> Tensor
     return mean if model.global_pool == "avg" else 0.5 * (seen.amax(1) + mean)
 
 
+def _attention_pool_of(model: TimmModule) -> TimmModule | None:
+    """timm's attention pooling, out of what is wrapped around it; None where tokens are pooled otherwise."""
+    pool = getattr(model, "attn_pool", None)
+    return None if pool is None else unwrapped(pool)
+
+
 def _attention_pool(model: TimmModule, features: Tensor, bias: Tensor) -> Tensor:
     """timm's latent attention pooling under proportional attention."""
     skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
@@ -192,7 +214,7 @@ def _pool_macs(model: TimmModule) -> tuple[Macs, int]:
     heads = [model.head] + ([model.head_dist] if isinstance(model, VisionTransformerDistilled) else [])
     classifier = sum(linear_macs(head) for head in heads)
     included = model.num_prefix_tokens if model.pool_include_prefix else 0
-    pool = model.attn_pool
+    pool = _attention_pool_of(model)
     if isinstance(pool, AttentionPoolLatent):
         latent, width = pool.latent_len, pool.num_heads * pool.head_dim
         once = sum(linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None) * latent

@@ -7,6 +7,7 @@ A block class that is not known is refused by name: guessing would silently chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm.layers import Attention, DiffAttention
@@ -14,14 +15,16 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from tokencut.adapters.base import fused_attention_macs, linear_macs
+from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.attention import (
     QueryKey,
     TimmModule,
     differential_attention,
     differential_core,
-    fused_attention,
+    mixed_values,
     self_attention,
 )
+from tokencut.calling import call, has_hooks
 from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
@@ -37,9 +40,10 @@ class BlockHandler:
     def check(self, block: TimmModule) -> None:
         """Raises ModelError where the block's attention is of an unknown class."""
         for layer in self.attentions(block):
-            if type(layer) not in _ATTENTION:
-                raise ModelError(f"the attention layer {type(layer).__name__} is not known to tokencut; "
-                                 "please report the model's name")  # fmt: skip
+            if known_class(layer, _ATTENTION) is None:
+                why = why_unknown(layer, _ATTENTION) or f"the attention layer {type(layer).__name__} is not known"
+                raise ModelError(f"{why}: no stage can stand behind it; build the model with timm's own, "
+                                 "or report its name")  # fmt: skip
 
     def attentions(self, block: TimmModule) -> list[TimmModule]:
         """The block's attention layers."""
@@ -47,8 +51,12 @@ class BlockHandler:
 
     def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
         """Up to the stage: features `(B, P + N, D)` after the attention residual, and the attention's heads."""
-        y, maps = _ATTENTION[type(block.attn)](block.attn, block.norm1(x), bias)
+        y, maps = _attend(block.attn, block.norm1(x), bias)
         return x + block.drop_path1(block.ls1(y)), (maps,)
+
+    def passes_hooks_by(self, block: TimmModule) -> bool:
+        """Whether timm's block, under a mask, leaves out hooks that it runs without one."""
+        return False
 
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         """Behind the stage, `(B, P + M, D)` to the same."""
@@ -77,7 +85,7 @@ class ResPostBlockHandler(BlockHandler):
     """`ResPostBlock`: the norms stand behind attention and MLP."""
 
     def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
-        y, maps = _ATTENTION[type(block.attn)](block.attn, x, bias)
+        y, maps = _attend(block.attn, x, bias)
         return x + block.drop_path1(block.norm1(y)), (maps,)
 
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
@@ -94,12 +102,18 @@ class ParallelThingsHandler(BlockHandler):
         return [branch.attn for branch in block.attns]
 
     def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
-        outputs, layers = [], []
-        for branch in block.attns:
-            y, maps = _ATTENTION[type(branch.attn)](branch.attn, branch.norm(x), bias)
-            outputs.append(branch.drop_path(branch.ls(y)))
+        layers: list[tuple[QueryKey, ...]] = []
+
+        def run(branch: TimmModule, x: Tensor) -> Tensor:
+            y, maps = _attend(branch.attn, branch.norm(x), bias)
             layers.append(maps)
+            return branch.drop_path(branch.ls(y))
+
+        outputs = [call(branch, partial(run, branch), x) for branch in block.attns]
         return x + torch.stack(outputs).sum(dim=0), tuple(layers)
+
+    def passes_hooks_by(self, block: TimmModule) -> bool:
+        return any(has_hooks(branch) for branch in block.attns)
 
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         return x + torch.stack([branch(x) for branch in block.ffns]).sum(dim=0)
@@ -135,8 +149,7 @@ class ParallelScalingHandler(BlockHandler):
         """The attention inside the block: query, key, value `(B, P + N, D)` to its output before the projection."""
         query, key, value = (t.unflatten(2, (block.num_heads, -1)).transpose(1, 2) for t in qkv)
         query, key = block.q_norm(query), block.k_norm(key)
-        dropout = block.attn_drop.p if block.training else 0.0
-        y = fused_attention(query, key, value, bias, dropout)
+        y = mixed_values(block, query, key, value, bias)
         return y.transpose(1, 2).flatten(2), (QueryKey(query, key),)
 
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
@@ -170,6 +183,21 @@ class DiffParallelScalingHandler(ParallelScalingHandler):
         return _differential_macs(width)
 
 
+def _attend(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:
+    """Runs an attention layer by its parts, with what is hooked to it and wrapped around it: its output, its maps."""
+    kind = known_class(layer, _ATTENTION)
+    assert kind is not None  # `check` has refused others
+    maps: tuple[QueryKey, ...] = ()
+
+    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        nonlocal maps
+        y, maps = _ATTENTION[kind](layer, x, attn_mask)
+        return y
+
+    y: Tensor = call(layer, forward, x, attn_mask=bias, is_causal=False)
+    return y, maps
+
+
 def _differential_macs(width: int) -> Macs:
     """Two maps over half of the query width each, both over the whole value width."""
     return fused_attention_macs(width // 2, width) + fused_attention_macs(width // 2, width)
@@ -197,9 +225,9 @@ def handler(block: TimmModule) -> BlockHandler:
     Raises:
         ModelError: The block's class is not known.
     """
-    found = _HANDLERS.get(type(block))
-    if found is None:
-        names = ", ".join(kind.__name__ for kind in _HANDLERS)
-        raise ModelError(f"the block {type(block).__name__} is not known to tokencut, which knows {names}; "
-                         "use a model built from those")  # fmt: skip
-    return found
+    kind = known_class(block, _HANDLERS)
+    if kind is None:
+        names = ", ".join(known.__name__ for known in _HANDLERS)
+        why = why_unknown(block, _HANDLERS) or f"the block {type(block).__name__} is not known"
+        raise ModelError(f"{why}: no stage can stand in it; tokencut knows {names}; use a model built from those")
+    return _HANDLERS[kind]

@@ -1,0 +1,141 @@
+"""Calling a module with other code in place of its `forward`: its hooks, and what is around it, run all the same.
+
+A stage stands in the middle of a block, so a block that reduces is not run by its own `forward`. What others have put
+around the block has to act nevertheless, as it does on the blocks that timm runs: hooks (torch's own, those of FSDP2,
+profilers, feature extraction), activation checkpointing, `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as everywhere
+from torch.utils.hooks import BackwardHook
+
+# What wraps one module and does nothing else to its numbers, by the attribute that holds the module.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, torch's checkpoint_wrapper
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its `forward`: hooks of its own, or torch's global ones."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_backward_pre_hooks
+        or everywhere._global_backward_hooks
+    )
+
+
+def wrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper that changes no numbers (`torch.compile`, `checkpoint_wrapper`); None for others."""
+    name = next((name for name in _WRAPPERS if name in module._modules), None)
+    return None if name is None else module._modules[name]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all such wrappers; itself where there are none."""
+    inside = wrapped(module)
+    return module if inside is None else unwrapped(inside)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put another `forward` (or `forward_features`, ...) on this one module over its class's."""
+    own = vars(unwrapped(module))
+    return "forward" in own or "forward_features" in own or "forward_head" in own
+
+
+def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `module(*args, **kwargs)` does, with other code in place of the module's `forward`.
+
+    Args:
+        module: Whose hooks and wrappers run, in torch's order and with torch's arguments.
+        forward: Takes the arguments, as pre-hooks have left them, and gives the output.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The output, as hooks have left it.
+    """
+    inside = wrapped(module)
+    if inside is not None:
+        forward = partial(call, inside, forward)
+        checkpoint: Any = getattr(module, "checkpoint_fn", None)
+        if checkpoint is not None:
+            forward = partial(checkpoint, forward)
+    return _hooked(module, forward, args, kwargs) if has_hooks(module) else forward(*args, **kwargs)
+
+
+def _hooked(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `torch.nn.Module._call_impl`, which knows no other forward than the module's own."""
+    ran: set[int] = set()
+    try:
+        return _run_hooks(module, forward, args, kwargs, ran)
+    except Exception:
+        if not torch.compiler.is_compiling():  # torch does the same
+            _run_always_called(module, args, kwargs, ran)
+        raise
+
+
+def _run_hooks(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ran: set[int]
+) -> Any:
+    full, plain, before = _backward_hooks(module)
+    for number, hook in (*everywhere._global_forward_pre_hooks.items(), *module._forward_pre_hooks.items()):
+        if number in module._forward_pre_hooks_with_kwargs:
+            given: Any = hook(module, args, kwargs)
+            if given is not None:
+                args, kwargs = given
+        else:
+            given = hook(module, args)
+            if given is not None:
+                args = given if isinstance(given, tuple) else (given,)
+    backward = BackwardHook(module, full, before) if full or before else None
+    if backward is not None:
+        args = backward.setup_input_hook(args)
+    result = forward(*args, **kwargs)
+    for number, hook, takes_kwargs in _forward_hooks(module):
+        ran.add(number)
+        given = hook(module, args, kwargs, result) if takes_kwargs else hook(module, args, result)
+        if given is not None:
+            result = given
+    if backward is not None:
+        result = backward.setup_output_hook(result)
+    if plain and getattr(result, "grad_fn", None) is not None:
+        for hook in plain:  # register_backward_hook, which torch advises against: on the last operation's gradients
+            result.grad_fn.register_hook(partial(hook, module))
+    return result
+
+
+def _backward_hooks(module: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
+    """The full backward hooks, those that are not full, and the backward pre-hooks."""
+    full, plain, before = [], [], []
+    if module._backward_pre_hooks or everywhere._global_backward_pre_hooks:
+        before = module._get_backward_pre_hooks()
+    if module._backward_hooks or everywhere._global_backward_hooks:
+        full, plain = module._get_backward_hooks()
+    return full, plain, before
+
+
+def _forward_hooks(module: nn.Module) -> list[tuple[int, Any, bool]]:
+    """The forward hooks in order: number, hook, and whether it takes the keyword arguments."""
+    taking = {*everywhere._global_forward_hooks_with_kwargs, *module._forward_hooks_with_kwargs}
+    hooks = (*everywhere._global_forward_hooks.items(), *module._forward_hooks.items())
+    return [(number, hook, number in taking) for number, hook in hooks]
+
+
+def _run_always_called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ran: set[int]) -> None:
+    """Runs the hooks that asked to be called after a failure too (`always_call=True`)."""
+    always = {*everywhere._global_forward_hooks_always_called, *module._forward_hooks_always_called}
+    for number, hook, takes_kwargs in _forward_hooks(module):
+        if number in always and number not in ran:
+            with contextlib.suppress(Exception):  # the first failure is the one to tell
+                _ = hook(module, args, kwargs, None) if takes_kwargs else hook(module, args, None)
