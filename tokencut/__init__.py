@@ -17,6 +17,7 @@ from tokencut.errors import TokencutError
 if TYPE_CHECKING:
     from tokencut.backbone import features_only
     from tokencut.evaluation.accuracy import EvaluationReport, evaluate
+    from tokencut.evaluation.prediction import PredictionReport, predict
     from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
     from tokencut.models.artifact import load, save
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressedModel",
     "EvaluationReport",
+    "PredictionReport",
     "ProfileReport",
     "SearchSettings",
     "SweepPlan",
@@ -50,6 +52,7 @@ __all__ = [
     "find_schedule",
     "finetune",
     "load",
+    "predict",
     "profile",
     "save",
     "sweep",
@@ -58,6 +61,7 @@ __all__ = [
 _HOME = {
     "CompressedModel": "model",
     "EvaluationReport": "evaluation.accuracy",
+    "PredictionReport": "evaluation.prediction",
     "ProfileReport": "profiling.measuring",
     "SearchSettings": "search.report",
     "SweepPlan": "sweeping.run",
@@ -72,6 +76,7 @@ _HOME = {
     "find_schedule": "search.run",
     "finetune": "training.run",
     "load": "models.artifact",
+    "predict": "evaluation.prediction",
     "profile": "profiling.measuring",
     "save": "models.artifact",
     "sweep": "sweeping.run",
