@@ -11,7 +11,7 @@ import tokencut
 
 EXPLAINED = [
     "CompressedModel", "compress", "draw", "evaluate", "export_model", "features_only", "find_schedule", "finetune",
-    "load", "profile", "save", "sweep",
+    "load", "predict", "profile", "save", "sweep",
 ]  # fmt: skip
 NEEDS = {"draw": "matplotlib", "sweep": "matplotlib"}
 

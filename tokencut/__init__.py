@@ -17,6 +17,7 @@ from tokencut.errors import TokencutError
 if TYPE_CHECKING:
     from tokencut.backbone import features_only
     from tokencut.evaluation.accuracy import EvaluationReport, evaluate
+    from tokencut.evaluation.prediction import PredictionReport, predict
     from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
     from tokencut.models.artifact import load, save
@@ -37,6 +38,7 @@ __all__ = [
     "CompressedModel",
     "EvaluationReport",
     "Observer",
+    "PredictionReport",
     "ProfileReport",
     "SearchSettings",
     "SweepPlan",
@@ -52,6 +54,7 @@ __all__ = [
     "find_schedule",
     "finetune",
     "load",
+    "predict",
     "profile",
     "save",
     "sweep",
@@ -61,6 +64,7 @@ _HOME = {
     "CompressedModel": "model",
     "EvaluationReport": "evaluation.accuracy",
     "Observer": "observers",
+    "PredictionReport": "evaluation.prediction",
     "ProfileReport": "profiling.measuring",
     "SearchSettings": "search.report",
     "SweepPlan": "sweeping.run",
@@ -75,6 +79,7 @@ _HOME = {
     "find_schedule": "search.run",
     "finetune": "training.run",
     "load": "models.artifact",
+    "predict": "evaluation.prediction",
     "profile": "profiling.measuring",
     "save": "models.artifact",
     "sweep": "sweeping.run",

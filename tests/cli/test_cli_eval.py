@@ -22,6 +22,9 @@ def test_json_has_the_contracts_keys(run: Run, compressed: Path, pictures: Path)
     assert set(done.json) >= KEYS
     assert (done.json["model"], done.json["data"], done.json["images"]) == (str(compressed), str(pictures), 12)
     assert (done.json["method"], done.json["keep"]) == ("bat", 0.5)
+    assert (done.json["layers"], done.json["precision"]) == ([2, 4, 5], "fp32")
+    assert "thread" in done.json["device"]
+    assert set(done.json["versions"]) == {"torch", "timm", "tokencut"}
     assert done.json["top5"] == 100.0
     assert done.json["gmacs"] == run("profile", compressed, "--no-latency", "--json").json["compressed"]["gmacs"]
 

@@ -21,6 +21,7 @@ from tokencut.cli.cmd_eval import evaluate
 from tokencut.cli.cmd_export import export_file
 from tokencut.cli.cmd_info import info
 from tokencut.cli.cmd_models import models
+from tokencut.cli.cmd_predict import predict
 from tokencut.cli.cmd_profile import profile
 from tokencut.cli.cmd_sweep import sweep
 from tokencut.cli.cmd_visualize import visualize
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,
     "profile": profile,
     "eval": evaluate,
+    "predict": predict,
     "export": export_file,
     "sweep": sweep,
     "visualize": visualize,

@@ -61,13 +61,13 @@ def evaluate(
             "of one, or try it with tokencut eval digits --data digits"
         )
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
-    from tokencut.cli.subject import measure_accuracy, prepare
+    from tokencut.cli.subject import measure_accuracy, prepare, run_facts
     from tokencut.data.sources import open_source
-    from tokencut.evaluation.accuracy import check_predictions
+    from tokencut.evaluation.tables import check_csv
     from tokencut.runtime.devices import resolve_device
 
     if predictions is not None:
-        check_predictions(predictions, force=force)
+        check_csv(predictions, force=force)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
     images = open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
@@ -81,9 +81,7 @@ def evaluate(
     if compiling.mode is not None:
         render.note("the time includes compiling the model")
     if as_json:
-        recipe = subject.recipe
-        added = {"method": recipe.method if recipe else None, "keep": recipe.keep if recipe else 1.0}
-        render.write_json({**report.to_dict(), **added})
+        render.write_json({**report.to_dict(), **run_facts(subject, device, run.precision)})
         return
     render.show(render.facts(_facts(report, subject)))
     if predictions is not None:

@@ -29,6 +29,7 @@ from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
 from tokencut.models.pretrained_cfg import data_config
 from tokencut.recipe import Recipe
+from tokencut.runtime.devices import describe_device, versions
 from tokencut.runtime.distributed import Group, single_process
 
 if TYPE_CHECKING:
@@ -192,6 +193,19 @@ def describe(recipe: Recipe) -> str:
     keep = render.keep_text(recipe.keep, recipe.schedule.reduce_by)
     rate = keep if recipe.keep is None else f"keep {keep}"
     return f"{recipe.method}, {rate}, layers {','.join(map(str, recipe.layers))}"
+
+
+def run_facts(subject: Subject, device: torch.device, precision: str) -> dict[str, Any]:
+    """What a result depends on beside model and images, for JSON: the reduction, the device, the versions."""
+    recipe = subject.recipe
+    return {
+        "method": recipe.method if recipe else None,
+        "keep": recipe.keep if recipe else 1.0,
+        "layers": list(recipe.layers) if recipe else [],
+        "device": describe_device(device),
+        "precision": precision,
+        "versions": versions(),
+    }
 
 
 def gmacs(model: nn.Module) -> float:

@@ -12,13 +12,17 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image
 
+from tokencut.data.listing import Layout, find_images, path_order, scan_folder
 from tokencut.data.preprocessing import FORMATS, UnreadableImageError, decode
 from tokencut.data.sources import DIGITS, DigitsSource, Source
 from tokencut.errors import DataError
 from tokencut.files import open_plain
+from tokencut.messages import listed
 
 # So many of the test images stand for the word `digits`.
 DIGITS_DRAWN = 4
+
+_GIVE = f"give {', '.join(FORMATS[:-1])} or {FORMATS[-1]} files, or the word {DIGITS}"
 
 Made = TypeVar("Made")
 
@@ -62,6 +66,58 @@ def find_photos(images: Sequence[PhotoLike]) -> list[Photo]:
     return found
 
 
+class PhotoSource(Source):
+    """Single photos, and all that are in some folders, upright: a source whose images are of no class."""
+
+    upright = True
+
+    def __init__(self, images: Sequence[PhotoLike]) -> None:
+        """Finds the photos.
+
+        Args:
+            images: As `find_photos` takes them; of a folder, the images in it at any depth are meant.
+
+        Raises:
+            DataError: One does not exist, is no file, or is a folder without images: each such is named.
+        """
+        self._photos: list[Photo] = []
+        notes: list[str] = []
+        failures: list[str] = []
+        for image in images:
+            photos, passed, failure = _enter(image)
+            self._photos += photos
+            notes += passed
+            failures += failure
+        if failures:
+            raise DataError(f"cannot read {', '.join(failures)}; {_GIVE}, or folders of them")
+        names = [os.fspath(image) for image in images if not isinstance(image, Photo)]
+        placed = tuple((photo.name, 0) for photo in self._photos)
+        super().__init__(listed(names) or "photos", Layout(("",), placed, tuple(notes)))
+
+    def open(self, index: int) -> BinaryIO:
+        """Opens the photo's file."""
+        return self._photos[index].opened()
+
+
+def _enter(image: PhotoLike) -> tuple[list[Photo], Sequence[str], list[str]]:
+    """The photos that a word names, what was passed over, and what is wrong with it."""
+    if isinstance(image, Photo) or image == DIGITS:
+        return find_photos([image]), (), []
+    name, path = os.fspath(image), Path(image).expanduser()
+    try:
+        if path.is_dir():
+            found = find_images(scan_folder(path))
+            inner = sorted(found.images, key=path_order)
+            photos = find_photos([str(Path(name) / one) for one in inner])
+            return photos, found.notes, [] if photos else [f"{name!r} (no images in it)"]
+        open_plain(path).close()
+    except FileNotFoundError:
+        return [], (), [f"{name!r} (does not exist)"]
+    except OSError as error:
+        return [], (), [f"{name!r} ({error.strerror or error})"]
+    return find_photos([image]), (), []
+
+
 def photo_of(source: Source, index: int) -> Photo:
     """An image of a source, named `SOURCE:PATH`, as it is judged."""
     return Photo(f"{source.name}:{source.filename(index)}", partial(source.open, index), source.upright)
@@ -96,7 +152,7 @@ def read_photos(photos: Sequence[Photo], mode: str, use: Callable[[Image.Image],
     if failures:
         raise DataError(
             f"{len(failures)} of {len(photos)} image{'s' * (len(photos) != 1)} cannot be drawn: {', '.join(failures)}; "
-            f"give {', '.join(FORMATS[:-1])} or {FORMATS[-1]} files, or the word {DIGITS}"
+            f"{_GIVE}"
         )
     return made
 

@@ -125,9 +125,10 @@ class ImageSet:
         Raises:
             DataError: More than 1 % are unreadable.
         """
-        check_unreadable(self.name, unreadable, of or len(self), self._told)
+        check_unreadable(self.name, unreadable, of or len(self), self.told)
 
-    def _told(self, image: Unreadable) -> str:
+    def told(self, image: Unreadable) -> str:
+        """An image that could not be decoded: its name, and why."""
         return f"{self.source.filename(image.index)!r} ({image.reason})"
 
     def notes(self, unreadable: Collection[Unreadable] = (), lying: Collection[int] = ()) -> tuple[str, ...]:

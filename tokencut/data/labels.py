@@ -50,11 +50,15 @@ def _in_given_order(folder_names: Sequence[str], order: Sequence[str], num_class
     strangers = [name for name in folder_names if name not in number]
     if strangers:
         raise DataError(f"the class map lacks the class folders {quoted(strangers)}; it holds {quoted(order)}")
+    _check_order(order, num_classes)
+    targets = tuple(number[name] for name in folder_names)
+    return ClassMap(targets, _class_names(dict(enumerate(order)), num_classes), _subset_note(targets, num_classes))
+
+
+def _check_order(order: Sequence[str], num_classes: int) -> None:
     if len(order) > num_classes:
         raise DataError(f"the class map has {len(order)} classes and the model's head {num_classes}; give the map that "
                         "the model was trained with")  # fmt: skip
-    targets = tuple(number[name] for name in folder_names)
-    return ClassMap(targets, _class_names(dict(enumerate(order)), num_classes), _subset_note(targets, num_classes))
 
 
 def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_classes: int) -> ClassMap:
@@ -90,6 +94,35 @@ def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_clas
     if len(folder_names) == num_classes:
         return _natural_order(folder_names, labels, unmatched)
     raise DataError(_mismatch(folder_names, vocabularies, unmatched, num_classes))
+
+
+def names_for_people(model: nn.Module, order: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a classifier's classes are called, where no folders are matched.
+
+    Args:
+        model: The classifier.
+        order: The classes' names in its order, where the user told them.
+
+    Returns:
+        A name for each class: as told; the model's own label names; ImageNet's descriptions, where these are wnids or
+        there are none and the head has the size of ImageNet's; else the classes' numbers. And notes on what is assumed.
+
+    Raises:
+        ModelError: The model has no classification head.
+        DataError: More names were told than the model has classes.
+    """
+    classes = require_head(model, lacking="class to predict")
+    if order:
+        _check_order(order, classes)
+        return _class_names(dict(enumerate(order)), classes), ()
+    labels = label_names(model)
+    own = dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels or ()))
+    subset = infer_imagenet_subset({"num_classes": classes})
+    if subset and set(own.values()) <= set(ImageNetInfo(subset).label_names()):
+        assumed = f"the model has no label names: its {classes} classes are taken for ImageNet's, by their number"
+        return tuple(ImageNetInfo(subset).label_descriptions()), () if own else (assumed,)
+    unknown = "the model has no label names, so classes are numbers, the first of which is 0; give a `class_map`"
+    return _class_names(own, classes), () if own else (unknown,)
 
 
 def _vocabularies(labels: LabelNames | None, num_classes: int) -> list[dict[int, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,33 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Found:
+    """The images of a listing with the parts of their paths; the folders that count; what was passed over, in words."""
+
+    images: Mapping[str, tuple[str, ...]]
+    folders: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def find_images(listing: Listing) -> Found:
+    """Finds the images in a listing: by extension; not those that are hidden or in what systems leave behind."""
+    folders = listing.folders | {path.rpartition("/")[0] for path in listing.files}
+    leftovers = {part for folder in folders if (part := _leftover(folder))}
+    counting = frozenset(folder for folder in folders if not (_is_hidden(folder) or _leftover(folder)))
+    visible = [path for path in listing.files if path.rpartition("/")[0] in counting]
+    wanted = [path for path in visible if path.lower().endswith(EXTENSIONS)]
+    hidden = [path for path in wanted if _is_hidden(path)]
+    images = {path: tuple(path.split("/")) for path in wanted if not _is_hidden(path)}
+    notes = (
+        _note(set(visible) - set(wanted), "files passed over for their extension"),
+        _note(hidden, "hidden images passed over"),
+        _note(leftovers, "folders that systems leave behind passed over"),
+        _note(listing.others, "links or special files passed over"),
+    )
+    return Found(images, counting, tuple(filter(None, notes)))
+
+
 def find_classes(name: str, listing: Listing) -> Layout:
     """Finds classes and images in a listing.
 
@@ -66,31 +93,22 @@ def find_classes(name: str, listing: Listing) -> Layout:
     Raises:
         DataError: There are no images, or none inside class folders.
     """
-    folders = listing.folders | {path.rpartition("/")[0] for path in listing.files}
-    leftovers = {part for folder in folders if (part := _leftover(folder))}
-    passed = {folder for folder in folders if _is_hidden(folder) or _leftover(folder)}
-    visible = [path for path in listing.files if path.rpartition("/")[0] not in passed]
-    wanted = [path for path in visible if path.lower().endswith(EXTENSIONS)]
-    hidden = [path for path in wanted if _is_hidden(path)]
-    images = {path: tuple(path.split("/")) for path in wanted if not _is_hidden(path)}
+    found = find_images(listing)
+    images = found.images
     with_images = {parts[:depth] for parts in images.values() for depth in range(1, len(parts))}
     depth = _wrapper_depth(with_images, images.values())
     outside = [path for path, parts in images.items() if len(parts) == depth + 1]
-    inside = sorted((path for path, parts in images.items() if len(parts) > depth + 1), key=_order)
+    inside = sorted((path for path, parts in images.items() if len(parts) > depth + 1), key=path_order)
     if not inside:
         raise DataError(_nothing_found(name, outside, len(listing.files)))
-    classes = sorted({images[path][depth] for path in inside}, key=_order)
+    classes = sorted({images[path][depth] for path in inside}, key=path_order)
     number = {folder: index for index, folder in enumerate(classes)}
     placed = tuple((path, number[images[path][depth]]) for path in inside)
     wrapper = images[inside[0]][:depth]
-    beside = {tuple(folder.split("/"))[: depth + 1] for folder in folders - passed if folder}
+    beside = {tuple(folder.split("/"))[: depth + 1] for folder in found.folders if folder}
     empty = ["/".join(parts) for parts in beside if parts not in with_images and parts != wrapper]
-    extensions = set(visible) - set(wanted)
     notes = (
-        _note(extensions, "files passed over for their extension"),
-        _note(hidden, "hidden images passed over"),
-        _note(leftovers, "folders that systems leave behind passed over"),
-        _note(listing.others, "links or special files passed over"),
+        *found.notes,
         _note(outside, "images passed over outside the class folders"),
         _note(empty, "folders without images passed over"),
         f"the class folders are those in {'/'.join(wrapper)!r}, the only folder with images" if wrapper else "",
@@ -98,7 +116,7 @@ def find_classes(name: str, listing: Listing) -> Layout:
     return Layout(tuple(classes), placed, tuple(note for note in notes if note))
 
 
-def _order(path: str) -> tuple[list[int | str], str]:
+def path_order(path: str) -> tuple[list[int | str], str]:
     """timm's natural order; names that differ only in case, which it leaves to chance, by their letters."""
     return natural_order(path), path
 
@@ -141,7 +159,7 @@ def _nothing_found(name: str, outside: Sequence[str], files: int) -> str:
 
 
 def _note(paths: Iterable[str], what: str) -> str:
-    names = sorted(paths, key=_order)
+    names = sorted(paths, key=path_order)
     return f"{what}: {len(names)} ({quoted(names)})" if names else ""
 
 

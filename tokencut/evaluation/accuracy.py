@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +16,12 @@ from torch import Tensor, nn
 
 from tokencut.data.image_set import ImageSet, open_images
 from tokencut.data.loading import Batch, Unreadable
-from tokencut.data.preprocessing import Preprocessing
 from tokencut.data.sources import Source
-from tokencut.errors import ModelError, UsageError
-from tokencut.files import atomic_write, check_writable
+from tokencut.evaluation.forwards import TOP, check_finite, logits_of, ranked
+from tokencut.evaluation.tables import check_csv, write_csv
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
-from tokencut.runtime.compiling import compile_model, in_batches
-from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device, weights_dtype
-
-TOP = 5
-
-Forward = Callable[[Tensor], Tensor]
+from tokencut.runtime.devices import precision_dtype, resolve_device
 
 
 @dataclass(frozen=True)
@@ -125,42 +117,20 @@ def evaluate(
         (600, True)
     """
     target_device = resolve_device(device)
-    wanted = precision_dtype(precision)
+    precision_dtype(precision)
     if predictions is not None:
-        check_predictions(predictions, force=force)
+        check_csv(predictions, force=force)
     images = open_images(model, data, limit=limit, observer=observer)
-    loaded = images.batches(batch_size, workers=workers, device=target_device)
     tally, told, called = MetricAccumulator(images, precision, of), observer or Observer(), name or name_of(model)
-    forward = _forward(model, compile_mode, min(batch_size, len(images)))
-    with inference_state(model, target_device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
-        dtype = weights_dtype(model)
-        for batch in batches:
-            tally.add(batch, _logits(forward, batch, images.prepared, target_device, dtype))
+    batches = logits_of(model, images, batch_size=batch_size, workers=workers, device=target_device,
+                        precision=precision, compile_mode=compile_mode)  # fmt: skip
+    with closing(batches):
+        for batch, logits in batches:
+            tally.add(batch, logits)
             told.progress(f"evaluating {called}", tally.done, len(images), tally.values)
     if predictions is not None:
         _write_predictions(predictions, tally, force=force)
     return tally.report(called, gmacs)
-
-
-def check_predictions(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Refuses a place for predictions, before any work is done.
-
-    Args:
-        path: The file to be written.
-        force: Whether a file of that name may be replaced.
-
-    Raises:
-        UsageError: Its name does not end in .csv.
-        ArtifactError: It could not be written, or exists and `force` is off.
-    """
-    target = Path(path)
-    if target.suffix.lower() != ".csv":
-        example = target.with_suffix(".csv") if target.name else "predictions.csv"
-        raise UsageError(
-            f"`predictions={str(target)!r}` does not end in .csv, and predictions are written as CSV; type "
-            f"`predictions={str(example)!r}`"
-        )
-    check_writable(target, force=force)
 
 
 class MetricAccumulator:
@@ -186,19 +156,14 @@ class MetricAccumulator:
         self.images.check_unreadable(self.unreadable, self.of)
         if logits is None:
             return
-        if not logits.isfinite().all():
-            raise ModelError(
-                f"the model gives logits that are not finite numbers in {self.precision}; "
-                + ("give it other weights" if self.precision == "fp32" else "type `precision='fp32'`")
-            )
+        check_finite(logits, self.precision)
         losses = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none")
-        # A stable sort: of equal logits the lower class comes first, alone or in any batch.
-        ranked = logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP].tolist()
+        best = ranked(logits).tolist()
         self.indices += batch.indices.tolist()
         self.targets += batch.targets.tolist()
-        self.ranked += ranked
+        self.ranked += best
         self.losses += losses.tolist()
-        self.right += sum(best[0] == target for best, target in zip(ranked, batch.targets.tolist(), strict=True))
+        self.right += sum(first == target for (first, *_), target in zip(best, batch.targets.tolist(), strict=True))
 
     @property
     def done(self) -> int:
@@ -233,34 +198,12 @@ class MetricAccumulator:
         )
 
 
-def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
-    """What is called with images: the model, or compiled for batches of `size`, to which smaller ones are filled up."""
-    if compile_mode is None:
-        return model
-    compiled = compile_model(model, compile_mode)
-    return lambda images: in_batches(compiled, images, size)
-
-
-def _logits(
-    forward: Forward, batch: Batch, prepared: Preprocessing, device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
-    if not len(batch):
-        return None
-    return forward(prepared.normalise(batch.images, device, dtype)).float()
-
-
 def _write_predictions(path: str | os.PathLike[str], tally: MetricAccumulator, *, force: bool) -> None:
     """Writes a row for each judged image, classes by name, the most likely first."""
     source, class_map = tally.images.source, tally.images.class_map
     assert class_map is not None
     width = min(TOP, len(class_map.class_names))
-    # surrogateescape: file names that are not UTF-8 come out as the bytes they are.
-    with (
-        atomic_write(path, force=force) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        rows = csv.writer(file)
-        rows.writerow(["path", "label", *(f"top{rank}" for rank in range(1, width + 1))])
-        for index, target, ranked in zip(tally.indices, tally.targets, tally.ranked, strict=True):
-            names = [class_map.class_names[number] for number in (target, *ranked)]
-            rows.writerow([source.filename(index), *names])
+    rows = [["path", "label", *(f"top{rank}" for rank in range(1, width + 1))]]
+    for index, target, best in zip(tally.indices, tally.targets, tally.ranked, strict=True):
+        rows.append([source.filename(index), *(class_map.class_names[number] for number in (target, *best))])
+    write_csv(path, rows, force=force)

@@ -146,16 +146,20 @@ def label_names(model: nn.Module) -> LabelNames | None:
     return tuple(map(str, names)) if names and len(names) == classes else None
 
 
-def require_head(model: nn.Module) -> int:
+def require_head(model: nn.Module, lacking: str = "accuracy to measure") -> int:
     """The number of a model's classes.
 
+    Args:
+        model: The model.
+        lacking: What there is not without a head.
+
     Raises:
-        ModelError: The model has no classification head, so there is no accuracy to measure.
+        ModelError: The model has no classification head.
     """
     classes = class_count(model)
     if classes < 1:
         raise ModelError(
-            f"{architecture_of(model)} has no classification head (num_classes=0), so there is no accuracy to measure; "
+            f"{architecture_of(model)} has no classification head (num_classes=0), so there is no {lacking}; "
             "its cost is what `tokencut.profile` tells. For a head name its architecture, with `num_classes=N` and "
             "a `checkpoint='FILE'` that has one, or fine-tune a new one (`num_classes=N, epochs=5, train_data='DIR'`)"
         )
