@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from typing import Any
