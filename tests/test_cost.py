@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import Attention, Mlp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,9 +87,10 @@ def test_a_block_by_hand(method: str | None, by_hand: int) -> None:
 
 
 def test_predict_row_by_row() -> None:
-    block = BlockCost(before=Macs(1, 10, 2), after=Macs(per_token=7), class_row=Macs(per_token=3))
+    block = BlockCost(before=Macs(1, 10, 2), after=Macs(per_token=7), class_row=Macs(per_token=3), width=8,
+                      key_width=4)  # fmt: skip
     model = ModelCost(embed=100, blocks=(block, block), head=Macs(5, 1), num_prefix_tokens=1, patches=4,
-                      head_prefix_tokens=0, width=8, key_width=4)  # fmt: skip
+                      head_prefix_tokens=0)  # fmt: skip
     assert cost.predict(model, {}) == (
         BlockRow(0, 4, 4, 100, 0),
         BlockRow(1, 4, 4, (1 + 10 * 5 + 2 * 25) + 7 * 5, 0),
@@ -201,3 +203,23 @@ def test_a_giant_costs_no_memory() -> None:
     """Counted where there is no weight to multiply with: a forward of it would be 0.9 T multiply-adds."""
     compressed = compress(weightless("vit_giant_patch14_reg4_dinov2"), keep=0.5)
     assert count_macs(compressed, (3, 518, 518)).total == closed_form(compressed) > 9e11
+
+
+def uneven() -> Any:
+    """Three blocks that differ: in the width of the MLP, and in how many heads share the width."""
+    model: Any = timm.create_model("test_vit", **SIZE).eval()
+    model.blocks[1].mlp = Mlp(64, 96)
+    model.blocks[2].attn = Attention(64, num_heads=4, qkv_bias=True)
+    return model
+
+
+@pytest.mark.parametrize("method", ["tome", "dyvit"])
+def test_blocks_that_differ_each_count_for_themselves(method: str) -> None:
+    model = uneven()
+    costs = compress(model).adapter.cost(model).blocks
+    assert [(block.after.per_token, block.key_width) for block in costs] == [
+        (2 * 64 * 192, 32), (2 * 64 * 96, 32), (2 * 64 * 192, 16),
+    ]  # fmt: skip
+    assert closed_form(model) == count_macs(model, (3, 64, 64)).total
+    compressed = compress(model, keep=0.7, layers="all", method=method)
+    assert closed_form(compressed) == count_macs(compressed, (3, 64, 64)).total

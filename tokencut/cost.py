@@ -38,11 +38,15 @@ class BlockCost:
         before: The part that runs on the tokens entering (attention; the whole block where nothing follows the stage).
         after: The part that runs on the tokens leaving the stage (the MLP).
         class_row: What a stage that reads class attention adds in this block for the class row, on the tokens entering.
+        width: Numbers in a token's features, in the middle of the block, where a stage stands.
+        key_width: Numbers in one head's key.
     """
 
     before: Macs
     after: Macs
     class_row: Macs
+    width: int
+    key_width: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,7 @@ class ModelCost:
     """A whole model: `embed` (patch embedding), `blocks`, `head` (pooling and classifier, on the tokens leaving).
 
     `num_prefix_tokens` and `patches` count the tokens entering the first block, `head_prefix_tokens` those prefix
-    tokens that the head's `per_token` part sees; `width` and `key_width` are the numbers in a token's features and in
-    one head's key.
+    tokens that the head's `per_token` part sees. Blocks may differ; those that are equal cost the same in everything.
     """
 
     embed: int
@@ -60,8 +63,6 @@ class ModelCost:
     num_prefix_tokens: int
     patches: int
     head_prefix_tokens: int
-    width: int
-    key_width: int
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,10 @@ class CompressedModel(nn.Module):
         self._refuse_patched()
         self.method = make_method(recipe.method, dict(recipe.method_options))
         self.unmerge = UNMERGE_RULES[0]
-        width = self.adapter.cost(model).width
+        blocks = self.adapter.cost(model).blocks
         self.stages = nn.ModuleDict(
             {
-                str(layer): Stage(self.method, self.method.make_module(width, seed=layer))
+                str(layer): Stage(self.method, self.method.make_module(blocks[layer - 1].width, seed=layer))
                 for layer in recipe.schedule.layers
             }
         ).to(next(model.parameters()).device)
@@ -316,20 +316,20 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
         return cost.predict(adapter_for(model).cost(model), {})
     shape = model.adapter.cost(model.model)
     stages = {
-        plan.block: stage_cost(model.method, shape, plan.tokens_in, plan.tokens_out)
+        plan.block: stage_cost(model.method, shape.blocks[plan.block - 1], plan.tokens_in, plan.tokens_out)
         for plan in model.recipe.stages_for(shape.patches)
     }
     return cost.predict(shape, stages)
 
 
-def stage_cost(method: Method, shape: cost.ModelCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
-    """What a stage of a method costs in a model, for `cost.predict`.
+def stage_cost(method: Method, block: cost.BlockCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
+    """What a stage of a method costs in a block, for `cost.predict`.
 
     Args:
         method: The reduction.
-        shape: The model's pieces, as its adapter describes them.
+        block: The block, as its adapter describes it.
         tokens_in: Image tokens entering.
         tokens_out: Image tokens leaving.
     """
-    stage = StageShape(tokens_in, tokens_out, shape.width, shape.key_width)
+    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width)
     return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention())

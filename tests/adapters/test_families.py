@@ -180,7 +180,7 @@ def test_features_and_pictures(name: str) -> None:
         maps = tokencut.features_only(compressed, out_indices=2)(pixels)
         dense = tokencut.features_only(compress(model, keep=1.0), out_indices=2)(pixels)
         expected = model.forward_intermediates(pixels, 2, intermediates_only=True)
-    width = compressed.adapter.cost(model).width
+    width = compressed.adapter.cost(model).blocks[0].width
     assert [tuple(each.shape) for each in maps] == [(3, width, rows, columns)] * 2
     assert all(torch.equal(one, other) for one, other in zip(dense, expected, strict=True))
     assert draw(compressed, pixels.clamp(0, 1).mul(255).byte(), device="cpu").views

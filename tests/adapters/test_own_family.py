@@ -122,6 +122,8 @@ class NearAdapter(outside.Adapter):
             outside.Macs(per_token=4 * width * width) + outside.fused_attention_macs(width, width),
             outside.Macs(per_token=8 * width * width),
             outside.Macs(per_token=width),
+            width=width,
+            key_width=width // model.blocks[0].attn.num_heads,
         )
         return outside.ModelCost(
             embed=16 * 3 * 8 * 8 * width,
@@ -130,8 +132,6 @@ class NearAdapter(outside.Adapter):
             num_prefix_tokens=1,
             patches=16,
             head_prefix_tokens=0,
-            width=width,
-            key_width=width // model.blocks[0].attn.num_heads,
         )
 
 

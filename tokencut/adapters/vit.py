@@ -144,8 +144,6 @@ class ViTAdapter(Adapter):
             num_prefix_tokens=self.num_prefix_tokens(model),
             patches=patches,
             head_prefix_tokens=head_prefix_tokens,
-            width=model.embed_dim,
-            key_width=vit_blocks.handler(model.blocks[0]).key_width(model.blocks[0]),
         )
 
 

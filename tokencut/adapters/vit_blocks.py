@@ -68,13 +68,11 @@ class BlockHandler:
 
     def cost(self, block: TimmModule, class_rows: int) -> BlockCost:
         """The block's multiply-adds, with `class_rows` class rows computed for a stage."""
-        before = sum((_attention_macs(layer) for layer in self.attentions(block)), Macs())
-        rows = sum(layer.proj.in_features for layer in self.attentions(block)) * class_rows
-        return BlockCost(before, Macs(per_token=self.mlp_macs(block)), Macs(per_token=rows))
-
-    def key_width(self, block: TimmModule) -> int:
-        """Numbers in one head's key."""
-        return int(self.attentions(block)[0].head_dim)
+        layers = self.attentions(block)
+        before = sum((_attention_macs(layer) for layer in layers), Macs())
+        rows = sum(layer.proj.in_features for layer in layers) * class_rows
+        after, width = Macs(per_token=self.mlp_macs(block)), layers[0].proj.out_features
+        return BlockCost(before, after, Macs(per_token=rows), width, layers[0].head_dim)
 
     def mlp_macs(self, block: TimmModule) -> int:
         """Multiply-adds per token behind the stage."""
@@ -159,12 +157,10 @@ class ParallelScalingHandler(BlockHandler):
         return x
 
     def cost(self, block: TimmModule, class_rows: int) -> BlockCost:
-        width = block.in_split[-1]
-        before = Macs(per_token=linear_macs(block)) + self.attention_macs(width)
-        return BlockCost(before, Macs(), Macs(per_token=width * class_rows))
-
-    def key_width(self, block: TimmModule) -> int:
-        return int(block.head_dim)
+        values = block.in_split[-1]
+        before = Macs(per_token=linear_macs(block)) + self.attention_macs(values)
+        width = block.in_proj.in_features
+        return BlockCost(before, Macs(), Macs(per_token=values * class_rows), width, block.head_dim)
 
     def attention_macs(self, width: int) -> Macs:
         """QK' and PV of the block's attention, `D = width` numbers a token."""

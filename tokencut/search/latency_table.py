@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,42 +26,52 @@ STAGE_KEEP = 0.75
 
 
 @dataclass(frozen=True)
-class LatencyTable:
-    """Seconds that the parts of a model take for one batch.
+class BlockTimes:
+    """Seconds that the parts of a block take for one batch.
 
     Attributes:
-        counts: The image tokens at which parts were timed, ascending.
-        block: A whole block, after tokens were merged, at each of `counts`.
-        attention_half: The first half of a reducing block, likewise.
+        block: The whole block, after tokens were merged, at each of the table's `counts`.
+        attention_half: Its first half where it reduces, likewise.
         stage: Its stage, letting 3 of 4 tokens out.
         mlp_half: Its second half.
-        fresh: A whole block before anything was merged, at all tokens.
-        ends: Embedding and head.
-        depth: The number of blocks.
+        fresh: The whole block before anything was merged, at all tokens.
     """
 
-    counts: tuple[int, ...]
     block: tuple[float, ...]
     attention_half: tuple[float, ...]
     stage: tuple[float, ...]
     mlp_half: tuple[float, ...]
     fresh: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds that the parts of a model take for one batch.
+
+    Attributes:
+        counts: The image tokens at which parts were timed, ascending.
+        blocks: The blocks in order; those that cost the same share their times.
+        ends: Embedding and head.
+    """
+
+    counts: tuple[int, ...]
+    blocks: tuple[BlockTimes, ...]
     ends: float
-    depth: int
 
     @property
     def dense(self) -> float:
         """Seconds of a dense forward."""
-        return self.ends + self.depth * self.fresh
+        return self.ends + sum(block.fresh for block in self.blocks)
 
     def seconds(self, counts: Counts) -> float:
         """Seconds of a forward under a schedule."""
         total, now = self.ends, self.counts[-1]
-        for after in counts:
+        for block, after in zip(self.blocks, counts, strict=True):
             if after < now:
-                total += self._at(self.attention_half, now) + self._at(self.stage, now) + self._at(self.mlp_half, after)
+                halves = self._at(block.attention_half, now) + self._at(block.mlp_half, after)
+                total += halves + self._at(block.stage, now)
             else:
-                total += self.fresh if now == self.counts[-1] else self._at(self.block, now)
+                total += block.fresh if now == self.counts[-1] else self._at(block.block, now)
             now = after
         return total
 
@@ -83,7 +94,7 @@ def latency_table(
 ) -> LatencyTable:
     """Times the parts of a model in turn, so that all see the same machine; call it in the model's `inference_state`.
 
-    The first block stands for all: those of a Vision Transformer are alike.
+    Of blocks that cost the same (`BlockCost`) the first is timed.
 
     Args:
         model: The model with its method.
@@ -95,27 +106,24 @@ def latency_table(
     """
     loop = any_block_reduces(model)
     images = random_images(model, (batch_size, *preprocessing_of(model).config["input_size"]), device)
+    kinds = model.adapter.cost(model.model).blocks
     with torch.no_grad():
-        whole = loop.embed(images)
+        entering = [loop.embed(images)]
+        for number in range(1, loop.depth + 1):
+            entering.append(loop.step(number, entering[-1]))
+    whole, last = entering[0], entering[-1]
     counts = sorted({max(2, math.ceil(share * whole.count)) for share in SHARES})
-    timed: dict[str, Forward] = {
-        "fresh": lambda _: loop.step(1, whole),
-        "embed": lambda batch: loop.embed(batch),
-        "head": lambda _: loop.head(whole),
-    }
-    for count in counts:
-        timed |= _parts(loop, _some(loop, whole, count, merged=model.method.merges()))
+    timed: dict[str, Forward] = {"embed": loop.embed, "head": lambda _: loop.head(last)}
+    for number in sorted({kinds.index(kind) + 1 for kind in kinds}):
+        timed |= _fresh(loop, number, entering[number - 1])
+        for count in counts:
+            timed |= _parts(loop, number, _some(loop, entering[number - 1], count, merged=model.method.merges()))
     times = {name: t.median_ms / 1000 for name, t in measure(
         timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, observer=observer,
-        task="timing the model's parts"
+        task="timing the model's parts",
     ).items()}  # fmt: skip
-    columns = {
-        part: tuple(times[f"{part} {count}"] for count in counts) for part in ("block", "attention_half", "mlp_half")
-    }
-    stage = tuple(max(0.0, times[f"stage {count}"] - times[f"attention_half {count}"]) for count in counts)
-    ends = times["embed"] + times["head"]
-    return LatencyTable(tuple(counts), columns["block"], columns["attention_half"], stage, columns["mlp_half"],
-                        times["fresh"], ends, loop.depth)  # fmt: skip
+    blocks = tuple(_block_times(times, kinds.index(kind) + 1, counts) for kind in kinds)
+    return LatencyTable(tuple(counts), blocks, times["embed"] + times["head"])
 
 
 def _some(loop: BlockLoop, whole: Tokens, count: int, merged: bool) -> Tokens:
@@ -126,13 +134,28 @@ def _some(loop: BlockLoop, whole: Tokens, count: int, merged: bool) -> Tokens:
     return loop.weighed(replace(whole, features=features, sizes=sizes, positions=positions))
 
 
-def _parts(loop: BlockLoop, tokens: Tokens) -> dict[str, Forward]:
-    """The parts to be timed on such tokens; the stage is timed together with the half block that feeds it."""
+def _parts(loop: BlockLoop, number: int, tokens: Tokens) -> dict[str, Forward]:
+    """A block's parts to be timed on such tokens; the stage is timed together with the half block that feeds it."""
     count = tokens.count
     after = min(max(1, math.ceil(STAGE_KEEP * count)), count - 1)
     return {
-        f"block {count}": lambda _: loop.step(1, tokens),
-        f"attention_half {count}": lambda _: loop.stage_input(1, tokens),
-        f"stage {count}": lambda _: loop.stages[1](loop.stage_input(1, tokens), after),
-        f"mlp_half {count}": lambda _: loop.mlp_half(1, tokens),
+        f"block {number} {count}": lambda _: loop.step(number, tokens),
+        f"attention_half {number} {count}": lambda _: loop.stage_input(number, tokens),
+        f"stage {number} {count}": lambda _: loop.stages[number](loop.stage_input(number, tokens), after),
+        f"mlp_half {number} {count}": lambda _: loop.mlp_half(number, tokens),
     }
+
+
+def _fresh(loop: BlockLoop, number: int, tokens: Tokens) -> dict[str, Forward]:
+    """The whole block before anything was merged."""
+    return {f"fresh {number}": lambda _: loop.step(number, tokens)}
+
+
+def _block_times(times: Mapping[str, float], number: int, counts: Sequence[int]) -> BlockTimes:
+    """The times of a block that was timed."""
+    block, half, both, rest = (
+        tuple(times[f"{part} {number} {count}"] for count in counts)
+        for part in ("block", "attention_half", "stage", "mlp_half")
+    )
+    stage = tuple(max(0.0, with_stage - alone) for with_stage, alone in zip(both, half, strict=True))
+    return BlockTimes(block, half, stage, rest, times[f"fresh {number}"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -57,15 +58,14 @@ class Costs:
 
     def __init__(self, model: CompressedModel) -> None:
         self.shape = model.adapter.cost(model.model)
-        self.method = model.method
-        self._stages: dict[tuple[int, int], cost.StageCost] = {}
+        self._stage = cache(partial(stage_cost, model.method))
 
     def rows(self, counts: Counts) -> tuple[cost.BlockRow, ...]:
         """Multiply-adds of an image: the embedding, each block, the head."""
         entering = (self.shape.patches, *counts)
         stages = {
-            block: self._stage(before, after)
-            for block, (before, after) in enumerate(zip(entering, counts, strict=False), start=1)
+            number: self._stage(block, before, after)
+            for number, (block, before, after) in enumerate(zip(self.shape.blocks, entering, counts, strict=False), 1)
             if after < before
         }
         return cost.predict(self.shape, stages)
@@ -73,13 +73,6 @@ class Costs:
     def gmacs(self, counts: Counts) -> float:
         """Multiply-adds of an image, in units of 1e9."""
         return cost.total(self.rows(counts)) / 1e9
-
-    def _stage(self, before: int, after: int) -> cost.StageCost:
-        known = self._stages.get((before, after))
-        if known is None:
-            known = stage_cost(self.method, self.shape, before, after)
-            self._stages[before, after] = known
-        return known
 
 
 def any_block_reduces(model: CompressedModel) -> BlockLoop:
