@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokencut.errors import TokencutError
+from tokencut.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tokencut.backbone import features_only
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from tokencut.training.run import finetune
     from tokencut.training.setup import TrainingSetup
     from tokencut.visualization.drawing import draw
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CompressedModel",

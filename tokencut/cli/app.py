@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokencut import __version__
 from tokencut.cli import render
 from tokencut.cli.cmd_compress import compress
 from tokencut.cli.cmd_eval import evaluate
@@ -28,6 +27,7 @@ from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
 from tokencut.errors import TokencutError, UsageError
 from tokencut.messages import nearest_known
+from tokencut.version import __version__
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,

@@ -14,8 +14,8 @@ import timm
 import torch
 from torch import nn
 
-from tokencut import __version__
 from tokencut.errors import TokencutError, UsageError
+from tokencut.version import __version__
 
 # What weights are cast to; None: as they are.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
