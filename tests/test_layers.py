@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # import each other, without cycles.
 LAYERS = (
     "errors messages cost observers calling version",
+    "limits",
     "files schedule schema ops",
     "tokens",
     "attention",

@@ -89,7 +89,7 @@ def test_a_method_may_let_more_leave_as_published() -> None:
         ((12, 0.5, (4, 4, 7), None), "layer 4 is given twice; name each block once, such as `layers=[4, 7]`"),
         ((12, 0.5, (7, 4), None), "layers 7,4 are not in ascending order; write `layers=[4, 7]`"),
         ((12, 0.5, (), None), "no layer given; name blocks from 1 on, such as `layers=[4, 7, 10]`"),
-        ((12, None, None, 0), "`reduce_by=0` is not a whole number of at least 1, such as `reduce_by=13`"),
+        ((12, None, None, 0), "`reduce_by=0` is not a whole number from 1 to 65536; type `reduce_by=13`"),
         ((12, 0.5, None, 3), "give either a keep rate (`keep=0.7`) or `reduce_by`, not both and not neither"),
         ((12, None, None, None), "give either a keep rate (`keep=0.7`) or `reduce_by`, not both and not neither"),
     ],

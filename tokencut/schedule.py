@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Literal
 
 from tokencut.errors import UsageError
+from tokencut.limits import check_number
 
 Keep = float | Sequence[float]
 Layers = Sequence[int] | Literal["all", "late", "gradual"]
@@ -136,8 +137,7 @@ def make_schedule(depth: int, keep: Keep | None, layers: Layers | None, reduce_b
     else:
         chosen = default_layers(depth) if layers is None else _checked_layers(layers, depth)
     if reduce_by is not None:
-        if isinstance(reduce_by, bool) or not isinstance(reduce_by, int) or reduce_by < 1:
-            raise UsageError(f"`reduce_by={reduce_by!r}` is not a whole number of at least 1, such as `reduce_by=13`")
+        check_number("reduce_by", reduce_by)
         return Schedule(chosen, None, reduce_by)
     return Schedule(chosen, _checked_keep(keep, len(chosen)), None)
 

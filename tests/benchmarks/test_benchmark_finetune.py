@@ -105,7 +105,7 @@ def test_a_grid_is_judged_on_training_images_held_out(tmp_path: Path, script: Sc
     [
         (("--grid", "speed=1"), "error: --grid speed is no part of a recipe, expected one of epochs, "),
         (("--grid", "lr_scaling=size"), "error: --lr-scaling size is not one of rms, none; type --lr-scaling rms"),
-        (("--grid", "alpha=-1"), "error: --alpha -1.0 is not a number of at least 0; type --alpha 0.0"),
+        (("--grid", "alpha=-1"), "error: --alpha -1.0 is not a number from 0 to 1000; type --alpha 0.0"),
     ],
 )
 def test_wrong_words(tmp_path: Path, script: Script, words: tuple[str, ...], line: str) -> None:

@@ -30,7 +30,8 @@ WRONG = [
     (("compress", "-o", "x.safetensors"), 2, "missing argument 'MODEL'; type tokencut compress --help"),
     (("profile", "--keep"), 2, "option '--keep' requires an argument; type tokencut profile --help"),
     (("profile", "--batch-size", "many"), 2,
-     "invalid value for '-b' / '--batch-size': 'many' is not a whole number; type tokencut profile --help"),
+     "invalid value for '-b' / '--batch-size': 'many' is not a whole number from 1 to 65536, "
+     "such as 64; type tokencut profile --help"),
     (("profile", "--precision", "fp8"), 2,
      "invalid value for '--precision': 'fp8' is not one of fp32, bf16, fp16; type tokencut profile --help"),
     # Keep rates.
@@ -55,7 +56,9 @@ WRONG = [
     ((*DEIT, "--keep", "0.9/0.7/0.5", "--layers", "4,7"), 2,
      "3 keep rates for 2 layers; give one number for all, or one per layer, such as --keep 0.7/0.7"),
     ((*DEIT, "--keep", "0.7", "--reduce-by", "8"), 2, "--keep and --reduce-by exclude each other; type one of them"),
-    ((*DEIT, "--reduce-by", "0"), 2, "--reduce-by 0 is not a whole number of at least 1, such as --reduce-by 13"),
+    ((*DEIT, "--reduce-by", "0"), 2,
+     "invalid value for '--reduce-by': 0 is not a whole number from 1 to 65536, such as 13; "
+     "type tokencut profile --help"),
     ((*DEIT, "--keep", "0,5"), 2, "--keep 0,5 has a comma; type --keep 0.5"),
     ((*DEIT, "--keep", ""), 2, "there is an empty argument behind --keep; is a variable of your shell not set?"),
     (("eval", "digits", "--data="), 2,
@@ -127,28 +130,33 @@ WRONG = [
      "'{file}' is a file of an unknown kind: expected a folder with one sub-folder a class, a .tar or .tar.gz of one, "
      "or the word digits"),
     ((*EVAL, "--data", "{pictures}", "--limit", "0"), 2,
-     "a limit of 0 leaves no images, expected at least 1; type --limit 1000"),
+     "invalid value for '--limit': 0 is not a whole number from 1 to 1000000000, such as 1000; "
+     "type tokencut eval --help"),
     ((*EVAL, "--data", "{pictures}", "--batch-size", "0"), 2,
-     "a batch size of 0 is too small, expected at least 1; type --batch-size 64"),
+     "invalid value for '-b' / '--batch-size': 0 is not a whole number from 1 to 65536, such as 64; "
+     "type tokencut eval --help"),
     ((*EVAL, "--data", "{pictures}", "--workers", "-1"), 2,
-     "-1 workers are too few, expected at least 0; type --workers 0"),
+     "invalid value for '-j' / '--workers': -1 is not a whole number from 0 to 1024, such as 0; "
+     "type tokencut eval --help"),
     ((*COMPRESS, "--data", "{tmp}/none"), 1,
      "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
      "of one, or the word digits"),
     # Devices.
     ((*EVAL, "--data", "digits", "--predictions", "{file}"), 2,
      re.compile(r"--predictions \S+ does not end in .csv, and predictions are written as CSV; type --predictions \S+")),
-    ((*EVAL, "--data", "digits", "--seed", "9" * 30), 2, re.compile(r".*is larger than any number that counts here.*")),
+    ((*EVAL, "--data", "digits", "--seed", "9" * 30), 2, re.compile(r".*9 is not a whole number from .*")),
     (("profile", "deit_tiny", "--img-size", "8"), 1, re.compile(r"the model has no patches of 16 px.*")),
-    (("profile", "deit_tiny", "--model-kwargs", "depth=0"), 1, re.compile(r".*no blocks.*")),
+    (("profile", "deit_tiny", "--model-kwargs", "depth=0"), 2,
+     "--model-kwargs depth=0 is not a whole number from 1 to 128; type --model-kwargs depth=12"),
     ((*DEIT, "--no-latency", "--compile-mode", "foo"), 2, re.compile(r"unknown compile mode 'foo', expected .*")),
     (("profile", "hf-hub:"), 2, "'hf-hub:' names no repository of the hub; type hf-hub:OWNER/NAME"),
     (("profile", "hf-hub:a/b/c"), 2, "'hf-hub:a/b/c' names no repository of the hub; type hf-hub:OWNER/NAME"),
-    ((*DEIT, "--method-option", "mass=inf"), 2, re.compile(r".*mass.*a number of at least 0.*")),
+    ((*DEIT, "--method-option", "mass=inf"), 2, re.compile(r".*mass.*a number from 0.0 to 100.0.*")),
     ((*DEIT, "--device", "tpu"), 2,
      "unknown device 'tpu', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
     (("profile", *TINY, "--batch-size", "0"), 2,
-     "a batch size of 0 is too small, expected at least 1; type --batch-size 16"),
+     "invalid value for '-b' / '--batch-size': 0 is not a whole number from 1 to 65536, such as 64; "
+     "type tokencut profile --help"),
 ]  # fmt: skip
 
 

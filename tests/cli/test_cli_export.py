@@ -148,7 +148,7 @@ def test_dense_onnx_is_for_onnx(run: Run, artifact: Path, exported: Path) -> Non
     [
         (("-o", "m.bin"), 2, "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx"),
         (("-o", "m.onnx", "--opset", "9"), 2,
-         "opset 9 is not one of 18 to 22, which tokencut can write; type --opset 18"),
+         "invalid value for '--opset': 9 is not a whole number from 18 to 22, such as 18; type tokencut export --help"),
         (("-o", "m.pt2", "--opset", "18"), 2, "--opset is for .onnx files, and m.pt2 is none; leave it out"),
         (("-o", "there.onnx"), 1, "there.onnx exists; add --force to replace it, or give another -o"),
         (("-o", "no/m.onnx"), 1, "cannot write no/m.onnx: the folder no does not exist; create it first"),

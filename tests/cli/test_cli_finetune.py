@@ -360,15 +360,18 @@ WRONG = [
      "--data '{val}' has classes that --train-data '{train}' has not: 'dog', 'eel', 'fox'; give two folders with the "
      "same classes"),
     (("--train-data", "{train}", "--finetune-epochs", "0"), 2,
-     "--finetune-epochs 0 is not a number of at least 1; type --finetune-epochs 1"),
+     "invalid value for '--finetune-epochs': 0 is not a whole number from 1 to 100000, such as 5; "
+     "type tokencut compress --help"),
     (("--train-data", "{train}", "--lr", "fast"), 2,
-     "invalid value for '--lr': 'fast' is not a number; type tokencut compress --help"),
+     "invalid value for '--lr': 'fast' is not a number from 1e-12 to 10, such as 5e-05; type tokencut "
+     "compress --help"),
     (("--train-data", "{train}", "--recipe", "long"), 2,
      "unknown recipe 'long', expected short or paper; type --recipe short"),
     (("--train-data", "{train}", "--precision", "fp16"), 2,
      "training in fp16 is not supported, since its gradients underflow; type --precision bf16"),
     (("--train-data", "{train}", "--accumulate", "0"), 2,
-     "--accumulate 0 is too small, expected at least 1; type --accumulate 1"),
+     "invalid value for '--accumulate': 0 is not a whole number from 1 to 65536, such as 1; "
+     "type tokencut compress --help"),
 ]  # fmt: skip
 
 

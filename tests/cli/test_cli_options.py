@@ -6,7 +6,10 @@ import inspect
 from typing import Any
 
 import pytest
+import typer
+from outcome import Run
 
+from tokencut.cli.app import app
 from tokencut.cli.options import (
     ReductionOptions,
     RunOptions,
@@ -17,6 +20,8 @@ from tokencut.cli.options import (
     with_groups,
 )
 from tokencut.errors import UsageError
+
+COMMAND_LINE = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,31 @@ def test_groups_are_spelled_out_and_put_together_again() -> None:
     command(model="y", device="cpu", precision="bf16", batch_size=3, seed=1, loud=True)
     assert seen == {"model": "y", "run": TimingOptions("cpu", "bf16", 3, 1), "loud": True}
     assert RunOptions().device == "auto"
+
+
+NUMBERS = {
+    (name, parameter.opts[-1])
+    for name, command in COMMAND_LINE.items()
+    for parameter in command.params
+    if parameter.metavar in ("N", "F", "G", "S", "P") and parameter.opts[-1] != "--keep"
+}
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e300", "-1e300", "9" * 400, "9" * 5000, "much"])
+def test_no_number_gets_past_its_bounds(text: str) -> None:
+    assert {("eval", "--limit"), ("compress", "--mixup"), ("profile", "--target-gmacs")} <= NUMBERS
+    for name, option in NUMBERS:
+        with pytest.raises(typer.BadParameter) as caught:
+            COMMAND_LINE[name].make_context(name, ["digits", f"{option}={text}"])
+        assert " is not a" in caught.value.message and ", such as " in caught.value.message
+        assert len(caught.value.message) < 200
+
+
+def test_a_number_out_of_bounds_is_told_before_anything_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokencut.cli.subject.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    for words in (("--img-size", "65536"), ("--model-kwargs", "depth=2000"), ("--method-option", "neighbours=1e9")):
+        assert run("profile", "deit_tiny", *words).code == 2
+    assert run("compress", "deit_tiny", "-o", "x.safetensors", "--lr", "inf").err == (
+        "error: invalid value for '--lr': inf is not a number from 1e-12 to 10, such as 5e-05; type tokencut compress "
+        "--help\n"
+    )

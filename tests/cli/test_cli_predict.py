@@ -63,7 +63,9 @@ def test_a_table_is_never_replaced_without_force(run: Run, compressed: Path, pic
         (("deit_tiny", "none.jpg"), 1,
          "cannot read 'none.jpg' (does not exist); give JPEG, PNG, WEBP, BMP or TIFF files, or the word digits, or "
          "folders of them"),
-        (("deit_tiny", "none.jpg", "--top", "0"), 2, "a top of 0 tells no class, expected at least 1; type --top 5"),
+        (("deit_tiny", "none.jpg", "--top", "0"), 2,
+         "invalid value for '--top': 0 is not a whole number from 1 to 1000000, such as 5; type tokencut predict "
+         "--help"),
         (("deit_tiny", "none.jpg", "-o", "p.txt"), 2,
          "-o p.txt does not end in .csv, and predictions are written as CSV; type -o p.csv"),
         (("deit_tiny", "none.jpg", "-o", "no/p.csv"), 1,

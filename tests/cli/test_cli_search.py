@@ -131,10 +131,22 @@ NO_TARGET = (
 )
 KEEP = "--max-drop finds the keep rates and --keep gives them; type one of them"
 REDUCE_BY = "--target-speedup finds the keep rates and --reduce-by gives them; type one of them"
-SLOWER = "--target-speedup 0.9 is not a number above 1, such as --target-speedup 1.6"
-NO_NUMBER = "invalid value for '--max-drop': 'much' is not a number; type tokencut compress --help"
-NO_EFFORT = "an effort of 0 leaves nothing to search with; type --search-effort 40"
-NO_SAMPLE = "0 calibration images leave nothing to search by; type --calibration-limit 512"
+SLOWER = (
+    "invalid value for '--target-speedup': 0.9 is not a number above 1 and up to 1000, such as 1.6; "
+    "type tokencut compress --help"
+)
+NO_NUMBER = (
+    "invalid value for '--max-drop': 'much' is not a number above 0 and up to 100, such as 0.5; "
+    "type tokencut compress --help"
+)
+NO_EFFORT = (
+    "invalid value for '--search-effort': 0 is not a number above 0 and up to 10000, such as 40; "
+    "type tokencut compress --help"
+)
+NO_SAMPLE = (
+    "invalid value for '--calibration-limit': 0 is not a whole number from 1 to 1000000000, such as 512; "
+    "type tokencut compress --help"
+)
 NO_JSON = "--front model.safetensors does not end in .json, and a front is written as JSON; type --front model.json"
 
 

@@ -172,7 +172,9 @@ WRONG = [
      "type tokencut eval FILE where its stages are trained"),
     ((*SWEEP, "--device", "tpu"), 2,
      "unknown device 'tpu', expected auto, cpu, cuda, cuda:N or mps; type --device auto"),
-    ((*SWEEP, "--batch-size", "0"), 2, "a batch size of 0 is too small, expected at least 1; type --batch-size 64"),
+    ((*SWEEP, "--batch-size", "0"), 2,
+     "invalid value for '-b' / '--batch-size': 0 is not a whole number from 1 to 65536, such as 64; "
+     "type tokencut sweep --help"),
     ((*SWEEP[:-1], "{tmp}/no/report"), 1,
      "cannot write {tmp}/no/report: the folder {tmp}/no does not exist; create it first"),
     ((*SWEEP[:-1], "{pictures}/ant/1.jpg"), 1,

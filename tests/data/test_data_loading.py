@@ -123,8 +123,8 @@ def test_an_error_of_a_transform_is_no_unreadable_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type `batch_size=64`"),
-        ({"batch_size": 1, "workers": -1}, "-1 workers are too few, expected at least 0; type `workers=0`"),
+        ({"batch_size": 0}, "`batch_size=0` is not a whole number from 1 to 65536; type `batch_size=64`"),
+        ({"batch_size": 1, "workers": -1}, "`workers=-1` is not a whole number from 0 to 1024; type `workers=0`"),
     ],
 )
 def test_out_of_range(folder: Path, options: dict[str, Any], message: str) -> None:

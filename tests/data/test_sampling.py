@@ -36,4 +36,4 @@ def test_a_sample_is_spread_evenly() -> None:
 def test_a_sample_of_nothing_is_refused(limit: int) -> None:
     with pytest.raises(UsageError) as caught:
         strided_subset(10, limit)
-    assert str(caught.value) == f"a limit of {limit} leaves no images, expected at least 1; type `limit=1000`"
+    assert str(caught.value) == f"`limit={limit}` is not a whole number from 1 to 1000000000; type `limit=1000`"

@@ -49,7 +49,7 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
     with pytest.raises(DataError, match="2 images in 'digits' are too few for 3 processes"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Subset(source, [0, 1]), workers=0)
     monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [parts[0], value])
-    with pytest.raises(UsageError, match="a batch size of 0 is too small"):
+    with pytest.raises(UsageError, match="`batch_size=0` is not a whole number from 1 to 65536"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, source, workers=0, batch_size=0)
 
 

@@ -135,11 +135,11 @@ def test_the_table_is_written_once_and_whole(tmp_path: Path) -> None:
     ("images", "options", "kind", "message"),
     [
         ([], {}, UsageError, "no image given; name one, such as photo.jpg, a folder of them, or the word digits"),
-        (["1.png"], {"top": 0}, UsageError, "a top of 0 tells no class, expected at least 1; type `top=5`"),
+        (["1.png"], {"top": 0}, UsageError, "`top=0` is not a whole number from 1 to 1000000; type `top=5`"),
         (["none.jpg", "empty", "pipe"], {}, DataError,
          "cannot read 'none.jpg' (does not exist), 'empty' (no images in it), 'pipe' (it is a pipe, not a file); give "
          "JPEG, PNG, WEBP, BMP or TIFF files, or the word digits, or folders of them"),
-        (["1.png"], {"batch_size": 0}, UsageError, "a batch size of 0 is too small"),
+        (["1.png"], {"batch_size": 0}, UsageError, "`batch_size=0` is not a whole number from 1"),
         (["1.png"], {"class_map": "1.png"}, DataError, "cannot read the class map 1.png: it is not text"),
     ],
 )  # fmt: skip

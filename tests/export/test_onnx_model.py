@@ -185,7 +185,7 @@ def test_the_dense_side_has_to_be_the_same_model_and_dense(files: Files, tmp_pat
     ):
         profile_onnx(OnnxModel(files.dynamic), dense=OnnxModel(other))
     with pytest.raises(
-        UsageError, match=r"^a batch size of 0 is too small, expected at least 1; type `batch_size=16`$"
+        UsageError, match=r"^`batch_size=0` is not a whole number from 1 to 65536; type `batch_size=64`$"
     ):
         profile_onnx(OnnxModel(files.dynamic), batch_size=0)
 

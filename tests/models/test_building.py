@@ -49,3 +49,10 @@ def test_what_timm_says_becomes_a_note(capfd: pytest.CaptureFixture[str]) -> Non
         warnings.warn("another", stacklevel=1)
     assert lines == ["one thing", "another"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_fit_into_no_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "_memory", lambda: 2**30)
+    building.check_arguments("vit_base_patch16_224", {})
+    with pytest.raises(UsageError, match=r"^vit_base_patch16_224 with embed_dim=12288 has .* GiB of weights, and this"):
+        building.check_arguments("vit_base_patch16_224", {"embed_dim": 12288})

@@ -118,7 +118,7 @@ def test_a_bad_text(rewrite: Callable[..., Path], text: str, message: str) -> No
         ("model_args.checkpoint_path", "x.pth", "checkpoint_path is not an argument of the architecture"),
         ("model_args.pretrained_cfg", {"file": "x"}, "pretrained_cfg is not an argument of the architecture"),
         ("model_args.depth", 7, "its model_args say depth 7, its keep_per_block has 6 blocks"),
-        ("model_args.depth", 10**12, "depth is 1000000000000, which is not a number from -65536 to 65536"),
+        ("model_args.depth", 10**12, "`depth=1000000000000` is not a whole number from 1 to 128"),
         ("model_args.init_values", [[[[1]]]], "init_values is [[[[1]]]], which is too large a list"),
         ("model_args.block_fn", "os.system", "timm cannot build test_vit with the arguments"),
         ("model_args.nonsense", 1, "timm cannot build test_vit with the arguments"),

@@ -91,9 +91,7 @@ def test_rounds_end_when_the_time_is_up_but_never_before_the_third(max_seconds: 
 
 
 def test_too_few_rounds() -> None:
-    with pytest.raises(
-        UsageError, match="^2 rounds are too few to tell a spread, expected at least 3; give rounds=21$"
-    ):
+    with pytest.raises(UsageError, match="^`rounds=2` is not a whole number from 3 to 10000; type `rounds=21`$"):
         measure({"it": Worker(FakeClock(), 1.0)}, IMAGES, rounds=2)
 
 

@@ -316,10 +316,10 @@ def test_a_model_in_half_precision_gets_such_images() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type `batch_size=16`"),
+        ({"batch_size": 0}, "`batch_size=0` is not a whole number from 1 to 65536; type `batch_size=64`"),
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"device": "tpu"}, "'tpu'"),
-        ({"rounds": 1}, "1 rounds are too few"),
+        ({"rounds": 1}, "`rounds=1` is not a whole number from 3"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -294,9 +294,9 @@ def test_progress_shows_the_best(calibration: Path) -> None:
             Target(gmacs=1, max_drop=1),
             "`gmacs` and `max_drop` exclude each other; type one of `gmacs=2.6`",
         ),
-        (Target(max_drop=101), "`max_drop=101` is not a number above 0 and up to 100, such as `max_drop=0.5`"),
-        (Target(speedup=1), "`speedup=1` is not a number above 1, such as `speedup=1.6`"),
-        (Target(gmacs=float("nan")), "`gmacs=nan` is not a number above 0, such as `gmacs=2.6`"),
+        (Target(max_drop=101), "`max_drop=101` is not a number above 0 and up to 100; type `max_drop=0.5`"),
+        (Target(speedup=1), "`speedup=1` is not a number above 1 and up to 1000; type `speedup=1.6`"),
+        (Target(gmacs=float("nan")), "`gmacs=nan` is not a number above 0 and up to 1000000; type `gmacs=2.6`"),
     ],
 )
 def test_targets_that_mean_nothing(calibration: Path, target: Target, told: str) -> None:
@@ -311,7 +311,7 @@ def test_untrained_stages_cannot_be_searched(calibration: Path) -> None:
 
 
 def test_no_effort_finds_nothing(calibration: Path) -> None:
-    with pytest.raises(UsageError, match="an effort of 0 leaves nothing to search with; type `effort=40`"):
+    with pytest.raises(UsageError, match="`effort=0` is not a number above 0 and up to 10000; type `effort=40`"):
         find(calibration, Target(gmacs=0.1), settings=replace(SETTINGS, effort=0))
 
 

@@ -360,7 +360,7 @@ def test_unreadable_images_are_left_out_of_every_row(tmp_path: Path) -> None:
         ({"keeps": (1.5,)}, "keep 1.5 is not in (0, 1]; it is the fraction of tokens that stay, such as `keep=0.7`"),
         ({"methods": ("dyvit",)}, "method dyvit means nothing before it is fine-tuned, so it cannot be compared; "
             "leave it out of `methods`, and type `tokencut.evaluate` where its stages are trained"),
-        ({"batch_size": 0}, "a batch size of 0 is too small, expected at least 1; type `batch_size=64`"),
+        ({"batch_size": 0}, "`batch_size=0` is not a whole number from 1 to 65536; type `batch_size=64`"),
         ({"precision": "fp8"}, "unknown precision 'fp8', expected fp32, bf16 or fp16; type `precision='bf16'`"),
     ],
 )  # fmt: skip

@@ -136,17 +136,17 @@ def test_a_small_set_gets_more_epochs_unless_their_number_was_typed() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: TrainingSetup(batch_size=0), "a batch size of 0 is too small, expected at least 1; type "
-         "`batch_size=64`"),
-        (lambda: TrainingSetup(accumulate=0), "`accumulate=0` is too small, expected at least 1; type `accumulate=1`"),
-        (lambda: TrainingSetup(workers=-1), "-1 workers are too few, expected at least 0; type `workers=0`"),
+        (lambda: TrainingSetup(batch_size=0), "`batch_size=0` is not a whole number from 1 to 65536; "
+        "type `batch_size=64`"),
+        (lambda: TrainingSetup(accumulate=0), "`accumulate=0` is not a whole number from 1 to 65536; "
+        "type `accumulate=1`"),
+        (lambda: TrainingSetup(workers=-1), "`workers=-1` is not a whole number from 0 to 1024; type `workers=0`"),
         (lambda: TrainingSetup(precision="fp16"), "training in fp16 is not supported, since its gradients underflow; "
          "type `precision='bf16'`"),
         (lambda: TrainingSetup(select="first"), "`select='first'` is not last or best; type `select='last'`"),
-        (lambda: SHORT.changed(epochs=0), "`epochs=0` is not a number of at least 1; type "
-         "`epochs=1`"),
-        (lambda: SHORT.changed(lr=float("nan")), "`lr=nan` is not a number of at least 1e-12; type `lr=5e-05`"),
-        (lambda: SHORT.changed(hflip=1.5), "`hflip=1.5` is not a number from 0 to 1; type `hflip=0.0`"),
+        (lambda: SHORT.changed(epochs=0), "`epochs=0` is not a whole number from 1 to 100000; type `epochs=5`"),
+        (lambda: SHORT.changed(lr=float("nan")), "`lr=nan` is not a number from 1e-12 to 10; type `lr=5e-05`"),
+        (lambda: SHORT.changed(hflip=1.5), "`hflip=1.5` is not a number from 0 to 1; type `hflip=0.5`"),
         (lambda: SHORT.changed(distill="sof"), "`distill='sof'` is not one of soft, hard, features, none; type "
          "`distill='soft'`"),
         (lambda: SHORT.changed(lr_scaling="size"), "`lr_scaling='size'` is not one of rms, none; type "

@@ -84,5 +84,5 @@ def test_attention_is_that_of_the_tokens_that_entered() -> None:
 
 
 def test_a_batch_size_of_nothing() -> None:
-    with pytest.raises(UsageError, match="a batch size of 0 is too small, expected at least 1; type `batch_size=64`"):
+    with pytest.raises(UsageError, match="`batch_size=0` is not a whole number from 1 to 65536; type `batch_size=64`"):
         seen(small(), batch_size=0)

@@ -11,12 +11,12 @@ from tokencut.cli import render
 from tokencut.cli.observer import CommandObserver
 from tokencut.cli.options import (
     DATA_HELP,
-    NUMBER,
     DenseFlag,
     JsonFlag,
     ModelArgument,
     ModelOptions,
     ReductionOptions,
+    bounded,
     data_option,
     running_option,
     with_groups,
@@ -39,16 +39,18 @@ def export_file(
     *,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help=OUTPUT_HELP)],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-    opset: Annotated[int | None, typer.Option("--opset", **NUMBER, help=OPSET_HELP)] = None,
+    opset: Annotated[int | None, typer.Option("--opset", **bounded("opset"), help=OPSET_HELP)] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch/--no-dynamic-batch", help=DYNAMIC_HELP)] = True,
     with_preprocessing: Annotated[bool, typer.Option("--with-preprocessing", help=NORMALISE_HELP)] = False,
     reduction: ReductionOptions,
     dense: DenseFlag = False,
     source: ModelOptions,
     data: Annotated[str | None, data_option("--data", metavar="DIR", help=f"Check on these: {DATA_HELP}")] = None,
-    limit: Annotated[int | None, data_option("--limit", **NUMBER, help=CHECK_LIMIT_HELP)] = None,
-    batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a forward.")] = 16,
-    seed: Annotated[int, running_option("--seed", **NUMBER, help="Decides random weights.")] = 0,
+    limit: Annotated[int | None, data_option("--limit", **bounded("limit"), help=CHECK_LIMIT_HELP)] = None,
+    batch_size: Annotated[
+        int, running_option("-b", "--batch-size", **bounded("batch_size"), help="Images a forward.")
+    ] = 16,
+    seed: Annotated[int, running_option("--seed", **bounded("seed"), help="Decides random weights.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes a model for deployment: .onnx, or .pt2 for torch.export.load.

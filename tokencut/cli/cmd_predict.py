@@ -11,7 +11,6 @@ from tokencut.cli import render
 from tokencut.cli.observer import watched
 from tokencut.cli.options import (
     CLASS_MAP_HELP,
-    NUMBER,
     WORKERS_HELP,
     CompileOptions,
     DenseFlag,
@@ -20,6 +19,7 @@ from tokencut.cli.options import (
     ModelOptions,
     ReductionOptions,
     RunOptions,
+    bounded,
     data_option,
     with_groups,
 )
@@ -35,7 +35,7 @@ def predict(
     model: ModelArgument,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help=IMAGES_HELP)],
     *,
-    top: Annotated[int, typer.Option("--top", **NUMBER, help="How many classes to tell of each image.")] = 5,
+    top: Annotated[int, typer.Option("--top", **bounded("top"), help="How many classes to tell of each image.")] = 5,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.csv", help="Write a table: one row an image.")
     ] = None,
@@ -43,7 +43,7 @@ def predict(
     reduction: ReductionOptions,
     dense: DenseFlag = False,
     source: ModelOptions,
-    workers: Annotated[int | None, data_option("-j", "--workers", **NUMBER, help=WORKERS_HELP)] = None,
+    workers: Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)] = None,
     class_map: Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)] = None,
     run: RunOptions,
     compiling: CompileOptions,
@@ -64,12 +64,10 @@ def predict(
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import prepare, run_facts
     from tokencut.data.image_files import PhotoSource
-    from tokencut.evaluation.prediction import check_top
     from tokencut.evaluation.prediction import predict as predict_images
     from tokencut.evaluation.tables import check_csv
     from tokencut.runtime.devices import resolve_device
 
-    check_top(top)
     if output is not None:
         check_csv(output, force=force, parameter="path")
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None

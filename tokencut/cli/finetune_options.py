@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokencut.cli.options import NUMBER, number
+from tokencut.cli.options import bounded
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tokencut.training.setup import TrainingSetup
 
 tuning_option = functools.partial(typer.Option, rich_help_panel="Fine-tuning")
-
-FRACTION = {"metavar": "F", "parser": number}
 
 EPOCHS_HELP = "Fine-tune so many epochs. Default: the recipe's."
 TRAIN_HELP = "The images to fine-tune on: a folder with one sub-folder a class, a .tar of one, or digits."
@@ -39,63 +37,98 @@ DISTILL_HELP = (
 class FinetuneOptions:
     """How a compressed model is fine-tuned, as typed."""
 
-    finetune_epochs: Annotated[int | None, tuning_option("--finetune-epochs", **NUMBER, help=EPOCHS_HELP)] = None
+    finetune_epochs: Annotated[
+        int | None, tuning_option("--finetune-epochs", **bounded("epochs"), help=EPOCHS_HELP)
+    ] = None
     train_data: Annotated[str | None, tuning_option("--train-data", metavar="DIR", help=TRAIN_HELP)] = None
     recipe: Annotated[str | None, tuning_option("--recipe", metavar="short|paper", help=RECIPE_HELP)] = None
     resume: Annotated[bool | None, tuning_option("--resume", help=RESUME_HELP)] = None
     select: Annotated[str | None, tuning_option("--select", metavar="last|best", help=SELECT_HELP)] = None
-    accumulate: Annotated[int | None, tuning_option("--accumulate", **NUMBER, help="Batches that make one update.")] = (
-        None
-    )
+    accumulate: Annotated[
+        int | None, tuning_option("--accumulate", **bounded("accumulate"), help="Batches that make one update.")
+    ] = None
     compile_model: Annotated[bool | None, tuning_option("--compile", help="Train through torch.compile.")] = None
     tensorboard: Annotated[Path | None, tuning_option("--tensorboard", metavar="DIR", help=TENSORBOARD_HELP)] = None
     distill: Annotated[str | None, tuning_option("--distill", metavar="KIND", help=DISTILL_HELP)] = None
     distill_weight: Annotated[
-        float | None, tuning_option("--distill-weight", **FRACTION, help="Share of the task loss that is distillation.")
+        float | None,
+        tuning_option(
+            "--distill-weight", **bounded("distill_weight", "F"), help="Share of the task loss that is distillation."
+        ),
     ] = None
-    temperature: Annotated[float | None, tuning_option("--temperature", **FRACTION, help="Of soft distillation.")] = (
-        None
-    )
-    alpha: Annotated[float | None, tuning_option("--alpha", **FRACTION, help="Weight of the importance term.")] = None
-    beta: Annotated[float | None, tuning_option("--beta", **FRACTION, help="Weight of the diversity term.")] = None
-    lr: Annotated[float | None, tuning_option("--lr", **FRACTION, help=LR_HELP)] = None
+    temperature: Annotated[
+        float | None, tuning_option("--temperature", **bounded("temperature", "F"), help="Of soft distillation.")
+    ] = None
+    alpha: Annotated[
+        float | None, tuning_option("--alpha", **bounded("alpha", "F"), help="Weight of the importance term.")
+    ] = None
+    beta: Annotated[
+        float | None, tuning_option("--beta", **bounded("beta", "F"), help="Weight of the diversity term.")
+    ] = None
+    lr: Annotated[float | None, tuning_option("--lr", **bounded("lr", "F"), help=LR_HELP)] = None
     lr_scaling: Annotated[str | None, tuning_option("--lr-scaling", metavar="rms|none", help=LR_SCALING_HELP)] = None
     min_lr: Annotated[
-        float | None, tuning_option("--min-lr", **FRACTION, help="Where the cosine ends, as a share of --lr.")
+        float | None,
+        tuning_option("--min-lr", **bounded("min_lr", "F"), help="Where the cosine ends, as a share of --lr."),
     ] = None
     warmup_epochs: Annotated[
-        float | None, tuning_option("--warmup-epochs", **FRACTION, help="Epochs of rising learning rate.")
+        float | None,
+        tuning_option("--warmup-epochs", **bounded("warmup_epochs", "F"), help="Epochs of rising learning rate."),
     ] = None
     keep_warmup: Annotated[
-        float | None, tuning_option("--keep-warmup", **FRACTION, help="Epochs over which keep falls from 1.")
+        float | None,
+        tuning_option("--keep-warmup", **bounded("keep_warmup", "F"), help="Epochs over which keep falls from 1."),
     ] = None
     weight_decay: Annotated[
-        float | None, tuning_option("--weight-decay", **FRACTION, help="Of AdamW; spares norms, biases and tokens.")
+        float | None,
+        tuning_option(
+            "--weight-decay", **bounded("weight_decay", "F"), help="Of AdamW; spares norms, biases and tokens."
+        ),
     ] = None
     layer_decay: Annotated[
-        float | None, tuning_option("--layer-decay", **FRACTION, help="Factor of --lr from block to block, downwards.")
+        float | None,
+        tuning_option(
+            "--layer-decay", **bounded("layer_decay", "F"), help="Factor of --lr from block to block, downwards."
+        ),
     ] = None
     clip_grad: Annotated[
-        float | None, tuning_option("--clip-grad", **FRACTION, help="Largest norm of a gradient; 0 for any.")
+        float | None,
+        tuning_option("--clip-grad", **bounded("clip_grad", "F"), help="Largest norm of a gradient; 0 for any."),
     ] = None
     ema_decay: Annotated[
-        float | None, tuning_option("--ema-decay", **FRACTION, help="Keep a running average of weights; 0 for none.")
+        float | None,
+        tuning_option(
+            "--ema-decay", **bounded("ema_decay", "F"), help="Keep a running average of weights; 0 for none."
+        ),
     ] = None
     label_smoothing: Annotated[
-        float | None, tuning_option("--label-smoothing", **FRACTION, help="Share of a label for all classes.")
+        float | None,
+        tuning_option("--label-smoothing", **bounded("label_smoothing", "F"), help="Share of a label for all classes."),
     ] = None
-    mixup: Annotated[float | None, tuning_option("--mixup", **FRACTION, help="Alpha of mixup; 0 for none.")] = None
-    cutmix: Annotated[float | None, tuning_option("--cutmix", **FRACTION, help="Alpha of cutmix; 0 for none.")] = None
+    mixup: Annotated[
+        float | None, tuning_option("--mixup", **bounded("mixup", "F"), help="Alpha of mixup; 0 for none.")
+    ] = None
+    cutmix: Annotated[
+        float | None, tuning_option("--cutmix", **bounded("cutmix", "F"), help="Alpha of cutmix; 0 for none.")
+    ] = None
     crop_scale: Annotated[
-        float | None, tuning_option("--crop-scale", **FRACTION, help="Smallest share of an image in a random crop.")
+        float | None,
+        tuning_option(
+            "--crop-scale", **bounded("crop_scale", "F"), help="Smallest share of an image in a random crop."
+        ),
     ] = None
-    hflip: Annotated[float | None, tuning_option("--hflip", **FRACTION, help="Probability of a flip.")] = None
-    color_jitter: Annotated[float | None, tuning_option("--color-jitter", **FRACTION, help="Its strength.")] = None
+    hflip: Annotated[float | None, tuning_option("--hflip", **bounded("hflip", "F"), help="Probability of a flip.")] = (
+        None
+    )
+    color_jitter: Annotated[
+        float | None, tuning_option("--color-jitter", **bounded("color_jitter", "F"), help="Its strength.")
+    ] = None
     auto_augment: Annotated[
         str | None, tuning_option("--auto-augment", metavar="NAME", help="timm's, such as rand-m9-mstd0.5-inc1.")
     ] = None
     random_erasing: Annotated[
-        float | None, tuning_option("--random-erasing", **FRACTION, help="Probability of erasing a part.")
+        float | None,
+        tuning_option("--random-erasing", **bounded("random_erasing", "F"), help="Probability of erasing a part."),
     ] = None
 
     def given(self) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tokencut.errors import UsageError
-from tokencut.messages import nearest_known
+from tokencut.limits import LIMITS
+from tokencut.messages import nearest_known, one_line, shorten
 from tokencut.schedule import NEED_A_RATE, PLACEMENTS
 
 if TYPE_CHECKING:
@@ -37,31 +38,26 @@ MODEL_HELP = (
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-def whole_number(text: str) -> int:
-    """Parser of an option: typer's own words on what is wrong with a number change from release to release.
+def bounded(name: str, metavar: str = "N") -> dict[str, Any]:
+    """An option that takes a number, which is checked before anything is loaded.
 
-    Raises:
-        typer.BadParameter: It is not a whole number.
+    Args:
+        name: The argument that it is for, as `tokencut.limits.LIMITS` has it.
+        metavar: What stands for it in the help.
     """
-    try:
-        read = int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a whole number") from None
-    if abs(read) >= 2**63:
-        raise typer.BadParameter(f"{text} is larger than any number that counts here")
-    return read
+    limits = LIMITS[name]
 
+    # typer's own words on what is wrong with a number change from release to release.
+    def read(text: str) -> Any:
+        try:
+            value = int(text) if limits.whole else float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{shorten(text)} is not {limits.expected}, such as {limits.example}") from None
+        if not limits.allow(value):
+            raise typer.BadParameter(f"{one_line(text, 40)} is not {limits.expected}, such as {limits.example}")
+        return value
 
-def number(text: str) -> float:
-    """Parser of an option; as `whole_number`, for any number.
-
-    Raises:
-        typer.BadParameter: It is not a number.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number") from None
+    return {"metavar": metavar, "parser": read}
 
 
 def precision_name(text: str) -> Precision:
@@ -82,7 +78,6 @@ running_option = functools.partial(typer.Option, rich_help_panel="Running")
 data_option = functools.partial(typer.Option, rich_help_panel="Data")
 
 PRECISION = {"metavar": "fp32|bf16|fp16", "parser": precision_name}
-NUMBER = {"metavar": "N", "parser": whole_number}
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
@@ -112,7 +107,9 @@ class ReductionOptions:
     method_option: Annotated[
         list[str] | None, reduction_option("--method-option", metavar="KEY=VALUE", help=OPTION_HELP)
     ] = None
-    reduce_by: Annotated[int | None, reduction_option("--reduce-by", **NUMBER, help=REDUCE_BY_HELP)] = None
+    reduce_by: Annotated[int | None, reduction_option("--reduce-by", **bounded("reduce_by"), help=REDUCE_BY_HELP)] = (
+        None
+    )
     prop_attn: Annotated[bool | None, reduction_option("--prop-attn/--no-prop-attn", help=PROP_ATTN_HELP)] = None
 
     def given(self) -> tuple[str, ...]:
@@ -188,7 +185,6 @@ KWARGS_HELP = "An argument for timm; may be repeated or comma-joined."
 MEAN_HELP = "Mean of the pixels, from 0 to 1, that the weights were trained with, instead of the one that is assumed."
 CROP_HELP = "Share of the resized image that is kept, as for the weights."
 INTERPOLATION_HELP = "How images are resized, as for the weights: bicubic, bilinear, ..."
-FRACTION: dict[str, Any] = {"parser": number, "metavar": "F"}
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -209,11 +205,15 @@ class ModelOptions:
     model_kwargs: Annotated[list[str] | None, model_option("--model-kwargs", metavar="KEY=VALUE", help=KWARGS_HELP)] = (
         None
     )
-    num_classes: Annotated[int | None, model_option("--num-classes", **NUMBER, help="Classes of the head.")] = None
-    img_size: Annotated[int | None, model_option("--img-size", **NUMBER, help="Side of the images, in px.")] = None
+    num_classes: Annotated[
+        int | None, model_option("--num-classes", **bounded("num_classes"), help="Classes of the head.")
+    ] = None
+    img_size: Annotated[
+        int | None, model_option("--img-size", **bounded("img_size"), help="Side of the images, in px.")
+    ] = None
     mean: Annotated[str | None, model_option("--mean", metavar="R,G,B", help=MEAN_HELP)] = None
     std: Annotated[str | None, model_option("--std", metavar="R,G,B", help="Likewise the standard deviation.")] = None
-    crop_pct: Annotated[float | None, model_option("--crop-pct", **FRACTION, help=CROP_HELP)] = None
+    crop_pct: Annotated[float | None, model_option("--crop-pct", **bounded("crop_pct", "F"), help=CROP_HELP)] = None
     interpolation: Annotated[str | None, model_option("--interpolation", metavar="NAME", help=INTERPOLATION_HELP)] = (
         None
     )
@@ -235,15 +235,19 @@ class RunOptions:
 
     device: Annotated[str, running_option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     precision: Annotated[Precision, running_option("--precision", **PRECISION, help="What it computes in.")] = "fp32"
-    batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a batch.")] = 64
-    seed: Annotated[int, running_option("--seed", **NUMBER, help="Decides random weights.")] = 0
+    batch_size: Annotated[
+        int, running_option("-b", "--batch-size", **bounded("batch_size"), help="Images a batch.")
+    ] = 64
+    seed: Annotated[int, running_option("--seed", **bounded("seed"), help="Decides random weights.")] = 0
 
 
 @dataclass(frozen=True)
 class TimingOptions(RunOptions):
     """The same where forwards are timed."""
 
-    batch_size: Annotated[int, running_option("-b", "--batch-size", **NUMBER, help="Images a forward.")] = 16
+    batch_size: Annotated[
+        int, running_option("-b", "--batch-size", **bounded("batch_size"), help="Images a forward.")
+    ] = 16
 
 
 MODE_HELP = "default, reduce-overhead (CUDA graphs) or max-autotune; implies --compile."
@@ -275,8 +279,8 @@ class DataOptions:
     """The images that an accuracy is measured on."""
 
     data: Annotated[str | None, data_option("--data", metavar="DIR", help=DATA_HELP)] = None
-    limit: Annotated[int | None, data_option("--limit", **NUMBER, help=LIMIT_HELP)] = None
-    workers: Annotated[int | None, data_option("-j", "--workers", **NUMBER, help=WORKERS_HELP)] = None
+    limit: Annotated[int | None, data_option("--limit", **bounded("limit"), help=LIMIT_HELP)] = None
+    workers: Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)] = None
     class_map: Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)] = None
 
 

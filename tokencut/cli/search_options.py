@@ -9,12 +9,10 @@ from typing import Annotated
 
 import typer
 
-from tokencut.cli.options import DATA_HELP, NUMBER, ReductionOptions, number
+from tokencut.cli.options import DATA_HELP, ReductionOptions, bounded
 from tokencut.errors import UsageError
 
 target_option = functools.partial(typer.Option, rich_help_panel="Targets, instead of --keep")
-
-VALUE = {"parser": number}
 
 GMACS_HELP = "At most so many multiply-adds an image, in units of 1e9; the schedule that harms least is found."
 SPEEDUP_HELP = "So many times as fast as the dense model, on this machine."
@@ -35,16 +33,20 @@ FRONT_HELP = "Write all schedules that nothing tried beats, as JSON. Default of 
 class TargetOptions:
     """What a schedule is to reach, as typed."""
 
-    target_gmacs: Annotated[float | None, target_option("--target-gmacs", metavar="G", **VALUE, help=GMACS_HELP)] = None
-    target_speedup: Annotated[
-        float | None, target_option("--target-speedup", metavar="S", **VALUE, help=SPEEDUP_HELP)
-    ] = None
-    max_drop: Annotated[float | None, target_option("--max-drop", metavar="P", **VALUE, help=DROP_HELP)] = None
-    calibration: Annotated[str | None, target_option("--calibration", metavar="DIR", help=CALIBRATION_HELP)] = None
-    calibration_limit: Annotated[int | None, target_option("--calibration-limit", **NUMBER, help=LIMIT_HELP)] = None
-    search_effort: Annotated[float | None, target_option("--search-effort", metavar="F", **VALUE, help=EFFORT_HELP)] = (
+    target_gmacs: Annotated[float | None, target_option("--target-gmacs", **bounded("gmacs", "G"), help=GMACS_HELP)] = (
         None
     )
+    target_speedup: Annotated[
+        float | None, target_option("--target-speedup", **bounded("speedup", "S"), help=SPEEDUP_HELP)
+    ] = None
+    max_drop: Annotated[float | None, target_option("--max-drop", **bounded("max_drop", "P"), help=DROP_HELP)] = None
+    calibration: Annotated[str | None, target_option("--calibration", metavar="DIR", help=CALIBRATION_HELP)] = None
+    calibration_limit: Annotated[
+        int | None, target_option("--calibration-limit", **bounded("images"), help=LIMIT_HELP)
+    ] = None
+    search_effort: Annotated[
+        float | None, target_option("--search-effort", **bounded("effort", "F"), help=EFFORT_HELP)
+    ] = None
     front: Annotated[Path | None, target_option("--front", metavar="FILE.json", help=FRONT_HELP)] = None
 
     def requested(self, reduction: ReductionOptions) -> bool:

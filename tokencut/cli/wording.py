@@ -33,7 +33,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
 # Where the bare name means something else than the option that takes a value.
 BARE = OPTIONS | {"compile_mode": "--compile"}
 # timm's own arguments, which all stand behind one option.
-TIMM = ("dynamic_img_size", "global_pool", "in_chans")
+TIMM = ("depth", "dynamic_img_size", "global_pool", "in_chans")
 COMMANDS = {
     "compress": "compress", "evaluate": "eval FILE", "export_model": "export", "finetune": "compress",
     "predict": "predict", "profile": "profile", "save": "compress",

@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from tokencut.data.preprocessing import Transform, UnreadableImageError, decode, turn_of
 from tokencut.data.sources import Source
-from tokencut.errors import DataError, UsageError
-from tokencut.runtime.devices import check_batch_size
+from tokencut.errors import DataError
+from tokencut.limits import check_number
 
 # More workers than this rarely help one device, and each holds a copy of the list of images.
 MOST_WORKERS = 4
@@ -156,7 +156,7 @@ def make_loader(
     Raises:
         UsageError: The batch size or the number of workers is out of range.
     """
-    check_batch_size(batch_size)
+    check_number("batch_size", batch_size)
     batches = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
     return load_batches(dataset, batches, workers=workers, pin_memory=pin_memory)
 
@@ -178,8 +178,8 @@ def load_batches(
     Raises:
         UsageError: The number of workers is out of range.
     """
-    if workers is not None and workers < 0:
-        raise UsageError(f"{workers} workers are too few, expected at least 0; type `workers=0`")
+    if workers is not None:
+        check_number("workers", workers)
     return Loader(
         DataLoader(
             dataset,  # type: ignore[arg-type]  # torch's type says that collating changes nothing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from tokencut.errors import UsageError
+from tokencut.limits import check_number
 
 
 def stratified(labels: Sequence[int], count: int, seed: int) -> list[int]:
@@ -46,7 +46,7 @@ def strided_subset(total: int, limit: int | None) -> list[int]:
     Raises:
         UsageError: The limit is less than 1.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"a limit of {limit} leaves no images, expected at least 1; type `limit=1000`")
+    if limit is not None:
+        check_number("limit", limit)
     count = total if limit is None else min(limit, total)
     return [position * total // count for position in range(count)]

@@ -20,6 +20,7 @@ from tokencut.data.sources import read_class_map
 from tokencut.errors import DataError, UsageError
 from tokencut.evaluation.forwards import TOP, check_finite, logits_of, ranked
 from tokencut.evaluation.tables import check_csv, write_csv
+from tokencut.limits import check_number
 from tokencut.messages import listed
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
@@ -91,16 +92,6 @@ def _several(images: PhotoLike | Sequence[PhotoLike]) -> Sequence[PhotoLike]:
     return several
 
 
-def check_top(top: int) -> None:
-    """Refuses to tell fewer than one class.
-
-    Raises:
-        UsageError: It is less than 1.
-    """
-    if top < 1:
-        raise UsageError(f"a top of {top} tells no class, expected at least 1; type `top=5`")
-
-
 def predict(
     model: nn.Module,
     images: PhotoLike | Sequence[PhotoLike] | PhotoSource,
@@ -148,7 +139,7 @@ def predict(
         >>> [prediction.top[0].label for prediction in report.predictions]
         ['7', '9', '5', '8']
     """
-    check_top(top)
+    check_number("top", top)
     target_device = resolve_device(device)
     precision_dtype(precision)
     names, assumed = names_for_people(model, read_class_map(class_map) if class_map else ())

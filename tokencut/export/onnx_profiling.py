@@ -6,11 +6,12 @@ import torch
 
 from tokencut.errors import UsageError
 from tokencut.export.onnx_model import OnnxModel
+from tokencut.limits import check_number
 from tokencut.observers import Observer
 from tokencut.profiling.latency import measure, speedup
 from tokencut.profiling.measuring import DEFAULT_BATCH_SIZE, random_images, time_notes
 from tokencut.profiling.report import Figures, ProfileReport
-from tokencut.runtime.devices import check_batch_size, describe_device, versions
+from tokencut.runtime.devices import describe_device, versions
 
 
 def profile_onnx(
@@ -41,7 +42,7 @@ def profile_onnx(
         UsageError: An argument is out of range, or `dense` is not the same model uncompressed.
     """
     info, called = model.info, name or model.info.model
-    check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
+    check_number("batch_size", batch_size)
     if dense is not None:
         _check_dense(model, dense)
     size = info.batch_size or (dense.info.batch_size if dense else None) or batch_size

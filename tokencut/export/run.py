@@ -17,15 +17,15 @@ from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, 
 from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.files import atomic_write, check_writable
+from tokencut.limits import check_number
 from tokencut.observers import Observer
 from tokencut.runtime import extras
-from tokencut.runtime.devices import check_batch_size, inference_state
+from tokencut.runtime.devices import inference_state
 
 PT2_SUFFIX = ".pt2"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # 18 is the first with the minimum and maximum among scatters. From 23 on attention is one operator, which onnxruntime
 # 1.32 runs only with a mask for every query: proportional attention has one for all.
-OPSETS = range(18, 23)
 DEFAULT_OPSET = 18
 DEFAULT_BATCH_SIZE = 16
 # A message of protobuf, and so an .onnx file in one piece, holds less than 2 GiB; the graph takes a few MB of it.
@@ -90,9 +90,8 @@ def check_export(path: str | os.PathLike[str], *, force: bool = False, opset: in
                          f"`path={str(target.with_suffix(ONNX_SUFFIX))!r}`")  # fmt: skip
     if target.suffix == PT2_SUFFIX and opset is not None:
         raise UsageError(f"`opset` is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
-    if opset is not None and opset not in OPSETS:
-        raise UsageError(f"opset {opset} is not one of {OPSETS[0]} to {OPSETS[-1]}, which tokencut can write; "
-                         f"type `opset={DEFAULT_OPSET}`")  # fmt: skip
+    if opset is not None:
+        check_number("opset", opset)
     if target.suffix == ONNX_SUFFIX:
         extras.require(f"writing {target} needs", *PACKAGES, extra="onnx")
     return check_writable(target, force=force)
@@ -169,7 +168,7 @@ def export_model(
 
 
 def _check_model(model: nn.Module, target: Path, batch_size: int) -> None:
-    check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
+    check_number("batch_size", batch_size)
     weights = [*model.parameters(), *model.buffers()]
     other = next((w.dtype for w in weights if w.is_floating_point() and w.dtype != torch.float32), None)
     if other is not None:

@@ -249,7 +249,7 @@ def _read(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
         return word in _TRUE
     try:
         read = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if limits["choices"] is not None and read not in limits["choices"]:
         raise wrong

@@ -42,13 +42,15 @@ class Bat(Method):
     clusters: float = option(1.0, "share of the budget that goes to clusters of inattentive tokens", low=0.0, high=1.0)
     pairs: float = option(0.0, "share of the removed tokens that pairing attentive ones removes", low=0.0, high=1.0)
     inattentive: str = option("cluster", "what becomes of inattentive tokens", choices=("cluster", "drop"))
-    neighbours: int = option(3, "nearest tokens that count for a density, the token itself among them", low=1)
-    mass: float = option(0.125, "power of its size by which a token is denser", low=0.0)
+    neighbours: int = option(
+        3, "nearest tokens that count for a density, the token itself among them", low=1, high=1_000
+    )
+    mass: float = option(0.125, "power of its size by which a token is denser", low=0.0, high=100.0)
     density: str = option(
         "scale_free", "how near tokens make a density; published depends on the scale of the features",
         choices=("scale_free", "published"), formerly="published",
     )  # fmt: skip
-    balance: float = option(0.5, "what a scale-free density counts against separation", low=0.0)
+    balance: float = option(0.5, "what a scale-free density counts against separation", low=0.0, high=100.0)
     window: int = option(
         128, "about how many tokens are compared with each other; an image of more is clustered in equal windows", low=4
     )

@@ -25,7 +25,9 @@ class DPC(Method):
     source = "arXiv 2204.08680"
     prop_attn = True
 
-    neighbours: int = option(5, "nearest tokens that count for a density, the token itself among them", low=1)
+    neighbours: int = option(
+        5, "nearest tokens that count for a density, the token itself among them", low=1, high=1_000
+    )
     features: str = option("tokens", "what clusters compare", choices=FEATURE_KINDS)
     weights: str = option("equal", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
 

@@ -27,7 +27,7 @@ class KMedoids(Method):
     source = "arXiv 2308.04657"
     prop_attn = True
 
-    iterations: int = option(3, "how often medoids are chosen anew; 0 leaves the attentive tokens", low=0)
+    iterations: int = option(3, "how often medoids are chosen anew; 0 leaves the attentive tokens", low=0, high=1_000)
     features: str = option("tokens", "what clusters compare", choices=FEATURE_KINDS)
     weights: str = option("size", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
 

@@ -21,7 +21,7 @@ class Random(Method):
     source = "control"
     prop_attn = False
 
-    seed: int = option(0, "which draw", low=0)
+    seed: int = option(0, "which draw", low=0, high=2**63 - 1)
 
     def decide(self, stage_input: StageInput, budget: int) -> Selection:
         features = stage_input.tokens.features

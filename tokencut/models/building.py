@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ def check_arguments(source: str, args: Mapping[str, Any]) -> None:
         args: More arguments for timm.
 
     Raises:
-        UsageError: timm does not take the arguments.
+        UsageError: timm does not take the arguments, or the weights would not fit into this machine's memory.
         ModelError: The model is not supported, or cannot be built without arguments either.
     """
     try:
@@ -41,6 +42,19 @@ def check_arguments(source: str, args: Mapping[str, Any]) -> None:
     except Exception as error:  # timm asserts and raises as it likes over arguments that do not go together
         raise _refused(source, args, error) from error
     adapter_for(model)
+    size, memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), _memory()
+    if memory is not None and size > memory:
+        given = f" with {_given(args)}" if args else ""
+        raise UsageError(f"{source}{given} has {size / 2**30:,.0f} GiB of weights, and this machine "
+                         f"{memory / 2**30:,.0f} GiB of memory; give a smaller model")  # fmt: skip
+
+
+def _memory() -> int | None:
+    """This machine's memory in bytes, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
 
 
 def build(source: str, args: Mapping[str, Any], *, pretrained: bool, seed: int,
@@ -98,8 +112,13 @@ def _refused(source: str, args: Mapping[str, Any], error: Exception) -> UsageErr
         return UsageError(f"{source} takes no argument {unknown[1]!r}{hint} its arguments are {', '.join(known)}")
     if not args:
         return ModelError(f"timm cannot build {source}: {one_line(error)}; name another model, such as deit_tiny")
-    given = ",".join(f"{name}={value}" for name, value in args.items())
-    return UsageError(f"timm cannot build {source} with {given}: {one_line(error)}; change or leave out an argument")
+    return UsageError(
+        f"timm cannot build {source} with {_given(args)}: {one_line(error)}; change or leave out an argument"
+    )
+
+
+def _given(args: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in args.items())
 
 
 def _arguments(source: str) -> list[str]:

@@ -12,6 +12,7 @@ import timm
 from timm.models import build_model_with_cfg
 
 from tokencut.errors import UsageError
+from tokencut.limits import check_number
 from tokencut.messages import shorten
 
 # Arguments of timm's factory that choose weights, files or wrappers rather than describe an architecture: a file that
@@ -34,6 +35,8 @@ _INSTEAD = {
 # Far above any real architecture's (widest 4,096; 1,024 px), far below what fills a memory.
 _LARGEST = 1 << 16
 _DEEPEST = 3
+# Each within memory, and yet what some of them come to would take minutes.
+_BOUNDED = ("depth", "img_size", "num_classes")
 _PAIR = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -77,6 +80,9 @@ def check_model_args(args: Mapping[str, Any]) -> None:
         if name in RESERVED:
             instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else "; leave it out"
             raise UsageError(f"{name} is not an argument of the architecture{instead}")
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if name in _BOUNDED and isinstance(number, (int, float)):
+                check_number(name, number)
         problem = _problem(value, _DEEPEST)
         if problem:
             raise UsageError(f"the model's argument {name} is {shorten(value)}, which is {problem}; use numbers, "

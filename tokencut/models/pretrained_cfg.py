@@ -13,6 +13,7 @@ from torch import nn
 
 from tokencut.adapters import known_adapter
 from tokencut.errors import ModelError, UsageError
+from tokencut.limits import LIMITS
 
 # In the order of the logits, or by their numbers.
 LabelNames = tuple[str, ...] | dict[int, str]
@@ -104,10 +105,10 @@ def check_preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = value
             continue
         numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        least, most = {"mean": (-1.0, 2.0), "std": (1e-3, 1e3), "crop_pct": (0.05, 2.0)}[name]
-        if len(numbers) not in ((1,) if name == "crop_pct" else (1, 3)) or not all(least <= n <= most for n in numbers):
+        limits = LIMITS[name]
+        if len(numbers) not in ((1,) if name == "crop_pct" else (1, 3)) or not all(map(limits.allow, numbers)):
             shown, many = ",".join(map(str, numbers)), "" if name == "crop_pct" else ", one or three of them"
-            raise UsageError(f"{name} {shown} is not a number from {least:g} to {most:g}{many}; give such as "
+            raise UsageError(f"{name} {shown} is not {limits.expected}{many}; give such as "
                              f"{EXAMPLES[name]}")  # fmt: skip
         checked[name] = numbers[0] if name == "crop_pct" else numbers * (3 // len(numbers))
     return checked

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokencut.errors import UsageError
+from tokencut.limits import check_number
 from tokencut.observers import Observer
 from tokencut.profiling.memory import peak_memory
 
@@ -130,10 +130,7 @@ def measure(
     Raises:
         UsageError: Too few rounds.
     """
-    if rounds < MIN_ROUNDS:
-        raise UsageError(
-            f"{rounds} rounds are too few to tell a spread, expected at least {MIN_ROUNDS}; give rounds=21"
-        )
+    check_number("rounds", rounds)
     clock, told = clock or clock_for(images.device), observer or Observer()
     started = clock.mark()
     with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokencut import cost
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ModelError
+from tokencut.limits import check_number
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
@@ -18,7 +19,6 @@ from tokencut.profiling.latency import Forward, Timing, measure, share_of_time, 
 from tokencut.profiling.report import Figures, ProfileReport
 from tokencut.runtime.compiling import check_mode, compile_model
 from tokencut.runtime.devices import (
-    check_batch_size,
     describe_device,
     enough_memory,
     inference_state,
@@ -80,7 +80,7 @@ def profile(
         >>> f"{report.dense.gmacs:.3f} becomes {report.compressed.gmacs:.3f} GMACs"
         '0.038 becomes 0.022 GMACs'
     """
-    check_batch_size(batch_size, DEFAULT_BATCH_SIZE)
+    check_number("batch_size", batch_size)
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
     dtype = precision_dtype(precision)
     if compile_mode is not None:

@@ -84,20 +84,6 @@ def enough_memory(batch_size: int, device: torch.device, otherwise: str) -> Iter
         raise TokencutError(f"a batch of {images} does not fit into the memory of {device}; {otherwise}") from error
 
 
-def check_batch_size(size: int, example: int = 64) -> None:
-    """Refuses a batch of nothing.
-
-    Args:
-        size: Images a batch.
-        example: What the error says to type.
-
-    Raises:
-        UsageError: It is less than 1.
-    """
-    if size < 1:
-        raise UsageError(f"a batch size of {size} is too small, expected at least 1; type `batch_size={example}`")
-
-
 def versions() -> dict[str, str]:
     """The versions that results depend on."""
     return {"torch": torch.__version__, "timm": timm.__version__, "tokencut": __version__}

@@ -18,6 +18,7 @@ from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
 from tokencut.evaluation.statistics import CLEAR, mean_and_error, pareto_front
+from tokencut.limits import check_number
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
 from tokencut.observers import Observer
@@ -92,11 +93,10 @@ def find_schedule(
     if methods().get(method) is not None and methods()[method].needs_training:
         raise UsageError(f"the stages of method {method} mean nothing before they are trained, so there is nothing to "
                          "search by; type `keep=0.7` instead of a target, or `method='bat'`")  # fmt: skip
-    if not chosen.effort > 0:
-        raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type `effort=40`")
+    check_number("effort", chosen.effort)
+    check_number("images", chosen.images)
+    check_number("batch_size", chosen.timing_batch_size)
     device = resolve_device(chosen.device)
-    if chosen.images < 1:
-        raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type `images=512`")
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", observer=observer)

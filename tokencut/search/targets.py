@@ -10,6 +10,7 @@ import numpy as np
 
 from tokencut.errors import TokencutError, UsageError
 from tokencut.evaluation.statistics import pareto_front
+from tokencut.limits import check_number
 from tokencut.search.accuracy_drop import DropRate, fit_rate
 from tokencut.search.latency_table import LatencyTable
 from tokencut.search.local_search import LocalSearch
@@ -51,19 +52,13 @@ class Target:
         Raises:
             UsageError: None or several are given, or one is out of range.
         """
-        limits = {"gmacs": (self.gmacs, 0.0, math.inf, "2.6"),
-                  "speedup": (self.speedup, 1.0, math.inf, "1.6"),
-                  "max_drop": (self.max_drop, 0.0, 100.0, "0.5")}  # fmt: skip
-        given = [name for name, (value, *_) in limits.items() if value is not None]
+        given = [name for name, value in vars(self).items() if value is not None]
         if len(given) != 1:
             what = (
                 f"{' and '.join(f'`{name}`' for name in given)} exclude each other" if given else "no target is given"
             )
             raise UsageError(f"{what}; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`")
-        value, low, high, example = limits[given[0]]
-        if value is None or not low < value <= high or math.isinf(value):
-            allowed = f"above {low:g}" if math.isinf(high) else f"above {low:g} and up to {high:g}"
-            raise UsageError(f"`{given[0]}={value:g}` is not a number {allowed}, such as `{given[0]}={example}`")
+        check_number(given[0], getattr(self, given[0]))
 
     def __str__(self) -> str:
         """What is asked for, such as `gmacs=2.6`."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tokencut.errors import UsageError
+from tokencut.limits import LIMITS, check_number
 from tokencut.model import CompressedModel
 from tokencut.training.objective import DISTILL_KINDS, ObjectiveSettings
 
@@ -96,12 +97,9 @@ class TrainingRecipe:
     beta: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _LIMITS.items():
-            value = getattr(self, name)
-            if not low <= value <= high:  # nan is neither
-                expected = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-                default = self.__dataclass_fields__[name].default
-                raise UsageError(f"`{name}={value}` is not a number {expected}; type `{name}={default}`")
+        for entry in fields(self):
+            if entry.name in LIMITS:
+                check_number(entry.name, getattr(self, entry.name))
         if self.auto_augment:
             _check_policy(self.auto_augment)
         for name, kinds in (("distill", DISTILL_KINDS), ("lr_scaling", LR_SCALINGS)):
@@ -147,16 +145,6 @@ def _check_policy(name: str) -> None:
         raise UsageError(f"`auto_augment={name!r}` is none of timm's policies; type "
                          "`auto_augment='rand-m9-mstd0.5-inc1'`, "
                          "or leave it out") from error  # fmt: skip
-
-
-_INF = math.inf
-_LIMITS = {
-    "epochs": (1, _INF), "lr": (1e-12, _INF), "lr_batch": (1, _INF), "min_lr": (0, 1), "warmup_epochs": (0, _INF),
-    "weight_decay": (0, _INF), "layer_decay": (1e-3, 1), "clip_grad": (0, _INF), "ema_decay": (0, 1),
-    "mixup": (0, _INF), "cutmix": (0, _INF), "crop_scale": (0.01, 1), "hflip": (0, 1), "color_jitter": (0, 1),
-    "random_erasing": (0, 1), "keep_warmup": (0, _INF), "label_smoothing": (0, 1), "distill_weight": (0, 1),
-    "temperature": (1e-3, _INF), "alpha": (0, _INF), "beta": (0, _INF),
-}  # fmt: skip
 
 
 # Rate and scaling are those that won on held-out training images of three models (docs/fine-tuning.md). Little

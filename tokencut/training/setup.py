@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencut.errors import UsageError
-from tokencut.runtime.devices import check_batch_size
+from tokencut.limits import check_number
 from tokencut.training.held_out import HeldOutComparison
 
 
@@ -37,11 +37,8 @@ class TrainingSetup:
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        check_batch_size(self.batch_size)
-        if self.accumulate < 1:
-            raise UsageError(f"`accumulate={self.accumulate}` is too small, expected at least 1; type `accumulate=1`")
-        if self.workers is not None and self.workers < 0:
-            raise UsageError(f"{self.workers} workers are too few, expected at least 0; type `workers=0`")
+        for name in ("batch_size", "accumulate", "seed", *(() if self.workers is None else ("workers",))):
+            check_number(name, getattr(self, name))
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"training in {self.precision} is not supported, since its gradients underflow; type "
                              "`precision='bf16'`")  # fmt: skip

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokencut.data.preprocessing import Preprocessing
+from tokencut.limits import check_number
 from tokencut.model import CompressedModel
-from tokencut.runtime.devices import check_batch_size, inference_state, precision_dtype
+from tokencut.runtime.devices import inference_state, precision_dtype
 from tokencut.tracing import Trace
 from tokencut.visualization.regions import Grid, Tokens, patches_held
 
@@ -84,7 +85,7 @@ def trace_images(
     Raises:
         UsageError: The batch size or the precision is out of range.
     """
-    check_batch_size(batch_size)
+    check_number("batch_size", batch_size)
     rows, columns = model.adapter.grid(model.model, *pixels.shape[-2:])
     grid = Grid(rows, columns, *model.adapter.patch_size(model.model))
     parts: list[list[DrawnStage]] = []
