@@ -74,3 +74,49 @@ class Payload:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.path,)
+
+
+def shaken(model: Any, seed: int = 0) -> Any:
+    """A model in eval mode with weights that no initialisation would give, so that no tensor can stand for another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for part in model.modules():
+            if isinstance(part, nn.LayerNorm):
+                part.weight.add_(1)
+    return model.eval()
+
+
+def write_transformers_folder(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A small ViT of three classes as transformers' `save_pretrained` writes it: timm's model, and `config.json`."""
+    model = shaken(timm.create_model("vit_base_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3,
+                                     num_classes=3))  # fmt: skip
+    ours, theirs = model.state_dict(), {}
+    names = {"patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm": "vit.layernorm",
+             "head": "classifier"}  # fmt: skip
+    for number in range(2):
+        block, layer = f"blocks.{number}", f"vit.encoder.layer.{number}"
+        names |= {
+            f"{block}.norm1": f"{layer}.layernorm_before",
+            f"{block}.norm2": f"{layer}.layernorm_after",
+            f"{block}.attn.proj": f"{layer}.attention.output.dense",
+            f"{block}.mlp.fc1": f"{layer}.intermediate.dense",
+            f"{block}.mlp.fc2": f"{layer}.output.dense",
+        }
+        for kind in ("weight", "bias"):
+            joined = ours[f"{block}.attn.qkv.{kind}"].chunk(3)
+            for part, rows in zip(("query", "key", "value"), joined, strict=True):
+                theirs[f"{layer}.attention.attention.{part}.{kind}"] = rows.clone()
+    theirs |= {f"{name}.{kind}": ours[f"{own}.{kind}"] for own, name in names.items() for kind in ("weight", "bias")}
+    theirs["vit.embeddings.cls_token"] = ours["cls_token"]
+    theirs["vit.embeddings.position_embeddings"] = ours["pos_embed"]
+    config: dict[str, Any] = {
+        "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 24, "image_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "layer_norm_eps": 1e-6,
+        "id2label": {"0": "cat", "1": "dog", "2": "hen"},
+    }  # fmt: skip
+    path.mkdir(exist_ok=True)
+    save_file(theirs, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return model, config

@@ -49,11 +49,11 @@ class Fields:
 
     Attributes:
         checks: What each may be.
-        partial: Whether some may be missing.
+        partial: Whether some may be missing: any of them, or those named.
     """
 
     checks: Mapping[str, Check]
-    partial: bool = False
+    partial: bool | frozenset[str] = False
 
     def problem(self, value: Any, where: str = "") -> str | None:
         """See `Check`."""
@@ -63,7 +63,7 @@ class Fields:
         for name in sorted(value.keys() - self.checks.keys()):
             return f" has an unknown field {within}{shorten(name)[1:-1]}"
         for name in sorted(self.checks.keys() - value.keys()):
-            if not self.partial:
+            if not (self.partial if isinstance(self.partial, bool) else name in self.partial):
                 return f" has no field {within}{name}"
         found = (check.problem(value[name], within + name) for name, check in self.checks.items() if name in value)
         return next(filter(None, found), None)

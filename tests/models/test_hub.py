@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -14,13 +15,15 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from model_files import random_weights, same_weights, write_model_folder
+from model_files import random_weights, same_weights, write_model_folder, write_transformers_folder
+from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from tokencut.errors import ModelError
 from tokencut.models import hub
 from tokencut.models.loading import load_model
+from tokencut.models.metadata import Origin
 from tokencut.models.names import list_supported
 
 NAME, REPOSITORY = "test_vit.r160_in1k", "timm/test_vit.r160_in1k"
@@ -215,3 +218,27 @@ def test_weights_that_have_an_address_only(
 def test_a_model_that_timm_has_no_weights_for() -> None:
     name = next(model.name for model in list_supported() if not model.tags)
     assert refusal(name) == f"timm has no weights for {name}; {OTHER_WAYS}"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_repository_of_transformers(sharded: bool, fake_hub: type[FakeHub], tmp_path: Path) -> None:
+    model, _ = write_transformers_folder(tmp_path / "transformers")
+    (tmp_path / "transformers" / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "size": 32}')
+    if sharded:
+        tensors = load_file(tmp_path / "transformers" / "model.safetensors")
+        names = {name: f"model-{name.count('weight')}.safetensors" for name in tensors}
+        for part in set(names.values()):
+            chosen = {name: tensor for name, tensor in tensors.items() if names[name] == part}
+            save_file(chosen, tmp_path / "transformers" / part)
+        (tmp_path / "transformers" / "model.safetensors").unlink()
+        (tmp_path / "transformers" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    fake_hub.files = {path.name: path.read_bytes() for path in (tmp_path / "transformers").iterdir()}
+    spec = f"hf-hub:{REPOSITORY}"
+    loaded = load_model(spec)
+    assert same_weights(loaded.model, dict(model.state_dict()))
+    assert loaded.model.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert (loaded.name, loaded.origin) == (spec, Origin("hub", REPOSITORY))
+    fake_hub.asked.clear()
+    assert same_weights(load_model(spec).model, dict(model.state_dict()))
+    assert load_model(spec, weights_needed=False).model.num_classes == 3
+    assert fake_hub.asked == []

@@ -46,7 +46,10 @@ def refusal(kind: type[TokencutError], spec: str, **options: Any) -> str:
         ("timm/deit", "wrote, or type hf-hub:timm/deit for the hub's repository"),
         ("out.safetensors", "no such file: out.safetensors; give a file that `tokencut.save(model, 'FILE')` wrote"),
         ("s3:bucket", "unknown kind of model 's3:bucket'; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that"),
-        ("local-dir:nowhere", "nowhere has no config.json; give a folder as timm saves it, with config.json and model"),
+        (
+            "local-dir:nowhere",
+            "there is no folder nowhere; give one with config.json and model.safetensors, such as local",
+        ),
         ("", "unknown model ''; 'tokencut models' lists the names"),
     ],
 )
@@ -128,13 +131,27 @@ def test_a_tokencut_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.Mo
         )
 
 
-def test_a_folder_is_pointed_to_its_scheme_unless_it_is_called_like_a_model(
+def test_a_folder_without_a_config_is_none_unless_it_is_called_like_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert refusal(UsageError, str(tmp_path)).endswith(f"type local-dir:{tmp_path}")
+    message = refusal(UsageError, str(tmp_path))
+    assert message.startswith(f"{tmp_path} has no config.json; give a folder as timm or transformers save it")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_vit").mkdir()
     assert load_model("test_vit", pretrained=False).name == "test_vit"
+
+
+def test_a_folder_with_a_config_needs_no_scheme(
+    folder: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(str(folder))
+    assert (loaded.name, same_weights(loaded.model, weights)) == (str(folder), True)
+    monkeypatch.chdir(folder.parent)
+    folder.rename(folder.parent / "deit_tiny")
+    assert same_weights(load_model("deit_tiny").model, weights)
+    assert artifact_of("deit_tiny") is None
+    artifact.save(compress(load_model("deit_tiny").model, keep=0.4), "deit_tiny/model.safetensors", force=True)
+    assert artifact_of("deit_tiny") == Path("deit_tiny/model.safetensors")
 
 
 def test_a_file_of_another_kind(folder: Path) -> None:
@@ -174,11 +191,12 @@ def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
     assert f"cannot load weights from {folder} (" in refusal(ModelError, spec)
     (folder / "model.safetensors").unlink()
     message = refusal(ModelError, spec)
-    assert "No suitable checkpoints found" in message
-    assert message.endswith("give `checkpoint='FILE'`")
-    for text in ("{", "[]", '{"architecture": 3}', "[" * 100_000):
+    assert message.endswith("there is none of model.safetensors, pytorch_model.bin; or give `checkpoint='FILE'`")
+    for text in ("{", "[]", "[" * 100_000):
         config.write_text(text)
-        assert f"{config} does not name a timm architecture; save the model with" in refusal(ModelError, spec)
+        assert f"{config} is not a JSON object; save the model again, with timm's save_" in refusal(ModelError, spec)
+    config.write_text('{"architecture": 3}')
+    assert f"{config} does not name a timm architecture, nor transformers' model_type;" in refusal(ModelError, spec)
     config.write_text('{"architecture": "resnet18"}')
     assert "resnet18 is of timm's family resnet, which is not supported" in refusal(ModelError, spec)
 

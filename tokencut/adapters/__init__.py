@@ -15,6 +15,7 @@ from tokencut.adapters.base import (
     register_adapter,
     supported_modules,
 )
+from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.attention import (
     AttentionInfo,
     QueryKey,
@@ -32,6 +33,7 @@ from tokencut.tokens import Tokens
 __all__ = [
     "Adapter",
     "BlockCost",
+    "ClassAndMean",
     "Context",
     "AttentionInfo",
     "QueryKey",
@@ -52,4 +54,5 @@ __all__ = [
     "register_adapter",
     "self_attention",
     "supported_modules",
+    "weighted_mean",
 ]

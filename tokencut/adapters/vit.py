@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters import vit_blocks
 from tokencut.adapters.base import Adapter, Context, counted_macs, linear_macs, register_adapter
+from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
@@ -44,7 +45,7 @@ class ViTAdapter(Adapter):
         for block in model.blocks:
             vit_blocks.handler(block).check(block)
         pool = getattr(model, "attn_pool", None)
-        if pool is not None and type(pool) not in (AttentionPoolLatent, AttentionPoolPrr):
+        if pool is not None and type(pool) not in (AttentionPoolLatent, AttentionPoolPrr, ClassAndMean):
             raise ModelError(f"the attention pooling {type(pool).__name__} is not known to tokencut; "
                              "please report the model's name")  # fmt: skip
 
@@ -109,6 +110,8 @@ class ViTAdapter(Adapter):
         weighted = model.attn_pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(model.attn_pool, AttentionPoolLatent) and bias is not None:
             pooled = _attention_pool(model, features, bias)
+        elif isinstance(model.attn_pool, ClassAndMean):
+            pooled = model.attn_pool(features, tokens.counts())
         elif weighted and (counts := tokens.counts()) is not None:
             pooled = _average_pool(model, features, counts)
         else:
@@ -174,9 +177,7 @@ def _average_pool(model: TimmModule, features: Tensor, counts: Tensor) -> Tensor
     skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
     seen, prefix = features[:, skipped:], model.num_prefix_tokens - skipped
     counts = nn.functional.pad(counts, (prefix, 0), value=1.0)
-    # While training all tokens of an image may be hidden; nothing is then averaged to 0.
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
-    mean = (seen.float() * share.unsqueeze(2)).sum(1).to(features.dtype)  # half precision cannot hold the sum
+    mean = weighted_mean(seen, counts)
     return mean if model.global_pool == "avg" else 0.5 * (seen.amax(1) + mean)
 
 
@@ -198,6 +199,8 @@ def _pool_macs(model: TimmModule) -> tuple[Macs, int]:
         return Macs(fixed=once + classifier, per_token=linear_macs(pool.kv) + 2 * width * latent), included
     if isinstance(pool, AttentionPoolPrr):
         return Macs(fixed=classifier, per_pair=2 * model.embed_dim), included
+    if isinstance(pool, ClassAndMean):
+        return Macs(fixed=classifier), included
     if not model.global_pool:
         return Macs(per_token=classifier), model.num_prefix_tokens
     return Macs(fixed=classifier), included

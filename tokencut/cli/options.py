@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "deit_tiny"
 DEFAULT_KEEP, DEFAULT_METHOD = 0.7, "bat"
 
-MODEL_HELP = "A tokencut file, digits (bundled), a timm name such as deit_small, hf-hub:NAME or local-dir:PATH."
+MODEL_HELP = (
+    "A tokencut file, digits (bundled), a timm name such as deit_small, a folder that transformers or timm saved, "
+    "hf-hub:NAME or local-dir:PATH."
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -25,6 +25,7 @@ from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
+from tokencut.models.alterations import alter, alterations_of
 from tokencut.models.checkpoints import differences, not_finite, open_safetensors, wrong_types
 from tokencut.models.fields import PRETRAINED_CFG
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
@@ -240,6 +241,7 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
         preprocessing=data_config(model),
         pretrained_cfg={name: cfg[name] for name in PRETRAINED_CFG.checks if cfg.get(name) is not None},
         label_names=label_names(model),
+        alterations=alterations_of(model),
     )
 
 
@@ -250,6 +252,7 @@ def _skeleton(info: ArtifactInfo, device: str = "meta") -> CompressedModel:
             model = timm.create_model(
                 info.architecture, pretrained=False, pretrained_cfg=info.timm_description(), **info.model_args
             )
+            alter(model, info.alterations)
             compressed = CompressedModel(model, info.recipe)
             depth, tokens = _depth(compressed), compressed.adapter.cost(model).patches
     except TokencutError:

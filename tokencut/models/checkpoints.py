@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
-from tokencut.messages import listed, one_line
+from tokencut.messages import listed, one_line, shorten
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # How many tensors of a kind a message names before it counts the rest.
 NAMED = 3
+
+# Lists of what is in which of several files, as transformers writes large models.
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def file_kind(path: Path) -> str:
@@ -74,7 +78,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Reads weights from a safetensors file or, with `weights_only=True`, a `.pth` as timm's training script writes it.
 
     Args:
-        path: The file. Exponential averages and the prefixes of wrappers are handled as timm does.
+        path: The file, or the index of several. Exponential averages and the prefixes of wrappers are handled as timm
+            does.
 
     Raises:
         ModelError: The file is missing, damaged, needs unpickling of more than tensors, or holds no tensors.
@@ -82,6 +87,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ModelError(f"the checkpoint {path} {what}; give a file of weights: `checkpoint='model.safetensors'`")
+    if path.name.endswith(".index.json"):
+        return {name: tensor for part in shards(path) for name, tensor in read_checkpoint(part).items()}
     if path.suffix == ".safetensors" or file_kind(path) == "safetensors":
         with open_safetensors(path, ModelError) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -95,6 +102,36 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ModelError(f"{path} holds no weights; give a file whose content is a model's state_dict")
     return tensors
+
+
+def shard_names(index: Path) -> list[str]:
+    """The names of the files that an index lists, sorted.
+
+    Raises:
+        ModelError: It cannot be read, or a name leads elsewhere.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = next((name for name in names if Path(name).name != name), None)
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as problem:
+        raise ModelError(f"{index} is not an index of files with weights; save the model again") from problem
+    if outside is not None:
+        raise ModelError(f"{index} names {shorten(outside)}, which is not a file beside it; save the model again")
+    return names
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index lists.
+
+    Raises:
+        ModelError: As `shard_names`, or one is missing.
+    """
+    names = shard_names(index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise ModelError(f"{index} names {len(names)} files, and {listed(missing) or 'none'} "
+                         f"{'is' if len(missing) == 1 else 'are'} missing; copy all of them")  # fmt: skip
+    return [index.parent / name for name in names]
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -176,11 +213,12 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+    """A file's SHA-256, in hexadecimal; of an index, that of its files one after the other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for part in shards(path) if path.name.endswith(".index.json") else [path]:
+        with part.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokencut.models.alterations import POOLS
 from tokencut.models.names import architectures
 from tokencut.models.pretrained_cfg import LabelNames
 from tokencut.schema import (
@@ -93,6 +94,10 @@ PRETRAINED_CFG = Fields({
     "test_input_size": optional(_INPUT),
     "test_crop_pct": optional(NUMBER),
     "min_input_size": optional(_INPUT),
+}, partial=True)  # fmt: skip
+ALTERATIONS = Fields({
+    "norm_eps": POSITIVE,
+    "pool": Rule(lambda value: value in POOLS, f"one of {', '.join(POOLS)}"),
 }, partial=True)  # fmt: skip
 ORIGIN = Fields({
     "kind": Rule(lambda value: value in ORIGINS, f"one of {', '.join(ORIGINS)}"),

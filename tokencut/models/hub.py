@@ -5,10 +5,13 @@ timm alone would ask even for what is cached, and an unreachable hub can take it
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import queue
 import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -18,6 +21,8 @@ from timm.models import PretrainedCfg
 
 from tokencut.errors import ModelError
 from tokencut.messages import one_line
+from tokencut.models.checkpoints import INDEX, shard_names
+from tokencut.models.huggingface import is_transformers
 
 # Failing takes five seconds in all, of which starting takes more than three on a slow machine.
 SECONDS = 1.5
@@ -26,7 +31,19 @@ CONFIG = "config.json"
 # As timm looks for them, safetensors first.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
+# Where transformers says how images are prepared; the second holds a processor of text and images.
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
 OTHER_WAYS = "give `checkpoint='FILE'`, `pretrained=False` for random weights, or the bundled model 'digits'"
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object out of a file; None where there is none in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def cached_weights(cfg: PretrainedCfg) -> Path | None:
@@ -62,7 +79,11 @@ def cached_repository(repository: str, weights: bool) -> Path | None:
     config = _cached(repository, CONFIG)
     if config is None or not weights:
         return config.parent if config else None
-    return config.parent if any((config.parent / name).is_file() for name in WEIGHTS) else None
+    folder = config.parent
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return folder
+    index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
+    return folder if index is not None and all((folder / name).is_file() for name in shard_names(index)) else None
 
 
 def fetch_repository(repository: str, weights: bool) -> Path:
@@ -82,11 +103,17 @@ def fetch_repository(repository: str, weights: bool) -> Path:
     try:
         _require_answer(hf_hub_url(name, CONFIG, revision=revision or None), f"'hf-hub:{repository}'")
         folder = Path(hf_hub_download(name, CONFIG, revision=revision or None)).parent
-        for file in WEIGHTS if weights else ():
+        for file in PREPROCESSORS if is_transformers(read_object(folder / CONFIG)) else ():
+            with contextlib.suppress(EntryNotFoundError):
+                hf_hub_download(name, file, revision=revision or None)
+        for file in (*WEIGHTS, *INDEX) if weights else ():
             try:
-                return Path(hf_hub_download(name, file, revision=revision or None)).parent
+                found = Path(hf_hub_download(name, file, revision=revision or None))
             except EntryNotFoundError:
                 continue
+            for part in shard_names(found) if file in INDEX else ():
+                hf_hub_download(name, part, revision=revision or None)
+            return found.parent
     except ModelError:
         raise
     except Exception as error:  # whatever the hub's client and the network below it raise

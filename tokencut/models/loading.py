@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,10 @@ from torch import nn
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
-from tokencut.models import artifact, building, digits, hub
+from tokencut.models import artifact, building, digits, folders, hub, huggingface
+from tokencut.models.alterations import alter
 from tokencut.models.checkpoints import load_strictly, not_finite, random_state, read_checkpoint, sha256
+from tokencut.models.fitting import load_adapted
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
@@ -91,8 +92,8 @@ def load_model(
     """Loads the model that a user names.
 
     Args:
-        spec: An existing file (it wins over a name), `digits`, a timm name or alias with or without a tag, `hf-hub:ID`,
-            or `local-dir:FOLDER`.
+        spec: An existing file or a folder with a `config.json` of timm or transformers (they win over a name),
+            `digits`, a timm name or alias with or without a tag, `hf-hub:ID`, or `local-dir:FOLDER`.
         pretrained: Whether to load pretrained weights; random ones, drawn from `seed`, otherwise.
         checkpoint: A local file of weights to load instead.
         model_kwargs: More arguments for timm.
@@ -116,6 +117,8 @@ def load_model(
         return _from_artifact(spec, request)
     if spec == BUNDLED:
         return _from_digits(request)
+    if folders.is_model_folder(Path(spec)):
+        return _from_folder(Path(spec), spec, request)
     scheme, colon, rest = spec.partition(":")
     scheme = scheme.lower().replace("_", "-")
     if colon and scheme == "local-dir":
@@ -127,20 +130,18 @@ def load_model(
 
 
 def artifact_of(spec: str) -> Path | None:
-    """The tokencut file that a MODEL names: itself, or the weights in its `local-dir:`; None where it names none."""
-    if Path(spec).is_file():
-        return Path(spec)
+    """The tokencut file that a MODEL names: itself, or the weights in its folder; None where it names none."""
+    path = Path(spec)
+    if path.is_file():
+        return path
+    if spec != BUNDLED and folders.is_model_folder(path):
+        return _artifact_in(path)
     scheme, colon, rest = spec.partition(":")
     return _artifact_in(Path(rest)) if colon and scheme.lower().replace("_", "-") == "local-dir" else None
 
 
-def _weights_in(folder: Path) -> Path | None:
-    """The file of weights that timm would take."""
-    return next((folder / name for name in hub.WEIGHTS if (folder / name).is_file()), None)
-
-
 def _artifact_in(folder: Path) -> Path | None:
-    weights = _weights_in(folder)
+    weights = folders.weights_in(folder)
     return weights if weights is not None and artifact.is_artifact(weights) else None
 
 
@@ -162,7 +163,7 @@ def _refuse_path(spec: str) -> None:
     """Says what is wrong with a MODEL that can only have been meant as a path."""
     path = Path(spec)
     if spec and path.is_dir() and not is_name(spec):
-        raise UsageError(f"{spec} is a folder; if it holds timm's config.json and weights, type local-dir:{spec}")
+        folders.read_config(path)  # there is none, and it says what there is
     if path.suffix.lower() in _PATH_SUFFIXES or any(separator in spec for separator in "/\\"):
         other = f", or type hf-hub:{spec} for the hub's repository" if spec.count("/") == 1 and not path.suffix else ""
         raise UsageError(f"no such file: {spec}; give a file that `tokencut.save(model, 'FILE')` wrote{other}")
@@ -251,44 +252,72 @@ def _from_hub(repository: str, request: Request) -> Loaded:
 
 
 def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | None = None) -> Loaded:
-    """A folder with timm's `config.json` and weights; `origin` where it is not the user's own folder.
+    """A folder with timm's or transformers' `config.json` and weights; `origin` where it is not the user's own folder.
 
     Where the weights are a tokencut file, it is that file, with its recipe.
     """
-    if not (folder / hub.CONFIG).is_file():
-        raise UsageError(f"{folder} has no {hub.CONFIG}; give a folder as timm saves it, with {hub.CONFIG} and "
-                         "model.safetensors, such as local-dir:FOLDER")  # fmt: skip
+    config = folders.read_config(folder)
     if request.pretrained and request.checkpoint is None and (file := _artifact_in(folder)) is not None:
         return replace(_from_artifact(str(file), request), name=spec)
-    architecture = _architecture_of(folder / hub.CONFIG)
+    if huggingface.is_transformers(config):
+        return _from_transformers(folder, config, spec, request, origin)
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        raise ModelError(f"{folder / hub.CONFIG} does not name a timm architecture, nor transformers' model_type; save "
+                         "the model with timm.models.save_for_hf or save_pretrained, which write it")  # fmt: skip
     resolve_name(architecture)
     source = f"local-dir:{folder}"
     building.check_arguments(source, request.args)
+    if request.fetches:
+        folders.require_weights(folder)
     try:
         model, notes = building.build(source, request.args, pretrained=request.fetches, seed=request.seed)
-    except Exception as error:  # no weights, damaged ones, or those of another model
+    except Exception as error:  # damaged weights, or those of another model
         raise ModelError(f"cannot load weights from {folder} ({one_line(error)}); give `checkpoint='FILE'`") from error
     if not request.fetches:
         return _finish(model, spec, None, request, notes)
-    if origin is None:
-        weights = _weights_in(folder)
-        origin = Origin("local-dir", sha256=sha256(weights) if weights else None)
+    origin = origin or Origin("local-dir", sha256=sha256(folders.require_weights(folder)))
     return _finish(model, spec, replace(origin, licence=description_of(model).get("license")), request, notes)
 
 
-def _architecture_of(config: Path) -> str:
+def _from_transformers(
+    folder: Path, config: dict[str, Any], spec: str, request: Request, origin: Origin | None = None
+) -> Loaded:
+    """A folder that transformers' `save_pretrained` wrote; its weights, or those of a checkpoint of the same model."""
+    file = request.checkpoint or (folders.require_weights(folder) if request.fetches else None)
+    tensors = None if file is None else read_checkpoint(file)
     try:
-        name = json.loads(config.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        name = None
-    if not isinstance(name, str):
-        raise ModelError(f"{config} does not name a timm architecture; save the model with timm.models.save_for_hf, "
-                         'which writes {"architecture": ..., "pretrained_cfg": ...}')  # fmt: skip
-    return name
+        found = huggingface.convert(config, tensors, folders.preprocessor_of(folder), request.args)
+    except ModelError as error:
+        raise ModelError(f"{folder} cannot be taken: {error}") from error
+    building.check_arguments(found.name, found.args)
+    model, notes = building.build(found.name, found.args, pretrained=False, seed=request.seed)
+    with random_state(request.seed):
+        alter(model, found.alterations)
+    described = {"num_classes": found.num_classes, "label_names": found.label_names, **found.preprocessing}
+    setattr(model, "pretrained_cfg", {**description_of(model), **described})  # noqa: B010 (not a tensor)
+    if file is None or found.tensors is None:
+        return _finish(model, spec, None, request, (*found.notes, *notes))
+    load_adapted(model, found.tensors, file)
+    if request.checkpoint is not None:
+        origin = Origin("checkpoint", f"transformers {found.source}", sha256(file))
+    origin = origin or Origin("local-dir", f"transformers {found.source}", sha256(file))
+    return _finish(model, spec, origin, replace(request, checkpoint=None), (*found.notes, *notes), foreign=True)
 
 
-def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request, notes: tuple[str, ...]) -> Loaded:
-    """Loads a checkpoint, and makes the model and the notes tell what weights it has; no `origin`: random so far."""
+def _finish(
+    model: nn.Module,
+    name: str,
+    origin: Origin | None,
+    request: Request,
+    notes: tuple[str, ...],
+    *,
+    foreign: bool = False,
+) -> Loaded:
+    """Loads a checkpoint, and makes the model and the notes tell what weights it has; no `origin`: random so far.
+
+    `foreign`: the weights are not those that timm's description tells of.
+    """
     told, new_head = list(notes), False
     if request.checkpoint is not None:
         tensors = read_checkpoint(request.checkpoint)
@@ -306,7 +335,8 @@ def _finish(model: nn.Module, name: str, origin: Origin | None, request: Request
         raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by `checkpoint='FILE'`")
     if request.preprocessing:
         setattr(model, "pretrained_cfg", {**description_of(model), **request.preprocessing})  # noqa: B010 (not a tensor)
-    sync_pretrained_cfg(model, own_weights=origin is not None and origin.kind != "checkpoint")
+    own = origin is not None and origin.kind != "checkpoint" and not foreign
+    sync_pretrained_cfg(model, own_weights=own)
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)
     return Loaded(model.eval(), name, origin, notes=tuple(told), new_head=new_head)

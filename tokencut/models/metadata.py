@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokencut.errors import UsageError
+from tokencut.models.alterations import Alterations
 from tokencut.models.fields import (
+    ALTERATIONS,
     ARCHITECTURE,
     LABEL_NAMES,
     MAX_LENGTH,
@@ -31,6 +33,7 @@ FORM = Form(
     fields=Fields({
         "architecture": ARCHITECTURE,
         "model_args": OBJECT,
+        "alterations": ALTERATIONS,
         "recipe": OBJECT,
         "keep_per_block": per_block(float),
         "tokens_per_block": per_block(int),
@@ -39,7 +42,7 @@ FORM = Form(
         "label_names": LABEL_NAMES,
         "origin": ORIGIN,
         "measured": MEASURED,
-    }),
+    }, partial=frozenset({"alterations"})),
     called="metadata",
     otherwise="compress the model again",
     most=MAX_LENGTH,
@@ -84,6 +87,7 @@ class ArtifactInfo:
         pretrained_cfg: What else of timm's description belongs to these weights, its tag for one.
         label_names: The classes' names, in the order of the logits or by index, if known.
         origin: Where the weights came from, and their licence.
+        alterations: What was changed after timm had built the model.
         measured: What was measured: `gmacs` and `dense_gmacs` per image; `top1`, `top5` and the same of the dense model
             in percent, on how many `images`.
         dtype: The type the weights are stored in; read from the tensors.
@@ -98,6 +102,7 @@ class ArtifactInfo:
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     label_names: LabelNames | None = None
     origin: Origin = Origin("unverified")
+    alterations: Alterations = Alterations()
     measured: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "fp32"
     parameters: int = 0
@@ -133,9 +138,11 @@ class ArtifactInfo:
 
     def to_text(self) -> str:
         """Sorted JSON on one line: the same for the same model."""
+        altered = self.alterations.to_json()
         return FORM.write({
             "architecture": self.architecture,
             "model_args": dict(self.model_args),
+            **({"alterations": altered} if altered else {}),
             "recipe": self.recipe.to_json(),
             "keep_per_block": self.keep_per_block,
             "tokens_per_block": self.tokens_per_block,
@@ -177,6 +184,7 @@ def info_from_text(text: str) -> ArtifactInfo:
         pretrained_cfg=as_tuples(data["pretrained_cfg"]),
         label_names=labels_from_json(data["label_names"]),
         origin=Origin(**data["origin"]),
+        alterations=Alterations(**data.get("alterations", {})),
         measured=check_measured(data["measured"]),
     )
     if list(info.keep_per_block) != data["keep_per_block"] or list(info.tokens_per_block) != data["tokens_per_block"]:
