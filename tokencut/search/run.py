@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokencut.adapters import plain_model
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
@@ -94,7 +95,7 @@ def find_schedule(
                          "search by; type `keep=0.7` instead of a target, or `method='bat'`")  # fmt: skip
     if not chosen.effort > 0:
         raise UsageError(f"an effort of {chosen.effort:g} leaves nothing to search with; type `effort=40`")
-    device = resolve_device(chosen.device)
+    device, model = resolve_device(chosen.device), plain_model(model)
     if chosen.images < 1:
         raise UsageError(f"{chosen.images} calibration images leave nothing to search by; type `images=512`")
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
