@@ -126,8 +126,8 @@ def test_a_model_that_is_not_compressed_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         features_only(compressed_model().model)
     assert str(caught.value) == (
-        "features_only takes a compressed model, not a VisionTransformer; type "
-        "tokencut.features_only(tokencut.compress(model, keep=0.7))"
+        "features_only takes a compressed model, and this VisionTransformer is none; type `model = "
+        "tokencut.compress(model, keep=0.7)` and then tokencut.features_only(model, ...)"
     )
 
 

@@ -9,9 +9,8 @@ from timm.models import get_model_traits
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from tokencut.errors import UsageError
 from tokencut.features import Form, Indices, Unmerging, block_indices
-from tokencut.model import CompressedModel
+from tokencut.model import require_compressed
 
 
 def features_only(
@@ -51,9 +50,7 @@ def features_only(
         >>> [tuple(features.shape) for features in backbone(torch.zeros(2, 3, 160, 160))]
         [(2, 64, 10, 10), (2, 64, 10, 10), (2, 64, 10, 10)]
     """
-    if not isinstance(model, CompressedModel):
-        raise UsageError(f"features_only takes a compressed model, not a {type(model).__name__}; type "
-                         "tokencut.features_only(tokencut.compress(model, keep=0.7))")  # fmt: skip
+    model = require_compressed(model, "features_only")
     Form(output_fmt=output_fmt)
     rule = model.unmerge if unmerge is None else unmerge
     Unmerging(rule)

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.adapters import Adapter, adapter_for, plain_model, refuse_sharded
+from tokencut.adapters import Adapter, adapter_for, instead_of, plain_model, refuse_sharded
 from tokencut.attention import TimmModule
 from tokencut.blocks import BlockLoop, Stage
 from tokencut.calling import call, is_patched
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
 from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
 from tokencut.methods import Method, StageShape, make_method
 from tokencut.recipe import Recipe
@@ -297,6 +297,27 @@ def compress(
     compressed.training = model.training  # the model's own parts may be in modes of their own
     compressed.stages.train(model.training)
     return compressed
+
+
+def require_compressed(model: nn.Module, function: str) -> CompressedModel:
+    """The compressed model that a function takes, also out of wrappers that change nothing.
+
+    Args:
+        model: What it was given.
+        function: Its name, for the message.
+
+    Raises:
+        UsageError: The model is none, saying what to type.
+    """
+    instead = None
+    if isinstance(model, nn.Module):
+        model = plain_model(model)
+        if isinstance(model, CompressedModel):
+            return model
+        instead = instead_of(model, lambda part: isinstance(part, CompressedModel))
+    if instead is None:
+        instead = f"none; type `model = tokencut.compress(model, keep=0.7)` and then tokencut.{function}(model, ...)"
+    raise UsageError(f"{function} takes a compressed model, and this {type(model).__name__} is {instead}")
 
 
 def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:

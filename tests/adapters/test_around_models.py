@@ -305,7 +305,7 @@ class Classifier(nn.Module):
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: Classifier(vit()), r"Classifier is something around a timm model; pass that, `model.encoder`"),
+        (lambda: Classifier(vit()), r"Classifier is something around a model; pass that, `model.encoder`"),
         (lambda: nn.Sequential(nn.Identity(), vit()), r"pass that, `model.get_submodule\('1'\)`"),
         (lambda: torch.optim.swa_utils.AveragedModel(vit()), "pass that, `model.module`"),
         (lambda: Classifier(nn.DataParallel(vit())), "pass that, `model.encoder`"),

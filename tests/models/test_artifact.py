@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from model_files import Payload, compressed_model, images, metadata_of, names_in
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import nn
 
 from tokencut.errors import ArtifactError, UsageError
-from tokencut.model import compress
+from tokencut.model import CompressedModel, compress
 from tokencut.models import artifact
 from tokencut.models.metadata import Origin
 
@@ -253,9 +254,6 @@ def test_disk_full_keeps_the_old_file_and_leaves_nothing(
 
 def test_a_model_that_could_not_be_built_again_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    made_by_hand = VisionTransformer(img_size=32, embed_dim=12, num_heads=1, depth=2)
-    with pytest.raises(ArtifactError, match=r"this VisionTransformer was not built by timm\.create_model, so no file"):
-        artifact.save(compress(made_by_hand), path)
     with pytest.raises(
         ArtifactError, match=r"the model's argument block_fn is <class .*, which is a type, not a plain value"
     ):
@@ -286,9 +284,105 @@ def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
+def test_a_model_built_by_hand_is_saved_as_the_refusal_says(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    by_hand = VisionTransformer(
+        img_size=32, patch_size=8, in_chans=1, embed_dim=12, num_heads=2, depth=3, num_classes=4
+    )
+    model = compress(by_hand.eval(), keep=0.5, layers=[2])
+    with pytest.raises(ArtifactError, match=r"this VisionTransformer was not built by timm\.create_model") as caught:
+        artifact.save(model, path)
+    assert (
+        "`new = timm.create_model('vit_base_patch16_224', img_size=32, patch_size=8, in_chans=1, num_classes=4, "
+        "embed_dim=12, depth=3, num_heads=2, ...)`" in str(caught.value)
+    )
+    new = timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, in_chans=1, num_classes=4, embed_dim=12,
+                            depth=3, num_heads=2)  # fmt: skip
+    new.load_state_dict(model.model.state_dict())
+    artifact.save(CompressedModel(new, model.recipe), path)
+    pixels = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(artifact.load(path)(pixels), model(pixels), rtol=1e-4, atol=1e-5)
+
+
 def test_only_a_compressed_model_is_saved(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"not Linear; type tokencut\.save\(tokencut\.compress\(model\), path\)"):
-        artifact.save(nn.Linear(1, 1), tmp_path / "model.safetensors")  # type: ignore[arg-type]
+    path, model = tmp_path / "model.safetensors", compressed_model()
+    with pytest.raises(UsageError, match=r"this Linear is none; type `model = tokencut\.compress\(model, keep=0\.7\)`"):
+        artifact.save(nn.Linear(1, 1), path)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"this Sequential is something around a model; pass that, `model\.get_sub"):
+        artifact.save(nn.Sequential(model), path)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="this dict is none"):
+        artifact.save({}, path)  # type: ignore[arg-type]
+    artifact.save(nn.DataParallel(model), path)  # type: ignore[arg-type]
+    assert torch.equal(artifact.load(path)(images()), model(images()))
+
+
+def test_blocks_that_are_compiled_are_saved_under_their_own_names(tmp_path: Path) -> None:
+    model, path = compressed_model(), tmp_path / "model.safetensors"
+    artifact.save(model, path)
+    for number, block in enumerate(model.model.blocks):
+        model.model.blocks[number] = torch.compile(block)
+    artifact.save(torch.compile(model), tmp_path / "compiled.safetensors")  # type: ignore[arg-type]
+    assert (tmp_path / "compiled.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_tied_weights_are_stored_once_for_each_name(tmp_path: Path) -> None:
+    model, path = compressed_model(), tmp_path / "model.safetensors"
+    model.model.blocks[0].mlp.fc1.weight = model.model.blocks[1].mlp.fc1.weight
+    artifact.save(model, path)
+    assert torch.equal(artifact.load(path)(images()), model(images()))
+    stored = load_file(path)
+    assert torch.equal(stored["blocks.0.mlp.fc1.weight"], stored["blocks.1.mlp.fc1.weight"])
+
+
+def spectral(linear: nn.Linear) -> object:
+    return nn.utils.parametrizations.spectral_norm(linear)
+
+
+def pruned(linear: nn.Linear) -> object:
+    return torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "how", "unwrap"),
+    [
+        (spectral, "parametrize.remove_parametrizations(module, 'weight')",
+         lambda linear: nn.utils.parametrize.remove_parametrizations(linear, "weight")),
+        (nn.utils.weight_norm, "torch.nn.utils.remove_weight_norm(module)", nn.utils.remove_weight_norm),
+        (pruned, "torch.nn.utils.prune.remove(module, 'weight')",
+         lambda linear: torch.nn.utils.prune.remove(linear, "weight")),
+    ],
+)  # fmt: skip
+def test_weights_made_of_others_are_refused_with_the_way_out(
+    tmp_path: Path, wrap: Callable[[nn.Linear], object], how: str, unwrap: Callable[[nn.Linear], object]
+) -> None:
+    model, path = compressed_model(), tmp_path / "model.safetensors"
+    wrap(model.model.blocks[0].mlp.fc1)
+    model.eval()
+    logits = model(images())
+    with pytest.raises(ArtifactError, match="make up its weights; join them by ") as caught:
+        artifact.save(model, path)
+    assert how in str(caught.value)
+    unwrap(model.model.blocks[0].mlp.fc1)
+    artifact.save(model, path)
+    torch.testing.assert_close(artifact.load(path)(images()), logits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_peft_adds_to_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["qkv", "fc1"], init_lora_weights=False)
+    around, path = peft.get_peft_model(compressed_model(), settings).eval(), tmp_path / "model.safetensors"
+    logits = around(images())
+    with pytest.raises(
+        UsageError, match=r"save takes a compressed model, and this PeftModel .*model.merge_and_unload\(\)"
+    ):
+        artifact.save(around, path)
+    with pytest.raises(ArtifactError, match=r"join them by peft's model.merge_and_unload\(\), then save it"):
+        artifact.save(around.base_model.model, path)
+    artifact.save(around.merge_and_unload(), path)
+    torch.testing.assert_close(artifact.load(path)(images()), logits)
 
 
 def test_a_measurement_without_a_value_is_left_out(tmp_path: Path) -> None:

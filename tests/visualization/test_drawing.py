@@ -188,7 +188,8 @@ def test_a_model_that_is_not_compressed(photos: list[Path]) -> None:
     with pytest.raises(UsageError) as caught:
         draw(small().model, photos)
     assert str(caught.value) == (
-        "draw takes compressed models, not a VisionTransformer; type draw(tokencut.compress(model, keep=0.7), images)"
+        "draw takes a compressed model, and this VisionTransformer is none; type `model = tokencut.compress(model, "
+        "keep=0.7)` and then tokencut.draw(model, ...)"
     )
 
 

@@ -17,7 +17,7 @@ from tokencut.adapters.base import (
 )
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.subclasses import known_class, why_unknown
-from tokencut.adapters.wrappers import plain_model, refuse_sharded
+from tokencut.adapters.wrappers import instead_of, plain_model, refuse_sharded
 from tokencut.attention import (
     AttentionInfo,
     QueryKey,
@@ -56,6 +56,7 @@ __all__ = [
     "has_biased_kernel",
     "has_hooks",
     "is_patched",
+    "instead_of",
     "known_adapter",
     "known_class",
     "linear_macs",

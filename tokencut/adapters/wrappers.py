@@ -42,7 +42,7 @@ def instead_of(model: nn.Module, is_known: Callable[[nn.Module], bool]) -> str |
 
     Args:
         model: The model.
-        is_known: Whether a model is of a supported family.
+        is_known: Whether a model is what is wanted, such as one of a supported family.
     """
     kinds = {kind.__module__.split(".")[0] + "." + kind.__name__ for kind in type(model).__mro__}
     if kinds & {"peft.PeftModel", "peft.PeftMixedModel"}:
@@ -59,7 +59,7 @@ def instead_of(model: nn.Module, is_known: Callable[[nn.Module], bool]) -> str |
     if inside is not None:
         names = inside.split(".")
         path = inside if all(name.isidentifier() for name in names) else f"get_submodule({inside!r})"
-        return f"something around a timm model; pass that, `model.{path}`"
+        return f"something around a model; pass that, `model.{path}`"
     if "transformers.PreTrainedModel" in kinds:
         return ("a model of transformers; write it by `model.save_pretrained('FOLDER')` and open the folder by "
                 "`tokencut.models.loading.load_model('FOLDER').model`")  # fmt: skip

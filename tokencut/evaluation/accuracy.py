@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokencut.adapters import plain_model
 from tokencut.data.image_set import ImageSet, open_images
 from tokencut.data.loading import Batch, Unreadable
 from tokencut.data.sources import Source
@@ -119,6 +120,8 @@ def evaluate(
     precision_dtype(precision)
     if predictions is not None:
         check_csv(predictions, force=force)
+    if not hasattr(model, "_orig_mod"):  # what was compiled is judged as it runs
+        model = plain_model(model)
     images = open_images(model, data, limit=limit, observer=observer)
     tally, told, called = MetricAccumulator(images, precision, of), observer or Observer(), name or name_of(model)
     batches = logits_of(model, images, batch_size=batch_size, workers=workers, device=target_device,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokencut.adapters import plain_model
 from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.export.check import Agreement, check_images, compare
@@ -146,7 +147,7 @@ def export_model(
         >>> report.output.name, report.agreement.images
         ('out.pt2', 16)
     """
-    target = check_export(path, force=force, opset=opset)
+    target, model = check_export(path, force=force, opset=opset), plain_model(model)
     _check_model(model, target, batch_size)
     chosen = None if target.suffix == PT2_SUFFIX else opset or DEFAULT_OPSET
     info = describe_export(

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from tokencut.adapters import refuse_sharded
 from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable
 from tokencut.messages import one_line
-from tokencut.model import CompressedModel
+from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.alterations import alter, alterations_of
 from tokencut.models.checkpoints import differences, not_finite, open_safetensors, wrong_types
 from tokencut.models.fields import PRETRAINED_CFG
@@ -101,9 +102,8 @@ def save(
         >>> tokencut.save(model, "out.safetensors").recipe.keep
         0.5
     """
-    if not isinstance(model, CompressedModel):
-        raise UsageError(f"save takes a compressed model, not {type(model).__name__}; type "
-                         "tokencut.save(tokencut.compress(model), path)")  # fmt: skip
+    model = require_compressed(model, "save")
+    refuse_sharded(model)
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}; type dtype='bf16'")
     target = check_output(path, force=force)
@@ -119,12 +119,13 @@ def save(
     except ArtifactError as error:  # timm checks little of what a description holds
         raise ArtifactError(f"{target} would not load again: {error}") from error
     tensors = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
+    _refuse_wrapped_weights(tensors)
     rebuilt = {_stored_name(name): tensor for name, tensor in _skeleton(info).state_dict().items()}
     problem = differences(_shapes(rebuilt), _shapes(tensors))
     if problem:
         raise ArtifactError(f"{target} would not load again: the model was changed after timm.create_model built it "
                             f"({problem}); make the change with timm's own arguments")  # fmt: skip
-    ready = {name: _for_storage(name, tensor, _DTYPES[info.dtype]) for name, tensor in tensors.items()}
+    ready = _apart({name: _for_storage(name, tensor, _DTYPES[info.dtype]) for name, tensor in tensors.items()})
     with atomic_write(target, force=force) as temporary:
         try:
             save_file(ready, temporary, metadata={KEY: text})
@@ -225,9 +226,12 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
     """What can be told from the model itself."""
     model = compressed.model
     cfg = description_of(model)
-    if not cfg.get("architecture") or not hasattr(model, "_model_args"):
-        raise ArtifactError(f"this {type(model).__name__} was not built by timm.create_model, so no file could say how "
-                            "to build it again; build it with timm.create_model(NAME, ...)")  # fmt: skip
+    if not timm.is_model(cfg.get("architecture") or "") or not hasattr(model, "_model_args"):
+        raise ArtifactError(
+            f"this {type(model).__name__} was not built by timm.create_model, so no file could tell how to build it; "
+            f"build the same by `new = timm.create_model({_by_name(compressed)})`, give it the weights by "
+            "`new.load_state_dict(model.model.state_dict())`, and save `tokencut.CompressedModel(new, model.recipe)`"
+        )
     args = get_model_args(model)
     try:
         check_model_args(args)
@@ -243,6 +247,24 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
         label_names=label_names(model),
         alterations=alterations_of(model),
     )
+
+
+def _by_name(compressed: CompressedModel) -> str:
+    """What to give timm.create_model for a model like this one, as far as its parts tell."""
+    model, blocks = compressed.model, compressed.adapter.blocks(compressed.model)
+    size = compressed.adapter.input_size(model)
+    heads = next((part.num_heads for part in blocks[0].modules() if hasattr(part, "num_heads")), None)
+    told = {
+        "img_size": size[0] if size and size[0] == size[1] else size,
+        "patch_size": compressed.adapter.patch_size(model)[0],
+        "in_chans": getattr(model, "in_chans", None),
+        "num_classes": compressed.num_classes,
+        "embed_dim": getattr(model, "embed_dim", None),
+        "depth": len(blocks),
+        "num_heads": heads,
+    }
+    given = ", ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+    return f"'vit_base_patch16_224', {given}, ..."
 
 
 def _skeleton(info: ArtifactInfo, device: str = "meta") -> CompressedModel:
@@ -271,8 +293,39 @@ def _depth(compressed: CompressedModel) -> int:
 
 
 def _stored_name(name: str) -> str:
-    """A tensor's name in the file, from its name in a `CompressedModel`."""
+    """A tensor's name in the file, from its name in a `CompressedModel`, whose blocks may be compiled."""
+    name = name.replace("_orig_mod.", "")
     return name.removeprefix("model.") if name.startswith("model.") else PREFIX + name
+
+
+# How the names of tensors tell that weights are made of others, and how these become weights again.
+_WRAPPED = {
+    ".parametrizations.": "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+    ".lora_": "peft's model.merge_and_unload()",
+    ".base_layer.": "peft's model.merge_and_unload()",
+    ".weight_g": "torch.nn.utils.remove_weight_norm(module)",
+    ".weight_orig": "torch.nn.utils.remove_spectral_norm(module), or torch.nn.utils.prune.remove(module, 'weight')",
+}
+
+
+def _refuse_wrapped_weights(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are computed from others: a file holds what timm's own model would load."""
+    for name in tensors:
+        how = next((how for sign, how in _WRAPPED.items() if sign in name and not name.startswith(PREFIX)), None)
+        if how is not None:
+            raise ArtifactError(f"the model cannot be saved while {name} and others make up its weights; join them by "
+                                f"{how}, then save it")  # fmt: skip
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory, as tied weights do: a file holds one for each name."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)
+    return tensors
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

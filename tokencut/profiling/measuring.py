@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import cost
+from tokencut.adapters import plain_model
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
 from tokencut.limits import check_number
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.pretrained_cfg import name_of
@@ -81,6 +82,10 @@ def profile(
         '0.038 becomes 0.022 GMACs'
     """
     check_number("batch_size", batch_size)
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("profile times a compiled model beside the compiled dense one, so it compiles both; pass "
+                         "`model._orig_mod` and `compile_mode='default'`")  # fmt: skip
+    model = plain_model(model)
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
     dtype = precision_dtype(precision)
     if compile_mode is not None:

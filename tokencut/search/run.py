@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokencut.adapters import plain_model
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
@@ -96,7 +97,7 @@ def find_schedule(
     check_number("effort", chosen.effort)
     check_number("images", chosen.images)
     check_number("batch_size", chosen.timing_batch_size)
-    device = resolve_device(chosen.device)
+    device, model = resolve_device(chosen.device), plain_model(model)
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", observer=observer)

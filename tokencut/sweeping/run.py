@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import cost
+from tokencut.adapters import plain_model
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source, check_apart
 from tokencut.errors import UsageError
@@ -133,6 +134,7 @@ def sweep(
     """
     extras.require("the plots need", "matplotlib", extra="plot")
     plan, into, told = plan or SweepPlan(), check_folder(folder, force=force), observer or Observer()
+    model = plain_model(model)
     device = resolve_device(plan.device)
     dtype = precision_dtype(plan.precision)
     recipes = _recipes(model, plan)

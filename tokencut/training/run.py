@@ -18,7 +18,7 @@ from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import DataError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
-from tokencut.model import CompressedModel
+from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.observers import Observer, TrainingProgress
 from tokencut.runtime.devices import resolve_device
@@ -88,6 +88,7 @@ def finetune(
     """
     setup = setup or TrainingSetup()
     group = group or single_process(resolve_device("auto"))
+    model = require_compressed(model, "finetune")
     require_head(model)
     home = next(model.parameters()).device
     model.to(group.device)

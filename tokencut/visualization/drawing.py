@@ -16,7 +16,7 @@ from tokencut.data.image_files import Photo, PhotoLike, find_photos, read_photos
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.files import check_writable
-from tokencut.model import CompressedModel
+from tokencut.model import CompressedModel, require_compressed
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import Canvas, Layout, Panel, Strip, fit
@@ -129,7 +129,8 @@ def draw(
         'tokens.png'
     """
     extras.require("pictures need", "matplotlib", extra="plot")
-    named = dict(models) if isinstance(models, Mapping) else {"": models}
+    given = dict(models) if isinstance(models, Mapping) else {"": models}
+    named = {name: require_compressed(model, "draw") for name, model in given.items()}
     target, prepared = resolve_device(device), _shared_preprocessing(named)
     names, pixels = _pixels(images, prepared)
     traced = {
@@ -143,14 +144,10 @@ def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessin
     """The preprocessing of all the models.
 
     Raises:
-        UsageError: There is no model, one is not compressed, or they differ in what they take.
+        UsageError: There is no model, or they differ in what they take.
     """
     if not models:
         raise UsageError("no model given to draw; give one, or several by name")
-    for model in models.values():
-        if not isinstance(model, CompressedModel):
-            raise UsageError(f"draw takes compressed models, not a {type(model).__name__}; type "
-                             "draw(tokencut.compress(model, keep=0.7), images)")  # fmt: skip
     found = {name: (preprocessing_of(model), model.adapter.patch_size(model.model)) for name, model in models.items()}
     first, *others = found
     for other in others:
