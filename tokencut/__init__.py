@@ -17,6 +17,7 @@ from tokencut.errors import TokencutError
 if TYPE_CHECKING:
     from tokencut.backbone import features_only
     from tokencut.evaluation.accuracy import EvaluationReport, evaluate
+    from tokencut.evaluation.comparison import ComparisonReport, compare
     from tokencut.evaluation.prediction import PredictionReport, predict
     from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ComparisonReport",
     "CompressedModel",
     "EvaluationReport",
     "Observer",
@@ -46,6 +48,7 @@ __all__ = [
     "TokencutError",
     "TrainingRecipe",
     "TrainingSetup",
+    "compare",
     "compress",
     "draw",
     "evaluate",
@@ -61,6 +64,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ComparisonReport": "evaluation.comparison",
     "CompressedModel": "model",
     "EvaluationReport": "evaluation.accuracy",
     "Observer": "observers",
@@ -71,6 +75,7 @@ _HOME = {
     "Target": "search.targets",
     "TrainingRecipe": "training.recipe",
     "TrainingSetup": "training.setup",
+    "compare": "evaluation.comparison",
     "compress": "model",
     "draw": "visualization.drawing",
     "evaluate": "evaluation.accuracy",
