@@ -18,6 +18,7 @@ from tokencut.version import __version__ as __version__
 if TYPE_CHECKING:
     from tokencut.backbone import features_only
     from tokencut.evaluation.accuracy import EvaluationReport, evaluate
+    from tokencut.evaluation.comparison import ComparisonReport, compare
     from tokencut.evaluation.prediction import PredictionReport, predict
     from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tokencut.visualization.drawing import draw
 
 __all__ = [
+    "ComparisonReport",
     "CompressedModel",
     "EvaluationReport",
     "Observer",
@@ -45,6 +47,7 @@ __all__ = [
     "TokencutError",
     "TrainingRecipe",
     "TrainingSetup",
+    "compare",
     "compress",
     "draw",
     "evaluate",
@@ -60,6 +63,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ComparisonReport": "evaluation.comparison",
     "CompressedModel": "model",
     "EvaluationReport": "evaluation.accuracy",
     "Observer": "observers",
@@ -70,6 +74,7 @@ _HOME = {
     "Target": "search.targets",
     "TrainingRecipe": "training.recipe",
     "TrainingSetup": "training.setup",
+    "compare": "evaluation.comparison",
     "compress": "model",
     "draw": "visualization.drawing",
     "evaluate": "evaluation.accuracy",

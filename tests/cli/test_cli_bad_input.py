@@ -19,10 +19,10 @@ EVAL = ("eval", "{file}", "-j", "0")
 # (words, exit code, the line): {tmp} is an empty folder, {file} a tokencut file, {pictures} a folder of images.
 WRONG = [
     # What the parser finds.
-    (("profle",), 2, "unknown command 'profle', did you mean profile? commands are compress, profile, eval, predict, "
-                     "export, sweep, visualize, models, info; type tokencut --help"),
-    (("xyz",), 2, "unknown command 'xyz'; commands are compress, profile, eval, predict, export, sweep, visualize, "
-                  "models, info; type tokencut --help"),
+    (("profle",), 2, "unknown command 'profle', did you mean profile? commands are compress, profile, eval, compare, "
+                     "predict, export, sweep, visualize, models, info; type tokencut --help"),
+    (("xyz",), 2, "unknown command 'xyz'; commands are compress, profile, eval, compare, predict, export, sweep, "
+                  "visualize, models, info; type tokencut --help"),
     (("profile", "--kep", "1"), 2, "no such option --kep, did you mean --keep? type tokencut profile --help"),
     (("profile", "a", "b"), 2,
      re.compile(r"got unexpected extra argument(\(s\))? \(b\); type tokencut profile --help")),

@@ -83,6 +83,6 @@ CODES = sorted({(module, code) for module, text in messages() for code in re.fin
 def test_whatever_the_library_names_can_be_typed() -> None:
     assert len(CODES) > 80
     # A name that is filled in, a filter of warnings, and a word of the report's Markdown.
-    other = {r"torch\.jit\.script", "none"}
+    other = {r"torch\.jit\.script", "none beyond chance"}
     assert not [pair for pair in CODES if not re.match("x(=|$)", pair[1]) and pair[1] not in other
                 and as_typed(pair[1]) is None]  # fmt: skip

@@ -45,7 +45,7 @@ def test_a_spread_evaluation_counts_every_image_once(monkeypatch: pytest.MonkeyP
     merged = _merged(parts)
     assert (merged.images, merged.top1, merged.top5) == (31, whole.top1, whole.top5)
     assert merged.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert (merged.correct, merged.numbers) == (whole.correct, tuple(range(31)))
+    assert (merged.correct, merged.numbers, merged.predicted) == (whole.correct, tuple(range(31)), whole.predicted)
     with pytest.raises(DataError, match="2 images in 'digits' are too few for 3 processes"):
         evaluate_spread(_Dealt(0, 3, torch.device("cpu")), judged, Subset(source, [0, 1]), workers=0)
     monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [parts[0], value])
@@ -79,7 +79,7 @@ def test_one_per_cent_is_of_all_images_and_not_of_a_part(monkeypatch: pytest.Mon
 
     def evaluate(*args: object, of: int | None = None, **options: object) -> accuracy.EvaluationReport:
         asked.append(of)
-        return dataclasses.replace(report, unreadable=("a.png",), numbers=(), correct=())
+        return dataclasses.replace(report, unreadable=("a.png",), numbers=(), correct=(), predicted=())
 
     monkeypatch.setattr("tokencut.evaluation.distributed.evaluate", evaluate)
     monkeypatch.setattr(_Dealt, "all_gather", lambda self, value: [value])

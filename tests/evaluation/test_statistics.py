@@ -77,9 +77,10 @@ def test_one_image_tells_nothing() -> None:
     [
         (1.0, 0.25, "+1.00 ± 0.25"),
         (-1.0, 0.49, "-1.00 ± 0.49"),
-        (1.0, 0.5, "none (+1.00 ± 0.50)"),
-        (-0.0, 0.0, "none (+0.00 ± 0.00)"),
+        (1.0, 0.5, "none beyond chance (+1.00 ± 0.50)"),
+        (-0.0, 0.0, "none beyond chance (+0.00 ± 0.00)"),
         (0.01, 0.0, "+0.01 ± 0.00"),
+        (100.0, math.inf, "none beyond chance (+100.00 ± unknown)"),
     ],
 )
 def test_within_two_standard_errors_there_is_none(points: float, error: float, text: str) -> None:

@@ -27,10 +27,10 @@ MARKDOWN = """\
 | method | keep | GMACs | top-1 | against dense | images/s |
 | --- | --- | ---: | ---: | ---: | ---: |
 | dense | 1.0 | 4.599 | 75.00 |  | 1,000 |
-| bat | 0.5/0.7 | 2.000 | 50.00 | none (-25.00 ± 25.00) | 2,000 |
+| bat | 0.5/0.7 | 2.000 | 50.00 | none beyond chance (-25.00 ± 25.00) | 2,000 |
 | evit | 0.5/0.7 | 0.1000 | 25.00 | -50.00 ± 0.50 | 3,000 |
 
-Differences are in points of top-1, paired over the images, ± one standard error; `none`: within two of them.
+Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two.
 
 Images/s: batches of 64, the median of rounds in which all rows took turns.
 
@@ -38,7 +38,7 @@ Images/s: batches of 64, the median of rounds in which all rows took turns.
 
 | against | keep 0.5/0.7 |
 | --- | ---: |
-| evit | none (+25.00 ± 25.00) |
+| evit | none beyond chance (+25.00 ± 25.00) |
 
 Positive where bat is ahead.
 """
@@ -82,7 +82,7 @@ def test_a_bar_in_a_name_does_not_break_a_table(report: SweepReport) -> None:
 def test_without_speeds_nothing_is_said_of_them(report: SweepReport) -> None:
     page = markdown(without_speed(report))
     assert "images/s" not in page.lower()
-    assert "| bat | 0.5/0.7 | 2.000 | 50.00 | none (-25.00 ± 25.00) |" in page
+    assert "| bat | 0.5/0.7 | 2.000 | 50.00 | none beyond chance (-25.00 ± 25.00) |" in page
 
 
 def test_the_json_of_a_report(report: SweepReport) -> None:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokencut.cli import render
+from tokencut.cli.cmd_compare import compare
 from tokencut.cli.cmd_compress import compress
 from tokencut.cli.cmd_eval import evaluate
 from tokencut.cli.cmd_export import export_file
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress,
     "profile": profile,
     "eval": evaluate,
+    "compare": compare,
     "predict": predict,
     "export": export_file,
     "sweep": sweep,

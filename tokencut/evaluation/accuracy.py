@@ -42,6 +42,7 @@ class EvaluationReport:
         notes: What a user should know: how classes were matched, what was passed over.
         correct: For each judged image, in natural order, whether top-1 is right: for differences image by image.
         numbers: The number of each of these images in the source.
+        predicted: The class that the model takes each for, by its number in the model.
     """
 
     model: str
@@ -57,6 +58,7 @@ class EvaluationReport:
     notes: tuple[str, ...] = ()
     correct: tuple[bool, ...] = field(default=(), repr=False, compare=False)
     numbers: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    predicted: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, without the image-by-image results."""
@@ -197,6 +199,7 @@ class MetricAccumulator:
             notes=self.images.notes(self.unreadable, self.lying),
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
             numbers=tuple(self.indices),
+            predicted=tuple(best for best, *_ in self.ranked),
         )
 
 

@@ -67,10 +67,11 @@ def _merged(reports: Sequence[EvaluationReport]) -> EvaluationReport:
         # Counts are whole: what rounding did to a percentage does not add up.
         return 100 * sum(round(getattr(report, name) * report.images / 100) for report in reports) / images
 
-    right = {
-        number: hit for report in reports for number, hit in zip(report.numbers, report.correct, strict=True)
-    }  # fmt: skip
-    numbers = tuple(sorted(right))
+    judged = sorted(
+        of_image
+        for report in reports
+        for of_image in zip(report.numbers, report.correct, report.predicted, strict=True)
+    )
     seconds = max(report.seconds for report in reports)
     return dataclasses.replace(
         reports[0],
@@ -82,6 +83,7 @@ def _merged(reports: Sequence[EvaluationReport]) -> EvaluationReport:
         images_per_second=images / seconds,
         unreadable=tuple(name for report in reports for name in report.unreadable),
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
-        correct=tuple(right[number] for number in numbers),
-        numbers=numbers,
+        correct=tuple(right for _, right, _ in judged),
+        numbers=tuple(number for number, _, _ in judged),
+        predicted=tuple(label for _, _, label in judged),
     )

@@ -57,11 +57,12 @@ class Difference:
         return abs(self.points) > CLEAR * self.standard_error
 
     def __str__(self) -> str:
-        return f"{self.points + 0.0:+.2f} ± {self.standard_error:.2f}"
+        error = f"{self.standard_error:.2f}" if math.isfinite(self.standard_error) else "unknown"
+        return f"{self.points + 0.0:+.2f} ± {error}"
 
     def verdict(self) -> str:
-        """The difference in words: `none` where it may be chance."""
-        return str(self) if self.is_clear else f"none ({self})"
+        """The difference in words, which say so where it may be chance."""
+        return str(self) if self.is_clear else f"none beyond chance ({self})"
 
 
 def paired_difference(first: Correct, second: Correct) -> Difference:

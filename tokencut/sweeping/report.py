@@ -24,7 +24,9 @@ FILES = (CSV, JSON, TABLE, *(f"{stem}.{form}" for stem in (COST_PLOT, SPEED_PLOT
 PICTURE_LEGEND = (
     "Merged patches are outlined regions in their mean colour, tokens of one patch as they are, dropped dark."
 )
-LEGEND = "Differences are in points of top-1, paired over the images, ± one standard error; `none`: within two of them."
+LEGEND = (
+    "Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two."
+)
 
 
 @dataclass(frozen=True)
