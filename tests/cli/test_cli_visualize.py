@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(autouse=True)
 def _small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencut.visualization.grid.PANEL", 64)
+    monkeypatch.setattr("tokencut.visualization.drawing.PANEL", 64)
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_people_get_lines(run: Run, compressed: Path, photo: Path, tmp_path: Pat
     assert facts["wrote"].startswith(f"{tmp_path / 't.svg'} (")
     assert facts["reduction"] == "evit, keep 0.5, layers 2,4,5"
     assert facts["tokens"] == "16 -> 8 (block 2), 8 -> 4 (block 4), 4 -> 2 (block 5)"
-    assert (facts["images"], facts["how to read it"]) == ("1", "merged: outlined, in mean colour; one patch: as it is")
+    assert facts["images"] == "1"
+    assert facts["how to read it"].startswith("outlined: merged, one token, in its mean colour; ")
     assert [note.partition(" of ")[0] for note in done.notes] == ["--keep and --method replace the recipe"]
     assert (tmp_path / "t.svg").read_text().startswith("<?xml")
 
@@ -55,13 +56,10 @@ def test_people_get_lines(run: Run, compressed: Path, photo: Path, tmp_path: Pat
 def test_attention_and_what_is_dropped_are_explained(run: Run, photo: Path, tmp_path: Path) -> None:
     words = ("visualize", *TINY, photo, "--method", "topk", "-o", tmp_path / "t.png")
     done = run(*words)
-    assert done.out.splitlines()[-1].endswith("dropped: dark and hatched; one patch: as it is")
+    assert done.out.splitlines()[-1].endswith("plain: a token of one patch; dark: dropped")
     plain = (tmp_path / "t.png").read_bytes()
     done = run(*words, "--attention", "--force")
-    assert done.out.splitlines()[-1].endswith(
-        "dropped: dark and hatched; colour: class attention on the tokens that entered, spread over their patches, "
-        "from violet to yellow"
-    )
+    assert done.out.splitlines()[-1].endswith("dark: dropped; class attention on tokens that entered, least to most")
     assert (tmp_path / "t.png").read_bytes() != plain
 
 

@@ -15,7 +15,7 @@ from observing import Seen
 from tokencut.data.image_set import open_images
 from tokencut.model import compress
 from tokencut.sweeping.picture import SweepPicture, picture_of
-from tokencut.visualization import grid
+from tokencut.visualization import drawing, grid
 
 pytest.importorskip("matplotlib")
 
@@ -48,7 +48,7 @@ def drawn(model: Any, folder: Path, limit: int | None = None, **how: Any) -> Swe
 
 @pytest.fixture(autouse=True)
 def _small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "PANEL", 64)
+    monkeypatch.setattr(drawing, "PANEL", 64)
 
 
 def test_three_images_at_the_lowest_keep_with_the_methods_in_rows(model: Any, folder: Path) -> None:
@@ -85,8 +85,7 @@ def test_the_next_stands_in_for_one_that_cannot_be_read(model: Any, folder: Path
 
 def test_too_large_a_picture_is_left_out_with_a_note(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(grid, "TALLEST", 100)
     seen = Seen()
     assert drawn(model, folder, observer=seen) is None
-    assert seen.notes[0].startswith(
-        "the report has no picture of tokens: a picture of 3 images, each with 4 panels of "
-    )
+    assert seen.notes[0].startswith("the report has no picture of tokens: a picture of 6 rows of 3 panels, each ")

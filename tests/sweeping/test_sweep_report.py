@@ -49,8 +49,8 @@ PICTURE_SECTION = """
 
 ![tokens of each method](tokens.png)
 
-Images from top to bottom: `ant/1.jpg`, `bee/2.jpg`. Merged patches are outlined regions in their mean colour, tokens \
-of one patch as they are, dropped dark.
+Images: `ant/1.jpg`, `bee/2.jpg`. Merged patches are outlined regions in their mean colour, tokens of one patch as \
+they are, dropped dark; regions with one number are one token.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from PIL import Image
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.model import CompressedModel, compress
-from tokencut.visualization import grid
+from tokencut.visualization import drawing, grid
 from tokencut.visualization.drawing import Picture, check_output, draw
 from tokencut.visualization.plots import COLOURS
-from tokencut.visualization.regions import draw_tokens, enlarge
+from tokencut.visualization.regions import draw_tokens
 from tokencut.visualization.stage_views import trace_images
 
 pytest.importorskip("matplotlib")
@@ -27,14 +28,14 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(autouse=True)
 def _small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "PANEL", 128)
+    monkeypatch.setattr(drawing, "PANEL", 128)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[Path]:
-    """Two images of other sizes than any model takes."""
+    """Two images of fewer pixels than any model takes."""
     for number in (1, 2):
-        (tmp_path / f"{number}.jpg").write_bytes(encoded(picture(number, (90, 70))))
+        (tmp_path / f"{number}.jpg").write_bytes(encoded(picture(number, (60, 48))))
     return [tmp_path / "1.jpg", tmp_path / "2.jpg"]
 
 
@@ -47,7 +48,16 @@ def small(name: str = "test_vit", timm_args: dict[str, Any] | None = None, **cha
 
 
 def captions(found: Picture) -> list[str]:
-    return [label.text for label in found.labels]
+    return [label.text for label in found.labels if not label.left]
+
+
+def titles(found: Picture) -> list[str]:
+    return [label.text for label in found.labels if label.left and label.text not in found.legend]
+
+
+def panel(found: Picture, layout: grid.Layout, *place: int) -> np.ndarray:
+    top, left = layout.panel_at(*place)
+    return found.pixels[top : top + layout.height, left : left + layout.width]
 
 
 def test_a_picture_holds_the_image_and_each_stage(photos: list[Path]) -> None:
@@ -56,32 +66,79 @@ def test_a_picture_holds_the_image_and_each_stage(photos: list[Path]) -> None:
     assert captions(found) == [
         "image: 16 patches", "block 2: 16 → 8", "block 4: 8 → 4", "block 5: 4 → 2",
     ] * 2  # fmt: skip
+    assert titles(found) == ["1.jpg", "2.jpg"]
     assert [(view.image, view.model) for view in found.views] == [(str(photo), "") for photo in photos]
     assert [stage.tokens_out for stage in found.views[0].stages] == [8, 4, 2]
     prepared = preprocessing_of(model)
     pixels = torch.stack([torch.as_tensor(prepared.transform()(Image.open(path).convert("RGB"))) for path in photos])
     seen = trace_images(model, pixels, prepared, torch.device("cpu"), "fp32", 2, False)
-    layout = grid.Layout(2, 1, 3, 128, 128, named=False)
+    layout, scaled = grid.Layout(2, 1, 3, 128, 128), seen.grid.scaled(32)
     for image in range(2):
-        photo = pixels[image].permute(1, 2, 0).numpy()
-        top, left = layout.photo_at(image)
-        assert np.array_equal(found.pixels[top : top + 128, left : left + 128], enlarge(photo, 2))
+        # Of so small a photo the model's own pixels are drawn, each as a square.
+        photo = pixels[image].permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
+        assert np.array_equal(panel(found, layout, image, 0, 0), photo)
         for place, stage in enumerate(seen.stages):
-            top, left = layout.panel_at(image, 0, place)
-            expected = draw_tokens(photo, stage.source[image], seen.grid, 2)
-            assert np.array_equal(found.pixels[top : top + 128, left : left + 128], expected)
+            expected = draw_tokens(photo, stage.source[image], scaled)
+            assert np.array_equal(panel(found, layout, image, 0, place + 1), expected)
+
+
+def test_a_photo_is_drawn_with_its_own_detail_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "LARGEST_PANEL", 384)
+    model = small()
+    for side, drawn in ((160, 152), (1000, 384)):  # 95 % of the photo, as the model sees it: 152 px
+        photo = picture(1, (side + 40, side))
+        photo.save(path := tmp_path / f"{side}.png")
+        found = draw(model, path)
+        expected = preprocessing_of(model).at_size(drawn, drawn).transform()(photo)
+        expected = np.asarray(expected).transpose(1, 2, 0)
+        assert np.array_equal(panel(found, grid.Layout(1, 1, 3, drawn, drawn), 0, 0, 0), expected)
+
+
+def test_a_phones_photo_stands_upright(tmp_path: Path) -> None:
+    upright, exif = picture(1, (120, 160)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    upright.save(tmp_path / "upright.png")
+    upright.rotate(90, expand=True).save(tmp_path / "phone.png", exif=exif)
+    one, other = (draw(small(), tmp_path / name).pixels for name in ("upright.png", "phone.png"))
+    assert np.array_equal(one, other)
 
 
 def test_an_image_is_drawn_the_same_alone_or_among_others(photos: list[Path]) -> None:
     alone, among = draw(small(), photos[:1], attention=True), draw(small(), photos, attention=True)
-    assert np.array_equal(alone.pixels[: 16 + 128], among.pixels[: 16 + 128])
+    layouts = grid.Layout(1, 1, 3, 128, 128), grid.Layout(2, 1, 3, 128, 128)
+    for place in range(4):
+        assert np.array_equal(panel(alone, layouts[0], 0, 0, place), panel(among, layouts[1], 0, 0, place))
+
+
+def test_the_legend_tells_of_what_is_there_and_of_nothing_else(photos: list[Path]) -> None:
+    merged, parts = "outlined: merged, one token, in its mean colour", "same number: parts of one token"
+    alone, dropped = "plain: a token of one patch", "dark: dropped"
+    assert draw(small(keep=0.75, layers=(2,)), photos[:1]).legend[0] == merged
+    topk = draw(small(method="topk"), photos[:1])
+    assert topk.legend == (alone, dropped)
+    assert [label.text for label in topk.labels][-6:-4] != list(topk.legend)
+    together = draw({"a": small(method="topk"), "b": small()}, photos)
+    assert {merged, dropped} <= set(together.legend) <= {merged, parts, alone, dropped}
+    hot = draw(small(), photos[:1], attention=True)
+    assert hot.legend[0] == "outlined: merged, one token"
+    assert hot.legend[-1] == "class attention on tokens that entered, least to most"
+    assert draw(small(keep=1.0), photos[:1]).legend == ()
+
+
+def test_names_lose_the_folders_they_share() -> None:
+    assert drawing._short(["/a/b/1.jpg"]) == ["1.jpg"]
+    assert drawing._short(["/a/b/1.jpg", "/a/c/1.jpg"]) == ["b/1.jpg", "c/1.jpg"]
+    assert drawing._short(["val:ant/1.jpg", "val:ant/2.jpg"]) == ["1.jpg", "2.jpg"]
+    assert drawing._short(["x.png", "x.png", "x.png/y"]) == ["x.png", "x.png", "x.png/y"]
 
 
 def test_attention_colours_the_panels_and_not_the_image(photos: list[Path]) -> None:
     plain, hot = (draw(small(), photos[:1], attention=attention).pixels for attention in (False, True))
-    left = 16 + grid.WIDEST_CAPTION
-    assert np.array_equal(plain[:, :left], hot[:, :left])
-    assert not np.array_equal(plain[:, left:], hot[:, left:])
+    layout = grid.Layout(1, 1, 3, 128, 128)
+    first, second = (layout.panel_at(0, 0, place)[1] for place in (0, 1))
+    lines = layout.size[0]
+    assert np.array_equal(plain[:lines, first : first + 128], hot[:lines, first : first + 128])
+    assert not np.array_equal(plain[:lines, second:], hot[:lines, second:])
 
 
 def test_models_that_are_compared_stand_in_rows(photos: list[Path]) -> None:
@@ -90,9 +147,10 @@ def test_models_that_are_compared_stand_in_rows(photos: list[Path]) -> None:
     assert [(view.image, view.model) for view in found.views] == [
         (str(photo), name) for photo in photos for name in ("bat", "less")
     ]
-    assert [label.text for label in found.labels if label.upright] == ["bat", "less"] * 2
+    assert titles(found) == ["1.jpg", "bat", "less", "2.jpg", "bat", "less"]
+    assert titles(draw(models, photos[:1])) == ["1.jpg – bat", "1.jpg – less"]
     # Stages of one block stand below each other; "less" has none in 4 and 5, "bat" none in 6.
-    lefts = {label.text: label.x for label in found.labels}
+    lefts = {label.text: label.x for label in draw(models, photos[:1]).labels}
     assert lefts["block 2: 16 → 8"] == lefts["block 2: 16 → 12"]
     assert lefts["block 5: 4 → 2"] < lefts["block 6: 12 → 9"]
 
@@ -148,10 +206,13 @@ def test_the_pixels_of_a_png_are_those_of_the_picture(photos: list[Path], tmp_pa
     path = found.save(tmp_path / "tokens.PNG")
     written = np.asarray(Image.open(path).convert("RGB"))
     assert written.shape == found.pixels.shape
-    assert np.array_equal(written[:144], found.pixels[:144])
-    # The captions are in the lines below, in black.
-    assert (found.pixels[146:] == 255).all()
-    assert written[146:].min() < 60
+    layout = grid.Layout(1, 1, 3, 128, 128)
+    top, left = layout.panel_at(0, 0, 0)
+    assert np.array_equal(panel(replace(found, pixels=written), layout, 0, 0, 2), panel(found, layout, 0, 0, 2))
+    # Above and below stand the texts, in black.
+    for lines in (slice(0, top - 2), slice(top + 130, layout.size[0])):
+        assert (found.pixels[lines] == 255).all()
+        assert written[lines].min() < 60
 
 
 def test_a_file_is_replaced_only_when_told_to(photos: list[Path], tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ COMPARE_HELP = (
     "Instead of --method: methods in rows, joined by commas, or all. Settings stand behind colons, as in "
     "bat,bat:preset=paper."
 )
-MERGED, DROPPED, KEPT = "merged: outlined, in mean colour", "dropped: dark and hatched", "one patch: as it is"
-HEAT = "colour: class attention on the tokens that entered, spread over their patches, from violet to yellow"
 
 
 @with_groups
@@ -53,8 +51,8 @@ def visualize(
     """Draws what a model still sees: each image, then its tokens after each stage.
 
     Merged patches are outlined regions in their mean colour, tokens of one patch
-    stay as they are, dropped patches are dark. Several images stand one below
-    the other. Needs matplotlib.
+    stay as they are, dropped patches are dark; a legend tells. Photos keep their
+    own resolution and are turned upright. Needs matplotlib.
 
     Examples:
       tokencut visualize out.safetensors photo.jpg -o photo-tokens.png
@@ -85,9 +83,7 @@ def visualize(
     if as_json:
         render.write_json(_json(str(output), name, models, picture))
         return
-    legend = _legend(picture, attention=attention)
-    rows = [*_facts(str(output), name, models, picture), *([("how to read it", legend)] if legend else [])]
-    render.show(render.facts(rows))
+    render.show(render.facts(_facts(str(output), name, models, picture)))
     if not any(view.stages for view in picture.views):
         render.note("nothing is reduced, so there are only the images; type a lower rate, such as --keep 0.5")
 
@@ -160,13 +156,5 @@ def _facts(output: str, name: str, models: dict[str, CompressedModel], picture: 
     if len(models) == 1 and first:
         counts = (f"{stage.tokens_in} -> {stage.tokens_out} (block {stage.block})" for stage in first)
         rows.append(("tokens", ", ".join(counts)))
-    return [*rows, ("images", str(len(picture.views) // len(models)))]
-
-
-def _legend(picture: Picture, *, attention: bool) -> str:
-    stages = [stage for view in picture.views for stage in view.stages]
-    if not stages:
-        return ""
-    merged = any(stage.merged for stage in stages) and (MERGED.partition(",")[0] if attention else MERGED)
-    dropped = any(stage.dropped for stage in stages) and DROPPED
-    return "; ".join(text for text in (merged, dropped, HEAT if attention else KEPT) if text)
+    legend = [("how to read it", "; ".join(picture.legend))] if picture.legend else []
+    return [*rows, ("images", str(len(picture.views) // len(models))), *legend]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -52,6 +52,10 @@ class Preprocessing:
 
     config: dict[str, Any]
     mode: str
+
+    def at_size(self, height: int, width: int) -> Preprocessing:
+        """The same part of an image in another number of pixels."""
+        return replace(self, config={**self.config, "input_size": (self.config["input_size"][0], height, width)})
 
     def transform(self, is_training: bool = False, **augmentation: Any) -> Transform:
         """timm's transform from an image to a tensor of bytes `(C, H, W)`.

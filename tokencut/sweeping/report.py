@@ -22,7 +22,8 @@ COST_PLOT, SPEED_PLOT, PICTURE = "top1-gmacs", "top1-speed", "tokens"
 FILES = (CSV, JSON, TABLE, *(f"{stem}.{form}" for stem in (COST_PLOT, SPEED_PLOT, PICTURE) for form in FORMATS))
 
 PICTURE_LEGEND = (
-    "Merged patches are outlined regions in their mean colour, tokens of one patch as they are, dropped dark."
+    "Merged patches are outlined regions in their mean colour, tokens of one patch as they are, dropped dark; regions "
+    "with one number are one token."
 )
 LEGEND = (
     "Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two."
@@ -187,7 +188,7 @@ def markdown(report: SweepReport) -> str:
     if report.pictured:
         parts += [f"## What is left at keep {report.pictured_keep}", f"![tokens of each method]({PICTURE}.png)"]
         names = ", ".join(f"`{name}`" for name in report.pictured)
-        parts.append(f"Images from top to bottom: {names}. {PICTURE_LEGEND}")
+        parts.append(f"Images: {names}. {PICTURE_LEGEND}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tokencut.data.image_files import Photo, PhotoLike, find_photos, read_photos
@@ -19,13 +20,18 @@ from tokencut.files import check_writable
 from tokencut.model import CompressedModel, require_compressed
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
-from tokencut.visualization.grid import Canvas, Layout, Panel, Strip, fit
+from tokencut.visualization.grid import PANEL, Canvas, Layout, Panel, Strip, fit, swatch_side
+from tokencut.visualization.legend import legend_of
 from tokencut.visualization.plots import PICTURE_FORMATS, Label, heat_colours, save_picture
-from tokencut.visualization.regions import Grid, Pixels, draw_tokens, enlarge
+from tokencut.visualization.regions import Grid, Pixels, draw_tokens
 from tokencut.visualization.stage_views import DrawnModel, DrawnStage, StageView, trace_images
 
 # How strongly the lowest and the highest attention cover the photo, in percent.
 LEAST_OPACITY, MOST_OPACITY = 35, 85
+# The longer side of a panel in px: at best as many as the photo has, within these bounds and around `PANEL`.
+SMALLEST_PANEL, LARGEST_PANEL = 160, 896
+# Patches smaller than this would be all borders.
+SMALLEST_PATCH = 8
 
 Drawable = CompressedModel | Mapping[str, CompressedModel]
 
@@ -46,12 +52,14 @@ class Picture:
     Attributes:
         pixels: `(H, W, 3)`, without the texts.
         labels: The texts.
-        views: Its rows, from top to bottom.
+        views: Its rows, image by image.
+        legend: What its legend says.
     """
 
     pixels: Pixels
     labels: tuple[Label, ...]
     views: tuple[View, ...]
+    legend: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Writes the picture; the same picture gives the same bytes.
@@ -99,10 +107,11 @@ def draw(
     device: str | torch.device = "auto",
     precision: str = "fp32",
 ) -> Picture:
-    """Draws what models still see of images: the image as the model sees it, then a panel a stage.
+    """Draws what models still see of images: what of the image the model sees, then a panel a stage, and a legend.
 
     Merged patches are outlined regions in their mean colour, tokens of one patch stay as they are, dropped ones are
-    dark and hatched.
+    dark and hatched. Regions that are one token without touching have one number. Photos are turned upright, and drawn
+    with their own detail where that is more than a model takes.
 
     Args:
         models: A compressed model; or several that take the same images, by the names that their rows get.
@@ -114,7 +123,7 @@ def draw(
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
 
     Returns:
-        The picture, with one row an image and model.
+        The picture, with one row an image and model; where rows are many, several stand side by side.
 
     Raises:
         TokencutError: matplotlib is missing, an image cannot be read, the models take different images, or the
@@ -132,12 +141,12 @@ def draw(
     given = dict(models) if isinstance(models, Mapping) else {"": models}
     named = {name: require_compressed(model, "draw") for name, model in given.items()}
     target, prepared = resolve_device(device), _shared_preprocessing(named)
-    names, pixels = _pixels(images, prepared)
+    shown = _images(images, prepared)
     traced = {
-        name: trace_images(model, pixels, prepared, target, precision, batch_size, attention)
+        name: trace_images(model, shown.pixels, prepared, target, precision, batch_size, attention)
         for name, model in named.items()
     }
-    return _compose(names, pixels, traced)
+    return _compose(shown, traced)
 
 
 def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessing:
@@ -157,53 +166,125 @@ def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessin
     return found[first][0]
 
 
-def _pixels(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Preprocessing) -> tuple[list[str], Tensor]:
-    """The images' names, and their bytes `(B, C, H, W)`."""
+@dataclass(frozen=True)
+class _Images:
+    """Images as models take them, and as they are drawn.
+
+    Attributes:
+        names: What their rows are called.
+        pixels: Bytes `(B, C, H, W)`.
+        detail: How many pixels of each photo a pixel of `pixels` is across; 1 where there is no photo.
+        photos: Where they come from; empty where they are given as bytes.
+        prepared: The models' preprocessing.
+    """
+
+    names: Sequence[str]
+    pixels: Tensor
+    detail: Sequence[float]
+    photos: Sequence[Photo]
+    prepared: Preprocessing
+
+    def drawn(self, image: int, height: int, width: int) -> Pixels:
+        """What models see of an image in `(height, width, 3)`: with the photo's own detail, where it has more."""
+        if self.detail[image] <= 1:
+            small = Image.fromarray(_in_colour(self.pixels[image]))
+            return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
+        transform = self.prepared.at_size(height, width).transform()
+        [made] = read_photos([self.photos[image]], self.prepared.mode, lambda photo: _as_bytes(transform(photo)))
+        return _in_colour(made)
+
+
+def _images(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Preprocessing) -> _Images:
+    """The images, read once."""
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise UsageError(f"a tensor of images is of bytes (B, C, H, W), not {images.dtype} of {images.ndim} "
                              "dimensions; give the files' paths instead, or images.to(torch.uint8)")  # fmt: skip
-        names, pixels = list(map(str, range(len(images)))), images
+        photos, made = [], [(image, 1.0) for image in images]
+        names = list(map(str, range(len(images))))
     else:
         several = [images] if isinstance(images, (str, os.PathLike, Photo)) else images
         photos, transform = find_photos(several), prepared.transform()
         names = [photo.name for photo in photos]
-        made = read_photos(photos, prepared.mode, lambda image: torch.as_tensor(np.asarray(transform(image))))
-        pixels = torch.stack(made) if made else torch.empty(0)
-    if not len(pixels):
+        kept = prepared.config["crop_pct"] / min(prepared.config["input_size"][1:])
+        made = read_photos(
+            photos, prepared.mode, lambda photo: (_as_bytes(transform(photo)), min(photo.size) * kept)
+        )  # fmt: skip
+    if not made:
         raise UsageError("no image given to draw; name one, such as photo.jpg, or the word digits")
-    return names, pixels
+    pixels, detail = zip(*made, strict=True)
+    return _Images(names, torch.stack(pixels), detail, photos, prepared)
 
 
-def _compose(names: Sequence[str], pixels: Tensor, traced: Mapping[str, DrawnModel]) -> Picture:
-    grids = [one.grid for one in traced.values()]
-    height, width = grids[0].seen(_photo(pixels[0])).shape[:2]
-    # Stages of the same block stand below each other.
-    blocks = sorted({stage.block for one in traced.values() for stage in one.stages})
-    scale, layout = fit(
-        height, width, lambda tall, wide: Layout(len(names), len(traced), len(blocks), tall, wide, len(traced) > 1)
-    )
-    canvas, views = Canvas(layout), []
-    for image, name in enumerate(names):
-        photo = _photo(pixels[image])
-        strips = []
-        for model, one in traced.items():
-            drawn = {blocks.index(stage.block): _panel(photo, stage, image, one.grid, scale) for stage in one.stages}
-            strips.append(Strip(drawn, model))
-            views.append(View(name, model, tuple(stage.view(image) for stage in one.stages)))
-        shown = Panel(enlarge(grids[0].seen(photo), scale), f"image: {grids[0].patches} patches")
-        canvas.add(image, shown, strips)
-    return Picture(canvas.pixels, tuple(canvas.labels), tuple(views))
+def _as_bytes(image: Tensor | NDArray[np.uint8]) -> Tensor:
+    return torch.as_tensor(np.asarray(image))
 
 
-def _photo(pixels: Tensor) -> Pixels:
+def _in_colour(pixels: Tensor) -> Pixels:
     """The bytes `(C, H, W)` of an image in colour, `(H, W, 3)`."""
     return pixels.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
-def _panel(photo: Pixels, stage: DrawnStage, image: int, grid: Grid, scale: int) -> Panel:
+def _compose(images: _Images, traced: Mapping[str, DrawnModel]) -> Picture:
+    grid = next(iter(traced.values())).grid
+    # Stages of the same block stand below each other.
+    blocks = sorted({stage.block for one in traced.values() for stage in one.stages})
+    count, several = len(images.names), len(images.names) > 1 and len(traced) > 1
+    strips = len(traced) if several else 1
+    groups = count * len(traced) // strips
+    sizes = {_seen_size(images, grid, scaled): scaled for scaled in map(grid.scaled, _sides(grid, max(images.detail)))}
+    layout = fit(
+        list(sizes), groups, lambda tall, wide, across: Layout(groups, strips, len(blocks), tall, wide, across)
+    )
+    drawn_grid = sizes[layout.height, layout.width]
+    legend = legend_of(list(traced.values()), drawn_grid, swatch_side(layout))
+    canvas, views = Canvas(layout, legend), []
+    for image, (name, called) in enumerate(zip(images.names, _short(images.names), strict=True)):
+        photo = drawn_grid.seen(images.drawn(image, *_whole_size(images, grid, drawn_grid)))
+        shown = Panel(photo, f"image: {grid.patches} patches")
+        if several:
+            canvas.add_group(image, called)
+        for row, (model, one) in enumerate(traced.items()):
+            stages = {blocks.index(stage.block): _panel(photo, stage, image, drawn_grid) for stage in one.stages}
+            title = model if several else " \N{EN DASH} ".join(text for text in (called, model) if text)
+            at = (image, row) if several else (image * len(traced) + row, 0)
+            canvas.add(*at, Strip(shown, stages, title))
+            views.append(View(name, model, tuple(stage.view(image) for stage in one.stages)))
+    return Picture(canvas.pixels, tuple(canvas.labels), tuple(views), tuple(panel.caption for panel in legend))
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without the folders that they have in common."""
+    split = [name.replace(os.sep, "/").split("/") for name in names]
+    common = 0
+    while all(len(parts) > common + 1 for parts in split) and len({parts[common] for parts in split}) == 1:
+        common += 1
+    return ["/".join(parts[common:]) for parts in split]
+
+
+def _whole_size(images: _Images, grid: Grid, scaled: Grid) -> tuple[int, int]:
+    """Height and width in px of a whole image where its patches are as large as in another grid."""
+    height, width = images.pixels.shape[-2:]
+    return round(height * scaled.height / grid.height), round(width * scaled.width / grid.width)
+
+
+def _seen_size(images: _Images, grid: Grid, scaled: Grid) -> tuple[int, int]:
+    """The same of the part that lies in patches."""
+    height, width = _whole_size(images, grid, scaled)
+    return min(height, scaled.rows * scaled.height), min(width, scaled.columns * scaled.width)
+
+
+def _sides(grid: Grid, detail: float) -> Iterator[int]:
+    """The sides that patches may have in px, the best first: as large as the photo's own detail is worth."""
+    patches = max(grid.rows, grid.columns)
+    own = detail * patches * max(grid.height, grid.width)
+    best = max(SMALLEST_PATCH, int(min(max(own, PANEL), LARGEST_PANEL) / patches))
+    yield from range(best, max(SMALLEST_PATCH, min(best, SMALLEST_PANEL // patches)) - 1, -1)
+
+
+def _panel(photo: Pixels, stage: DrawnStage, image: int, grid: Grid) -> Panel:
     heat = None if stage.heat is None else _heat_map(stage.heat[image])
-    drawn = draw_tokens(grid.seen(photo), stage.source[image], grid, scale, heat)
+    drawn = draw_tokens(photo, stage.source[image], grid, heat)
     return Panel(drawn, f"block {stage.block}: {stage.tokens_in} \N{RIGHTWARDS ARROW} {stage.tokens_out}")
 
 
