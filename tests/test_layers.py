@@ -41,7 +41,7 @@ BANNED = [
     ("cost", {"torch", "timm", "numpy"}, set()),
     ("schedule", {"torch", "timm", "numpy"}, set()),
     ("", {"rich"}, {"tokencut.cli.render"}),
-    ("", {"matplotlib"}, {"tokencut.visualization.plots"}),
+    ("", {"matplotlib"}, {"tokencut.visualization.plots", "tokencut.visualization.saving"}),
     ("", {"tensorboard", "torch.utils.tensorboard"}, {"tokencut.training.tensorboard_log"}),
 ]
 

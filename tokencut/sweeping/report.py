@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tokencut.errors import ArtifactError
+from tokencut.evaluation.statistics import if_known
 from tokencut.files import atomic_write, check_writable_folder
 from tokencut.sweeping.picture import SweepPicture
 from tokencut.sweeping.rows import DENSE, Comparison, Row, keep_text
 from tokencut.sweeping.state import FILE as STATE
-from tokencut.visualization.plots import FORMATS, Series, accuracy_plot, save_figure
+from tokencut.visualization.plots import FORMATS, Point, Series, accuracy_plot, save_figure
 
 CSV, JSON, TABLE = "results.csv", "results.json", "table.md"
 COST_PLOT, SPEED_PLOT, PICTURE = "top1-gmacs", "top1-speed", "tokens"
@@ -26,7 +27,8 @@ PICTURE_LEGEND = (
     "with one number are one token."
 )
 LEGEND = (
-    "Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two."
+    "Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two. "
+    "Bars in plots are that error."
 )
 
 
@@ -140,9 +142,11 @@ def write_report(report: SweepReport, folder: Path, pictured: SweepPicture | Non
 
 
 def _plot(report: SweepReport, stem: Path, attribute: str, axis: str, *, less_is_better: bool) -> None:
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[Point]] = {}
     for row in report.rows:
-        points.setdefault(row.method, []).append((getattr(row, attribute), row.top1))
+        error = None if row.to_dense is None else if_known(row.to_dense.standard_error)
+        keep = "" if row.method == DENSE else keep_text(row.keep)
+        points.setdefault(row.method, []).append(Point(getattr(row, attribute), row.top1, keep, error))
     [dense] = points.pop(DENSE)
     series = [Series(label, tuple(of)) for label, of in points.items()]
     save_figure(accuracy_plot(series, dense, axis, less_is_better=less_is_better), stem)

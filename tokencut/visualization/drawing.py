@@ -22,8 +22,8 @@ from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import PANEL, Canvas, Layout, Panel, Strip, fit, swatch_side
 from tokencut.visualization.legend import legend_of
-from tokencut.visualization.plots import PICTURE_FORMATS, Label, heat_colours, save_picture
 from tokencut.visualization.regions import Grid, Pixels, draw_tokens
+from tokencut.visualization.saving import PICTURE_FORMATS, Label, heat_colours, save_picture
 from tokencut.visualization.stage_views import DrawnModel, DrawnStage, StageView, trace_images
 
 # How strongly the lowest and the highest attention cover the photo, in percent.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokencut.errors import UsageError
-from tokencut.visualization.plots import Label
 from tokencut.visualization.regions import Pixels
+from tokencut.visualization.saving import Label
 
 # Lengths are px of the picture, of which 300 make a printed inch. Letters grow with panels, since a larger picture is
 # seen from further away: 26 px beside panels of 448, which is 6 pt in print.

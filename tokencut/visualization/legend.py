@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from tokencut.visualization.grid import Panel
-from tokencut.visualization.plots import heat_colours
 from tokencut.visualization.regions import (
     SMALLEST_NUMBERED,
     Grid,
@@ -17,6 +16,7 @@ from tokencut.visualization.regions import (
     parts_of,
     patches_held,
 )
+from tokencut.visualization.saving import heat_colours
 from tokencut.visualization.stage_views import DrawnModel
 
 MERGED, MERGED_COLOUR = "outlined: merged, one token", "outlined: merged, one token, in its mean colour"

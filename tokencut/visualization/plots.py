@@ -1,25 +1,23 @@
-"""Figures for a paper, accuracy against cost and pictures of tokens: the only place that knows matplotlib, optional."""
+"""Figures for a paper: accuracy against cost or speed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tokencut.evaluation.statistics import pareto_front
 from tokencut.files import atomic_write
+from tokencut.visualization.saving import PNG_DPI, TIMELESS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-Point = tuple[float, float]
 
 # Okabe and Ito's colours, told apart by the colour-blind and in grey; their yellow, too pale for lines, darker; and two
 # dark ones for an eighth and ninth line.
@@ -28,10 +26,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 # A paper's column is 3.3 in wide and its page 6.9; this is legible in the page's width and, reduced, in a column.
 SIZE_IN = (5.6, 3.5)
-PNG_DPI = 300
 FORMATS = ("png", "pdf")
-# Pictures of tokens are sharp in each: pixels are stored as they are, and text as text where the format has any.
-PICTURE_FORMATS = ("png", "pdf", "svg")
+# Longer labels of methods stand below the axes, which they would leave no room beside; the longest in several lines.
+BESIDE, LONGEST = 20, 76
+# A line of the legend, a letter of it on average, and what stands before its text, in inches.
+LEGEND_LINE, LETTER, HANDLE = 0.18, 0.072, 0.55
+# Points nearer than this stand side by side, in points of 1/72 in: the size of a marker.
+MARKER = 6.0
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -42,61 +43,49 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#DDDDDD",
     "axes.axisbelow": True,
     "pdf.fonttype": 42,  # fonts are embedded whole: many venues refuse matplotlib's default, type 3
-}
-
-# matplotlib brings them along: one with letters of Europe and near it, and one with the same box for all of a script.
-OWN_FONT, NO_FONT = "DejaVu Sans", "Last Resort"
-
-PICTURE_STYLE: dict[Any, Any] = {
-    "font.family": OWN_FONT,
-    "text.usetex": False,
-    "savefig.bbox": "standard",  # a user's "tight" would change the number of pixels
-    "savefig.facecolor": "white",
-    "pdf.fonttype": 42,
-    "svg.fonttype": "path",  # a reader without the font sees the same letters
+    "svg.fonttype": "path",
     "svg.hashsalt": "tokencut",  # names within the file are else drawn by chance
 }
-# No moment of writing in a file.
-TIMELESS: dict[str, dict[Any, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model that was measured.
+
+    Attributes:
+        x: Its cost or speed.
+        top1: In percent.
+        keep: Its keep rate as text; empty where none is to be written beside it.
+        error: One standard error of `top1`, or of its difference to the dense model's; None where it is not known.
+    """
+
+    x: float
+    top1: float
+    keep: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method's points `(cost or speed, top-1)`, joined by a thin line in the order of cost."""
+    """One method's points, joined by a thin line in the order of cost."""
 
     label: str
     points: tuple[Point, ...]
 
 
-@dataclass(frozen=True)
-class Label:
-    """A text in a picture.
-
-    Attributes:
-        text: What it says.
-        x: Of its middle, in px from the left.
-        y: Of its middle, in px from the top.
-        size: Of its letters, in px.
-        room: Its largest width in px; a longer text is cut in its middle.
-        left: Whether `x` is where it begins.
-    """
-
-    text: str
-    x: float
-    y: float
-    size: float
-    room: float = float("inf")
-    left: bool = False
-
-
-def accuracy_plot(series: Sequence[Series], dense: Point, x_label: str, *, less_is_better: bool) -> Figure:
+def accuracy_plot(
+    series: Sequence[Series], dense: Point, x_label: str, *, less_is_better: bool, width: float = SIZE_IN[0]
+) -> Figure:
     """Draws top-1 against what it costs: a line a method, the dense model as a star, and the Pareto front.
+
+    Bars reach one standard error up and down. Points that would hide each other stand side by side.
 
     Args:
         series: The methods.
-        dense: The dense model's point.
+        dense: The dense model.
         x_label: What stands on the x axis, with its unit.
         less_is_better: Whether x is a cost rather than a speed.
+        width: Of the figure, in inches.
 
     Returns:
         matplotlib's figure; no window is opened and no global state of matplotlib changes.
@@ -105,34 +94,116 @@ def accuracy_plot(series: Sequence[Series], dense: Point, x_label: str, *, less_
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE_IN, layout="constrained")
+        labels = [_broken(line.label) for line in series]
+        below = any(len(line.label) > BESIDE for line in series) or width < SIZE_IN[0]
+        columns, rows = _legend_shape(labels, width)
+        figure = Figure(figsize=(width, SIZE_IN[1] + (rows * LEGEND_LINE if below else 0)), layout="constrained")
         axes = figure.add_subplot()
         front = pareto_front(
             [dense, *(point for line in series for point in line.points)],
-            cost=lambda point: point[0] if less_is_better else -point[0],
-            gain=lambda point: point[1],
+            cost=lambda point: point.x if less_is_better else -point.x,
+            gain=lambda point: point.top1,
         )
-        axes.plot(*dense, color="black", marker="*", markersize=11, linestyle="none", zorder=3, label="dense")
+        axes.plot(dense.x, dense.top1, color="black", marker="*", markersize=11, linestyle="none", zorder=4,
+                  label="dense")  # fmt: skip
         # Steps: at a budget between two models that were measured, the cheaper of them is the best there is.
         axes.plot(
-            *zip(*front, strict=True), color="#999999", linewidth=3, alpha=0.45, drawstyle="steps-post",
-            solid_joinstyle="miter", label="Pareto front",
+            [point.x for point in front], [point.top1 for point in front], color="#999999", linewidth=3, alpha=0.45,
+            drawstyle="steps-post", solid_joinstyle="miter", label="Pareto front",
         )  # fmt: skip
-        for line, colour, marker in zip(series, cycle(COLOURS), cycle(MARKERS)):
-            _draw_line(axes, line, colour, marker)
+        styles = list(zip(series, labels, cycle(COLOURS), cycle(MARKERS)))
+        for line, label, colour, marker in styles:
+            _draw_line(axes, line, label, colour, marker)
         axes.set_xlabel(x_label)
         axes.set_ylabel("top-1 accuracy (%)")
-        axes.margins(0.06)
-        figure.legend(loc="outside right upper", frameon=False)
+        axes.margins(0.08, 0.09)
+        place = {"loc": "outside lower center", "ncols": columns} if below else {"loc": "outside right upper"}
+        figure.legend(frameon=False, **place)
+        figure.draw_without_rendering()  # only now it is known which points lie near each other
+        offsets = _side_by_side(axes, [point for line in series for point in line.points])
+        for line, _, colour, marker in styles:
+            for point in line.points:
+                _draw_point(figure, axes, point, colour, marker, offsets.pop(0))
+        _write_keep_rates(axes, series)
     return figure
 
 
-def _draw_line(axes: Axes, line: Series, colour: str, marker: str) -> None:
-    xs, ys = zip(*sorted(line.points), strict=True)
+def _broken(label: str) -> str:
+    """A long label in several lines, broken where a setting begins."""
+    spaced = label.replace(":", ": ")
+    return "\n".join(line.replace(": ", ":") for line in textwrap.wrap(spaced, LONGEST)) or label
+
+
+def _legend_shape(labels: Sequence[str], width: float) -> tuple[int, int]:
+    """The columns of a legend below the axes, and how many lines of text it then has."""
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    columns = max(1, min(len(labels) + 2, int(width / (HANDLE + LETTER * max(longest, len("Pareto front"))))))
+    lines = 2 + sum(1 + label.count("\n") for label in labels)
+    return columns, -(-lines // columns) + 1
+
+
+def _draw_line(axes: Axes, line: Series, label: str, colour: str, marker: str) -> None:
+    """Draws the line without its markers, which the legend shows all the same, and makes room for its bars."""
+    points = sorted(line.points, key=lambda point: (point.x, point.top1))
     axes.plot(
-        xs, ys, color=colour, marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.4, linewidth=1.1,
-        label=line.label,
+        [point.x for point in points], [point.top1 for point in points], color=colour, marker=marker, markevery=[],
+        markersize=MARKER, markeredgecolor="white", markeredgewidth=0.4, linewidth=1.1, label=label,
     )  # fmt: skip
+    bars = [(point.x, point.top1 + sign * (point.error or 0)) for point in points for sign in (-1, 1)]
+    axes.update_datalim(bars)
+    axes.autoscale_view()
+
+
+def _draw_point(figure: Figure, axes: Axes, point: Point, colour: str, marker: str, offset: float) -> None:
+    """Draws a marker and its bar, `offset` points of 1/72 in beside its place."""
+    from matplotlib.transforms import offset_copy
+
+    place = offset_copy(axes.transData, figure, x=offset, units="points")
+    if point.error:
+        ends = [point.top1 - point.error, point.top1 + point.error]
+        axes.plot([point.x] * 2, ends, color=colour, linewidth=0.9, marker="_", markersize=4, transform=place,
+                  zorder=2.5, scalex=False, scaley=False, clip_on=False)  # fmt: skip
+    axes.plot(
+        point.x, point.top1, color=colour, marker=marker, markersize=MARKER, markeredgecolor="white",
+        markeredgewidth=0.4, linestyle="none", transform=place, zorder=3, scalex=False, scaley=False,
+        clip_on=False,
+    )  # fmt: skip
+
+
+def _side_by_side(axes: Axes, points: Sequence[Point]) -> list[float]:
+    """How far each point moves to the side that none hides another, in points of 1/72 in; most do not move."""
+    if not points:
+        return []
+    places = axes.transData.transform([(point.x, point.top1) for point in points]) * 72 / axes.figure.dpi
+    offsets, left = [0.0] * len(points), list(range(len(points)))
+    while left:
+        near = np.abs(places[left] - places[left[0]]).max(1) < 0.6 * MARKER
+        group = [number for number, close in zip(left, near, strict=True) if close]
+        for position, number in enumerate(group):
+            offsets[number] = (position - (len(group) - 1) / 2) * MARKER
+        left = [number for number in left if number not in group]
+    return offsets
+
+
+def _write_keep_rates(axes: Axes, series: Sequence[Series]) -> None:
+    """Writes each keep rate once, above its points, where no other stands among them; else beside each point."""
+    from matplotlib.patheffects import withStroke
+
+    groups: dict[str, list[Point]] = {}
+    for point in (point for line in series for point in line.points if point.keep):
+        groups.setdefault(point.keep, []).append(point)
+    spans = sorted((min(point.x for point in group), max(point.x for point in group)) for group in groups.values())
+    how: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "zorder": 5, "annotation_clip": False,
+                           "path_effects": [withStroke(linewidth=1.5, foreground="white")]}  # fmt: skip
+    if all(one[1] < other[0] for one, other in pairwise(spans)):
+        for keep, group in groups.items():
+            highest = max(group, key=lambda point: point.top1 + (point.error or 0))
+            top = highest.top1 + (highest.error or 0)
+            axes.annotate(keep, (highest.x, top), (0, 5), ha="center", va="bottom", color="#444444", **how)
+        return
+    for line, colour in zip(series, cycle(COLOURS)):
+        for point in line.points:
+            axes.annotate(point.keep, (point.x, point.top1), (5, 0), ha="left", va="center", color=colour, **how)
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
@@ -151,99 +222,3 @@ def save_figure(figure: Figure, stem: Path) -> None:
         path = stem.with_name(f"{stem.name}.{form}")
         with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
             figure.savefig(temporary, format=form, dpi=PNG_DPI, metadata=TIMELESS.get(form))
-
-
-def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Colours for a heat map, by viridis: even steps to every eye, the colour-blind's too.
-
-    Args:
-        values: From 0 to 1, `(N,)`.
-
-    Returns:
-        `(N, 3)`.
-    """
-    import matplotlib
-
-    colours: NDArray[np.uint8] = matplotlib.colormaps["viridis"](values, bytes=True)[:, :3]
-    return colours
-
-
-def save_picture(pixels: NDArray[np.uint8], labels: Iterable[Label], path: Path, form: str) -> None:
-    """Writes pixels with texts over them; the same picture gives the same bytes.
-
-    Args:
-        pixels: `(H, W, 3)`; each is one pixel of a PNG, at 300 a printed inch.
-        labels: The texts.
-        path: The file, which is replaced all at once.
-        form: One of `PICTURE_FORMATS`.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    height, width = pixels.shape[:2]
-    labels = list(labels)
-    with matplotlib.rc_context(PICTURE_STYLE):
-        fonts = _Fonts("".join(label.text for label in labels))
-        figure = Figure(figsize=(width / PNG_DPI, height / PNG_DPI), dpi=PNG_DPI)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.imshow(pixels, interpolation="none", extent=(0, width, height, 0), aspect="auto")
-        for label in labels:
-            shown = axes.text(
-                label.x, label.y, fonts.printable(label.text), fontsize=label.size * 72 / PNG_DPI,
-                fontfamily=fonts.families, ha="left" if label.left else "center", va="center", parse_math=False,
-            )  # fmt: skip
-            _cut(shown, label.room)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=form, dpi=PNG_DPI, metadata=TIMELESS.get(form))
-
-
-def _cut(shown: Text, room: float) -> None:
-    """Leaves out the middle of a text until it is no wider than `room` px: what tells names apart is at their ends."""
-    whole = shown.get_text()
-    left = len(whole)
-    while (width := shown.get_window_extent().width) > room and left > 1:
-        left = min(left - 1, int(left * room / width))
-        shown.set_text(f"{whole[: left // 2]}\N{HORIZONTAL ELLIPSIS}{whole[len(whole) - (left - left // 2) :]}")
-
-
-class _Fonts:
-    """The fonts for a text: matplotlib's own, and of those installed the ones that have most of what it lacks."""
-
-    def __init__(self, text: str) -> None:
-        from matplotlib.font_manager import findfont, fontManager
-
-        self.families = [OWN_FONT]
-        self._missing = {ord(letter) for letter in text} - _letters(findfont(OWN_FONT))
-        if not self._missing:
-            return
-        installed = {
-            entry.name: entry.fname
-            for entry in sorted(fontManager.ttflist, key=lambda entry: entry.fname)
-            if not entry.name.startswith(NO_FONT)
-        }
-        able = {name: _letters(path) & self._missing for name, path in sorted(installed.items())}
-        while any(able.values()):
-            best = max(able, key=lambda name: len(able[name]))
-            self.families.append(best)
-            self._missing -= able[best]
-            able = {name: letters & self._missing for name, letters in able.items()}
-
-    def printable(self, text: str) -> str:
-        """The text with an escape for every letter that no font has: names stay different."""
-        return "".join(
-            letter.encode("unicode_escape").decode() if ord(letter) in self._missing else letter for letter in text
-        )
-
-
-def _letters(path: str) -> set[int]:
-    """The code points that a font has; none where it was removed since matplotlib made its list, or is damaged."""
-    from matplotlib.font_manager import get_font
-
-    try:
-        return set(get_font(path).get_charmap())
-    except (OSError, RuntimeError, ValueError):
-        return set()

@@ -15,7 +15,7 @@ from reference import verdicts
 from reference.verdicts import Book, Verdict
 from reference.worklist import DENSE, OURS, PAPER, PARTS, TUNED_KEEPS, Job, Search, Sweep, Task
 from tokencut.files import atomic_write
-from tokencut.visualization.plots import Series, accuracy_plot
+from tokencut.visualization.plots import Point, Series, accuracy_plot
 
 TITLE = "# The paper's claims, measured on a stand-in"
 INTRO = """\
@@ -263,13 +263,13 @@ def write(data: dict[str, Any], jobs: Sequence[Job], folder: Path) -> str:
         rows, keeps = made.book.sweep(f"{label} methods")
         if not keeps:
             continue
-        dense, points = rows[DENSE, 1.0], dict[str, list[tuple[float, float]]]()
-        for (method, _), row in rows.items():
-            points.setdefault(method, []).append((row["gmacs"], row["top1"]))
+        dense, points = rows[DENSE, 1.0], dict[str, list[Point]]()
+        for (method, keep), row in rows.items():
+            name = "/".join(map(str, keep)) if isinstance(keep, tuple) else str(keep)
+            points.setdefault(method, []).append(Point(row["gmacs"], row["top1"], name))
         series = [Series(method, tuple(found)) for method, found in points.items() if method != DENSE]
-        figure = accuracy_plot(
-            series, (dense["gmacs"], dense["top1"]), "multiply-adds per image (G)", less_is_better=True
-        )
+        start = Point(dense["gmacs"], dense["top1"])
+        figure = accuracy_plot(series, start, "multiply-adds per image (G)", less_is_better=True)
         plots[label] = f"{label}-off-the-shelf.png"
         with atomic_write(folder / plots[label]) as temporary:
             figure.savefig(temporary, format="png", dpi=160)
