@@ -10,8 +10,8 @@ import pytest
 import tokencut
 
 EXPLAINED = [
-    "CompressedModel", "compress", "draw", "evaluate", "export_model", "features_only", "find_schedule", "finetune",
-    "load", "profile", "save", "sweep",
+    "CompressedModel", "capture", "compress", "draw", "evaluate", "export_model", "features_only", "find_schedule",
+    "finetune", "load", "profile", "save", "sweep",
 ]  # fmt: skip
 NEEDS = {"draw": "matplotlib", "sweep": "matplotlib"}
 

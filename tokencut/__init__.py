@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokencut.model import CompressedModel, compress
     from tokencut.models.artifact import load, save
     from tokencut.profiling.measuring import ProfileReport, profile
+    from tokencut.runtime.capturing import capture
     from tokencut.search.report import SearchSettings
     from tokencut.search.run import find_schedule
     from tokencut.search.targets import Target
@@ -42,6 +43,7 @@ __all__ = [
     "TokencutError",
     "TrainingRecipe",
     "TrainingSetup",
+    "capture",
     "compress",
     "draw",
     "evaluate",
@@ -64,6 +66,7 @@ _HOME = {
     "Target": "search.targets",
     "TrainingRecipe": "training.recipe",
     "TrainingSetup": "training.setup",
+    "capture": "runtime.capturing",
     "compress": "model",
     "draw": "visualization.drawing",
     "evaluate": "evaluation.accuracy",
