@@ -10,8 +10,8 @@ import pytest
 import tokencut
 
 EXPLAINED = [
-    "CompressedModel", "compare", "compress", "draw", "evaluate", "export_model", "features_only", "find_schedule",
-    "finetune", "load", "predict", "profile", "save", "sweep",
+    "CompressedModel", "capture", "compare", "compress", "draw", "evaluate", "export_model", "features_only",
+    "find_schedule", "finetune", "load", "predict", "profile", "save", "sweep",
 ]  # fmt: skip
 NEEDS = {"draw": "matplotlib", "sweep": "matplotlib"}
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokencut.models.artifact import load, save
     from tokencut.observers import Observer
     from tokencut.profiling.measuring import ProfileReport, profile
+    from tokencut.runtime.capturing import capture
     from tokencut.search.report import SearchSettings
     from tokencut.search.run import find_schedule
     from tokencut.search.targets import Target
@@ -47,6 +48,7 @@ __all__ = [
     "TokencutError",
     "TrainingRecipe",
     "TrainingSetup",
+    "capture",
     "compare",
     "compress",
     "draw",
@@ -74,6 +76,7 @@ _HOME = {
     "Target": "search.targets",
     "TrainingRecipe": "training.recipe",
     "TrainingSetup": "training.setup",
+    "capture": "runtime.capturing",
     "compare": "evaluation.comparison",
     "compress": "model",
     "draw": "visualization.drawing",
