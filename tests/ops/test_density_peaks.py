@@ -15,6 +15,7 @@ from tokencut.ops.density_peaks import (
     nearest_centre,
     peak_scores,
     squared_distances,
+    window_pairs,
     windows,
 )
 
@@ -132,13 +133,16 @@ def test_a_centre_joins_itself_and_equal_distances_go_to_the_earlier_centre() ->
         (2868, 1434, 1024, 3),
         (1026, 500, 1024, 2),
         (1031, 500, 1024, 1),  # a prime
-        (2062, 1031, 512, 2),  # twice a prime: two larger ones are better than one
+        (1366, 683, 512, 2),  # twice a prime: two larger ones
+        (2062, 1031, 512, 5),  # likewise, but they would be more than twice as large: the last is smaller
+        (1369, 684, 128, 11),  # the patches of 518 px
+        (1369, 68, 128, 2),  # likewise, with few clusters
         (196, 64, 98, 2),
         (196, 63, 98, 1),  # too few clusters for each
         (4096, 740, 128, 16),  # room for 23 windows, which do not divide
     ],
 )
-def test_windows_are_equal_and_leave_clusters_to_each(count: int, clusters: int, window: int, parts: int) -> None:
+def test_windows_are_about_equal_and_leave_clusters_to_each(count: int, clusters: int, window: int, parts: int) -> None:
     assert windows(count, clusters, window) == parts
 
 
@@ -150,8 +154,20 @@ def test_tokens_are_clustered_within_their_window() -> None:
     assert density_clusters(points, 3, PeakRule(2)).tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
 
 
+def test_the_last_window_may_be_smaller_than_the_others() -> None:
+    points, rule = torch.randn(2, 13, 4, generator=torch.Generator().manual_seed(0)), PeakRule(3, 0.5, 0.5)
+    sizes = torch.randint(1, 5, (2, 13), generator=torch.Generator().manual_seed(1)).float()
+    found = density_clusters(points, 3, rule, sizes, parts=3)
+    # With one centre a window, each window is a cluster: 5, 5 and 3 tokens.
+    assert found.tolist() == [[0] * 5 + [1] * 5 + [2] * 3] * 2
+    found = density_clusters(points, 13, rule, sizes, parts=3)
+    assert found.tolist() == [list(range(13))] * 2
+    assert window_pairs(13, 3) == 25 + 25 + 9
+    assert window_pairs(12, 3) == 3 * 16
+
+
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 5])
 def test_an_image_with_features_that_are_no_numbers_leaves_the_others_alone(odd: float, parts: int) -> None:
     points = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
     sound = density_clusters(points, 6, PeakRule(3), parts=parts)

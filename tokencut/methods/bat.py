@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
-from tokencut.ops.density_peaks import PeakRule, density_average, density_clusters, windows
+from tokencut.ops.density_peaks import PeakRule, density_average, density_clusters, window_pairs, windows
 from tokencut.ops.grouping import Decision, Selection, ordered_average
 from tokencut.ops.matching import match_pairs
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
@@ -114,9 +114,8 @@ class Bat(Method):
         clustered = shape.tokens - split.attentive if split.clusters else 0
         sides = (split.attentive // 2) * (split.attentive - split.attentive // 2) if split.pairs else 0
         parts = windows(clustered, split.clusters, self.window) if clustered else 1
-        return clustered**2 // parts * shape.feature_width(self.features) + sides * shape.feature_width(
-            self.match_features
-        )
+        pairs = window_pairs(clustered, parts) if clustered else 0
+        return pairs * shape.feature_width(self.features) + sides * shape.feature_width(self.match_features)
 
     def reads_attention(self) -> bool:
         return self.clusters < 1 or self.inattentive == "drop" or self.weights in ("attention", "product")

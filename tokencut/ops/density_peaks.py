@@ -12,7 +12,7 @@ from tokencut.ops.grouping import Grouping, ordered_average
 from tokencut.ops.ranking import ranking
 
 # Numbers of nearest that the GPU kernel can count.
-KERNEL_NEIGHBOURS = (3, 4)
+KERNEL_NEIGHBOURS = (3, 4, 5)
 # Clusters that each window gets on average, at least: with 20 accuracy suffers, see examples/benchmarks/defaults.md.
 WINDOW_CLUSTERS = 32
 # What counts as no distance, as a share of a point's squared length: below it fp32 has lost the digits, and copies of
@@ -147,10 +147,10 @@ def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:
 
 
 def windows(count: int, clusters: int, window: int) -> int:
-    """Into how many windows of equal size the tokens of an image are split.
+    """Into how many windows the tokens of an image are split, of `ceil(N / windows)` tokens, or fewer in the last.
 
     As many as hold `window` tokens or a little fewer; fewer and larger ones where each would get less than
-    `WINDOW_CLUSTERS` clusters, or where the number of tokens divides by nothing near (a prime by nothing at all). So a
+    `WINDOW_CLUSTERS` clusters. They are of equal size where the number of tokens divides by something near, so a
     slightly lower keep rate can cost slightly more, where it takes windows away.
 
     Args:
@@ -159,12 +159,25 @@ def windows(count: int, clusters: int, window: int) -> int:
         window: The tokens wanted in a window.
 
     Returns:
-        A divisor of `N`, at least 1.
+        At least 1.
     """
-    fewest = -(-count // window)
-    most = min(2 * fewest, clusters // WINDOW_CLUSTERS)
-    dividing = [number for number in range(1, most + 1) if count % number == 0] or [1]
-    return next((number for number in dividing if number >= fewest), dividing[-1])
+    fewest, most = -(-count // window), max(1, clusters // WINDOW_CLUSTERS)
+    dividing = [number for number in range(1, min(2 * fewest, most) + 1) if count % number == 0]
+    equal = next((number for number in dividing if number >= fewest), dividing[-1])
+    # The 37 x 37 patches of 518 px divide by nothing near: compared all with all, they cost what reducing them saves.
+    return equal if count // equal <= 2 * window else min(fewest, most)
+
+
+def window_pairs(count: int, parts: int) -> int:
+    """How many pairs of tokens are compared in windows, ordered ones and each token with itself counted."""
+    return sum(number * size**2 for _, number, size in _windows(count, parts))
+
+
+def _windows(count: int, parts: int) -> list[tuple[int, int, int]]:
+    """The windows of an image, those of a size together: where they begin, how many there are, and their size."""
+    size = -(-count // parts)
+    full, rest = divmod(count, size)
+    return [(0, full, size)] + ([(full * size, 1, rest)] if rest else [])
 
 
 def density_clusters(
@@ -177,8 +190,9 @@ def density_clusters(
         clusters: `C`, at most `n`.
         rule: Which points are centres.
         sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
-        parts: Windows of consecutive points, a divisor of `n`, at most `C`: points are compared within theirs only, so
-            that time and memory grow with `n^2 / parts`. Centres are the best of the image, one a window at least.
+        parts: Windows of `ceil(n / parts)` consecutive points, at most `C`; the last may hold fewer. Points are compared
+            within theirs only, so that time and memory grow with `n^2 / parts`. Centres are the best of the image, one
+            a window at least.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
@@ -188,15 +202,40 @@ def density_clusters(
         from tokencut.ops.kernels import clusters as kernel
 
         return kernel.density_clusters(points, clusters, sizes, parts, *_kernel_rule(rule))
-    batch, count, width = points.shape
-    log_mass = None if sizes is None else rule.mass * sizes.log().unflatten(1, (parts, -1)).flatten(0, 1)
-    distances, lengths = _distances_and_lengths(points.unflatten(1, (parts, -1)).flatten(0, 1), rule.cosine)
-    scores = peak_scores(distances, lengths, width, rule, log_mass)
-    centres = ranking(scores.view(batch, count))[:, :clusters]
+    count, width = points.shape[1:]
+    log_mass = None if sizes is None else rule.mass * sizes.log()
+    split = _windows(count, parts)
+    apart, scores = [], []
+    for windows_of_a_size in split:
+        within = _in_windows(points, windows_of_a_size)
+        mass = None if log_mass is None else _in_windows(log_mass, windows_of_a_size)
+        distances, lengths = _distances_and_lengths(within, rule.cosine)
+        apart.append(distances)
+        scores.append(_per_image(peak_scores(distances, lengths, width, rule, mass), windows_of_a_size))
+    centres = ranking(_joined_up(scores))[:, :clusters]
     is_centre = torch.zeros_like(centres[:, :1]).expand(-1, count).scatter(1, centres, 1)
-    joined = _joined(distances, is_centre.view(batch * parts, -1)).view(batch, parts, -1)
-    joined = joined + torch.arange(0, count, count // parts, device=joined.device).unsqueeze(1)
-    return (is_centre.cumsum(1) - 1).gather(1, joined.view(batch, count))
+    joined = []
+    for windows_of_a_size, distances in zip(split, apart, strict=True):
+        start, number, size = windows_of_a_size
+        nearest = _joined(distances, _in_windows(is_centre, windows_of_a_size)).unflatten(0, (-1, number))
+        first = torch.arange(start, start + number * size, size, device=nearest.device).unsqueeze(1)
+        joined.append((nearest + first).flatten(1))
+    return (is_centre.cumsum(1) - 1).gather(1, _joined_up(joined))
+
+
+def _in_windows(values: Tensor, windows_of_a_size: tuple[int, int, int]) -> Tensor:
+    """What belongs to some windows, `(B, n, ...)` to `(B * windows, tokens of a window, ...)`."""
+    start, number, size = windows_of_a_size
+    return values[:, start : start + number * size].unflatten(1, (number, size)).flatten(0, 1)
+
+
+def _per_image(values: Tensor, windows_of_a_size: tuple[int, int, int]) -> Tensor:
+    """The way back, `(B * windows, tokens of a window)` to `(B, n)`."""
+    return values.unflatten(0, (-1, windows_of_a_size[1])).flatten(1)
+
+
+def _joined_up(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(values, 1)
 
 
 def density_average(
@@ -240,5 +279,5 @@ def _kernel_rule(rule: PeakRule) -> tuple[int, float, float, bool]:
 def _has_kernel(points: Tensor, rule: PeakRule, parts: int) -> bool:
     """Whether a GPU kernel clusters such points; in fp32, without tensor cores, it is no faster."""
     half = points.dtype in (torch.float16, torch.bfloat16)
-    known = rule.neighbours in KERNEL_NEIGHBOURS and rule.neighbours <= points.shape[1] // parts
+    known = rule.neighbours in KERNEL_NEIGHBOURS and rule.neighbours <= _windows(points.shape[1], parts)[-1][2]
     return half and known and kernels.usable(points)

@@ -24,6 +24,7 @@ SHARED_BY_TWO = {"maxnreg": 128} if torch.version.hip is None else {}
 OWN, OTHERS = 256, 4  # tokens that a program owns, and those it compares them with at once
 LANES = 2  # threads for each token owned
 WHOLE = 512  # up to so many tokens one program does all of an image; beyond, one launch a phase fills the GPU better
+OWN_OF_MANY = 64  # tokens owned then: one image spreads over more programs
 
 
 @triton.jit
@@ -36,17 +37,20 @@ def _cosine_distances(products, row_lengths, column_lengths):
 
 
 @triton.jit
-def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_stride, mass, balance,
+def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_stride, mass, balance,
            WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
            SIZED: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
     """The squared distances of a window that fits into one tile, and how much each of its points is a centre.
 
     On the diagonal of the distances, where none is looked for, stand the squared lengths of the points.
     """
-    window = tl.program_id(0).to(tl.int64)
+    image, begin = tl.program_id(1).to(tl.int64), tl.program_id(0) * window
+    count = tl.minimum(window, tokens - begin)
     rows = tl.arange(0, TILE)
-    points += window // parts * batch_stride + window % parts * count * row_stride
-    distances += window * count * count
+    points += image * batch_stride + begin * row_stride
+    distances += (image * tokens + begin) * window
+    sizes += image * tokens + begin
+    scores += image * tokens + begin
     products = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, WIDTH, CHUNK):
         features = start + tl.arange(0, CHUNK)
@@ -61,7 +65,7 @@ def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_str
     else:
         squared = tl.maximum(lengths[:, None] + tl.sum(norms, 0)[None, :] - 2.0 * products, 0.0)
     inside = (rows[:, None] < count) & (rows[None, :] < count)
-    tl.store(distances + rows[:, None] * count + rows[None, :], tl.where(itself, norms, squared), mask=inside)
+    tl.store(distances + rows[:, None] * window + rows[None, :], tl.where(itself, norms, squared), mask=inside)
     squared = tl.where(inside & (rows[:, None] != rows[None, :]), squared, float("inf"))
     # The nearest, then the nearest of those farther off, each as often as it occurs: no other array in registers.
     total = tl.zeros((TILE,), tl.float32)
@@ -74,26 +78,27 @@ def _peaks(points, sizes, distances, scores, count, parts, batch_stride, row_str
         left -= taken
     density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
     if SIZED:
-        density += mass * tl.log(tl.load(sizes + window * count + rows, mask=rows < count, other=1.0))
+        density += mass * tl.log(tl.load(sizes + rows, mask=rows < count, other=1.0))
     earlier = (density[None, :] == density[:, None]) & (rows[None, :] < rows[:, None])
     denser = (density[None, :] > density[:, None]) | earlier
     apart = tl.min(tl.where(denser, squared, float("inf")), 1)
     score = tl.where(apart == float("inf"), float("inf"), density + 0.5 * tl.log(apart))
-    tl.store(scores + window * count + rows, score, mask=rows < count)
+    tl.store(scores + rows, score, mask=rows < count)
 
 
 @triton.jit
-def _distances(points, distances, count, parts, batch_stride, row_stride,
+def _distances(points, distances, tokens, window, parts, batch_stride, row_stride,
                WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
     """One tile of the squared distances of a window, and its mirror image; on the diagonal the squared lengths."""
-    window = tl.program_id(2).to(tl.int64)
+    image, begin = (tl.program_id(2) // parts).to(tl.int64), tl.program_id(2) % parts * window
+    count = tl.minimum(window, tokens - begin)
     row, column = tl.program_id(1), tl.program_id(0)
     if row > column:
         return
     rows = row * TILE + tl.arange(0, TILE)
     columns = column * TILE + tl.arange(0, TILE)
-    points += window // parts * batch_stride + window % parts * count * row_stride
-    distances += window * count * count
+    points += image * batch_stride + begin * row_stride
+    distances += (image * tokens + begin) * window
     products = tl.zeros((TILE, TILE), tl.float32)
     row_norms = tl.zeros((TILE,), tl.float32)
     column_norms = tl.zeros((TILE,), tl.float32)
@@ -111,10 +116,10 @@ def _distances(points, distances, count, parts, batch_stride, row_stride,
     else:
         squared = tl.maximum(row_norms[:, None] + column_norms[None, :] - 2.0 * products, 0.0)
     squared = tl.where(rows[:, None] == columns[None, :], row_norms[:, None], squared)
-    tl.store(distances + rows[:, None] * count + columns[None, :], squared,
+    tl.store(distances + rows[:, None] * window + columns[None, :], squared,
              mask=(rows[:, None] < count) & (columns[None, :] < count))  # fmt: skip
     if row < column:
-        tl.store(distances + columns[:, None] * count + rows[None, :], tl.trans(squared),
+        tl.store(distances + columns[:, None] * window + rows[None, :], tl.trans(squared),
                  mask=(columns[:, None] < count) & (rows[None, :] < count))  # fmt: skip
 
 
@@ -123,18 +128,19 @@ def distances_and_lengths(points: Tensor, parts: int = 1, cosine: bool = False) 
 
     Args:
         points: `(B, n, F)` in any floating dtype, the last dimension contiguous.
-        parts: Windows of consecutive points, a divisor of `n`.
+        parts: Windows of `ceil(n / parts)` consecutive points; the last may hold fewer.
         cosine: Whether to compare the points as if all were of length 1.
 
     Returns:
-        fp32 `(B * parts, n / parts, n / parts)`; on the diagonal the squared lengths of the points as they are.
+        fp32 `(B, n, ceil(n / parts))`, of each point to those of its window; those to itself are the squared lengths of
+        the points as they are. What the last window has no points for is not written.
     """
     batch, count, width = points.shape
     distances = _empty_distances(points, parts)
-    window = count // parts
-    tiles = triton.cdiv(window, TILE)
+    window = distances.shape[2]
+    tiles, parts = triton.cdiv(window, TILE), triton.cdiv(count, window)
     _distances[tiles, tiles, batch * parts](
-        points, distances, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=TILE,
+        points, distances, count, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=TILE,
         CHUNK=_chunk(points), COSINE=cosine,
         # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
         num_stages=1,
@@ -144,8 +150,8 @@ def distances_and_lengths(points: Tensor, parts: int = 1, cosine: bool = False) 
 
 def _empty_distances(points: Tensor, parts: int) -> Tensor:
     """Room for the distances within each window."""
-    window = points.shape[1] // parts
-    return torch.empty((points.shape[0] * parts, window, window), dtype=torch.float32, device=points.device)
+    batch, count, _ = points.shape
+    return torch.empty((batch, count, triton.cdiv(count, parts)), dtype=torch.float32, device=points.device)
 
 
 def _chunk(points: Tensor) -> int:
@@ -207,12 +213,12 @@ class _Work:
         rule = rule or _Rule(3, 0.0, 0.0, False)
         batch, count = self.group.shape
         whole = count <= WHOLE
-        own = min(OWN, max(64, triton.next_power_of_2(count)))
+        own = min(OWN, max(64, triton.next_power_of_2(count))) if whole else OWN_OF_MANY
         for start, end in [(first, last)] if whole else [(phase, phase) for phase in range(first, last + 1)]:
             run_phases[1 if whole else triton.cdiv(count, own), batch](
                 self.floats if distances is None else distances, self.group, self.weight, self.sizes, self.floats,
                 self.integers, self.share, self.ordered, self.leaving, count,
-                count if distances is None else distances.shape[1], self.group.numel(), self.leaving.shape[1], groups,
+                count if distances is None else distances.shape[2], self.group.numel(), self.leaving.shape[1], groups,
                 rule.mass, rule.balance, WIDTH=width, NEIGHBOURS=rule.neighbours, SIZED=rule.mass != 0.0,
                 SCALE_FREE=rule.balance >= 0.0, COSINE=rule.cosine, KEEP_NORM=keep_norm, OWN=own, OTHERS=OTHERS,
                 FIRST=start, LAST=end, WHOLE=whole, ALL=whole and count <= own, num_warps=LANES * own // 32,
@@ -222,14 +228,14 @@ class _Work:
         """Phases 0 to `last`, the first two along with the distances where a window fits into one tile."""
         batch, count, width = points.shape
         points = points if points.stride(2) == 1 else points.contiguous()
-        window = count // parts
+        window = triton.cdiv(count, parts)
         if window > ALONE:
             distances = distances_and_lengths(points, parts, rule.cosine)
             self.run(0, last, count, distances, rule, width, keep_norm)
             return
         distances = _empty_distances(points, parts)
-        _peaks[(batch * parts,)](
-            points, self.sizes, distances, self.scores, window, parts, points.stride(0), points.stride(1), rule.mass,
+        _peaks[triton.cdiv(count, window), batch](
+            points, self.sizes, distances, self.scores, count, window, points.stride(0), points.stride(1), rule.mass,
             rule.balance, WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(points),
             NEIGHBOURS=rule.neighbours, SIZED=rule.mass != 0.0, SCALE_FREE=rule.balance >= 0.0, COSINE=rule.cosine,
             num_warps=8, num_stages=4, **SHARED_BY_TWO,
@@ -259,8 +265,9 @@ def density_average(
         weight: Raw weight of each point, fp32 `(B, n)`, not negative.
         sizes: Patches that each point holds, fp32 `(B, n)`.
         clusters: `C`, at most `n`.
-        parts: Windows within which points are compared, a divisor of `n`, at most `C`.
-        neighbours: How many nearest count for the density, the point itself among them: 3 or 4, at most `n / parts`.
+        parts: Windows of `ceil(n / parts)` points within which they are compared, at most `C`; the last may hold fewer.
+        neighbours: How many nearest count for the density, the point itself among them: 3 to 5, and no more than the
+            last window holds.
         mass: Power of its size by which a point is denser.
         balance: What density counts against separation; negative for the published density.
         cosine: Whether points are compared as if all were of length 1.

@@ -28,13 +28,12 @@ def log_density(nearest, lengths, balance, WIDTH: tl.constexpr, SCALE_FREE: tl.c
 
 
 @triton.jit
-def _three_nearest(a, b, c, d, e, f):
-    """The three smallest of two ascending triples, ascending."""
-    first, middle = tl.minimum(a, d), tl.maximum(a, d)
-    low, high = tl.minimum(b, e), tl.maximum(b, e)
-    second = tl.minimum(middle, low)
-    third = tl.minimum(tl.minimum(tl.maximum(middle, low), high), tl.minimum(c, f))
-    return first, second, third
+def _four_nearest(a, b, c, d, e, f, g, h):
+    """The four smallest of two ascending rows of four, ascending."""
+    second = tl.minimum(tl.minimum(b, f), tl.maximum(a, e))
+    third = tl.minimum(tl.minimum(c, g), tl.minimum(tl.maximum(b, e), tl.maximum(a, f)))
+    fourth = tl.minimum(tl.minimum(d, h), tl.minimum(tl.maximum(c, e), tl.maximum(a, g)))
+    return tl.minimum(a, e), second, third, tl.minimum(fourth, tl.maximum(b, f))
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _seen(image, own, start, count, window, OTHERS: tl.constexpr):
     place = start + tl.arange(0, OTHERS)
     others = base[None, :] + place[:, None]
     there = (image * count + others) * window + (own - base)[None, :]
-    return others, there, (place[:, None] < window) & (own[None, :] < count)
+    return others, there, (place[:, None] < window) & (others < count) & (own[None, :] < count)
 
 
 @triton.jit
@@ -66,17 +65,21 @@ def _density(image, own, distances, sizes, densities, count, window, mass, balan
              COSINE: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
     """Log density of the owned tokens."""
     first = tl.full((OTHERS, own.shape[0]), float("inf"), tl.float32)
-    second, third = first, first
+    second, third, fourth = first, first, first
     for start in range(0, window, OTHERS):
         others, there, inside = _seen(image, own, start, count, window, OTHERS)
         squared = tl.load(distances + there, mask=inside & (others != own[None, :]), other=float("inf"))
+        if NEIGHBOURS > 4:
+            fourth = tl.minimum(fourth, tl.maximum(third, squared))
         third = tl.minimum(third, tl.maximum(second, squared))
         second = tl.minimum(second, tl.maximum(first, squared))
         first = tl.minimum(first, squared)
-    nearest, next_nearest, last = tl.reduce((first, second, third), 0, _three_nearest)
+    nearest, next_nearest, third, fourth = tl.reduce((first, second, third, fourth), 0, _four_nearest)
     total = nearest + next_nearest
     if NEIGHBOURS > 3:
-        total += last
+        total += third
+    if NEIGHBOURS > 4:
+        total += fourth
     here = image * count + own
     lengths = _squared_lengths(image, own, distances, count, window)
     density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
