@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokencut.adapters import vit
+from tokencut.adapters import columnar
 from tokencut.cost import total
 from tokencut.errors import ModelError, UsageError
 from tokencut.methods import methods
@@ -227,7 +227,7 @@ def test_average_pooling_does_not_overflow_in_half_precision(name: str) -> None:
     model = timm.create_model(name, img_size=64, patch_size=4, global_pool="avg", num_classes=0)
     features = torch.full((1, model.num_prefix_tokens + 100, model.embed_dim), 600.0, dtype=torch.float16)
     counts = torch.full((1, 100), 2.56)
-    pooled = vit._average_pool(model, features, counts)
+    pooled = columnar.average_pool(model.global_pool, features, counts, model.num_prefix_tokens)
     assert pooled.dtype == torch.float16
     assert torch.equal(pooled, torch.full_like(pooled, 600.0))
 

@@ -48,12 +48,14 @@ class AttentionInfo:
         num_prefix_tokens: `P`, the number of prefix tokens.
         class_rows: Positions of the class token, or of class and distillation token; empty where there is none.
         bias: What is added to the attention logits, as `fused_attention` takes it; None for nothing.
+        compared: Maps whose keys stand for the tokens where a method compares them, if not those of `layers`.
     """
 
     layers: tuple[tuple[QueryKey, ...], ...]
     num_prefix_tokens: int
     class_rows: tuple[int, ...]
     bias: Tensor | None = None
+    compared: tuple[tuple[QueryKey, ...], ...] | None = None
 
     def class_attention(self) -> Tensor:
         """Class attention of the image tokens, averaged over heads (method of arXiv 2211.11315, eq. 3).
@@ -71,7 +73,8 @@ class AttentionInfo:
 
     def keys(self) -> Tensor:
         """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""
-        every = [heads.key[:, :, self.num_prefix_tokens :].float().mean(1) for maps in self.layers for heads in maps]
+        layers = self.layers if self.compared is None else self.compared
+        every = [heads.key[:, :, self.num_prefix_tokens :].float().mean(1) for maps in layers for heads in maps]
         return torch.stack(every).mean(0) if len(every) > 1 else every[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class BlockLoop:
             source: Whether to follow from here on which patch goes into which token.
         """
         tokens = self.weighed(self.adapter.embed(self.model, images))
-        if not source:
+        if not (source or self.adapter.follows_patches):
             return tokens
         return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
 
@@ -113,10 +114,10 @@ class BlockLoop:
         context = self.adapter.context(self.model, number, tokens)
         left = tokens
 
-        def staged(features: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        def staged(features: Tensor, **given: Any) -> Tensor:
             nonlocal left
             entering = tokens.with_features(features)
-            stage_input = self.stage_input(number, entering, replace(context, bias=attn_mask))
+            stage_input = self.stage_input(number, entering, context.given(**given))
             left = self.weighed(self.stages[number](stage_input, tokens_out))
             if observer is not None:
                 plan = StagePlan(number, tokens.count, tokens_out)
@@ -125,8 +126,7 @@ class BlockLoop:
             return left.features
 
         # Hooks on the block and wrappers around it see what they see of a block that timm runs.
-        masks = {} if context.bias is None else {"attn_mask": context.bias}
-        features = call(self._block(number), staged, tokens.features, **masks)
+        features = call(self._block(number), staged, tokens.features, **context.block_arguments())
         self._check_gradient(number, left)
         return left.with_features(features)
 

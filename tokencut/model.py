@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -188,9 +189,18 @@ class CompressedModel(nn.Module):
         unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
         loop, plans = self.loop, self._plans(x)
         taken = block_indices(loop.depth, indices)
-        if len(plans) == 0:
+        as_timm = inspect.signature(self.model.forward_intermediates).parameters if len(plans) == 0 else {}
+        if as_timm and (not output_dict or "output_dict" in as_timm):
+            given = {
+                "return_prefix_tokens": return_prefix_tokens,
+                "norm": norm,
+                "stop_early": stop_early,
+                "output_fmt": output_fmt,
+                "intermediates_only": intermediates_only,
+                "output_dict": output_dict,
+            }
             return self.model.forward_intermediates(
-                x, taken, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
+                x, taken, **{name: value for name, value in given.items() if name in as_timm}
             )
         grid, tokens = self._grid(x), loop.embed(x, source=True)
         if tokens.count != grid[0] * grid[1]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import timm
 import torch
@@ -45,7 +46,29 @@ class Family:
     slow: bool = False
 
 
+TINY = {"depth": 3, "embed_dim": 48, "num_heads": 3}
+
 FAMILIES = {
+    "eva": Family(
+        ("eva",),
+        65,
+        {
+            "eva02_tiny_patch14_224": {"img_size": 56, **TINY},
+            "eva02_base_patch14_224": {"img_size": 42, **TINY},
+            "eva02_enormous_patch14_clip_224": {"img_size": 42, **TINY},
+            "vit_small_patch16_rope_mixed_ape_224": {"img_size": 64, **TINY},
+            "vit_small_patch16_rope_224": {"img_size": (48, 64), **TINY},
+            "vit_pe_core_tiny_patch16_384": {"img_size": 64, **TINY},
+            "vit_small_patch16_dinov3_qkvb": {"img_size": (48, 64), **TINY},
+            "vit_huge_patch16_sapiens2": {
+                "img_size": (64, 48),
+                "depth": 3,
+                "embed_dim": 64,
+                "num_heads": 4,
+                "num_kv_heads": (4, 2, 2),
+            },
+        },
+    ),
     "hybrid": Family(
         ("vision_transformer_hybrid",),
         14,
@@ -54,6 +77,8 @@ FAMILIES = {
     "vitamin": Family(("vitamin",), 13, {"vitamin_small_224": {"img_size": 64, "depth": 2, "mlp_ratio": 1}}, slow=True),
 }
 SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in family.small.items()}
+# An export takes seconds: of a family that differs from others in what it makes of positions.
+CAPTURED = ("vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb")
 EVERY_SMALL = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if row.slow else []) for name, (row, _) in SMALL.items()]
 )
@@ -61,7 +86,7 @@ NAMES = {name: family for family in FAMILIES.values() for name in timm.list_mode
 
 
 def small_model(name: str) -> Any:
-    """A small model with random weights, wider than timm starts them and LayerScale near 1, so that no error hides."""
+    """A small model whose every part does something, whatever timm starts it from, so that no error hides."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{"num_classes": 10, **SMALL[name][1]}).eval()
     scales = {id(module.gamma) for module in model.modules() if isinstance(module, LayerScale)}
@@ -69,10 +94,12 @@ def small_model(name: str) -> Any:
         for label, parameter in model.named_parameters():
             if id(parameter) in scales or label.rpartition(".")[2] in ("gamma_1", "gamma_2"):
                 nn.init.uniform_(parameter, 0.8, 1.2)
-            elif parameter.dim() > 1 and "rope" not in label:
-                parameter.mul_(3.0)
+            elif label.endswith("weight") and parameter.dim() > 1:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
+            elif "rope" not in label:
+                parameter.normal_(std=0.5)
     return model
 
 
@@ -149,7 +176,7 @@ def test_the_head_with_every_token_once_is_timms(name: str) -> None:
         torch.testing.assert_close(loop.head(ones), model(pixels), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["bat", "tome", "evit"])
+@pytest.mark.parametrize("method", ["bat", "tome"])
 @EVERY_SMALL
 def test_an_image_has_the_same_logits_alone_and_in_any_batch(name: str, method: str) -> None:
     model = small_model(name)
@@ -213,39 +240,39 @@ def test_a_file_holds_all_of_it(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@EVERY_SMALL
-def test_it_compiles_without_a_graph_break(name: str) -> None:
+@pytest.mark.parametrize("name", CAPTURED)
+def test_it_is_captured_in_one_graph(name: str, tmp_path: Path) -> None:
+    """By torch.compile without a break, and by torch.export and ONNX for any batch, without a branch."""
     model = small_model(name)
-    compressed, pixels = reducing(model).eval(), images(model)
+    compressed, pixels = reducing(model, "tome").eval(), images(model)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(compressed, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(pixels), compressed(pixels), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-@EVERY_SMALL
-def test_it_is_exported_with_any_batch(name: str, suffix: str, tmp_path: Path) -> None:
-    report = export_model(reducing(small_model(name)).eval(), tmp_path / f"m{suffix}", limit=3)
+    report = export_model(compressed, tmp_path / "m.onnx", limit=3)
     assert report.info.batch_size is None and report.agreement.to_dict()["images"] == 3
-    if suffix == ".onnx":
-        import onnx
-
-        kinds = {node.op_type for node in onnx.load(report.output).graph.node}
-        assert not kinds & {"If", "Loop", "Range"}
+    graph = onnx.load(report.output).graph
+    assert not {node.op_type for node in graph.node} & {"If", "Loop", "Range"}
+    # What does not depend on images is a constant; taking it apart is all that is left of it.
+    depends = {value.name for value in graph.input}
+    for node in graph.node:
+        if depends.intersection(node.input):
+            depends.update(node.output)
+        else:
+            assert node.op_type in ("Split", "Slice"), f"{node.op_type} works on constants"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_compresses_runs_and_is_counted(name: str) -> None:
+def test_every_name_compresses_and_runs(name: str) -> None:
+    arguments = dict(NAMES[name].arguments)
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **NAMES[name].arguments)
+        if "sapiens2" in name:  # timm wants as many entries here as there are blocks
+            arguments["num_kv_heads"] = None
+        model = timm.create_model(name, pretrained=False, **arguments)
     compressed = compress(model, keep=0.5).eval()
     size = adapter_for(model).input_size(model)
     assert size is not None
     logits, traces = compressed.trace(torch.empty(2, 3, *size, device="meta"))
-    patches = compressed.recipe.tokens
-    assert traces[-1].tokens.count == compressed.recipe.stages[-1].tokens_out < patches
+    assert traces[-1].tokens.count == compressed.recipe.stages[-1].tokens_out < compressed.recipe.tokens
     assert logits.shape == (2, model.num_classes or model.num_features)
-    assert sum(row.macs for row in predicted_macs(compressed)) == count_macs(compressed, (3, *size)).total

@@ -31,7 +31,7 @@ def test_a_renamed_model_is_followed() -> None:
         ("zzzzzzzz", UsageError, "unknown model 'zzzzzzzz'; 'tokencut models' lists the names"),
         ("deit_tiny.in1k", UsageError, "deit_tiny_patch16_224 has no weights tagged 'in1k'; its tags are fb_in1k"),
         ("vit_gap.x", UsageError, "unknown model 'vit_gap.x'"),
-        ("resnet50", ModelError, "resnet50 is of timm's family resnet, which is not supported; supported are: ViT"),
+        ("resnet50", ModelError, "resnet50 is of timm's family resnet, which is not supported; supported are: "),
         ("efficientnet_b3_pruned", ModelError, "which is not supported"),
     ],
 )

@@ -3,7 +3,7 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import vit  # noqa: F401  (registers itself)
+from tokencut.adapters import eva, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
     Context,
@@ -15,8 +15,11 @@ from tokencut.adapters.base import (
     register_adapter,
     supported_modules,
 )
+from tokencut.adapters.columnar import ColumnarAdapter, patches
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
+from tokencut.adapters.rotary import RotaryAdapter, RotaryContext, ScaledBlockHandler, project_qkv, rotary_attention
 from tokencut.adapters.subclasses import known_class, why_unknown
+from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers
 from tokencut.adapters.wrappers import instead_of, plain_model, refuse_sharded
 from tokencut.attention import (
     AttentionInfo,
@@ -32,18 +35,26 @@ from tokencut.attention import (
 from tokencut.calling import call, has_hooks, is_patched, unwrapped, wrapped
 from tokencut.cost import BlockCost, Macs, ModelCost
 from tokencut.errors import ModelError
+from tokencut.ops.ranking import take
 from tokencut.tokens import Tokens
 
 __all__ = [
     "Adapter",
-    "BlockCost",
-    "ClassAndMean",
-    "Context",
     "AttentionInfo",
-    "QueryKey",
+    "AttentionRun",
+    "BlockCost",
+    "BlockHandler",
+    "ClassAndMean",
+    "ColumnarAdapter",
+    "Context",
+    "Layers",
     "Macs",
     "ModelCost",
     "ModelError",
+    "QueryKey",
+    "RotaryAdapter",
+    "RotaryContext",
+    "ScaledBlockHandler",
     "TimmModule",
     "Tokens",
     "adapter_for",
@@ -55,19 +66,23 @@ __all__ = [
     "fused_attention_macs",
     "has_biased_kernel",
     "has_hooks",
-    "is_patched",
     "instead_of",
+    "is_patched",
     "known_adapter",
     "known_class",
     "linear_macs",
     "mixed_values",
+    "patches",
     "plain_model",
+    "project_qkv",
     "refuse_sharded",
     "register_adapter",
+    "rotary_attention",
     "self_attention",
     "supported_modules",
-    "weighted_mean",
+    "take",
     "unwrapped",
-    "wrapped",
+    "weighted_mean",
     "why_unknown",
+    "wrapped",
 ]

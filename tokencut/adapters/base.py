@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,18 @@ class Context:
 
     bias: Tensor | None = None
 
+    def block_arguments(self) -> dict[str, Any]:
+        """The keyword arguments with which timm's model calls a block, for hooks on it to see."""
+        return {} if self.bias is None else {"attn_mask": self.bias}
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """The keyword arguments with which timm's block calls its attention."""
+        return {"attn_mask": self.bias, "is_causal": False}
+
+    def given(self, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Context:
+        """The same context with such arguments as hooks have left them."""
+        return replace(self, bias=attn_mask)
+
 
 class Adapter(ABC):
     """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
@@ -44,6 +56,11 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     timm_modules: ClassVar[tuple[str, ...]]
+
+    @property
+    def follows_patches(self) -> bool:
+        """Whether blocks ask which patch went into which token, so that tokens need a source map at all times."""
+        return False
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:

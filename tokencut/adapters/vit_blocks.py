@@ -6,15 +6,16 @@ A block class that is not known is refused by name: guessing would silently chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention, DiffAttention
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from tokencut.adapters.base import fused_attention_macs, linear_macs
+from tokencut.adapters.base import Context, fused_attention_macs, linear_macs
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.attention import (
     QueryKey,
@@ -29,19 +30,29 @@ from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
 Layers = tuple[tuple[QueryKey, ...], ...]
-AttentionRun = Callable[[TimmModule, Tensor, Tensor | None], tuple[Tensor, tuple[QueryKey, ...]]]
-
-_ATTENTION: dict[type[nn.Module], AttentionRun] = {Attention: self_attention, DiffAttention: differential_attention}
+AttentionRun = Callable[[TimmModule, Tensor, Context], tuple[Tensor, tuple[QueryKey, ...]]]
 
 
 class BlockHandler:
-    """A pre-norm block (`Block`), and what other block types have in common with it."""
+    """A pre-norm block (`Block`), and what other block types have in common with it.
+
+    Attributes:
+        attention_runs: How an attention layer of each class is run by its parts, so that queries and keys are kept.
+    """
+
+    attention_runs: ClassVar[Mapping[type[nn.Module], AttentionRun]] = {
+        Attention: lambda layer, x, context: self_attention(layer, x, context.bias),
+        DiffAttention: lambda layer, x, context: differential_attention(layer, x, context.bias),
+    }
 
     def check(self, block: TimmModule) -> None:
         """Raises ModelError where the block's attention is of an unknown class."""
         for layer in self.attentions(block):
-            if known_class(layer, _ATTENTION) is None:
-                why = why_unknown(layer, _ATTENTION) or f"the attention layer {type(layer).__name__} is not known"
+            if known_class(layer, self.attention_runs) is None:
+                why = (
+                    why_unknown(layer, self.attention_runs)
+                    or f"the attention layer {type(layer).__name__} is not known"
+                )
                 raise ModelError(f"{why}: no stage can stand behind it; build the model with timm's own, "
                                  "or report its name")  # fmt: skip
 
@@ -49,9 +60,27 @@ class BlockHandler:
         """The block's attention layers."""
         return [block.attn]
 
-    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attend(self, layer: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, tuple[QueryKey, ...]]:
+        """Runs an attention layer on normed features by its parts, with what is hooked to it and wrapped around it.
+
+        Returns:
+            Its output, `(B, P + N, D)`, and its maps.
+        """
+        kind = known_class(layer, self.attention_runs)
+        assert kind is not None  # `check` has refused others
+        maps: tuple[QueryKey, ...] = ()
+
+        def forward(x: Tensor, **given: Any) -> Tensor:
+            nonlocal maps
+            y, maps = self.attention_runs[kind](layer, x, context.given(**given))
+            return y
+
+        y: Tensor = call(layer, forward, x, **context.attention_arguments())
+        return y, maps
+
+    def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
         """Up to the stage: features `(B, P + N, D)` after the attention residual, and the attention's heads."""
-        y, maps = _attend(block.attn, block.norm1(x), bias)
+        y, maps = self.attend(block.attn, block.norm1(x), context)
         return x + block.drop_path1(block.ls1(y)), (maps,)
 
     def passes_hooks_by(self, block: TimmModule) -> bool:
@@ -82,8 +111,8 @@ class BlockHandler:
 class ResPostBlockHandler(BlockHandler):
     """`ResPostBlock`: the norms stand behind attention and MLP."""
 
-    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
-        y, maps = _attend(block.attn, x, bias)
+    def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
+        y, maps = self.attend(block.attn, x, context)
         return x + block.drop_path1(block.norm1(y)), (maps,)
 
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
@@ -99,11 +128,11 @@ class ParallelThingsHandler(BlockHandler):
     def attentions(self, block: TimmModule) -> list[TimmModule]:
         return [branch.attn for branch in block.attns]
 
-    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
         layers: list[tuple[QueryKey, ...]] = []
 
         def run(branch: TimmModule, x: Tensor) -> Tensor:
-            y, maps = _attend(branch.attn, branch.norm(x), bias)
+            y, maps = self.attend(branch.attn, branch.norm(x), context)
             layers.append(maps)
             return branch.drop_path(branch.ls(y))
 
@@ -129,11 +158,11 @@ class ParallelScalingHandler(BlockHandler):
     def attentions(self, block: TimmModule) -> list[TimmModule]:
         return []
 
-    def attention_half(self, block: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Layers]:
+    def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
         hidden, *qkv = torch.split(block.in_proj(block.in_norm(x)), block.in_split, dim=-1)
         if block.mlp_bias is not None:
             hidden = hidden + block.mlp_bias
-        y, maps = self.mix(block, tuple(qkv), bias)
+        y, maps = self.mix(block, tuple(qkv), context.bias)
         hidden = block.mlp_drop(block.mlp_act(hidden))
         if block.out_proj is not None:
             y = block.out_proj(torch.cat((y, hidden), dim=-1))
@@ -179,21 +208,6 @@ class DiffParallelScalingHandler(ParallelScalingHandler):
         return _differential_macs(width)
 
 
-def _attend(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:
-    """Runs an attention layer by its parts, with what is hooked to it and wrapped around it: its output, its maps."""
-    kind = known_class(layer, _ATTENTION)
-    assert kind is not None  # `check` has refused others
-    maps: tuple[QueryKey, ...] = ()
-
-    def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        nonlocal maps
-        y, maps = _ATTENTION[kind](layer, x, attn_mask)
-        return y
-
-    y: Tensor = call(layer, forward, x, attn_mask=bias, is_causal=False)
-    return y, maps
-
-
 def _differential_macs(width: int) -> Macs:
     """Two maps over half of the query width each, both over the whole value width."""
     return fused_attention_macs(width // 2, width) + fused_attention_macs(width // 2, width)
@@ -206,24 +220,10 @@ def _attention_macs(layer: TimmModule) -> Macs:
     return Macs(per_token=linear_macs(layer)) + mixing
 
 
-_HANDLERS: dict[type[nn.Module], BlockHandler] = {
+HANDLERS: Mapping[type[nn.Module], BlockHandler] = {
     timm_vit.Block: BlockHandler(),
     timm_vit.ResPostBlock: ResPostBlockHandler(),
     timm_vit.ParallelThingsBlock: ParallelThingsHandler(),
     timm_vit.ParallelScalingBlock: ParallelScalingHandler(),
     timm_vit.DiffParallelScalingBlock: DiffParallelScalingHandler(),
 }
-
-
-def handler(block: TimmModule) -> BlockHandler:
-    """The handler of a block.
-
-    Raises:
-        ModelError: The block's class is not known.
-    """
-    kind = known_class(block, _HANDLERS)
-    if kind is None:
-        names = ", ".join(known.__name__ for known in _HANDLERS)
-        why = why_unknown(block, _HANDLERS) or f"the block {type(block).__name__} is not known"
-        raise ModelError(f"{why}: no stage can stand in it; tokencut knows {names}; use a model built from those")
-    return _HANDLERS[kind]

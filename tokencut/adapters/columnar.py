@@ -1,0 +1,243 @@
+"""What families have in common whose tokens run through one column of blocks: patches, two halves, pooling, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent, AttentionPoolPrr, PatchEmbed
+from torch import Tensor, nn
+
+from tokencut.adapters.base import Adapter, Context, counted_macs, linear_macs
+from tokencut.adapters.pooling import ClassAndMean, weighted_mean
+from tokencut.adapters.subclasses import known_class, why_unknown
+from tokencut.adapters.vit_blocks import BlockHandler
+from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
+from tokencut.calling import call, has_hooks, is_patched, unwrapped
+from tokencut.cost import Macs, ModelCost
+from tokencut.errors import ModelError
+from tokencut.tokens import Tokens
+
+_AVERAGE_POOLS = ("avg", "avgmax")
+
+
+class ColumnarAdapter(Adapter):
+    """A model with timm's `patch_embed`, `blocks`, `norm`, pooling, `fc_norm`, `head_drop` and `head`.
+
+    Attributes:
+        classes: timm's classes of such models; those derived from them are taken where they run as these do.
+        handlers: What runs each class of block in halves.
+    """
+
+    classes: ClassVar[tuple[type[nn.Module], ...]]
+    handlers: ClassVar[Mapping[type[nn.Module], BlockHandler]]
+
+    def accepts(self, model: nn.Module) -> bool:
+        return known_class(model, self.classes) is not None
+
+    def why_not(self, model: nn.Module) -> str | None:
+        return why_unknown(model, self.classes)
+
+    def check(self, model: TimmModule) -> None:
+        embed = model.patch_embed
+        if not len(self.blocks(model)) or not embed.num_patches:
+            what = "blocks" if embed.num_patches else f"patches of {embed.patch_size[0]} px in images of its size"
+            raise ModelError(
+                f"the model has no {what}, so there is nothing to reduce; change `img_size` or `model_kwargs`"
+            )
+        dynamic = getattr(model, "dynamic_img_size", False)
+        if embed.dynamic_img_pad and not dynamic and patch_count(embed) != embed.num_patches:
+            raise ModelError("dynamic_img_pad works with dynamic_img_size only; add `dynamic_img_size=True`")
+        for block in self.blocks(model):
+            self.handler(block).check(block)
+        pool = _attention_pool_of(model)
+        if pool is not None and known_class(pool, (AttentionPoolLatent, AttentionPoolPrr, ClassAndMean)) is None:
+            raise ModelError(f"the attention pooling {type(pool).__name__} is not known to tokencut; "
+                             "please report the model's name")  # fmt: skip
+
+    def handler(self, block: TimmModule) -> BlockHandler:
+        """What runs a block in halves.
+
+        Raises:
+            ModelError: The block's class is not known.
+        """
+        kind = known_class(block, self.handlers)
+        if kind is None:
+            names = ", ".join(known.__name__ for known in self.handlers)
+            why = why_unknown(block, self.handlers) or f"the block {type(block).__name__} is not known"
+            raise ModelError(f"{why}: no stage can stand in it; tokencut knows {names}; use a model built from those")
+        return self.handlers[kind]
+
+    def num_prefix_tokens(self, model: TimmModule) -> int:
+        return int(model.num_prefix_tokens)
+
+    def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
+
+    def input_size(self, model: TimmModule) -> tuple[int, int] | None:
+        return model.patch_embed.img_size
+
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        height, width = model.patch_embed.feat_ratio(as_scalar=False)
+        return int(height), int(width)
+
+    def classifier(self, model: TimmModule) -> nn.Module:
+        return model.head
+
+    def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
+        return model.blocks
+
+    def class_rows(self, model: TimmModule) -> tuple[int, ...]:
+        """Positions of the class token, and of the distillation token; empty where there is none."""
+        return (0,) if getattr(model, "cls_token", None) is not None else ()
+
+    def needs_halves(self, block: TimmModule, features: Tensor, context: Context) -> bool:
+        """Whether a block that does not reduce is run in halves all the same."""
+        if context.bias is None:
+            return False
+        # timm would pass the bias as a mask, which rules out the fastest kernels.
+        return has_biased_kernel(context.bias, features) or self.handler(block).passes_hooks_by(block)
+
+    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+        features = tokens.features
+        if not self.needs_halves(block, features, context):
+            return tokens.with_features(block(features, **context.block_arguments()))
+        handler = self.handler(block)
+
+        def halves(features: Tensor, **given: Any) -> Tensor:
+            return handler.mlp_half(block, handler.attention_half(block, features, context.given(**given))[0])
+
+        return tokens.with_features(call(block, halves, features, **context.block_arguments()))
+
+    def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
+        return [block, *self.handler(block).attentions(block)]
+
+    def attention_half(
+        self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
+    ) -> tuple[Tokens, AttentionInfo]:
+        features, layers = self.handler(block).attention_half(block, tokens.features, context)
+        info = AttentionInfo(layers, tokens.num_prefix_tokens, self.class_rows(model), context.bias)
+        return tokens.with_features(features), info
+
+    def mlp_half(self, block: TimmModule, tokens: Tokens) -> Tokens:
+        return tokens.with_features(self.handler(block).mlp_half(block, tokens.features))
+
+    def pre_mlp_norm(self, block: TimmModule, features: Tensor) -> Tensor:
+        return self.handler(block).pre_mlp_norm(block, features)
+
+    def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
+        normed: Tensor = model.norm(features)
+        return normed
+
+    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
+        features, bias = self.final_norm(model, tokens.features), tokens.bias
+        pool = _attention_pool_of(model)
+        weighted = pool is None and model.global_pool in _AVERAGE_POOLS
+        if isinstance(pool, AttentionPoolLatent) and bias is not None:
+            skipped = self._skipped(model)
+            # under proportional attention
+            pooled = model.attn_pool(features[:, skipped:], attn_mask=bias[..., skipped:])
+        elif isinstance(pool, ClassAndMean):
+            pooled = pool(features, tokens.counts())
+        elif weighted and (counts := tokens.counts()) is not None:
+            pooled = average_pool(model.global_pool, features, counts, self._skipped(model))
+        else:
+            return model.forward_head(features)
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    def _skipped(self, model: TimmModule) -> int:
+        """How many prefix tokens the pooling leaves out."""
+        pools_all = getattr(model, "pool_include_prefix", getattr(model, "attn_pool", None) is not None)
+        return 0 if pools_all else self.num_prefix_tokens(model)
+
+    def cost(self, model: TimmModule) -> ModelCost:
+        blocks, rows = self.blocks(model), max(1, len(self.class_rows(model)))
+        pooled, head_prefix_tokens = self._pool_macs(model)
+        return ModelCost(
+            embed=embed_macs(model.patch_embed),
+            blocks=tuple(self.handler(block).cost(block, rows) for block in blocks),
+            head=pooled,
+            num_prefix_tokens=self.num_prefix_tokens(model),
+            patches=patch_count(model.patch_embed),
+            head_prefix_tokens=head_prefix_tokens,
+        )
+
+    def classifier_macs(self, model: TimmModule) -> int:
+        """Multiply-adds of what makes logits of pooled tokens."""
+        return linear_macs(model.head)
+
+    def _pool_macs(self, model: TimmModule) -> tuple[Macs, int]:
+        """Multiply-adds of pooling and classifier, and how many prefix tokens their token count includes."""
+        classifier = self.classifier_macs(model)
+        included = self.num_prefix_tokens(model) - self._skipped(model)
+        pool = _attention_pool_of(model)
+        if isinstance(pool, AttentionPoolLatent):
+            latent, width = pool.latent_len, pool.num_heads * pool.head_dim
+            once = sum(linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part is not None) * latent
+            return Macs(fixed=once + classifier, per_token=linear_macs(pool.kv) + 2 * width * latent), included
+        if isinstance(pool, AttentionPoolPrr):
+            return Macs(fixed=classifier, per_pair=2 * model.embed_dim), included
+        if isinstance(pool, ClassAndMean):
+            return Macs(fixed=classifier), included
+        if not model.global_pool:
+            return Macs(per_token=classifier), self.num_prefix_tokens(model)
+        return Macs(fixed=classifier), included
+
+
+def _attention_pool_of(model: TimmModule) -> TimmModule | None:
+    """timm's attention pooling, out of what is wrapped around it; None where tokens are pooled otherwise."""
+    pool = getattr(model, "attn_pool", None)
+    return None if pool is None else unwrapped(pool)
+
+
+def patch_count(embed: TimmModule) -> int:
+    """Patches of an image of the size that the model is built for, with those that padding adds."""
+    rows, columns = embed.dynamic_feat_size(embed.img_size)
+    return int(rows * columns)
+
+
+def embed_macs(embed: TimmModule) -> int:
+    """Multiply-adds of making patches."""
+    if isinstance(embed, PatchEmbed):
+        return int(embed.proj.weight.numel() * patch_count(embed))
+    return counted_macs(embed, (embed.in_chans, *embed.img_size))
+
+
+def patches(embed: TimmModule, images: Tensor) -> Any:
+    """timm's patch embedding, `(B, C, H, W)` to `(B, N, D)`.
+
+    In half precision on a GPU as one matrix product: the convolution of 16 x 16 patches alone took 1.6 of DeiT-S's
+    11 ms there (H100, bf16, batch 256).
+    """
+    plain = type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad
+    plain = plain and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
+    plain = plain and not any(has_hooks(part) or is_patched(part) for part in (embed, embed.proj))
+    if not (plain and images.is_cuda and images.dtype in (torch.float16, torch.bfloat16)):
+        return embed(images)
+    (rows, columns), (height, width) = embed.grid_size, embed.patch_size
+    pixels = (
+        images[:, :, : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
+    )
+    pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
+
+
+def average_pool(kind: str, features: Tensor, counts: Tensor, skipped: int) -> Tensor:
+    """timm's `avg` and `avgmax` pooling with each token counted as often as it holds patches.
+
+    Args:
+        kind: `avg` or `avgmax`.
+        features: `(B, P + N, D)`.
+        counts: What each image token counts for, fp32 `(B, N)`.
+        skipped: How many prefix tokens are left out.
+
+    Returns:
+        `(B, D)`.
+    """
+    seen = features[:, skipped:]
+    counts = F.pad(counts, (seen.shape[1] - counts.shape[1], 0), value=1.0)
+    mean = weighted_mean(seen, counts)
+    return mean if kind == "avg" else 0.5 * (seen.amax(1) + mean)
