@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_a_folder_as_timm_saves_it(folder: Path, weights: dict[str, Tensor]) -> 
     assert torch.equal(new_head.model.norm.weight, weights["norm.weight"])
     random = load_model(f"local-dir:{folder}", weights_needed=False)
     assert random.origin.kind == "random"
+
+
+def test_label_names_that_are_too_few_are_told_of(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "label_names": ["cat", "dog", "hen"]}))
+    note = "config.json names 3 classes and the head has 1000: the names are left out"
+    assert note in load_model(f"local-dir:{folder}").notes
+    assert note not in load_model(f"local-dir:{folder}", num_classes=3).notes
 
 
 def test_a_folder_that_timm_did_not_save(folder: Path) -> None:

@@ -178,7 +178,7 @@ class SweepOptions:
         return {name: value for name, value in read.items() if value is not None}
 
 
-CHECKPOINT_HELP = "Local weights: safetensors, or a timm .pth."
+CHECKPOINT_HELP = "Local weights: safetensors, .pth, .ckpt, .bin, .npz, an index of several, or a folder with one."
 KWARGS_HELP = "An argument for timm; may be repeated or comma-joined."
 
 

@@ -108,10 +108,11 @@ def prepare(
         preprocessing=source.preprocessing(),
         weights_needed=weights_needed,
         seed=seed,
+        to_be_trained=to_be_trained,
     )
     for text in loaded.notes:
         render.note(text)
-    if source.checkpoint is not None and weights_needed and not source.preprocessing():
+    if weights_needed and not loaded.preprocessing_told:
         told = data_config(loaded.dense)
         mean, std = (",".join(f"{value:g}" for value in told[name]) for name in ("mean", "std"))
         render.note(f"{source.checkpoint} does not say how its images were prepared: taking what timm has for "

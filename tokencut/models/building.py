@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -79,6 +80,34 @@ def build(source: str, args: Mapping[str, Any], *, pretrained: bool, seed: int,
             source, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) if overlay else None, **args
         )
     return model, tuple(notes)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is, whatever its weights.
+
+    Attributes:
+        width: Numbers a token.
+        depth: Blocks.
+        heads: Heads of the first block's attention; None where it does not tell.
+        tensors: The shapes of its tensors, by name.
+    """
+
+    width: int
+    depth: int
+    heads: int | None
+    tensors: Mapping[str, tuple[int, ...]]
+
+
+def sizes_of(source: str, args: Mapping[str, Any]) -> Sizes:
+    """Builds a model without memory or weights, to see how large it is; its arguments are known to be good."""
+    with capture_timm_messages(), torch.device("meta"):
+        model: Any = timm.create_model(source, pretrained=False, **args)
+    adapter = adapter_for(model)
+    blocks = adapter.blocks(model)
+    heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None)
+    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Sizes(adapter.cost(model).width, len(blocks), heads, tensors)
 
 
 @contextlib.contextmanager

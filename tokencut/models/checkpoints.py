@@ -8,23 +8,43 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
 from tokencut.messages import listed, one_line, shorten
+from tokencut.models.pickles import TorchScriptError, read_pickle
+from tokencut.models.state_dicts import find_weights, refuse_others, without_wrappers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # How many tensors of a kind a message names before it counts the rest.
 NAMED = 3
 
+_KERAS = ("a file of Keras or TensorFlow, which holds no tensors of a timm model; give weights of PyTorch, or JAX's "
+          ".npz, of the same model")  # fmt: skip
+_BEGINNINGS = (
+    (b"\x89HDF\r\n\x1a\n", _KERAS),
+    (b"GGUF", "a quantised model for llama.cpp; give the weights it was made of"),
+)
+_ENDINGS = (
+    (".onnx", "an exported model, which profile and eval take as it is; give the weights it came from"),
+    (".pb", _KERAS),
+    (".ckpt.index", _KERAS),
+    (".msgpack", "a file of Flax, whose names are no timm model's; give weights of PyTorch, or JAX's .npz"),
+    (".gguf", "a quantised model for llama.cpp; give the weights it was made of"),
+    (".engine", "a TensorRT engine, made for one GPU; give the weights it came from"),
+)
+
+# As timm and transformers call them in a folder.
+SAFETENSORS = ("model.safetensors", "open_clip_model.safetensors")
+PICKLES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 # Lists of what is in which of several files, as transformers writes large models.
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -74,34 +94,84 @@ def open_safetensors(path: Path, error: type[TokencutError] = ArtifactError) -> 
         raise error(f"cannot read {path}: {problem.strerror or one_line(problem)}") from problem
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Reads weights from a safetensors file or, with `weights_only=True`, a `.pth` as timm's training script writes it.
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reads a model's weights from a file, without running anything that it names.
 
     Args:
-        path: The file, or the index of several. Exponential averages and the prefixes of wrappers are handled as timm
-            does.
+        path: A file of safetensors or of `torch.save`, whatever training program wrote it; or the index of several; or
+            a folder with one of these, as transformers and timm write it.
+
+    Returns:
+        The tensors by name, without what wrappers put into the names, and what a user should be told.
 
     Raises:
-        ModelError: The file is missing, damaged, needs unpickling of more than tensors, or holds no tensors.
+        ModelError: The file is missing, damaged, of another kind (which is named), or holds no weights.
     """
+    path = weights_file(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ModelError(f"the checkpoint {path} {what}; give a file of weights: `checkpoint='model.safetensors'`")
+        raise ModelError(f"the checkpoint {path} does not exist; give a file of weights: "
+                         "`checkpoint='model.safetensors'`")  # fmt: skip
     if path.name.endswith(".index.json"):
-        return {name: tensor for part in shards(path) for name, tensor in read_checkpoint(part).items()}
+        parts = [read_checkpoint(part)[0] for part in shards(path)]
+        return {name: tensor for part in parts for name, tensor in part.items()}, ()
     if path.suffix == ".safetensors" or file_kind(path) == "safetensors":
         with open_safetensors(path, ModelError) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    else:
-        try:
-            tensors = load_state_dict(str(path), weights_only=True)
-        except Exception as problem:  # torch.load raises whatever the bytes lead it to
-            raise ModelError(f"{path} is not a file of weights that can be read without running code from it "
-                             f"({one_line(problem)}); write one with torch.save(model.state_dict(), FILE)"
-                             ) from problem  # fmt: skip
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ModelError(f"{path} holds no weights; give a file whose content is a model's state_dict")
-    return tensors
+            content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if not content:
+            raise ModelError(f"{path} holds no weights; give a file whose content is a model's state_dict")
+        refuse_others(content, str(path))
+        return without_wrappers(content), ()
+    other = other_kind(path)
+    if other is not None:
+        raise ModelError(f"{path} is {other}")
+    try:
+        content = read_pickle(path)
+    except TorchScriptError as problem:
+        raise ModelError(f"{path} is a TorchScript archive, whose content is code; save the model's state_dict, of the "
+                         "program that made it: torch.save(model.state_dict(), FILE)") from problem  # fmt: skip
+    except Exception as problem:  # torch.load raises whatever the bytes lead it to
+        raise ModelError(f"{path} is not a file of weights that can be read without running code from it "
+                         f"({one_line(problem)}); write one with torch.save(model.state_dict(), FILE)"
+                         ) from problem  # fmt: skip
+    return find_weights(content, str(path))
+
+
+def weights_file(path: Path) -> Path:
+    """A file of weights; of a folder, the one in it that timm or transformers would take.
+
+    Raises:
+        ModelError: A folder without one.
+    """
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (*SAFETENSORS, *INDEX, *PICKLES) if (path / name).is_file()), None)
+    if found is None:
+        raise ModelError(f"the checkpoint {path} is a folder; give a file of weights: `checkpoint='model.safetensors'`")
+    return found
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file is an archive of numpy's, as JAX's checkpoints are, by what is in it."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is that is neither safetensors nor `torch.save`'s, as far as is known, and what to do instead."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    for beginning, what in _BEGINNINGS:
+        if start.startswith(beginning):
+            return what
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("model.weights.h5") for name in names):
+            return _KERAS
+    return next((what for end, what in _ENDINGS if path.name.endswith(end)), None)
 
 
 def shard_names(index: Path) -> list[str]:
@@ -215,7 +285,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 def sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal; of an index, that of its files one after the other."""
     digest = hashlib.sha256()
-    for part in shards(path) if path.name.endswith(".index.json") else [path]:
+    for part in shards(path) if path.name.endswith(".index.json") else [weights_file(path)]:
         with part.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -233,6 +303,9 @@ def random_state(seed: int) -> Iterator[None]:
 def _advice(wanted: Shapes, found: Shapes) -> str:
     """What to type so that the checkpoint fits, as far as its shapes tell."""
     wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
+    if 2 * sum(name in found for name in wanted) < len(wanted):
+        return ("its names are those of another kind of model, and no conversion from it is known; name the model it "
+                "was made for, or rename its tensors as timm has them")  # fmt: skip
     heads = [name for name in wrong if name.startswith("head")]
     if not heads:
         return "name the model it was made for, with the arguments it was trained with (`img_size`, `model_kwargs`)"

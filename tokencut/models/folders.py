@@ -10,6 +10,7 @@ from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.models.checkpoints import INDEX
 from tokencut.models.hub import CONFIG, PREPROCESSORS, WEIGHTS, read_object
+from tokencut.models.huggingface import is_transformers
 
 # Weights that are there and cannot be taken, by how their names end, and what to do about it.
 _OTHERS = (
@@ -48,6 +49,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not a JSON object; save the model again, with timm's save_for_hf or transformers' "
                          "save_pretrained")  # fmt: skip
     return found
+
+
+def transformers_config(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's `config.json` where that is transformers'; else None."""
+    config = read_object(folder / CONFIG)
+    return config if is_transformers(config) else None
 
 
 def preprocessor_of(folder: Path) -> dict[str, Any] | None:

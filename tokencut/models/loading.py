@@ -10,19 +10,24 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
-from tokencut.models import artifact, building, digits, folders, hub, huggingface
+from tokencut.models import artifact, building, digits, fitting, folders, hub, huggingface
 from tokencut.models.alterations import alter
-from tokencut.models.checkpoints import load_strictly, not_finite, random_state, read_checkpoint, sha256
-from tokencut.models.fitting import load_adapted
+from tokencut.models.checkpoints import is_npz, not_finite, random_state, read_checkpoint, sha256
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
-from tokencut.models.pretrained_cfg import check_preprocessing, description_of, sync_pretrained_cfg
+from tokencut.models.pretrained_cfg import (
+    check_preprocessing,
+    class_count,
+    description_of,
+    label_names,
+    sync_pretrained_cfg,
+)
 from tokencut.recipe import Recipe
 
 BUNDLED = "digits"
@@ -40,6 +45,7 @@ class Loaded:
         info: What the file says, where MODEL is a tokencut file or a folder with one.
         notes: What a user should be told, one line each.
         new_head: Whether the classifier has random weights.
+        preprocessing_told: Whether the source of the weights says how images are prepared, or the user did.
     """
 
     model: nn.Module
@@ -48,6 +54,7 @@ class Loaded:
     info: ArtifactInfo | None = None
     notes: tuple[str, ...] = ()
     new_head: bool = False
+    preprocessing_told: bool = True
 
     @property
     def recipe(self) -> Recipe | None:
@@ -70,6 +77,7 @@ class Request:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     weights_needed: bool = True
     seed: int = 0
+    to_be_trained: bool = False
 
     @property
     def fetches(self) -> bool:
@@ -88,6 +96,7 @@ def load_model(
     preprocessing: Mapping[str, Any] | None = None,
     weights_needed: bool = True,
     seed: int = 0,
+    to_be_trained: bool = False,
 ) -> Loaded:
     """Loads the model that a user names.
 
@@ -95,7 +104,8 @@ def load_model(
         spec: An existing file or a folder with a `config.json` of timm or transformers (they win over a name),
             `digits`, a timm name or alias with or without a tag, `hf-hub:ID`, or `local-dir:FOLDER`.
         pretrained: Whether to load pretrained weights; random ones, drawn from `seed`, otherwise.
-        checkpoint: A local file of weights to load instead.
+        checkpoint: A local file of weights to load instead: safetensors, `torch.save`'s whatever training program wrote
+            it, JAX's .npz, an index of several, or a folder with one of these.
         model_kwargs: More arguments for timm.
         num_classes: Classes of the head, 0 for none.
         img_size: Height and width of the image in px.
@@ -103,6 +113,7 @@ def load_model(
             and `std` (by channel, of pixels from 0 to 1), `crop_pct` and `interpolation`.
         weights_needed: Whether the weights matter: where they don't, as for a cost, nothing is ever downloaded.
         seed: For random weights.
+        to_be_trained: Whether a fine-tune follows, so that a checkpoint may lack a head of the number of classes.
 
     Raises:
         UsageError: There is no such model (the nearest are offered), or an argument does not fit it.
@@ -111,7 +122,8 @@ def load_model(
     """
     args = _timm_args(model_kwargs, num_classes, img_size)
     known = check_preprocessing(preprocessing or {})
-    request = Request(pretrained, Path(checkpoint) if checkpoint else None, args, known, weights_needed, seed)
+    file = Path(checkpoint) if checkpoint else None
+    request = Request(pretrained, file, args, known, weights_needed, seed, to_be_trained)
     if Path(spec).is_file():
         _refuse_exported(spec)
         return _from_artifact(spec, request)
@@ -211,6 +223,8 @@ def _from_digits(request: Request) -> Loaded:
 
 def _from_name(name: ModelName, request: Request) -> Loaded:
     building.check_arguments(str(name), request.args)
+    if request.checkpoint is not None and not is_npz(request.checkpoint):
+        return _from_checkpoint(name, request, request.checkpoint)
     if not request.fetches:
         model, notes = building.build(str(name), request.args, pretrained=False, seed=request.seed)
         return _finish(model, name.architecture, None, request, (*name.notes, *notes))
@@ -231,6 +245,33 @@ def _from_name(name: ModelName, request: Request) -> Loaded:
     origin = Origin("hub" if cfg.hf_hub_id else "url", cfg.hf_hub_id or hub.address(cfg), licence=cfg.license)
     tagged = f"{name.architecture}.{cfg.tag}" if cfg.tag else name.architecture
     return _finish(model, tagged, origin, request, (*name.notes, *notes))
+
+
+def _from_checkpoint(name: ModelName, request: Request, file: Path) -> Loaded:
+    """An architecture with weights of a file, which may be of transformers, or made for another pooling."""
+    tensors, told = read_checkpoint(file)
+    sizes = building.sizes_of(str(name), request.args)
+    found = huggingface.under_transformers_names(tensors)
+    if found is not None:
+        folder = file if file.is_dir() else file.parent
+        config = folders.transformers_config(folder)
+        if config is None:
+            try:
+                config = huggingface.guessed_config(found, sizes)
+            except ModelError as error:
+                raise ModelError(f"{file} cannot be taken: {error}") from error
+            told = (*told, f"{file} has transformers' names and no config.json beside it: taking what transformers has "
+                           f"for {config['model_type']!r}")  # fmt: skip
+        huggingface.require_sizes(config, sizes, name.architecture, folder)
+        loaded = _from_transformers(folder, config, name.architecture, request, tensors=found)
+        return replace(loaded, notes=(*name.notes, *told, *loaded.notes))
+    args = dict(request.args)
+    if pooled := fitting.pooling_of(tensors, sizes.tensors, args):
+        args["global_pool"] = pooled
+        told = (*told, f"{file} has a norm behind the pooling, as MAE's fine-tuned weights have: taking "
+                       f"global_pool={pooled}")  # fmt: skip
+    model, notes = building.build(str(name), args, pretrained=False, seed=request.seed)
+    return _finish(model, name.architecture, None, request, (*name.notes, *told, *notes), tensors=tensors)
 
 
 def _from_hub(repository: str, request: Request) -> Loaded:
@@ -276,16 +317,27 @@ def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | Non
         raise ModelError(f"cannot load weights from {folder} ({one_line(error)}); give `checkpoint='FILE'`") from error
     if not request.fetches:
         return _finish(model, spec, None, request, notes)
+    names = description_of(model).get("label_names")
+    if names and label_names(model) is None and class_count(model) == description_of(model).get("num_classes"):
+        notes = (*notes, f"{hub.CONFIG} names {len(names)} classes and the head has {class_count(model)}: the names "
+                         "are left out")  # fmt: skip
     origin = origin or Origin("local-dir", sha256=sha256(folders.require_weights(folder)))
     return _finish(model, spec, replace(origin, licence=description_of(model).get("license")), request, notes)
 
 
 def _from_transformers(
-    folder: Path, config: dict[str, Any], spec: str, request: Request, origin: Origin | None = None
+    folder: Path,
+    config: dict[str, Any],
+    spec: str,
+    request: Request,
+    origin: Origin | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Loaded:
     """A folder that transformers' `save_pretrained` wrote; its weights, or those of a checkpoint of the same model."""
     file = request.checkpoint or (folders.require_weights(folder) if request.fetches else None)
-    tensors = None if file is None else read_checkpoint(file)
+    if file is not None and tensors is None:
+        read, _ = read_checkpoint(file)
+        tensors = huggingface.under_transformers_names(read) or read
     try:
         found = huggingface.convert(config, tensors, folders.preprocessor_of(folder), request.args)
     except ModelError as error:
@@ -298,7 +350,7 @@ def _from_transformers(
     setattr(model, "pretrained_cfg", {**description_of(model), **described})  # noqa: B010 (not a tensor)
     if file is None or found.tensors is None:
         return _finish(model, spec, None, request, (*found.notes, *notes))
-    load_adapted(model, found.tensors, file)
+    fitting.load_adapted(model, found.tensors, file)
     if request.checkpoint is not None:
         origin = Origin("checkpoint", f"transformers {found.source}", sha256(file))
     origin = origin or Origin("local-dir", f"transformers {found.source}", sha256(file))
@@ -313,16 +365,16 @@ def _finish(
     notes: tuple[str, ...],
     *,
     foreign: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Loaded:
     """Loads a checkpoint, and makes the model and the notes tell what weights it has; no `origin`: random so far.
 
-    `foreign`: the weights are not those that timm's description tells of.
+    `foreign`: the weights are not those that timm's description tells of. `tensors`: of the checkpoint, if it is read.
     """
     told, new_head = list(notes), False
     if request.checkpoint is not None:
-        tensors = read_checkpoint(request.checkpoint)
-        plain = {key: tensor for key, tensor in tensors.items() if not key.startswith(artifact.PREFIX)}
-        load_strictly(model, plain, request.checkpoint)
+        more, new_head = _load_checkpoint(model, request, request.checkpoint, tensors)
+        told += more
         origin = Origin("checkpoint", sha256=sha256(request.checkpoint))
     elif origin is None:
         new_head = True
@@ -339,4 +391,20 @@ def _finish(
     sync_pretrained_cfg(model, own_weights=own)
     origin = origin or Origin("random", seed=request.seed)
     artifact.mark_origin(model, origin)
-    return Loaded(model.eval(), name, origin, notes=tuple(told), new_head=new_head)
+    silent = request.checkpoint is not None and not request.preprocessing
+    return Loaded(
+        model.eval(), name, origin, notes=tuple(told), new_head=new_head, preprocessing_told=not silent
+    )  # fmt: skip
+
+
+def _load_checkpoint(
+    model: nn.Module, request: Request, file: Path, tensors: Mapping[str, Tensor] | None
+) -> tuple[tuple[str, ...], bool]:
+    """Loads a file of weights; what is to be told of it, and whether the head is a new one."""
+    if is_npz(file):
+        return fitting.load_npz(model, file, new_head=request.to_be_trained)
+    told: tuple[str, ...] = ()
+    if tensors is None:
+        tensors, told = read_checkpoint(file)
+    notes, new_head = fitting.load_fitted(model, tensors, file, new_head=request.to_be_trained)
+    return (*told, *notes), new_head

@@ -19,17 +19,24 @@ from tokencut.models.huggingface.architectures import (
     Architecture,
     class_name,
     head_of,
-    known_types,
     pair,
     read_config,
 )
+from tokencut.models.huggingface.names import guessed_config, require_sizes, under_transformers_names
 from tokencut.models.huggingface.preprocessing import preprocessing_from
 from tokencut.models.huggingface.tensors import fold_class_position, resized_positions, split_extras, to_timm
 from tokencut.models.names import resolve_name
 from tokencut.models.pretrained_cfg import LabelNames
 from tokencut.schema import is_whole
 
-__all__ = ["Converted", "convert", "is_transformers", "known_types"]
+__all__ = [
+    "Converted",
+    "convert",
+    "guessed_config",
+    "is_transformers",
+    "require_sizes",
+    "under_transformers_names",
+]
 
 TIMM_WRAPPER = "timm_wrapper"
 
@@ -97,7 +104,7 @@ def convert(
     )  # fmt: skip
     high, wide = size = prepared.pop("input_size")
     notes = []
-    if preprocessor is None:
+    if preprocessor is None and tensors is not None:
         notes.append("there is no preprocessor_config.json: taking what transformers has for this type, mean "
                      f"{_numbers(prepared['mean'])}, std {_numbers(prepared['std'])}")  # fmt: skip
     if size != found.image_size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -316,11 +316,6 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("siglip", "siglip_vision_model"), Kind(_siglip, _SIGLIP, _processor("half", None, 3))),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), Kind(_siglip2, _SIGLIP, _processor("half", None, 2))),
 }  # fmt: skip
-
-
-def known_types() -> Collection[str]:
-    """transformers' model types that are known."""
-    return _KINDS.keys()
 
 
 def _unknown(config: Mapping[str, Any]) -> str:

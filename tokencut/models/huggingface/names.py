@@ -1,0 +1,117 @@
+"""Telling transformers' tensors by their names alone, wherever a training program has put them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tokencut.errors import ModelError
+from tokencut.models.building import Sizes
+from tokencut.models.huggingface.architectures import class_name, read_config
+
+# The first part of an image tower, and what transformers calls the tower.
+_TOWERS = "vit|deit|dinov2_with_registers|dinov2|vision_model"
+_EMBEDDING = re.compile(
+    rf"^(?P<before>(?:.*?\.)??)(?P<tower>(?:{_TOWERS})\.)?embeddings\.(?:cls_token|class_embedding|patch_embedding)"
+)
+
+
+def under_transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors of a transformers image model, with nothing before its own names; None where there is none.
+
+    Args:
+        tensors: Of a checkpoint.
+    """
+    found = next((match for name in tensors if (match := _EMBEDDING.match(name))), None)
+    if found is None:
+        return None
+    before = found["before"]
+    return {name.removeprefix(before): tensor for name, tensor in tensors.items() if name.startswith(before)}
+
+
+def guessed_config(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Any]:
+    """A config for tensors that came without one: what transformers has for their type, and the sizes that they show.
+
+    Args:
+        tensors: By transformers' names.
+        sizes: The architecture's that was named, for what no shape tells.
+
+    Raises:
+        ModelError: They lack what every image model has.
+    """
+    names = set(tensors)
+
+    def held(pattern: str) -> Tensor | None:
+        return next((tensors[name] for name in sorted(names) if re.search(pattern, name)), None)
+
+    patches = held(r"embeddings\.patch_embeddings?(\.projection)?\.weight$")
+    positions = held(r"embeddings\.position_embeddings?(\.weight)?$")
+    hidden = held(r"layers?\.0\.(intermediate\.dense|mlp\.fc1|mlp\.weights_in|mlp\.up_proj)\.weight$")
+    gated = held(r"mlp\.(weights_in|gate_proj)\.") is not None
+    if patches is None or patches.ndim != 4 or positions is None or hidden is None or sizes.heads is None:
+        raise ModelError("it has transformers' names, and not all that a Vision Transformer has; name the folder that "
+                         "save_pretrained wrote")  # fmt: skip
+    kind = _type_of(names)
+    registers = held(r"embeddings\.register_tokens$")
+    prefix = {"deit": 2, "siglip": 0}.get(kind, 1)
+    side = int((positions.shape[-2] - prefix) ** 0.5) * patches.shape[-1]
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "hidden_size": patches.shape[0],
+        "num_hidden_layers": 1
+        + max(int(found[1]) for name in names if (found := re.search(r"layers?\.(\d+)\.", name))),
+        "num_attention_heads": sizes.heads,
+        "num_channels": patches.shape[1],
+        "patch_size": patches.shape[-1],
+        "image_size": side,
+        "qkv_bias": held(r"(query|q_proj)\.bias$") is not None,
+        "use_swiglu_ffn": gated,
+    }
+    if not gated:  # else the usual ratio, of which less is left
+        config |= {"intermediate_size": hidden.shape[0], "mlp_ratio": hidden.shape[0] / patches.shape[0]}
+    if registers is not None:
+        config["num_register_tokens"] = registers.shape[1]
+    return config
+
+
+def _type_of(names: set[str]) -> str:
+    """transformers' type of model, by its names."""
+
+    def has(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    if has(r"embeddings\.register_tokens$"):
+        return "dinov2_with_registers"
+    if has(r"layer_scale1\.lambda1$"):
+        return "dinov2"
+    if has(r"embeddings\.distillation_token$"):
+        return "deit"
+    if has(r"pre_layrnorm\."):
+        return "clip"
+    return "siglip" if has(r"post_layernorm\.") else "vit"
+
+
+def require_sizes(config: Mapping[str, Any], sizes: Sizes, name: str, folder: object) -> None:
+    """Refuses a transformers model that is not of the architecture that was named.
+
+    Args:
+        config: The content of its `config.json`.
+        sizes: The architecture's.
+        name: timm's name of it.
+        folder: Where the model is.
+
+    Raises:
+        ModelError: Its width, depth or heads are others.
+    """
+    if config.get("model_type") == "timm_wrapper":
+        return
+    _, tower = read_config(config)
+    theirs = tuple(tower[field] for field in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    ours = (sizes.width, sizes.depth, sizes.heads)
+    if theirs != ours:
+        words = ["width {}, {} blocks, {} heads".format(*numbers) for numbers in (theirs, ours)]
+        raise ModelError(f"{folder} holds a {class_name(config)} of {words[0]}, and {name} has {words[1]}; name the "
+                         f"folder {folder} as MODEL, without a checkpoint")  # fmt: skip
