@@ -22,6 +22,7 @@ LAYERS = (
     "methods adapters",
     "recipe tracing features",
     "blocks",
+    "timm_protocol",
     "model",
     "backbone models runtime",
     "data",

@@ -11,20 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.adapters import Adapter, adapter_for, instead_of, plain_model, refuse_sharded
-from tokencut.attention import TimmModule
-from tokencut.blocks import BlockLoop, Stage
-from tokencut.calling import call, is_patched
+from tokencut.adapters import adapter_for, instead_of, plain_model, refuse_sharded
+from tokencut.calling import call
 from tokencut.errors import ModelError, UsageError
-from tokencut.features import UNMERGE_RULES, Form, Indices, Intermediates, Unmerging, block_indices
+from tokencut.features import Form, Indices, Intermediates, Unmerging, block_indices
 from tokencut.methods import Method, StageShape, make_method
 from tokencut.recipe import Recipe
-from tokencut.schedule import Keep, Layers, StagePlan, make_schedule
-from tokencut.tokens import Tokens
-from tokencut.tracing import BlockObserver, Trace, Tracer
+from tokencut.schedule import Keep, Layers, make_schedule
+from tokencut.timm_protocol import AroundTimm
+from tokencut.tracing import Trace, Tracer
 
 
-class CompressedModel(nn.Module):
+class CompressedModel(AroundTimm):
     """A timm model with stages that reduce its tokens.
 
     `model` is timm's own, with timm's parameter names; `stages` holds one `Stage` for each layer of the recipe's
@@ -40,77 +38,9 @@ class CompressedModel(nn.Module):
         [(1, 64, 10, 10), (1, 64, 10, 10)]
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        """Wraps a model; it is not copied (`compress` does that).
-
-        Args:
-            model: A timm model of a supported family.
-            recipe: A recipe made for a model of this depth.
-
-        Raises:
-            ModelError: The family is not supported.
-            UsageError: The recipe's method or one of its settings is unknown.
-        """
-        super().__init__()
-        model = plain_model(model)
-        self.adapter: Adapter = adapter_for(model)
-        self.model: TimmModule = model
-        self.recipe = recipe
-        self._refuse_patched()
-        self.method = make_method(recipe.method, dict(recipe.method_options))
-        self.unmerge = UNMERGE_RULES[0]
-        blocks = self.adapter.cost(model).blocks
-        self.stages = nn.ModuleDict(
-            {
-                str(layer): Stage(self.method, self.method.make_module(blocks[layer - 1].width, seed=layer))
-                for layer in recipe.schedule.layers
-            }
-        ).to(next(model.parameters()).device)
-
-    @property
-    def loop(self) -> BlockLoop:
-        """The model as a loop over blocks, to be run block by block."""
-        stages = {int(layer): stage for layer, stage in self.stages.items()}
-        return BlockLoop(self.adapter, self.model, stages, self.recipe.prop_attn)
-
-    def _refuse_patched(self) -> None:
-        """Refuses a model whose forward was replaced where a stage takes its place, the same at every keep rate."""
-        blocks = self.adapter.blocks(self.model)
-        parts = [(layer, part) for layer in self.recipe.schedule.layers if layer <= len(blocks)
-                 for part in self.adapter.stood_in_for(blocks[layer - 1])]  # fmt: skip
-        layer, patched = next(((n, part) for n, part in ((0, self.model), *parts) if is_patched(part)), (0, None))
-        if patched is not None:
-            name = next(name for name, part in self.model.named_modules() if part is patched)
-            raise ModelError(
-                f"{name or 'the model'} has a forward of its own, put on this one module, which stages would pass by; "
-                "use a hook (register_forward_hook), or take it off again (`del module.forward`; accelerate's by "
-                "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`)"
-                + (f", or give `layers` without {layer}" if layer else "")
-            )
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the head; 0 for a model without one."""
-        return int(self.model.num_classes)
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """timm's description of each block's output: channels, reduction (px to a patch), module."""
-        return self.model.feature_info
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of weights and preprocessing."""
-        return self.model.pretrained_cfg
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps no activations of blocks without a stage, and computes them again; as timm's."""
-        self.model.set_grad_checkpointing(enable)
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
-        self._refuse_patched()
-        plans = self._plans(images)
+        plans = self._ready(images)
         if len(plans) == 0:  # torch.compile knows no bool(tuple)
             return self.model(images)  # timm's own forward, to the bit
         loop = self.loop
@@ -133,8 +63,7 @@ class CompressedModel(nn.Module):
             Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
             (`block` is then the number of blocks, and the features are those before the final norm).
         """
-        self._refuse_patched()
-        loop, tracer, plans = self.loop, Tracer(self.method, attention), self._plans(images)
+        loop, tracer, plans = self.loop, Tracer(self.method, attention), self._ready(images)
 
         def traced(images: Tensor) -> Tensor:
             tokens = self._run(loop, loop.embed(images, source=source), plans, tracer)
@@ -184,10 +113,9 @@ class CompressedModel(nn.Module):
             UsageError: A block, a format or a rule of un-merging does not exist.
             ModelError: Patch dropout has left no full grid.
         """
-        self._refuse_patched()
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
         unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
-        loop, plans = self.loop, self._plans(x)
+        loop, plans = self.loop, self._ready(x)
         taken = block_indices(loop.depth, indices)
         as_timm = inspect.signature(self.model.forward_intermediates).parameters if len(plans) == 0 else {}
         if as_timm and (not output_dict or "output_dict" in as_timm):
@@ -210,6 +138,14 @@ class CompressedModel(nn.Module):
         tokens = loop.run(tokens, plans, observer, max(taken) + 1 if stop_early else None)
         return observer.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
 
+    def get_intermediate_layers(
+        self, x: Tensor, n: Any = 1, reshape: bool = False, return_prefix_tokens: bool = False, norm: bool = False
+    ) -> Any:
+        """Features of several blocks for every patch, by DINO's arguments; see `forward_intermediates`."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -223,33 +159,6 @@ class CompressedModel(nn.Module):
         for layer in [layer for layer in self.stages if int(layer) > max(taken) + 1]:
             del self.stages[layer]
         return taken
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return self.adapter.grid(self.model, images.shape[-2], images.shape[-1])
-
-    def _plans(self, images: Tensor) -> tuple[StagePlan, ...]:
-        """The stages for images of this size."""
-        rows, columns = self._grid(images)
-        return self.recipe.stages_for(rows * columns)
-
-    def _run(
-        self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], observer: BlockObserver | None = None
-    ) -> Tokens:
-        """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
-        if len(plans) > 0 and plans[0].tokens_in != tokens.count:
-            plans = self.recipe.stages_for(tokens.count)
-        blocks, last = self.adapter.blocks(self.model), tokens
-        if not isinstance(blocks, nn.Sequential):
-            return loop.run(tokens, plans, observer)
-
-        def all_blocks(features: Tensor) -> Tensor:
-            nonlocal last
-            last = loop.run(tokens.with_features(features), plans, observer)
-            return last.features
-
-        # timm calls the blocks as one module.
-        features = call(blocks, all_blocks, tokens.features)
-        return last.with_features(features)
 
 
 def compress(

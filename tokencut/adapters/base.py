@@ -98,6 +98,14 @@ class Adapter(ABC):
     def classifier(self, model: TimmModule) -> nn.Module:
         """What makes logits of the pooled tokens `(B, D)`, its input; of two heads the class token's."""
 
+    def num_classes(self, model: TimmModule) -> int:
+        """The number of classes that the classifier tells apart, whoever put it there; 0 without one."""
+        head: Any = self.classifier(model)
+        layers = [part for part in (head, *reversed(list(head.modules()))) if hasattr(part, "out_features")]
+        if not layers:
+            return 0 if isinstance(head, nn.Identity) else int(model.num_classes)
+        return int(layers[0].out_features)
+
     def separate_heads(self, model: TimmModule, apart: bool) -> bool:
         """Has a model of two heads give the logits of each, or their mean; False where it has only one."""
         return False
@@ -150,9 +158,24 @@ class Adapter(ABC):
     def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
         """The norm behind the last block, token by token: `(B, P + N, D)` to the same."""
 
-    @abstractmethod
     def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`. Average pooling is weighted by size."""
+        return self.forward_head(model, tokens.with_features(self.final_norm(model, tokens.features)))
+
+    def forward_head(self, model: TimmModule, tokens: Tokens, pre_logits: bool = False) -> Tensor:
+        """What `head` does behind the final norm, as timm's method of that name.
+
+        Args:
+            model: The model.
+            tokens: Normed, `(B, P + N, D)`.
+            pre_logits: Whether to stop before the classifier.
+        """
+        logits: Tensor = model.forward_head(tokens.features, pre_logits=pre_logits)
+        return logits
+
+    def pools_by_size(self, model: TimmModule) -> bool:
+        """Whether what the head makes of merged tokens depends on their sizes."""
+        return True
 
     @abstractmethod
     def cost(self, model: TimmModule) -> ModelCost:

@@ -132,8 +132,8 @@ class ColumnarAdapter(Adapter):
         normed: Tensor = model.norm(features)
         return normed
 
-    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
-        features, bias = self.final_norm(model, tokens.features), tokens.bias
+    def forward_head(self, model: TimmModule, tokens: Tokens, pre_logits: bool = False) -> Tensor:
+        features, bias = tokens.features, tokens.bias
         pool = _attention_pool_of(model)
         weighted = pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(pool, AttentionPoolLatent) and bias is not None:
@@ -145,8 +145,13 @@ class ColumnarAdapter(Adapter):
         elif weighted and (counts := tokens.counts()) is not None:
             pooled = average_pool(model.global_pool, features, counts, self._skipped(model))
         else:
-            return model.forward_head(features)
-        return model.head(model.head_drop(model.fc_norm(pooled)))
+            return super().forward_head(model, tokens, pre_logits)
+        pooled = model.head_drop(model.fc_norm(pooled))
+        return pooled if pre_logits else model.head(pooled)
+
+    def pools_by_size(self, model: TimmModule) -> bool:
+        pool = _attention_pool_of(model)
+        return isinstance(pool, (AttentionPoolLatent, ClassAndMean)) or model.global_pool in _AVERAGE_POOLS
 
     def _skipped(self, model: TimmModule) -> int:
         """How many prefix tokens the pooling leaves out."""

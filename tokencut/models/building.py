@@ -107,7 +107,7 @@ def sizes_of(source: str, args: Mapping[str, Any]) -> Sizes:
     blocks = adapter.blocks(model)
     heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None)
     tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Sizes(adapter.cost(model).width, len(blocks), heads, tensors)
+    return Sizes(adapter.cost(model).blocks[0].width, len(blocks), heads, tensors)
 
 
 @contextlib.contextmanager

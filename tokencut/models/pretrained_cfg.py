@@ -43,8 +43,9 @@ def name_of(model: nn.Module) -> str:
 
 
 def class_count(model: nn.Module) -> int:
-    """The number of a model's classes, 0 without a head."""
-    return int(getattr(model, "num_classes", 0) or 0)
+    """The number of a model's classes, also of a head that was put there by hand; 0 without a head."""
+    adapter = known_adapter(model)
+    return adapter.num_classes(model) if adapter else int(getattr(model, "num_classes", 0) or 0)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

@@ -190,9 +190,9 @@ def density_clusters(
         clusters: `C`, at most `n`.
         rule: Which points are centres.
         sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
-        parts: Windows of `ceil(n / parts)` consecutive points, at most `C`; the last may hold fewer. Points are compared
-            within theirs only, so that time and memory grow with `n^2 / parts`. Centres are the best of the image, one
-            a window at least.
+        parts: Windows of `ceil(n / parts)` consecutive points, at most `C`; the last may hold fewer. Points are
+            compared within theirs only, so that time and memory grow with `n^2 / parts`. Centres are the best of the
+            image, one a window at least.
 
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.

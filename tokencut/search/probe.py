@@ -206,7 +206,7 @@ class Probe:
     @property
     def has_head(self) -> bool:
         """Whether the outputs are logits."""
-        return int(self.loop.model.num_classes) > 0
+        return self.loop.adapter.num_classes(self.loop.model) > 0
 
     def _outcome(self, outputs: list[Tensor]) -> Outcome:
         divergence = self._divergence(outputs)
