@@ -18,6 +18,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
+from tokencut.files import open_plain
 from tokencut.messages import listed, one_line, shorten
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,7 +32,7 @@ INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 def file_kind(path: Path) -> str:
     """What a file is by its first bytes: `safetensors`, `pickle` (PyTorch's own, zipped or not), `empty` or `other`."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         start = file.read(9)
     if not start:
         return "empty"
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         ModelError: The file is missing, damaged, needs unpickling of more than tensors, or holds no tensors.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
         raise ModelError(f"the checkpoint {path} {what}; give a file of weights: `checkpoint='model.safetensors'`")
     if path.name.endswith(".index.json"):
         return {name: tensor for part in shards(path) for name, tensor in read_checkpoint(part).items()}
