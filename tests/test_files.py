@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokencut.errors import ArtifactError
-from tokencut.files import atomic_write, check_writable, check_writable_folder
+from tokencut.files import atomic_write, check_writable, check_writable_folder, open_plain, remove_folder
 
 
 def fail_halfway(target: Path, failure: BaseException) -> None:
@@ -190,3 +190,26 @@ def test_refusals(tmp_path: Path) -> None:
             pytest.fail("the block must not run")
     assert check_writable(old, force=True) == old
     assert old.read_text() == "old"
+
+
+def test_a_folder_is_removed_with_all_in_it_but_not_what_links_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/mine.txt").write_text("mine")
+    (tmp_path / "ours/a/b").mkdir(parents=True)
+    (tmp_path / "ours/a/b/1.png").write_text("")
+    (tmp_path / "ours/a/link").symlink_to(tmp_path / "precious")
+    (tmp_path / "ours/file").symlink_to(tmp_path / "precious/mine.txt")
+    remove_folder(tmp_path / "ours")
+    remove_folder(tmp_path / "never")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["precious"]
+    assert (tmp_path / "precious/mine.txt").read_text() == "mine"
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a pipe, not a file"):
+        open_plain(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError, match="it is a folder, not a file"):
+        open_plain(tmp_path)
+    with pytest.raises(OSError, match="it is a device, not a file"):
+        open_plain(Path(os.devnull))

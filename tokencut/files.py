@@ -157,3 +157,21 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterato
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was written") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder of ours and all in it, however deep; nothing where there is none. Links are not followed.
+
+    `shutil.rmtree` calls itself for each folder in the other, and fails where they are many.
+    """
+    waiting, found = [folder] if folder.is_dir() else [], list[Path]()
+    while waiting:
+        found.append(waiting.pop())
+        with os.scandir(found[-1]) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+                else:
+                    os.unlink(entry.path)  # noqa: PTH108 (of 1.3 million files, each would be made a Path first)
+    for emptied in reversed(found):
+        emptied.rmdir()

@@ -124,11 +124,11 @@ WRONG = [
      "eval needs images; type tokencut eval {file} --data DIR, a folder with one sub-folder a class or a .tar of one, "
      "or try it with tokencut eval digits --data digits"),
     ((*EVAL, "--data", "{tmp}/none"), 1,
-     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
-     "of one, or the word digits"),
+     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar, .tar.gz "
+     "or .zip of one, a .csv list of images, or the word digits"),
     ((*EVAL, "--data", "{file}"), 1,
-     "'{file}' is a file of an unknown kind: expected a folder with one sub-folder a class, a .tar or .tar.gz of one, "
-     "or the word digits"),
+     "'{file}' is a file of an unknown kind: expected a folder with one sub-folder a class, a .tar, .tar.gz or .zip "
+     "of one, a .csv list of images, or the word digits"),
     ((*EVAL, "--data", "{pictures}", "--limit", "0"), 2,
      "invalid value for '--limit': 0 is not a whole number from 1 to 1000000000, such as 1000; "
      "type tokencut eval --help"),
@@ -139,8 +139,8 @@ WRONG = [
      "invalid value for '-j' / '--workers': -1 is not a whole number from 0 to 1024, such as 0; "
      "type tokencut eval --help"),
     ((*COMPRESS, "--data", "{tmp}/none"), 1,
-     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
-     "of one, or the word digits"),
+     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar, .tar.gz "
+     "or .zip of one, a .csv list of images, or the word digits"),
     # Devices.
     ((*EVAL, "--data", "digits", "--predictions", "{file}"), 2,
      re.compile(r"--predictions \S+ does not end in .csv, and predictions are written as CSV; type --predictions \S+")),

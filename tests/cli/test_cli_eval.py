@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,37 @@ def test_predictions_are_checked_before_the_model_is_loaded(
     done = run("eval", "deit_base", "--data", pictures, "--predictions", tmp_path / "nowhere" / "p.csv")
     assert done.code == 1
     assert "does not exist; create it first" in done.err
+
+
+def test_a_zip_and_a_list_are_judged_as_the_folder(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
+    files = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.jpg"))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in files:
+            archive.write(pictures / name, f"val/{name}")
+    (tmp_path / "set.csv").write_text("filename,label\n" + "".join(f"{name},{Path(name).parent}\n" for name in files))
+    words = ("eval", compressed, "-j", "0", "--json", "--data")
+    folder, packed = run(*words, pictures).json, run(*words, tmp_path / "set.zip").json
+    listed = run(*words, tmp_path / "set.csv", "--image-root", pictures).json
+    for found in (packed, listed):
+        assert {key: found[key] for key in ("images", "top1", "loss")} == {
+            key: folder[key] for key in ("images", "top1", "loss")
+        }  # fmt: skip
+    lost = run("eval", compressed, "-j", "0", "--data", tmp_path / "set.csv")
+    assert (lost.code, lost.err.splitlines()[-1]) == (
+        1, f"error: 12 of the 12 files in {tmp_path / 'set.csv'} do not exist, such as 'ant/1.jpg', 'ant/2.jpg', "
+        "'ant/3.jpg' and 9 more; give the folder that its paths are relative to, --image-root DIR",
+    )  # fmt: skip
+
+
+def test_a_pipe_as_model_or_file_is_refused_at_once(run: Run, compressed: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    pipe = tmp_path / "pipe"
+    for words, line in [
+        (("info", pipe), f"cannot read {pipe}: it is a pipe, not a file"),
+        (("eval", compressed, "--data", pipe), f"no images at {str(pipe)!r}: it "),
+        (("eval", compressed, "--data", "digits", "--class-map", pipe), "it is a pipe, not a file"),
+        (("eval", *TINY, "--checkpoint", pipe, "--data", "digits"), f"the checkpoint {pipe} is no file"),
+    ]:
+        done = run(*words)
+        assert done.code in (1, 2)
+        assert line in done.err

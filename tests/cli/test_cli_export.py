@@ -153,8 +153,8 @@ def test_dense_onnx_is_for_onnx(run: Run, artifact: Path, exported: Path) -> Non
         (("-o", "there.onnx"), 1, "there.onnx exists; add --force to replace it, or give another -o"),
         (("-o", "no/m.onnx"), 1, "cannot write no/m.onnx: the folder no does not exist; create it first"),
         (("-o", "m.onnx", "--data", "none"), 1,
-         "no images at 'none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz of "
-         "one, or the word digits"),
+         "no images at 'none': it does not exist; expected a folder with one sub-folder a class, a .tar, .tar.gz or "
+         ".zip of one, a .csv list of images, or the word digits"),
     ],
 )  # fmt: skip
 def test_refused_before_a_model_is_loaded(

@@ -351,8 +351,8 @@ WRONG = [
      "--resume needs images to fine-tune on; add --train-data DIR, a folder with one sub-folder a class or a .tar of "
      "one, or --train-data digits"),
     (("--train-data", "{tmp}/none"), 1,
-     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar or .tar.gz "
-     "of one, or the word digits"),
+     "no images at '{tmp}/none': it does not exist; expected a folder with one sub-folder a class, a .tar, .tar.gz "
+     "or .zip of one, a .csv list of images, or the word digits"),
     (("--train-data", "digits"), 1,
      "'digits' has 10 class folders ('0', '1', '2' and 7 more), the model's head has 3 classes; type --num-classes 10 "
      "beside an architecture's name to train a new head"),

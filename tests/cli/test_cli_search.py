@@ -190,3 +190,17 @@ def test_several_processes_are_refused(pictures: Path) -> None:
         UsageError, match="^a search runs in one process, and torchrun started 2; type tokencut profile"
     ):
         search_run.requested_search(target, RunOptions(), front=None, force=True, processes=2)
+
+
+def test_profile_reads_calibration_images_as_data_are_read(run: Run, pictures: Path, tmp_path: Path) -> None:
+    order = tmp_path / "map.txt"
+    order.write_text("ant\nbee\ncow\n")
+    words = ("profile", *TINY, "--max-drop", "70", "--calibration", pictures, *QUICK, "--no-latency", "--json")
+    done = run(*words, "--class-map", order, "-j", "0")
+    told = "calibration labels are not used: the class map lacks the class folders 'cat'; it holds 'ant', 'bee', 'cow'"
+    assert (done.code, told in done.notes) == (0, True)
+    refused = run("profile", "deit_tiny", "--no-latency", "--class-map", order, "--workers", "0")
+    assert (refused.code, refused.err) == (
+        2, "error: --class-map and --workers would say how calibration images are read, and none are; leave that out, "
+        "or add a target and --calibration DIR\n",
+    )  # fmt: skip

@@ -16,9 +16,10 @@ import pytest
 from image_files import tar_of, write_tar
 from observing import Seen
 
-from tokencut.data import archives
+from tokencut.data import archives, listing
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
+from tokencut.files import remove_folder
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_on_windows_drives_and_backslashes_lead_out_too(
 ) -> None:
     path = write_tar(tmp_path / "set.tar", {name: b"x"})
     assert set(archives.scan(path).files) == {name}
-    monkeypatch.setattr(archives, "PurePath", PureWindowsPath)
+    monkeypatch.setattr(listing, "PurePath", PureWindowsPath)
     with pytest.raises(DataError, match="a path that leads out of it; pack the images again"):
         archives.scan(path)
 
@@ -357,3 +358,15 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert archives.cache_folder() == tmp_path / "tokencut"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert archives.cache_folder() == Path.home() / ".cache" / "tokencut"
+
+
+@pytest.mark.slow
+def test_files_in_a_thousand_folders_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENCUT_CACHE", str(tmp_path / "cache"))
+    deep = "ant/" + "d/" * 1000 + "1.png"
+    path = write_tar(tmp_path / "deep.tar.gz", {deep: b"one", "bee/1.png": b"two"}, "w:gz")
+    target = archives.unpack(path)
+    assert (target / deep).read_bytes() == b"one"
+    assert (target / "bee/1.png").read_bytes() == b"two"
+    remove_folder(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import timm
-from image_files import write_folder
+from image_files import greys, write_folder
+from judged_models import small_model
 
 from tokencut.data import labels
-from tokencut.data.labels import ClassMap, map_classes
-from tokencut.data.sources import Subset, open_source
+from tokencut.data.labels import ClassMap, classes_for, map_classes
+from tokencut.data.sources import FolderSource, Subset, open_source
 from tokencut.errors import DataError
 
 ANIMALS = ("cat", "polar bear", "Dog", "horse")
@@ -177,3 +178,43 @@ def test_a_wrong_number_of_folders_for_a_model_without_label_names() -> None:
         "1 class folder for the model's 2 classes, such as 'left': the model has no label names to match, so exactly "
         "2 folders are expected, in the order of its classes"
     )
+
+
+def in_one_folder(tmp_path: Path, only: str, *inner: str) -> FolderSource:
+    """A set whose only folder holds folders with an image each."""
+    return FolderSource("set", greys(tmp_path / only, dict.fromkeys(inner, [0])).parent)
+
+
+def test_an_only_class_folder_with_folders_in_it_is_one_class(tmp_path: Path) -> None:
+    model = small_model(labels=["ant", "Bee", "cat"])
+    source = in_one_folder(tmp_path, "bee", "left", "right")
+    assert classes_for(model, source) == ClassMap(
+        (1, 1),
+        ("ant", "Bee", "cat"),
+        (
+            "the only folder with images, 'bee', is a class of the model: all images in it are of that class",
+            "1 of the model's 3 classes is present",
+        ),
+    )
+    assert source.classes == ("left", "right")
+
+
+def test_class_folders_in_an_only_folder_go_before_its_own_name(tmp_path: Path) -> None:
+    model = small_model(labels=["ant", "bee", "cat"])
+    note = "the class folders are those in 'cat', the only folder with images"
+    found = classes_for(model, in_one_folder(tmp_path, "cat", "bee", "ant"))
+    assert (found.targets, found.notes[0]) == ((0, 1), note)
+    # Where no name says anything, the folders do by their number.
+    assert classes_for(small_model(2), in_one_folder(tmp_path / "n", "cat", "x", "y")).targets == (0, 1)
+
+
+def test_an_only_class_folder_is_found_by_a_class_map_as_well(tmp_path: Path) -> None:
+    source = in_one_folder(tmp_path, "b", "x", "y")
+    source.class_order = ("a", "b", "c")
+    found = classes_for(small_model(), source)
+    assert (found.targets, found.class_names) == ((1, 1), ("a", "b", "c"))
+    source.class_order = ("y", "b", "x")
+    assert classes_for(small_model(), source).targets == (2, 0)
+    source.class_order = ("k", "l", "m")
+    with pytest.raises(DataError, match="the class map lacks the class folders 'x', 'y'; it holds 'k', 'l', 'm'"):
+        classes_for(small_model(), source)

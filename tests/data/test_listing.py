@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,11 @@ def test_what_systems_leave_behind_is_no_class_and_no_image(name: str) -> None:
 
 def test_an_archive_made_on_a_mac_is_stepped_into() -> None:
     found = layout("lfw/ann/1.jpg", "lfw/bob/1.jpg", "__MACOSX/lfw/ann/._1.jpg", "__MACOSX/._lfw", "notes/x.txt")
-    assert found.classes == ("ann", "bob")
+    assert (found.classes, found.wrapper) == (("ann", "bob"), ("lfw",))
     assert found.notes == (
         "files passed over for their extension: 1 ('notes/x.txt')",
         "folders that systems leave behind passed over: 1 ('__MACOSX')",
         "folders without images passed over: 1 ('notes')",
-        "the class folders are those in 'lfw', the only folder with images",
     )
 
 
@@ -158,3 +158,60 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     assert str(caught.value) == (
         f"cannot read the folder '{tmp_path}': Permission denied; give a folder that you may read"
     )
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """An image in 1,200 folders, each in the other; taken away again, which pytest itself would fail to do."""
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    for _ in range(1200):
+        os.mkdir("d")  # noqa: PTH102 (relative to where the loop has come: the whole path is long)
+        os.chdir("d")
+    Path("1.png").write_text("")
+    os.chdir(before)
+    yield tmp_path
+    os.chdir(tmp_path / ("d/" * 1200))
+    Path("1.png").unlink()
+    for _ in range(1200):
+        os.chdir("..")
+        os.rmdir("d")  # noqa: PTH106
+    os.chdir(before)
+
+
+@pytest.mark.slow
+def test_folders_in_each_other_are_read_however_deep(deep: Path) -> None:
+    listing = scan_folder(deep)
+    assert list(listing.files) == ["d/" * 1200 + "1.png"]
+    assert len(listing.folders) == 1200
+    assert len(find_classes("set", listing).images) == 1
+
+
+def test_folders_that_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(9)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for other in names:
+            if other != name:
+                (tmp_path / name / other).symlink_to(tmp_path / other)
+    with pytest.raises(DataError) as caught:
+        scan_folder(tmp_path)
+    assert str(caught.value).startswith(f"the folders in '{tmp_path}' link to each other: ")
+    assert str(caught.value).endswith(" is one of over 100 paths to one folder; remove links between them")
+
+
+def test_a_class_that_is_a_link_to_another_has_its_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_text("")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert set(scan_folder(tmp_path).files) == {"a/1.png", "b/1.png"}
+
+
+def test_links_in_circles_are_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/one.png").symlink_to(tmp_path / "a/two.png")
+    (tmp_path / "a/two.png").symlink_to(tmp_path / "a/one.png")
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    listing = scan_folder(tmp_path)
+    assert set(listing.files) == {"a/one.png", "a/two.png"}
+    assert listing.folders == {"a", "a/up"}

@@ -24,7 +24,9 @@ from tokencut.data.sources import (
 )
 from tokencut.errors import DataError
 
-EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
+EXPECTED = (
+    "a folder with one sub-folder a class, a .tar, .tar.gz or .zip of one, a .csv list of images, or the word digits"
+)
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_a_folder_called_digits_can_be_named(tmp_path: Path, monkeypatch: pytest
     ("name", "made", "message"),
     [
         ("missing", None, "no images at 'missing': it does not exist; expected {expected}"),
-        ("set.zip", b"PK\3\4", "'set.zip' is a file of an unknown kind: expected {expected}"),
+        ("set.7z", b"7z\xbc\xaf\x27\x1c", "'set.7z' is a file of an unknown kind: expected {expected}"),
         ("empty.tar", b"", "'empty.tar' is a file of an unknown kind: expected {expected}"),
     ],
 )

@@ -78,7 +78,7 @@ def compare(
 
     device = resolve_device(run.device)
     variants = None if methods is None else _variants(methods, reduction)
-    images = open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
+    images = open_source(data.data, observer=CommandObserver(), **data.reading())
     if variants is not None:
         first, second = _methods(model, source, variants, run)
     elif other is not None:

@@ -77,12 +77,10 @@ def compress(
         check_run(output, tuning, force=force)
     device = resolve_device(run.device)
     with process_group(device) as group:
-        images = (
-            None if data.data is None else open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
-        )
+        images = None if data.data is None else open_source(data.data, observer=CommandObserver(), **data.reading())
         train = None
         if tuning.train_data:
-            train = open_source(tuning.train_data, split="train", observer=CommandObserver(), class_map=data.class_map)
+            train = open_source(tuning.train_data, split="train", observer=CommandObserver(), **data.reading())
         if train is not None:
             for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
                 check_apart(place, train, images)
@@ -95,7 +93,7 @@ def compress(
             front = target.front or output.with_suffix(".front.json")
             search = requested_search(
                 target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
-                workers=data.workers, class_map=data.class_map,
+                workers=data.workers, reading=data.reading(),
             )  # fmt: skip
             why = "an accuracy on images that the schedule was chosen by is too good"
             note_same_images("--calibration", search.source, "--data", images, why)

@@ -70,7 +70,7 @@ def evaluate(
         check_csv(predictions, force=force)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
-    images = open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
+    images = open_source(data.data, observer=CommandObserver(), **data.reading())
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(
         subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,

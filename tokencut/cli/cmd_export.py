@@ -12,6 +12,7 @@ from tokencut.cli.observer import CommandObserver
 from tokencut.cli.options import (
     DATA_HELP,
     DenseFlag,
+    ImageRoot,
     JsonFlag,
     ModelArgument,
     ModelOptions,
@@ -47,6 +48,7 @@ def export_file(
     source: ModelOptions,
     data: Annotated[str | None, data_option("--data", metavar="DIR", help=f"Check on these: {DATA_HELP}")] = None,
     limit: Annotated[int | None, data_option("--limit", **bounded("limit"), help=CHECK_LIMIT_HELP)] = None,
+    image_root: ImageRoot = None,
     batch_size: Annotated[
         int, running_option("-b", "--batch-size", **bounded("batch_size"), help="Images a forward.")
     ] = 16,
@@ -71,7 +73,7 @@ def export_file(
     from tokencut.cli.subject import prepare
     from tokencut.data.sources import open_source
 
-    images = None if data is None else open_source(data, observer=CommandObserver())
+    images = None if data is None else open_source(data, observer=CommandObserver(), image_root=image_root)
     subject = prepare(model, source, reduction, seed=seed, dense=dense)
     report = export_model(
         subject.model,

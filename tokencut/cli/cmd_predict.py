@@ -10,8 +10,7 @@ import typer
 from tokencut.cli import render
 from tokencut.cli.observer import watched
 from tokencut.cli.options import (
-    CLASS_MAP_HELP,
-    WORKERS_HELP,
+    ClassMapFile,
     CompileOptions,
     DenseFlag,
     JsonFlag,
@@ -19,8 +18,8 @@ from tokencut.cli.options import (
     ModelOptions,
     ReductionOptions,
     RunOptions,
+    Workers,
     bounded,
-    data_option,
     with_groups,
 )
 
@@ -43,8 +42,8 @@ def predict(
     reduction: ReductionOptions,
     dense: DenseFlag = False,
     source: ModelOptions,
-    workers: Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)] = None,
-    class_map: Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)] = None,
+    workers: Workers = None,
+    class_map: ClassMapFile = None,
     run: RunOptions,
     compiling: CompileOptions,
     as_json: JsonFlag = False,

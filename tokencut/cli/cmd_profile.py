@@ -11,13 +11,16 @@ from tokencut.cli import render
 from tokencut.cli.observer import watched
 from tokencut.cli.options import (
     DEFAULT_MODEL,
+    ClassMapFile,
     CompileOptions,
     DenseFlag,
+    ImageRoot,
     JsonFlag,
     ModelArgument,
     ModelOptions,
     ReductionOptions,
     TimingOptions,
+    Workers,
     running_option,
     with_groups,
 )
@@ -40,6 +43,9 @@ def profile(
     target: TargetOptions,
     force: Annotated[bool, target_option("--force", help="Replace the file of --front if it exists.")] = False,
     dense: DenseFlag = False,
+    workers: Workers = None,
+    class_map: ClassMapFile = None,
+    image_root: ImageRoot = None,
     source: ModelOptions,
     run: TimingOptions,
     compiling: CompileOptions,
@@ -71,13 +77,21 @@ def profile(
     from tokencut.runtime.devices import resolve_device
 
     search = None
-    if target.requested(reduction):
+    if not target.requested(reduction):
+        told = {"--class-map": class_map, "--image-root": image_root, "--workers": workers}
+        unused = [name for name, value in told.items() if value is not None]
+        if unused:
+            raise UsageError(f"{' and '.join(unused)} would say how calibration images are read, and none are; leave "
+                             "that out, or add a target and --calibration DIR")  # fmt: skip
+    else:
         if is_onnx(model):
             raise UsageError(f"{model} is exported, and its schedule fixed; find one for the model it was made of, "
                              "such as tokencut profile deit_small --target-gmacs 2.6 --calibration DIR")  # fmt: skip
         from tokencut.cli.search_run import requested_search
 
-        search = requested_search(target, run, front=target.front, force=force, timing_batch_size=run.batch_size)
+        search = requested_search(target, run, front=target.front, force=force, workers=workers,
+                                  timing_batch_size=run.batch_size,
+                                  reading={"class_map": class_map, "image_root": image_root})  # fmt: skip
     if is_onnx(model):
         subject = open_onnx(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
         report = _measure_onnx(subject, run, dense_onnx, latency=not no_latency)

@@ -78,7 +78,7 @@ def sweep(
     )
     plan.pairs()
     check_folder(output, force=force)
-    images = open_source(data.data, observer=CommandObserver(), class_map=data.class_map)
+    images = open_source(data.data, observer=CommandObserver(), **data.reading())
     check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
     warn_recipe_ignored(model, taken_by="a sweep", instead=instead)

@@ -268,20 +268,31 @@ class CompileOptions:
         return self.compile_mode or ("default" if self.compiled else None)
 
 
-DATA_HELP = "A folder with one sub-folder a class, a .tar or .tar.gz of one, or digits."
+DATA_HELP = "A folder with one sub-folder a class, a .tar, .tar.gz or .zip of one, a .csv list of images, or digits."
 LIMIT_HELP = "Judge an evenly spread sample of N images."
 CLASS_MAP_HELP = "The order of the model's classes: a text file, a class folder's name in each line."
+IMAGE_ROOT_HELP = "The folder that the paths of a list are relative to. Default: the list's own."
 WORKERS_HELP = "Processes that load images. Default: one a core, up to 4."
+
+
+Workers = Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)]
+ClassMapFile = Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)]
+ImageRoot = Annotated[Path | None, data_option("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)]
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images that an accuracy is measured on."""
+    """The images that an accuracy is measured on, and how all images of the command are read."""
 
     data: Annotated[str | None, data_option("--data", metavar="DIR", help=DATA_HELP)] = None
     limit: Annotated[int | None, data_option("--limit", **bounded("limit"), help=LIMIT_HELP)] = None
-    workers: Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)] = None
-    class_map: Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)] = None
+    workers: Workers = None
+    class_map: ClassMapFile = None
+    image_root: ImageRoot = None
+
+    def reading(self) -> dict[str, Any]:
+        """How the images are to be read, for `open_source`."""
+        return {"class_map": self.class_map, "image_root": self.image_root}
 
 
 def read_keep(text: str) -> float | list[float]:

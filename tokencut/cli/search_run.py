@@ -6,6 +6,7 @@ Imports torch: commands import this when they run, not before.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class SearchRun:
 
     def __init__(
         self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
-        timing_batch_size: int | None = None, class_map: Path | None = None,
+        timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Checks what can be checked before the model is there.
 
@@ -46,7 +47,7 @@ class SearchRun:
             force: Whether it may be replaced.
             workers: Processes that decode images.
             timing_batch_size: Images a forward that is timed.
-            class_map: The order of the model's classes.
+            reading: How the images are read, as `open_source` takes it.
 
         Raises:
             TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
@@ -57,7 +58,7 @@ class SearchRun:
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
         self.source = open_source(
-            options.calibration or "", split="train", observer=CommandObserver(), class_map=class_map
+            options.calibration or "", split="train", observer=CommandObserver(), **(reading or {})
         )
         default = SearchSettings()
         self._settings = SearchSettings(
@@ -174,7 +175,7 @@ def _counted(count: int, what: str) -> str:
 
 def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
-    workers: int | None = None, timing_batch_size: int | None = None, class_map: Path | None = None,
+    workers: int | None = None, timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None,
 ) -> SearchRun:  # fmt: skip
     """A search that fits its processes; arguments as `SearchRun`'s.
 
@@ -185,4 +186,4 @@ def requested_search(
         raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
                          "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
     return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size,
-                     class_map=class_map)  # fmt: skip
+                     reading=reading)  # fmt: skip

@@ -23,6 +23,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "epochs": "--finetune-epochs",
     "folder": "-o",
     "gmacs": "--target-gmacs",
+    "image_root": "--image-root",
     "images": "--calibration-limit",
     "keeps": "--keep",
     "path": "-o",

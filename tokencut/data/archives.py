@@ -12,13 +12,13 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tokencut.data.listing import Listing
+from tokencut.data.listing import Listing, inner_path
 from tokencut.errors import DataError
-from tokencut.files import atomic_write
+from tokencut.files import atomic_write, remove_folder
 from tokencut.messages import quoted
 from tokencut.observers import Observer
 
@@ -197,7 +197,7 @@ def _clear(path: Path, target: Path) -> None:
             f"{target}, where {path} was unpacked, holds {quoted(sorted(strangers))}, which it did not come with; move "
             "that away"
         )
-    shutil.rmtree(target)
+    remove_folder(target)
 
 
 def _unpack(path: Path, target: Path) -> None:
@@ -210,7 +210,8 @@ def _unpack(path: Path, target: Path) -> None:
         partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
         partial.rename(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_folder(partial)
 
 
 def _cache_name(path: Path) -> str:
@@ -224,7 +225,7 @@ def _extract(path: Path, folder: Path) -> None:
         for member in _members(archive):
             name = _inner_path(path, member)
             if member.islnk() and (folder / (earlier := _linked_path(path, member))).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _make_folder((folder / name).parent)
                 shutil.copyfile(folder / earlier, folder / name)
                 continue
             if not (member.isdir() or member.isreg()):
@@ -236,15 +237,25 @@ def _extract(path: Path, folder: Path) -> None:
         _check_end(path, archive)  # which lets gzip find out as well whether all came through whole
 
 
+def _make_folder(place: Path) -> None:
+    """Makes a folder and those above it; pathlib's own way calls itself for each, and fails where they are many."""
+    missing = []
+    while not place.is_dir():
+        missing.append(place)
+        place = place.parent
+    for folder in reversed(missing):
+        folder.mkdir()
+
+
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
     """Writes a plain file or folder; owners, modes and times of the archive's maker are of no use in a cache.
 
     Not by `TarFile.extract`: what makes that safe, its filters, came with Python 3.10.12 and 3.11.4 only.
     """
     if member.isdir():
-        place.mkdir(parents=True, exist_ok=True)
+        _make_folder(place)
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(place.parent)
     content = archive.extractfile(member)
     assert content is not None  # as it is for a file
     with content, place.open("wb") as file:
@@ -284,17 +295,9 @@ def _check_end(path: Path, archive: tarfile.TarFile) -> None:
 
 def _inner_path(path: Path, member: tarfile.TarInfo) -> str:
     """A member's path without a leading `/` or `./`, which mean nothing in an archive."""
-    return _inner(path, member.name)
+    return inner_path(path, member.name)
 
 
 def _linked_path(path: Path, member: tarfile.TarInfo) -> str:
     """The path of the member that a hard link names."""
-    return _inner(path, member.linkname)
-
-
-def _inner(path: Path, name: str) -> str:
-    # As this system reads it: on Windows a drive and a backslash lead out as well.
-    inner = PurePath(name.lstrip("/"))
-    if ".." in inner.parts or inner.anchor:
-        raise DataError(f"{path} holds {name!r}, a path that leads out of it; pack the images again without '..'")
-    return inner.as_posix()
+    return inner_path(path, member.linkname)

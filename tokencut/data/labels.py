@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
@@ -14,6 +14,9 @@ from tokencut.data.sources import Source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
 from tokencut.models.pretrained_cfg import LabelNames, label_names, require_head
+
+# What is mapped; of a list, its labels.
+FOLDER = "folder"
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,50 @@ def classes_for(model: nn.Module, source: Source) -> ClassMap:
         DataError: The folders do not fit its classes.
     """
     classes = require_head(model)
+    if source.wrapper:
+        return _in_wrapper(source, label_names(model), classes)
     if source.class_order:
-        return _in_given_order(source.classes, source.class_order, classes)
-    return map_classes(source.classes, label_names(model), classes)
+        return _in_given_order(source.classes, source.class_order, classes, source.called)
+    return map_classes(source.classes, label_names(model), classes, source.called)
 
 
-def _in_given_order(folder_names: Sequence[str], order: Sequence[str], num_classes: int) -> ClassMap:
+def _in_wrapper(source: Source, labels: LabelNames | None, num_classes: int) -> ClassMap:
+    """Maps folders in an only folder: it may wrap the class folders, or be the one class folder that there is."""
+    if source.class_order:
+        known = [{name: index for index, name in enumerate(source.class_order)}]
+        names = dict(enumerate(source.class_order))
+    else:
+        vocabularies = _vocabularies(labels, num_classes)
+        known = [_lookup(names) for names in vocabularies]
+        names = vocabularies[0] if vocabularies else {}
+
+    def class_of(folder: str) -> int | None:
+        spelled = folder if source.class_order else _folded(folder)
+        return next((lookup[spelled] for lookup in known if spelled in lookup), None)
+
+    only = next((folder for folder in reversed(source.wrapper) if class_of(folder) is not None), None)
+    if only is None or None not in map(class_of, source.classes):
+        if source.class_order:
+            mapped = _in_given_order(source.classes, source.class_order, num_classes)
+        else:
+            mapped = map_classes(source.classes, labels, num_classes)
+        note = f"the class folders are those in {'/'.join(source.wrapper)!r}, the only folder with images"
+        return replace(mapped, notes=(note, *mapped.notes))
+    target = class_of(only)
+    assert target is not None
+    note = f"the only folder with images, {only!r}, is a class of the model: all images in it are of that class"
+    return ClassMap((target,) * len(source.classes), _class_names(names, num_classes),
+                    (note, *_subset_note((target,), num_classes)))  # fmt: skip
+
+
+def _in_given_order(
+    folder_names: Sequence[str], order: Sequence[str], num_classes: int, called: str = FOLDER
+) -> ClassMap:
     """Maps folders by the order of classes that the user told."""
     number = {name: index for index, name in enumerate(order)}
     strangers = [name for name in folder_names if name not in number]
     if strangers:
-        raise DataError(f"the class map lacks the class folders {quoted(strangers)}; it holds {quoted(order)}")
+        raise DataError(f"the class map lacks the {_plural(called)} {quoted(strangers)}; it holds {quoted(order)}")
     _check_order(order, num_classes)
     targets = tuple(number[name] for name in folder_names)
     return ClassMap(targets, _class_names(dict(enumerate(order)), num_classes), _subset_note(targets, num_classes))
@@ -61,7 +97,9 @@ def _check_order(order: Sequence[str], num_classes: int) -> None:
                         "the model was trained with")  # fmt: skip
 
 
-def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_classes: int) -> ClassMap:
+def map_classes(
+    folder_names: Sequence[str], labels: LabelNames | None, num_classes: int, called: str = FOLDER
+) -> ClassMap:
     """Finds the class of the model that each folder stands for.
 
     All folders must match the model's label names, or the wnids of ImageNet where the head has its number of classes
@@ -73,6 +111,7 @@ def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_clas
         folder_names: The class folders.
         labels: The model's label names, in the order of its logits or by index, if it has any.
         num_classes: How many classes the model tells apart.
+        called: What they are: a `folder`, or a `label` in a list.
 
     Returns:
         The mapping, with a target for each of `folder_names`.
@@ -87,13 +126,13 @@ def map_classes(folder_names: Sequence[str], labels: LabelNames | None, num_clas
         if all(target is not None for target in targets):
             matched = tuple(target for target in targets if target is not None)
             return ClassMap(matched, _class_names(names, num_classes), _subset_note(matched, num_classes))
-    numbered = _numbered(folder_names, num_classes)
+    numbered = _numbered(folder_names, num_classes, called)
     if numbered is not None:
         return numbered
     unmatched = _closest_misses(folder_names, vocabularies)
     if len(folder_names) == num_classes:
-        return _natural_order(folder_names, labels, unmatched)
-    raise DataError(_mismatch(folder_names, vocabularies, unmatched, num_classes))
+        return _natural_order(folder_names, labels, unmatched, called)
+    raise DataError(_mismatch(folder_names, vocabularies, unmatched, num_classes, called))
 
 
 def names_for_people(model: nn.Module, order: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -179,7 +218,7 @@ def _closest_misses(folder_names: Sequence[str], vocabularies: Sequence[Mapping[
     return min(misses, key=len, default=list(folder_names))
 
 
-def _numbered(folder_names: Sequence[str], num_classes: int) -> ClassMap | None:
+def _numbered(folder_names: Sequence[str], num_classes: int, called: str) -> ClassMap | None:
     """Maps some of the classes, in folders called by their numbers; None where the folders are no such."""
     if len(folder_names) >= num_classes or not all(name.isascii() and name.isdecimal() for name in folder_names):
         return None
@@ -187,24 +226,26 @@ def _numbered(folder_names: Sequence[str], num_classes: int) -> ClassMap | None:
     if max(targets) >= num_classes or len(set(targets)) < len(targets):
         return None
     names = dict(zip(targets, folder_names, strict=True))
-    note = (f"the folders' names are taken for the numbers of the model's classes, the first of which is 0: "
+    note = (f"{_names_of(called)} are taken for the numbers of the model's classes, the first of which is 0: "
             f"{quoted(folder_names)}")  # fmt: skip
     return ClassMap(targets, _class_names(names, num_classes), (note, *_subset_note(targets, num_classes)))
 
 
-def _natural_order(folder_names: Sequence[str], labels: LabelNames | None, unmatched: Sequence[str]) -> ClassMap:
+def _natural_order(
+    folder_names: Sequence[str], labels: LabelNames | None, unmatched: Sequence[str], called: str
+) -> ClassMap:
     """Maps the i-th folder in timm's natural order to class i, and says so."""
     ordered = sorted(folder_names, key=lambda name: (natural_order(name), name))
     rank = {name: index for index, name in enumerate(ordered)}
-    why = f"folders {quoted(unmatched)} match no label name" if labels else "the model has no label names"
-    notes = [f"{why}: the {len(ordered)} folders stand for the model's classes in natural order"]
+    why = f"{called}s {quoted(unmatched)} match no label name" if labels else "the model has no label names"
+    notes = [f"{why}: the {len(ordered)} {called}s stand for the model's classes in natural order"]
     by_string = sorted(folder_names)
     if not labels and by_string != ordered:
         other = next(name for name in by_string if by_string.index(name) != rank[name])
         notes.append(
             f"in the order of strings, by which torchvision, fastai and Keras train, they are {quoted(by_string)}: "
             f"{other!r} would be class {by_string.index(other)}, not {rank[other]}; if the model was trained so, give "
-            "a class map, a text file with the folders' names in that order"
+            f"a class map, a text file with {_names_of(called)} in that order"
         )
     if labels:
         own = dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels))
@@ -213,8 +254,8 @@ def _natural_order(folder_names: Sequence[str], labels: LabelNames | None, unmat
         if crossed:
             label = own.get(rank[crossed[0]], str(rank[crossed[0]]))
             notes.append(
-                f"the natural order contradicts the model's label names: it puts folder {crossed[0]!r} on class "
-                f"{label!r}; rename the folders to the label names for a true accuracy"
+                f"the natural order contradicts the model's label names: it puts {called} {crossed[0]!r} on class "
+                f"{label!r}; {_rename(called)} the label names for a true accuracy"
             )
     return ClassMap(tuple(rank[name] for name in folder_names), tuple(ordered), tuple(notes))
 
@@ -224,17 +265,28 @@ def _mismatch(
     vocabularies: Sequence[Mapping[int, str]],
     unmatched: Sequence[str],
     num_classes: int,
+    called: str,
 ) -> str:
-    counts = (
-        f"{len(folder_names)} class folder{'s' if len(folder_names) != 1 else ''} for the model's {num_classes} classes"
-    )
+    counts = f"{len(folder_names)} {_plural(called, len(folder_names))} for the model's {num_classes} classes"
     if not vocabularies:
         return (
             f"{counts}, such as {quoted(sorted(unmatched, key=natural_order))}: the model has no label names to match, "
-            f"so exactly {num_classes} folders are expected, in the order of its classes"
+            f"so exactly {num_classes} {called}s are expected, in the order of its classes"
         )
     expected, strangers = quoted(list(vocabularies[0].values())[:QUOTED]), quoted(sorted(unmatched, key=natural_order))
     return (
-        f"{counts}, and {strangers} match none of its label names: rename the folders "
-        f"to label names (such as {expected}), or give one folder for each of the {num_classes} classes"
+        f"{counts}, and {strangers} match none of its label names: {_rename(called)} "
+        f"label names (such as {expected}), or give one {called} for each of the {num_classes} classes"
     )
+
+
+def _plural(called: str, count: int = 2) -> str:
+    return ("class " if called == FOLDER else "") + called + ("s" if count != 1 else "")
+
+
+def _names_of(called: str) -> str:
+    return "the folders' names" if called == FOLDER else f"the {called}s"
+
+
+def _rename(called: str) -> str:
+    return "rename the folders to" if called == FOLDER else f"replace the {called}s in the list by"

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from tokencut.errors import DataError
-from tokencut.messages import quoted
+from tokencut.messages import one_line, quoted, shorten
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -20,6 +20,23 @@ LEFTOVERS = frozenset((
     "__macosx", "lost+found", "$recycle.bin", "recycler", "system volume information", "network trash folder",
     "temporary items", "@eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "@tmp", "~snapshot",
 ))  # fmt: skip
+
+
+def inner_path(archive: Path, name: str) -> str:
+    """The path of an archive's member, without a leading `/` or `./`, which mean nothing there.
+
+    Raises:
+        DataError: It leads out of the archive.
+    """
+    # As this system reads it: on Windows a drive and a backslash lead out as well.
+    inner = PurePath(name.lstrip("/"))
+    if ".." in inner.parts or inner.anchor:
+        raise DataError(f"{archive} holds {name!r}, a path that leads out of it; pack the images again without '..'")
+    return inner.as_posix()
+
+
+# On so many paths a folder may be reached by links; folders that link to each other make a path of every order of them.
+MOST_PATHS = 100
 
 
 @dataclass
@@ -45,11 +62,13 @@ class Layout:
         classes: The class folders, those with images in them.
         images: The path of each image, and the index of its class in `classes`.
         notes: What was passed over, and why.
+        wrapper: The names of the folders around the class folders, the outermost first.
     """
 
     classes: tuple[str, ...]
     images: tuple[tuple[str, int], ...]
     notes: tuple[str, ...] = ()
+    wrapper: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,10 +90,10 @@ def find_images(listing: Listing) -> Found:
     hidden = [path for path in wanted if _is_hidden(path)]
     images = {path: tuple(path.split("/")) for path in wanted if not _is_hidden(path)}
     notes = (
-        _note(set(visible) - set(wanted), "files passed over for their extension"),
-        _note(hidden, "hidden images passed over"),
-        _note(leftovers, "folders that systems leave behind passed over"),
-        _note(listing.others, "links or special files passed over"),
+        told(set(visible) - set(wanted), "files passed over for their extension"),
+        told(hidden, "hidden images passed over"),
+        told(leftovers, "folders that systems leave behind passed over"),
+        told(listing.others, "links or special files passed over"),
     )
     return Found(images, counting, tuple(filter(None, notes)))
 
@@ -109,11 +128,10 @@ def find_classes(name: str, listing: Listing) -> Layout:
     empty = ["/".join(parts) for parts in beside if parts not in with_images and parts != wrapper]
     notes = (
         *found.notes,
-        _note(outside, "images passed over outside the class folders"),
-        _note(empty, "folders without images passed over"),
-        f"the class folders are those in {'/'.join(wrapper)!r}, the only folder with images" if wrapper else "",
+        told(outside, "images passed over outside the class folders"),
+        told(empty, "folders without images passed over"),
     )
-    return Layout(tuple(classes), placed, tuple(note for note in notes if note))
+    return Layout(tuple(classes), placed, tuple(note for note in notes if note), wrapper)
 
 
 def path_order(path: str) -> tuple[list[int | str], str]:
@@ -158,7 +176,8 @@ def _nothing_found(name: str, outside: Sequence[str], files: int) -> str:
     return f"{name!r} holds no images (other files: {files}): expected one sub-folder a class with {kinds} files"
 
 
-def _note(paths: Iterable[str], what: str) -> str:
+def told(paths: Iterable[str], what: str) -> str:
+    """A note on some paths: what became of them, how many they are, and the first few; empty where there are none."""
     names = sorted(paths, key=path_order)
     return f"{what}: {len(names)} ({quoted(names)})" if names else ""
 
@@ -173,32 +192,59 @@ def images_in(folder: Path) -> list[str]:
 
 
 def scan_folder(root: Path) -> Listing:
-    """Lists a folder. Links are followed, save those that lead back up; hidden folders and what systems leave behind,
-    which often may not be read, are not entered.
+    """Lists a folder, however deep. Links are followed, save those that lead back up; hidden folders and what systems
+    leave behind, which often may not be read, are not entered.
+
+    Raises:
+        DataError: A folder may not be read, or folders link to each other, so that one is reached again and again.
     """
-    listing = Listing()
+    # Folders are known by device and number: to resolve the links of a path takes long where it has many parts.
+    listing, reached = Listing(), Counter[tuple[int, int]]()
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     try:
-        _scan_into(listing, root, "", frozenset())
+        while waiting:
+            prefix, above = waiting.pop()
+            status = (root / prefix).stat()
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue
+            reached[here] += 1
+            if reached[here] > MOST_PATHS:
+                raise DataError(f"the folders in {str(root)!r} link to each other: {shorten(prefix[:-1])} is one of "
+                                f"over {MOST_PATHS} paths to one folder; remove links between them")  # fmt: skip
+            folders = _scan_into(listing, root / prefix, prefix)
+            waiting += ((f"{folder}/", above | {here}) for folder in folders)
     except OSError as error:
         raise DataError(
-            f"cannot read the folder {error.filename!r}: {error.strerror or error}; give a folder that you may read"
+            f"cannot read the folder {one_line(repr(error.filename))}: {error.strerror or error}; give a folder that "
+            "you may read"
         ) from error
     return listing
 
 
-def _scan_into(listing: Listing, folder: str | os.PathLike[str], prefix: str, above: frozenset[str]) -> None:
-    here = os.path.realpath(folder)
-    if here in above:
-        return
+def _scan_into(listing: Listing, folder: Path, prefix: str) -> list[str]:
+    """Adds what lies directly in a folder; the folders to be entered next."""
+    inner = []
     with os.scandir(folder) as entries:
         for entry in entries:
             path = prefix + entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not entry.name.startswith("."):
                     listing.folders.add(path)
                 if not (entry.name.startswith(".") or _leftover(entry.name)):
-                    _scan_into(listing, entry.path, f"{path}/", above | {here})
-            elif entry.is_file() or entry.is_symlink():  # a link to nowhere counts as a file that cannot be read
+                    inner.append(path)
+            # A link to nowhere, or in circles, counts as a file that cannot be read.
+            elif entry.is_symlink() or entry.is_file():
                 listing.files[path] = (0, 0)
             else:
                 listing.others.append(path)
+    return inner
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        if entry.is_symlink():
+            return False
+        raise

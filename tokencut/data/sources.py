@@ -1,4 +1,4 @@
-"""Where images come from: a folder with one sub-folder a class, a tar archive of one, or the bundled digits."""
+"""Where images come from: a folder with one sub-folder a class, an archive of one, a list, or the bundled digits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
+from tokencut.data.image_lists import METADATA, has_labels, is_list, read_list
 from tokencut.data.listing import Layout, find_classes, images_in, scan_folder
 from tokencut.data.sampling import stratified
+from tokencut.data.zips import is_zip, read_member, scan_zip
 from tokencut.errors import DataError
+from tokencut.files import open_plain
 from tokencut.messages import quoted
 from tokencut.observers import Observer
 
 DIGITS = "digits"
 CLASS_MAP = "give a text file with the name of a class folder in each line, in the order of the model's classes"
-EXPECTED = "a folder with one sub-folder a class, a .tar or .tar.gz of one, or the word digits"
+EXPECTED = (
+    "a folder with one sub-folder a class, a .tar, .tar.gz or .zip of one, a .csv list of images, or the word digits"
+)
 
 
 class Source(Reader):
@@ -35,17 +40,21 @@ class Source(Reader):
         classes: The class folders.
         notes: What a user should know: files passed over, classes without images.
         class_order: The folders' names in the order of a model's classes, where the user told it.
+        wrapper: The names of the folders around the class folders, the outermost first.
         upright: Whether images are turned as their EXIF says. Single photos are; sets of images are read as timm reads
             them, which does not, so that an accuracy is timm's.
     """
 
     upright = False
+    # What messages call a class.
+    called = "folder"
 
     def __init__(self, name: str, layout: Layout) -> None:
         super().__init__()
         self.name = name
         self.classes = layout.classes
         self.notes = layout.notes
+        self.wrapper = layout.wrapper
         self.class_order: tuple[str, ...] = ()
         self._images = layout.images
 
@@ -73,7 +82,7 @@ class FolderSource(Source):
 
     def open(self, index: int) -> BinaryIO:
         """Opens the image's file."""
-        return (self.root / self._images[index][0]).open("rb")
+        return open_plain(self.root / self._images[index][0])
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return str(self.root / self._images[index][0]) if absolute else super()._filename(index, basename)
@@ -94,6 +103,39 @@ class TarSource(Source):
         with self.path.open("rb") as archive:
             archive.seek(start)
             return io.BytesIO(archive.read(size))
+
+
+class ZipSource(Source):
+    """Images in a zip archive, read where it lies."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        listing, members = scan_zip(path)
+        super().__init__(name, find_classes(name, listing))
+        self.path = path
+        self._members = [members[image] for image, _ in self._images]
+
+    def open(self, index: int) -> BinaryIO:
+        """Reads and unpacks the image's bytes, whose place is known: the directory is read once."""
+        with self.path.open("rb") as archive:
+            return io.BytesIO(read_member(archive, self._members[index]))
+
+
+class ListSource(Source):
+    """Images that a list names, with their labels."""
+
+    called = "label"
+
+    def __init__(self, name: str, path: Path, root: str | os.PathLike[str] | None = None) -> None:
+        found = read_list(path, root)
+        super().__init__(name, found.layout)
+        self._places = found.places
+
+    def open(self, index: int) -> BinaryIO:
+        """Opens the image's file."""
+        return open_plain(self._places[index])
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return str(self._places[index]) if absolute else super()._filename(index, basename)
 
 
 class DigitsSource(Source):
@@ -123,7 +165,8 @@ def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: It cannot be read, is no text, or names a class twice or none.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        with open_plain(Path(path).expanduser()) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise DataError(f"cannot read the class map {path}: {reason}; {CLASS_MAP}") from error
@@ -143,15 +186,18 @@ def open_source(
     split: str = "test",
     observer: Observer | None = None,
     class_map: str | os.PathLike[str] | None = None,
+    image_root: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Finds the images to judge, train or search by.
 
     Args:
-        data: A folder with one sub-folder a class, a `.tar` or `.tar.gz` of one (known by content, not name), the word
+        data: A folder with one sub-folder a class, a `.tar`, `.tar.gz` or `.zip` of one (known by content, not name), a
+            `.csv` list of images with labels (see `read_list`) or a folder with such a `metadata.csv` in it, the word
             `digits` (`./digits` is a folder of that name), or a source, which is returned as it is.
         split: The part of `digits`: `"test"`, or `"train"` for training and calibration.
         observer: Told what takes long: the unpacking of an archive.
         class_map: A text file with the folders' names in the order of the model's classes, see `read_class_map`.
+        image_root: The folder that the paths of a list are relative to; the list's own where None.
 
     Returns:
         The images, with at least one among them.
@@ -163,14 +209,19 @@ def open_source(
         return data
     if class_map is not None:
         order = read_class_map(class_map)
-        source = open_source(data, split=split, observer=observer)
+        source = open_source(data, split=split, observer=observer, image_root=image_root)
         source.class_order = order
         return source
     if data == DIGITS:
         return DigitsSource(split)
     name, path = os.fspath(data), Path(data).expanduser()
     if path.is_dir():
-        return FolderSource(name, path)
+        listed = path / METADATA
+        if not has_labels(listed):
+            return FolderSource(name, path)
+        source = ListSource(name, listed, image_root)
+        source.notes += (f"labels are those in {METADATA}, as Hugging Face writes it",)
+        return source
     if not path.is_file():
         raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}")
     try:
@@ -178,6 +229,10 @@ def open_source(
             return FolderSource(name, archives.unpack(path, observer))
         if archives.is_tar(path):
             return TarSource(name, path)
+        if is_zip(path):
+            return ZipSource(name, path)
+        if is_list(path):
+            return ListSource(name, path, image_root)
     except OSError as error:
         raise DataError(f"cannot read {name!r}: {error.strerror or error}; give a file that you may read") from error
     raise DataError(f"{name!r} is a file of an unknown kind: expected {EXPECTED}")
@@ -221,8 +276,9 @@ class Subset(Source):
 
     def __init__(self, whole: Source, indices: Sequence[int]) -> None:
         chosen = tuple(whole._images[index] for index in indices)
-        super().__init__(whole.name, Layout(whole.classes, chosen, whole.notes))
+        super().__init__(whole.name, Layout(whole.classes, chosen, whole.notes, whole.wrapper))
         self.class_order = whole.class_order
+        self.upright, self.called = whole.upright, whole.called
         self.whole = whole
         self.indices = tuple(indices)
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
+from tokencut.files import open_plain
 from tokencut.messages import listed, one_line, shorten
 from tokencut.models.pickles import TorchScriptError, read_pickle
 from tokencut.models.state_dicts import find_weights, refuse_others, without_wrappers
@@ -51,7 +52,7 @@ INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 def file_kind(path: Path) -> str:
     """What a file is by its first bytes: `safetensors`, `pickle` (PyTorch's own, zipped or not), `empty` or `other`."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         start = file.read(9)
     if not start:
         return "empty"
@@ -109,8 +110,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """
     path = weights_file(path)
     if not path.is_file():
-        raise ModelError(f"the checkpoint {path} does not exist; give a file of weights: "
-                         "`checkpoint='model.safetensors'`")  # fmt: skip
+        what = "is no file" if path.exists() else "does not exist"
+        raise ModelError(f"the checkpoint {path} {what}; give a file of weights: `checkpoint='model.safetensors'`")
     if path.name.endswith(".index.json"):
         parts = [read_checkpoint(part)[0] for part in shards(path)]
         return {name: tensor for part in parts for name, tensor in part.items()}, ()
