@@ -30,8 +30,8 @@ MARKDOWN = """\
 | bat | 0.5/0.7 | 2.000 | 50.00 | none beyond chance (-25.00 ± 25.00) | 2,000 |
 | evit | 0.5/0.7 | 0.1000 | 25.00 | -50.00 ± 0.50 | 3,000 |
 
-Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two. Bars in \
-plots are that error.
+Differences are points of top-1, paired over the images, ± one standard error; `none beyond chance` within two. Bars \
+in plots are that error.
 
 Images/s: batches of 64, the median of rounds in which all rows took turns.
 
