@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from observing import Seen
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,12 +53,12 @@ class Part(nn.Module):
 
 
 def test_without_a_gpu_the_model_is_called_and_one_note_says_so() -> None:
-    model, told = small(), list[str]()
-    fast = capture(model, images(), on_note=told.append)
+    model, seen = small(), Seen()
+    fast = capture(model, images(), observer=seen)
     with torch.no_grad():
         for batch in (2, 3):
             assert torch.equal(fast(images(batch)), model(images(batch)))
-    assert told == [NO_GPU]
+    assert seen.notes == [NO_GPU]
     assert (fast.notes, fast.graphs, fast.record(images())) == ((NO_GPU,), 0, False)
 
 
@@ -101,7 +102,7 @@ def test_an_evaluation_takes_it(few: Source) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
 def test_a_copy_captures_anew(copied: Callable[[nn.Module], CapturedModel]) -> None:
-    fast = CapturedModel(Part(), max_graphs=3, copy=False, on_note=[].append)
+    fast = CapturedModel(Part(), max_graphs=3, copy=False, observer=Seen())
     other = copied(fast)
     assert (other.max_graphs, other.copy, other.graphs, type(other)) == (3, False, 0, CapturedModel)
     assert other.model is not fast.model and other._recorder.model is other.model
@@ -110,14 +111,16 @@ def test_a_copy_captures_anew(copied: Callable[[nn.Module], CapturedModel]) -> N
 
 @pytest.mark.slow
 def test_torch_compile_traces_the_model_and_the_note_breaks_no_graph() -> None:
-    fast, told = CapturedModel(Part()), list[str]()
-    fast._on_note = told.append
+    seen = Seen()
+    fast = CapturedModel(Part(), observer=seen)
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(fast, backend="eager", fullgraph=True)
         assert torch.equal(compiled(torch.ones(2, 3)), fast.model(torch.ones(2, 3)))
-    assert told == ["under torch.compile nothing is captured; compile the model alone, in mode 'reduce-overhead', "
-                    "which captures as well"]  # fmt: skip
+    assert seen.notes == [
+        "under torch.compile nothing is captured; compile the model alone, in mode 'reduce-overhead', which captures "
+        "as well"
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
@@ -132,7 +135,7 @@ def test_who_looks_at_operations_sees_them() -> None:
 
 
 def test_too_few_graphs() -> None:
-    with pytest.raises(UsageError, match="^0 graphs are too few, expected at least 1; type `max_graphs=8`$"):
+    with pytest.raises(UsageError, match="^`max_graphs=0` is not a whole number from 1 to 1024; type `max_graphs=8`$"):
         capture(Part(), torch.zeros(2, 3), max_graphs=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.nn.modules import module as everywhere
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from tokencut.errors import UsageError
-from tokencut.messages import listed, noting, one_line
+from tokencut.limits import check_number
+from tokencut.messages import listed, one_line
+from tokencut.observers import Observer
 
 # Until then kernels have been compiled and chosen, and libraries have taken their workspaces.
 WARM_UPS = 3
@@ -31,7 +32,7 @@ def capture(
     *,
     max_graphs: int = DEFAULT_MAX_GRAPHS,
     copy: bool = True,
-    on_note: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> CapturedModel:
     """Has a model run from CUDA graphs, so that small batches do not wait for their kernels to be started one by one.
 
@@ -50,13 +51,13 @@ def capture(
         max_graphs: How many graphs are kept; the one unused for longest gives way. They share the memory for what a
             forward holds between its layers.
         copy: Whether each call returns a tensor of its own. Else the result holds until the next call, of any shape.
-        on_note: Told each reason why the model is called as it is, once; by default the logger `tokencut`.
+        observer: Told each reason why the model is called as it is, once.
 
     Returns:
         A module with the model's input, output and attributes; `model` is the model itself.
 
     Raises:
-        UsageError: `max_graphs` is less than 1.
+        UsageError: `max_graphs` is no number that it may be.
 
     Example:
         >>> import timm, torch, tokencut
@@ -68,7 +69,7 @@ def capture(
         >>> logits.shape, fast.notes
         (torch.Size([2, 1000]), ('images on cpu are not captured: CUDA graphs need an NVIDIA GPU',))
     """
-    captured = CapturedModel(model, max_graphs=max_graphs, copy=copy, on_note=on_note)
+    captured = CapturedModel(model, max_graphs=max_graphs, copy=copy, observer=observer)
     with torch.no_grad():
         captured.record(example)
     return captured
@@ -89,18 +90,16 @@ class CapturedModel(nn.Module):
         *,
         max_graphs: int = DEFAULT_MAX_GRAPHS,
         copy: bool = True,
-        on_note: Callable[[str], None] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Captures nothing yet; the arguments are those of `capture`."""
-        if max_graphs < 1:
-            raise UsageError(f"{max_graphs} graphs are too few, expected at least 1; type "
-                             f"`max_graphs={DEFAULT_MAX_GRAPHS}`")  # fmt: skip
+        check_number("max_graphs", max_graphs)
         super().__init__()
         self.model = model
         self.max_graphs = max_graphs
         self.copy = copy
         self.training = model.training
-        self._on_note = on_note
+        self._observer = observer or Observer()
         self._told: dict[str, None] = {}
         self._recorder = _Recorder(model)
 
@@ -172,7 +171,7 @@ class CapturedModel(nn.Module):
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told[reason] = None
-            noting(self._on_note)(reason)
+            self._observer.note(reason)
 
     @torch.compiler.assume_constant_result
     def _tell_compiling(self) -> None:
@@ -196,11 +195,11 @@ class CapturedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is pickled, captures anew."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_recorder", "_on_note")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_recorder", "_observer")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._on_note = None
+        self._observer = Observer()
         self._recorder = _Recorder(self.model)
 
 
