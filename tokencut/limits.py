@@ -60,6 +60,7 @@ LIMITS: Mapping[str, Limits] = {
     "images": _whole(1, 10**9, 512),
     "img_size": _whole(1, 4_096, 224),
     "limit": _whole(1, 10**9, 1000),
+    "max_graphs": _whole(1, 1_024, 8),
     "num_classes": _whole(0, 10**6, 1000),
     "opset": _whole(18, 22, 18),
     "reduce_by": _whole(1, 65_536, 13),

@@ -15,7 +15,7 @@ from torch.nn.modules import module as everywhere
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from tokencut.errors import UsageError
+from tokencut.limits import check_number
 from tokencut.messages import listed, one_line
 from tokencut.observers import Observer
 
@@ -51,13 +51,13 @@ def capture(
         max_graphs: How many graphs are kept; the one unused for longest gives way. They share the memory for what a
             forward holds between its layers.
         copy: Whether each call returns a tensor of its own. Else the result holds until the next call, of any shape.
-        observer: Told each reason why the model is called as it is, once; by default the logger `tokencut`.
+        observer: Told each reason why the model is called as it is, once.
 
     Returns:
         A module with the model's input, output and attributes; `model` is the model itself.
 
     Raises:
-        UsageError: `max_graphs` is less than 1.
+        UsageError: `max_graphs` is no number that it may be.
 
     Example:
         >>> import timm, torch, tokencut
@@ -93,9 +93,7 @@ class CapturedModel(nn.Module):
         observer: Observer | None = None,
     ) -> None:
         """Captures nothing yet; the arguments are those of `capture`."""
-        if max_graphs < 1:
-            raise UsageError(f"{max_graphs} graphs are too few, expected at least 1; type "
-                             f"`max_graphs={DEFAULT_MAX_GRAPHS}`")  # fmt: skip
+        check_number("max_graphs", max_graphs)
         super().__init__()
         self.model = model
         self.max_graphs = max_graphs
