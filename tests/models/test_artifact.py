@@ -409,7 +409,7 @@ def test_files_of_other_kinds(tmp_path: Path, saved: Path) -> None:
     assert not (tmp_path / "ran").exists()
     missing = tmp_path / "missing.safetensors"
     assert f"type `tokencut.save(model, {str(missing)!r})` to make it" in refusal(missing)
-    assert "Is a directory" in refusal(tmp_path)
+    assert "it is a folder, not a file" in refusal(tmp_path)
 
 
 def test_weights_without_a_recipe_are_called_so(tmp_path: Path) -> None:

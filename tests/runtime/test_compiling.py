@@ -34,6 +34,12 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "vit_base_patch16_18x2_224": NARROW,
         "vit_base_patch16_rpn_224": NARROW,
     },
+    "EVA / DINOv3": {
+        "vit_small_patch16_dinov3": NARROW,
+        "vit_small_patch16_rope_mixed_224": NARROW,
+        "eva02_tiny_patch14_224": {**NARROW, "patch_size": 16},
+        "eva_giant_patch14_224": {**NARROW, "patch_size": 16},
+    },
 }
 CASES = [(name, options) for family in FAMILIES.values() for name, options in family.items()]
 

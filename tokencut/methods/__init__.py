@@ -25,6 +25,7 @@ from tokencut.ops.density_peaks import (
     density_clusters,
     nearest_centre,
     squared_distances,
+    window_pairs,
     windows,
 )
 from tokencut.ops.grouping import (
@@ -78,6 +79,7 @@ __all__ = [
     "split_budget",
     "squared_distances",
     "take",
+    "window_pairs",
     "windows",
 ]
 

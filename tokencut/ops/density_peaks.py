@@ -176,7 +176,7 @@ def window_pairs(count: int, parts: int) -> int:
 def _windows(count: int, parts: int) -> list[tuple[int, int, int]]:
     """The windows of an image, those of a size together: where they begin, how many there are, and their size."""
     size = -(-count // parts)
-    full, rest = divmod(count, size)
+    full, rest = count // size, count % size
     return [(0, full, size)] + ([(full * size, 1, rest)] if rest else [])
 
 
