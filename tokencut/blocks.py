@@ -83,17 +83,19 @@ class BlockLoop:
             images: `(B, 3, H, W)`.
             source: Whether to follow from here on which patch goes into which token.
         """
-        tokens = self.weighed(self.adapter.embed(self.model, images))
+        tokens = self._biased(self.adapter.embed(self.model, images))
         if not (source or self.adapter.follows_patches):
             return tokens
         return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
 
     def weighed(self, tokens: Tokens) -> Tokens:
-        """The same tokens with all that blocks up to the next stage share: what attention adds to their logits for
-        their sizes and their policy, and what the family makes of them.
+        """The tokens that left a stage, with all that blocks up to the next one share: what attention adds to their
+        logits for their sizes and their policy, and what the family makes of them.
         """
-        tokens = replace(tokens, bias=attention_bias(tokens, self.proportional))
-        return self.adapter.prepare(self.model, tokens)
+        return self.adapter.prepare(self.model, self._biased(tokens))
+
+    def _biased(self, tokens: Tokens) -> Tokens:
+        return replace(tokens, bias=attention_bias(tokens, self.proportional))
 
     def step(
         self, number: int, tokens: Tokens, tokens_out: int | None = None, observer: BlockObserver | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ class Tokens:
         positions: Where each image token is, in rows and columns of patches from the first, fp32 `(B, N, 2)`: the mean
             over the patches that it holds. None where the model's blocks ask for no positions.
         grid: Rows and columns of patches of the image, where positions are asked for.
-        shared: What the model's family makes once for all blocks up to the next stage (`Adapter.prepare`), such as a
-            table of rotations; None for nothing.
+        shared: What the model's family makes once for all blocks up to the next stage (`Adapter.embed` and, behind a
+            stage, `Adapter.prepare`), such as a table of rotations; None for nothing.
         policy: Which image tokens still count, fp32 `(B, N)`, 1 or 0 with a gradient: only while a method trains that
             hides tokens instead of dropping them (`Method.soft_policy`).
         bias: What attention adds to its logits for the tokens' sizes and policy, `(B, 1, 1, P + N)` in the features'
@@ -45,7 +46,7 @@ class Tokens:
     source: Tensor | None = None
     positions: Tensor | None = None
     grid: tuple[int, int] | None = None
-    shared: Tensor | None = None
+    shared: Any = None
     policy: Tensor | None = None
     bias: Tensor | None = None
 
@@ -101,7 +102,7 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
     sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
     features = features.gather(1, rows)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, shared=None, bias=None)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -114,7 +115,7 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     if positions is not None:
         positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
     features = _merged(tokens, decision)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, shared=None, bias=None)
+    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tokencut.adapters import adapter_for
 from tokencut.adapters.eva import EvaAdapter
-from tokencut.adapters.rotary import POSITION_RULES, first_patches, grid_positions, patch_shares, rotation_table
+from tokencut.adapters.positions import POSITION_RULES, first_patches, grid_positions, patch_shares
+from tokencut.adapters.rotary import rotation_table
 from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, compress
 

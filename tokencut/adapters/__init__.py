@@ -3,7 +3,7 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import eva, vit  # noqa: F401  (they register themselves)
+from tokencut.adapters import beit, eva, relpos, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
     Context,
@@ -16,10 +16,12 @@ from tokencut.adapters.base import (
     supported_modules,
 )
 from tokencut.adapters.columnar import ColumnarAdapter, patches
+from tokencut.adapters.pairs import PairBiasAdapter, PairContext
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
+from tokencut.adapters.positions import PositionedAdapter, grid_positions
 from tokencut.adapters.rotary import RotaryAdapter, RotaryContext, ScaledBlockHandler, project_qkv, rotary_attention
 from tokencut.adapters.subclasses import known_class, why_unknown
-from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers
+from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers, ResPostBlockHandler
 from tokencut.adapters.wrappers import instead_of, plain_model, refuse_sharded
 from tokencut.attention import (
     AttentionInfo,
@@ -51,7 +53,11 @@ __all__ = [
     "Macs",
     "ModelCost",
     "ModelError",
+    "PairBiasAdapter",
+    "PairContext",
+    "PositionedAdapter",
     "QueryKey",
+    "ResPostBlockHandler",
     "RotaryAdapter",
     "RotaryContext",
     "ScaledBlockHandler",
@@ -64,6 +70,7 @@ __all__ = [
     "differential_core",
     "fused_attention",
     "fused_attention_macs",
+    "grid_positions",
     "has_biased_kernel",
     "has_hooks",
     "instead_of",

@@ -119,7 +119,9 @@ class Adapter(ABC):
         """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
 
     def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
-        """Makes, behind `embed` and behind each stage, what all blocks up to the next one share (`Tokens.shared`)."""
+        """Makes, behind a stage, what all blocks up to the next one share: `Tokens.shared`, which is still what the
+        blocks before the stage had.
+        """
         return tokens
 
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:

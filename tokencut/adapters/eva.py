@@ -43,7 +43,7 @@ class EvaAdapter(RotaryAdapter):
             features, table, kept = _dropping(model, images)
         else:
             (features, table), kept = model._pos_embed(patches(model.patch_embed, images)), None
-        return self.located(model, model.norm_pre(features), table, self.grid(model, *images.shape[-2:]), kept)
+        return self.turned(model, model.norm_pre(features), table, self.grid(model, *images.shape[-2:]), kept)
 
 
 def _dropping(model: TimmModule, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -25,17 +25,11 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from tokencut.adapters.base import Context
-from tokencut.adapters.columnar import ColumnarAdapter
+from tokencut.adapters.positions import PositionedAdapter, grid_positions
 from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers
 from tokencut.attention import AttentionInfo, QueryKey, TimmModule, mixed_values
 from tokencut.errors import ModelError
-from tokencut.ops.ranking import take
 from tokencut.tokens import Tokens
-
-# Where a token is that holds several patches: at their mean position, at the patch nearest to it, or at its first
-# patch; or turned by the mean of its patches' sines and cosines.
-POSITION_RULES = ("centroid", "nearest", "first", "average")
-_BY_PATCHES = ("first", "average")
 
 
 @dataclass(frozen=True)
@@ -61,22 +55,16 @@ class RotatedQueryKey(QueryKey):
     raw: QueryKey | None = None
 
 
-class RotaryAdapter(ColumnarAdapter):
+class RotaryAdapter(PositionedAdapter):
     """A columnar model whose attention turns queries and keys by the table of a timm RoPE in `model.rope`.
 
     Attributes:
-        position_rule: One of `POSITION_RULES`.
         raw_keys: Whether methods that compare tokens by their keys see them before the rotation.
         raw_class_attention: Whether class attention is that of queries and keys before the rotation.
     """
 
-    position_rule: str = "centroid"
     raw_keys: bool = False
     raw_class_attention: bool = False
-
-    @property
-    def follows_patches(self) -> bool:
-        return self.position_rule in _BY_PATCHES
 
     def check(self, model: TimmModule) -> None:
         super().check(model)
@@ -84,9 +72,9 @@ class RotaryAdapter(ColumnarAdapter):
             raise ModelError(f"the rotary positions {type(model.rope).__name__} are not known to tokencut; "
                              "please report the model's name")  # fmt: skip
 
-    def located(self, model: TimmModule, features: Tensor, table: Tensor | None, grid: tuple[int, int],
-                kept: Tensor | None = None) -> Tokens:  # fmt: skip
-        """The tokens entering the first block, where they are.
+    def turned(self, model: TimmModule, features: Tensor, table: Tensor | None, grid: tuple[int, int],
+               kept: Tensor | None = None) -> Tokens:  # fmt: skip
+        """The tokens entering the first block, with where they are and the model's own table.
 
         Args:
             model: The model.
@@ -95,49 +83,36 @@ class RotaryAdapter(ColumnarAdapter):
             grid: Rows and columns of patches.
             kept: Which patches patch dropout has left, `(B, N)`; None for all.
         """
-        tokens = Tokens(features, self.num_prefix_tokens(model))
         if table is None:
+            return Tokens(features, self.num_prefix_tokens(model))
+        tokens = replace(self.located(model, features, grid, kept), shared=table)
+        if not (model.rope.training and model.rope.aug_active) or self.follows_patches:
             return tokens
-        patches = grid_positions(grid, features.device)
-        if model.rope.training and model.rope.aug_active:
-            # Later tables have to be moved as this one is, so it is made here too.
-            table = None
-            if not self.follows_patches:
-                patches = _moved(model.rope, patches, grid)
-        positions = patches.expand(features.shape[0], -1, -1)
-        if kept is not None:
-            positions = take(positions, kept)
-        return replace(tokens, positions=positions, grid=grid, shared=table)
+        # While training timm moves positions at random; tables behind a stage have to be moved as this one is.
+        assert tokens.positions is not None
+        return self.prepare(model, replace(tokens, positions=_moved(model.rope, tokens.positions, grid)))
 
     def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
-        if tokens.positions is None or tokens.shared is not None or isinstance(model.rope, RotaryEmbeddingMixed):
+        if tokens.positions is None:
             return tokens
-        return replace(tokens, shared=self.table(model.rope, tokens, 1))
+        # A table a block, and a head, is made block by block.
+        mixed = isinstance(model.rope, RotaryEmbeddingMixed)
+        return replace(tokens, shared=None if mixed else self.table(model.rope, tokens, 1))
 
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
         table = tokens.shared
-        if isinstance(model.rope, RotaryEmbeddingMixed):  # a table a block, and a head: made block by block
+        if tokens.positions is not None and isinstance(model.rope, RotaryEmbeddingMixed):
             table = self.table(model.rope, tokens, number) if table is None else table[number - 1]
         return RotaryContext(tokens.bias, table)
 
     def table(self, rope: TimmModule, tokens: Tokens, number: int) -> Tensor:
         """A block's table for tokens with positions, by `position_rule`: `(B, 1 or H, N, 2 d)` in timm's dtype."""
-        positions, grid = tokens.positions, tokens.grid
-        assert positions is not None and grid is not None
-        if self.position_rule == "nearest":
-            positions = positions.round()
-        if not self.follows_patches:
-            return rotation_table(rope, positions, grid, number)
-        source, patches = tokens.source, grid_positions(grid, positions.device)
-        if source is None or source.shape[1] != len(patches):
-            raise ModelError(f"position_rule {self.position_rule!r} follows all patches of an image, and some were "
-                             "left out before the first block; give 'centroid'")  # fmt: skip
-        if self.position_rule == "first":
-            first = first_patches(source, tokens.count)
-            return rotation_table(rope, patches[first], grid, number)
-        share = patch_shares(source, tokens.count).unsqueeze(1)
-        whole = rotation_table(rope, patches.unsqueeze(0), grid, number)
-        return torch.matmul(share, whole.float()).to(whole.dtype)
+        grid, shares = tokens.grid, self.shares(tokens)
+        assert grid is not None
+        if shares is None:
+            return rotation_table(rope, self.places(tokens), grid, number)
+        whole = rotation_table(rope, grid_positions(grid, shares.device).unsqueeze(0), grid, number)
+        return torch.matmul(shares.unsqueeze(1), whole.float()).to(whole.dtype)
 
     def attention_half(
         self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
@@ -153,38 +128,6 @@ class RotaryAdapter(ColumnarAdapter):
 
 def _unrotated(heads: QueryKey) -> QueryKey:
     return heads.raw if isinstance(heads, RotatedQueryKey) and heads.raw is not None else heads
-
-
-def grid_positions(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Rows and columns of a grid's patches, fp32 `(patches, 2)`, row by row."""
-    lines = [torch.arange(count, dtype=torch.float32, device=device) for count in grid]
-    return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, 1)
-
-
-def first_patches(source: Tensor, count: int) -> Tensor:
-    """The first patch of each token, int64 `(B, M)`.
-
-    Args:
-        source: `Tokens.source`, `(B, patches)`.
-        count: `M`.
-    """
-    patches = source.shape[1]
-    slot = torch.where(source < 0, count, source)
-    numbers = torch.arange(patches, device=source.device).expand_as(source)
-    return torch.full((source.shape[0], count + 1), patches - 1, device=source.device).scatter_reduce(
-        1, slot, numbers, "amin"
-    )[:, :count]
-
-
-def patch_shares(source: Tensor, count: int) -> Tensor:
-    """What each patch counts for in a token's average over its patches, fp32 `(B, M, patches)`.
-
-    Args:
-        source: `Tokens.source`, `(B, patches)`.
-        count: `M`.
-    """
-    inside = (source.unsqueeze(1) == torch.arange(count, device=source.device).view(1, -1, 1)).float()
-    return inside / inside.sum(2, keepdim=True).clamp(min=1.0)
 
 
 def rotation_table(rope: TimmModule, positions: Tensor, grid: tuple[int, int], number: int) -> Tensor:
@@ -238,8 +181,8 @@ def _moved(rope: TimmModule, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     axes = torch.tensor(_axes(rope, grid), device=patches.device)
     coordinates = patches * axes[:, 0] + axes[:, 1]
     order = [1, 0] if rope.grid_indexing == "xy" else [0, 1]
-    moved = _apply_coord_augs(coordinates[:, order], rope.shift_coords, rope.jitter_coords, rope.rescale_coords)
-    return (moved[:, order] - axes[:, 1]) / axes[:, 0].where(axes[:, 0] != 0, 1.0)
+    moved = _apply_coord_augs(coordinates[..., order], rope.shift_coords, rope.jitter_coords, rope.rescale_coords)
+    return (moved[..., order] - axes[:, 1]) / axes[:, 0].where(axes[:, 0] != 0, 1.0)
 
 
 def _by_bands(rope: TimmModule, first: Tensor, second: Tensor, number: int) -> Tensor:

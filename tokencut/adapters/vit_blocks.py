@@ -98,10 +98,19 @@ class BlockHandler:
     def cost(self, block: TimmModule, class_rows: int) -> BlockCost:
         """The block's multiply-adds, with `class_rows` class rows computed for a stage."""
         layers = self.attentions(block)
-        before = sum((_attention_macs(layer) for layer in layers), Macs())
+        before = sum((self.layer_macs(layer) for layer in layers), Macs())
         rows = sum(layer.proj.in_features for layer in layers) * class_rows
         after, width = Macs(per_token=self.mlp_macs(block)), layers[0].proj.out_features
-        return BlockCost(before, after, Macs(per_token=rows), width, layers[0].head_dim)
+        key_width = layers[0].proj.in_features // layers[0].num_heads
+        if isinstance(layers[0], DiffAttention):  # its heads stand in pairs
+            key_width //= 2
+        return BlockCost(before, after, Macs(per_token=rows), width, key_width)
+
+    def layer_macs(self, layer: TimmModule) -> Macs:
+        """Projections and fused attention of one attention layer."""
+        width = layer.proj.in_features
+        mixing = _differential_macs(width) if isinstance(layer, DiffAttention) else fused_attention_macs(width, width)
+        return Macs(per_token=linear_macs(layer)) + mixing
 
     def mlp_macs(self, block: TimmModule) -> int:
         """Multiply-adds per token behind the stage."""
@@ -211,13 +220,6 @@ class DiffParallelScalingHandler(ParallelScalingHandler):
 def _differential_macs(width: int) -> Macs:
     """Two maps over half of the query width each, both over the whole value width."""
     return fused_attention_macs(width // 2, width) + fused_attention_macs(width // 2, width)
-
-
-def _attention_macs(layer: TimmModule) -> Macs:
-    """Projections and fused attention of one attention layer."""
-    width = layer.proj.in_features
-    mixing = _differential_macs(width) if isinstance(layer, DiffAttention) else fused_attention_macs(width, width)
-    return Macs(per_token=linear_macs(layer)) + mixing
 
 
 HANDLERS: Mapping[type[nn.Module], BlockHandler] = {
