@@ -25,8 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from tokencut.cost import total
 from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, compress, predicted_macs
+from tokencut.profiling.counting import count_macs
 
 
 def vit(**arguments: Any) -> nn.Module:
@@ -347,3 +349,27 @@ def test_models_of_transformers_are_named() -> None:
     theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, intermediate_size=24))
     with pytest.raises(ModelError, match=r"a model of transformers; write it by `model.save_pretrained\('FOLDER'\)`"):
         compress(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_closed_form_counts_loras_adapters_as_the_trace_does() -> None:
+    peft = pytest.importorskip("peft")
+    first = peft.LoraConfig(r=2, target_modules=["qkv", "proj", "fc1", "head"])  # the patch embedding's `proj` as well
+    around = peft.get_peft_model(vit(), first)
+    inside = around.base_model.model
+
+    def both() -> int:
+        for model in (inside, compress(inside, keep=0.5, layers=[2])):
+            closed, traced = total(predicted_macs(model)), count_macs(model, (3, 64, 64)).total
+            assert closed == traced
+        return total(predicted_macs(inside))
+
+    plain = total(predicted_macs(vit()))
+    with_first = both()
+    around.add_adapter("second", peft.LoraConfig(r=3, target_modules=["fc2"]))
+    assert both() == with_first  # not active
+    around.set_adapter("second")
+    assert plain < both() != with_first
+    around.merge_adapter()
+    assert both() == plain

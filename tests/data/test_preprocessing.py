@@ -167,11 +167,15 @@ def test_a_model_that_does_not_tell_is_taken_at_its_config() -> None:
     assert preprocessing_of(model).config["input_size"] == (3, 20, 20)
 
 
-def test_other_channels_are_refused() -> None:
+def test_no_image_can_be_read_for_other_channels() -> None:
+    prepared = preprocessing_of(timm.create_model("test_vit", img_size=32, in_chans=4))
+    assert prepared.config["input_size"] == (4, 32, 32)
     with pytest.raises(ModelError) as caught:
-        preprocessing_of(timm.create_model("test_vit", img_size=32, in_chans=4))
+        _ = prepared.mode
     assert str(caught.value) == (
-        "the model takes images of 4 channels, expected 3 (colour) or 1 (grey); build it with `in_chans=3`"
+        "image files have 3 channels (colour) or 1 (grey), and the model takes 4: what reads images cannot run it; "
+        "compressing, profiling and exporting do without, and a loop of your own takes the model as any other; or build "
+        "it with `in_chans=3`"
     )
 
 

@@ -115,3 +115,10 @@ def test_every_method_gives_the_same_under_onnxruntime(
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_model_of_other_channels_is_written(tmp_path: Path, suffix: str) -> None:
+    report = export_model(small(in_chans=4), tmp_path / f"model{suffix}", with_preprocessing=True, limit=4)
+    assert report.info.preprocessing["input_size"] == (4, 64, 64) and report.agreement.largest_difference < 1e-4

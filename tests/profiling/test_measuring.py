@@ -162,6 +162,15 @@ def test_report_without_latency_has_the_contracts_keys() -> None:
     assert json.loads(json.dumps(values)) == values
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels_is_profiled(channels: int) -> None:
+    report = profile(compress(small(in_chans=channels), keep=0.5), rounds=3, batch_size=1, device="cpu")
+    assert report.compressed.latency_ms is not None
+    patches = 64 * 16 * 16 * 16 / 1e9  # width, patches, and the pixels of one
+    colour = profile(compress(small(), keep=0.5), latency=False)
+    assert report.dense.gmacs - colour.dense.gmacs == pytest.approx((channels - 3) * patches)
+
+
 def test_report_with_latency_adds_times() -> None:
     seen = Seen()
     report = profile(compress(small(), keep=0.5), batch_size=2, device="cpu", rounds=3,

@@ -227,8 +227,19 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 
 def linear_macs(module: nn.Module) -> int:
-    """Multiply-adds per token of all linear layers inside a module that applies each of them to every token once."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    """Multiply-adds per token of all linear layers inside a module that applies each of them to every token once.
+
+    Of what peft has put around a layer (LoRA) the adapters count that run: the active ones, if they are not merged.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    parts: list[Any] = list(module.children())
+    if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+        around: Any = module
+        running = () if around.merged or around.disable_adapters else around.active_adapters
+        parts = [around.base_layer]
+        parts += [side[name] for name in running for side in (around.lora_A, around.lora_B) if name in side]
+    return sum(map(linear_macs, parts))
 
 
 def counted_macs(module: nn.Module, inputs: tuple[int, ...]) -> int:

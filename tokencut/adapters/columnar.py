@@ -206,9 +206,12 @@ def patch_count(embed: TimmModule) -> int:
 
 def embed_macs(embed: TimmModule) -> int:
     """Multiply-adds of making patches."""
-    if isinstance(embed, PatchEmbed):
-        return int(embed.proj.weight.numel() * patch_count(embed))
-    return counted_macs(embed, (embed.in_chans, *embed.img_size))
+    if not isinstance(embed, PatchEmbed):
+        return counted_macs(embed, (embed.in_chans, *embed.img_size))
+    proj: TimmModule = unwrapped(embed.proj)
+    if isinstance(proj, nn.Conv2d):
+        return int(proj.weight.numel() * patch_count(embed))
+    return counted_macs(embed, (proj.base_layer.in_channels, *embed.img_size))  # LoRA's
 
 
 def patches(embed: TimmModule, images: Tensor) -> Any:

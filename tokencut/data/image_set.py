@@ -231,7 +231,9 @@ def images_for(
     indices = strided_subset(len(source), limit)
     if seed is not None:
         random.Random(seed).shuffle(indices)
-    return ImageSet(source, indices, preprocessing_of(model), class_map)
+    images = ImageSet(source, indices, preprocessing_of(model), class_map)
+    _ = images.prepared.mode  # a model that no image can be read for is refused before any work
+    return images
 
 
 def open_images(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
-from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 
 from tokencut.errors import ModelError
@@ -47,11 +46,25 @@ class Preprocessing:
 
     Attributes:
         config: timm's data config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
-        mode: Pillow's mode of the images that the model takes, `"RGB"` or `"L"`.
     """
 
     config: dict[str, Any]
-    mode: str
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode of the images that the model takes, `"RGB"` or `"L"`.
+
+        Raises:
+            ModelError: The model takes neither colour nor grey images, so none can be read for it.
+        """
+        channels = self.config["input_size"][0]
+        if channels not in MODES:
+            raise ModelError(
+                f"image files have 3 channels (colour) or 1 (grey), and the model takes {channels}: what reads images "
+                "cannot run it; compressing, profiling and exporting do without, and a loop of your own takes the model "
+                "as any other; or build it with `in_chans=3`"
+            )
+        return MODES[channels]
 
     def at_size(self, height: int, width: int) -> Preprocessing:
         """The same part of an image in another number of pixels."""
@@ -86,24 +99,18 @@ class Preprocessing:
 
     def _bytes(self, statistic: str, device: torch.device) -> Tensor:
         channels = self.config["input_size"][0]
-        values = [value * 255 for value in adapt_to_chs(self.config[statistic], channels)]
+        values = [value * 255 for value in per_channel(self.config[statistic], channels)]
         return torch.tensor(values, device=device, dtype=torch.float32).view(1, channels, 1, 1)
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """The preprocessing that a model was trained with, for the input that it was built for.
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or a standard deviation for each channel, as timm's loaders take it: the average where numbers differ."""
+    return tuple(values) if len(values) == channels else (float(np.mean(values)),) * channels
 
-    Raises:
-        ModelError: The model takes neither colour nor grey images.
-    """
-    config = data_config(model)
-    channels = config["input_size"][0]
-    if channels not in MODES:
-        raise ModelError(
-            f"the model takes images of {channels} channels, expected 3 (colour) or 1 (grey); build it with "
-            "`in_chans=3`"
-        )
-    return Preprocessing(config, MODES[channels])
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The preprocessing that a model was trained with, for the input that it was built for."""
+    return Preprocessing(data_config(model))
 
 
 def decode(file: BinaryIO, mode: str = "RGB", *, upright: bool = False) -> Image.Image:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 
-from tokencut.data.preprocessing import Preprocessing
+from tokencut.data.preprocessing import Preprocessing, per_channel
 from tokencut.errors import ModelError
 from tokencut.export.info import KEY, ExportInfo
 from tokencut.export.onnx_model import INPUT, OUTPUT
@@ -34,7 +33,7 @@ class Normalised(nn.Module):
         self.model = model
         channels = prepared.config["input_size"][0]
         for name in ("mean", "std"):
-            values = torch.tensor(adapt_to_chs(prepared.config[name], channels), dtype=torch.float32)
+            values = torch.tensor(per_channel(prepared.config[name], channels), dtype=torch.float32)
             self.register_buffer(name, values.view(1, channels, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -154,11 +154,13 @@ def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessin
 
     Raises:
         UsageError: There is no model, or they differ in what they take.
+        ModelError: They take neither colour nor grey images.
     """
     if not models:
         raise UsageError("no model given to draw; give one, or several by name")
     found = {name: (preprocessing_of(model), model.adapter.patch_size(model.model)) for name, model in models.items()}
     first, *others = found
+    _ = found[first][0].mode  # a model that no image can be read for is refused before any work
     for other in others:
         if found[other] != found[first]:
             raise UsageError(f"{first} and {other} prepare images or cut them into patches in different ways, and one "
