@@ -20,9 +20,9 @@ EVAL = ("eval", "{file}", "-j", "0")
 WRONG = [
     # What the parser finds.
     (("profle",), 2, "unknown command 'profle', did you mean profile? commands are compress, profile, eval, compare, "
-                     "predict, export, sweep, visualize, models, info; type tokencut --help"),
+                     "predict, export, sweep, visualize, models, info, cache; type tokencut --help"),
     (("xyz",), 2, "unknown command 'xyz'; commands are compress, profile, eval, compare, predict, export, sweep, "
-                  "visualize, models, info; type tokencut --help"),
+                  "visualize, models, info, cache; type tokencut --help"),
     (("profile", "--kep", "1"), 2, "no such option --kep, did you mean --keep? type tokencut profile --help"),
     (("profile", "a", "b"), 2,
      re.compile(r"got unexpected extra argument(\(s\))? \(b\); type tokencut profile --help")),

@@ -17,6 +17,7 @@ from image_files import tar_of, write_tar
 from observing import Seen
 
 from tokencut.data import archives, listing
+from tokencut.data.cache import CACHE_VARIABLE, cache_folder, list_of
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
 from tokencut.files import remove_folder
@@ -32,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def left_in(cache: Path) -> list[Path]:
     """What a cache holds beside its empty locks, and the lists of what was unpacked."""
-    lists = [archives._list_of(path) for path in cache.iterdir() if path.is_dir()]
+    lists = [list_of(path) for path in cache.iterdir() if path.is_dir()]
     assert all(path.is_file() for path in lists)
     return [path for path in cache.iterdir() if (path.suffix != ".lock" or path.stat().st_size) and path not in lists]
 
@@ -77,7 +78,7 @@ def test_scan_lists_folders_and_sets_links_apart(tmp_path: Path) -> None:
 
 
 def test_an_archive_cut_between_two_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(archives.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w") as archive:
         for name in ("a/1.png", "b/2.png"):
@@ -355,9 +356,9 @@ def test_of_several_at_once_one_unpacks(tmp_path: Path, cache: Path, monkeypatch
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOKENCUT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert archives.cache_folder() == tmp_path / "tokencut"
+    assert cache_folder() == tmp_path / "tokencut"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert archives.cache_folder() == Path.home() / ".cache" / "tokencut"
+    assert cache_folder() == Path.home() / ".cache" / "tokencut"
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokencut.cli import render
+from tokencut.cli import completion, render
+from tokencut.cli.cmd_cache import cache
 from tokencut.cli.cmd_compare import compare
 from tokencut.cli.cmd_compress import compress
 from tokencut.cli.cmd_eval import evaluate
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "visualize": visualize,
     "models": models,
     "info": info,
+    "cache": cache,
 }
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -74,11 +76,35 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _show_completion(shell: str | None) -> None:
+    if shell is not None:
+        render.write(*completion.script(shell).splitlines())
+        raise typer.Exit
+
+
+def _install_completion(shell: str | None) -> None:
+    if shell is not None:
+        render.note(f"wrote {completion.install(shell)}; open a new terminal for it to take effect")
+        raise typer.Exit
+
+
+_SHELLS: dict[str, Any] = {"metavar": "|".join(completion.PLACES), "is_eager": True}
+SHOW_HELP = "Print what this shell reads to complete tokencut's words."
+INSTALL_HELP = "Have this shell complete tokencut's words, in new terminals."
+
+
 @app.callback()
 def _tokencut(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("-V", "--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
+    install_completion: Annotated[
+        str | None, typer.Option("--install-completion", callback=_install_completion, help=INSTALL_HELP, **_SHELLS)
+    ] = None,
+    show_completion: Annotated[
+        str | None, typer.Option("--show-completion", callback=_show_completion, help=SHOW_HELP, **_SHELLS)
+    ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show a traceback where something fails; may stand after a command, too.")
     ] = False,
@@ -111,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     no_stdout = sys.stdout is None
     with render.streams(), Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks():
         try:
+            if completion.asked():
+                completion.complete(typer.main.get_command(app))
             if no_stdout:
                 raise TokencutError("stdout is closed, so no result could be printed; send it to a file or /dev/null")
             _refuse_empty(words)

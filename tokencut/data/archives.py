@@ -6,23 +6,20 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import os
 import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from tokencut.data.cache import CACHE_VARIABLE, cache_folder, is_whole, list_of, locked, read_list, sizes_in
 from tokencut.data.listing import Listing, inner_path
 from tokencut.errors import DataError
 from tokencut.files import atomic_write, remove_folder
 from tokencut.messages import quoted
 from tokencut.observers import Observer
 
-CACHE_VARIABLE = "TOKENCUT_CACHE"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -80,14 +77,6 @@ def scan(path: Path) -> Listing:
     return listing
 
 
-def cache_folder() -> Path:
-    """Where archives are unpacked: `TOKENCUT_CACHE`, or `tokencut` in the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokencut"
-
-
 def unpack(path: Path, observer: Observer | None = None) -> Path:
     """Unpacks a `.tar.gz` into the cache, unless that has been done and nothing is missing since.
 
@@ -107,15 +96,13 @@ def unpack(path: Path, observer: Observer | None = None) -> Path:
             holds files that were never unpacked.
     """
     target = cache_folder() / _cache_name(path)
-    if _is_whole(target):
+    if is_whole(target):
         return target
     told = observer or Observer()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(
-            target.with_name(f".{target.name}.lock"), lambda: told.note(f"another process unpacks {path}; waiting")
-        ):
-            if not _is_whole(target):
+        with locked(target, lambda: told.note(f"another process unpacks {path}; waiting")):
+            if not is_whole(target):
                 if target.is_dir():
                     told.warning(f"{target}, where {path} was unpacked, is no longer as it was")
                     _clear(path, target)
@@ -132,54 +119,6 @@ def unpack(path: Path, observer: Observer | None = None) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def _alone(place: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    lock = FileLock(place, mode=0o666)  # a cache may be shared with other users
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_wait()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-Sizes = dict[str, int]  # of files, in bytes, by their paths in a folder
-
-
-def _list_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.list")
-
-
-def _is_whole(target: Path) -> bool:
-    """Whether all that was unpacked is there, as long as it was, and nothing else."""
-    try:
-        return target.is_dir() and _read_list(target) == _sizes(target)
-    except (FileNotFoundError, ValueError):  # no list, or a damaged one
-        return False
-
-
-def _read_list(target: Path) -> Sizes:
-    lines = _list_of(target).read_text(encoding="utf-8", errors="surrogateescape").split("\0")
-    return {name: int(size) for size, _, name in (line.partition(" ") for line in lines if line)}
-
-
-def _sizes(folder: Path) -> Sizes:
-    found: Sizes = {}
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
-        with os.scandir(folder / prefix) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(f"{prefix}{entry.name}/")
-                else:
-                    found[prefix + entry.name] = entry.stat(follow_symlinks=False).st_size
-    return found
-
-
 def _clear(path: Path, target: Path) -> None:
     """Removes what was unpacked; nothing else.
 
@@ -187,11 +126,11 @@ def _clear(path: Path, target: Path) -> None:
         DataError: There is something else.
     """
     try:
-        unpacked = set(_read_list(target))
+        unpacked = set(read_list(target))
     except (FileNotFoundError, ValueError):
         with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             unpacked = {_inner_path(path, member) for member in _members(archive)}
-    strangers = set(_sizes(target)) - unpacked
+    strangers = set(sizes_in(target)) - unpacked
     if strangers:
         raise DataError(
             f"{target}, where {path} was unpacked, holds {quoted(sorted(strangers))}, which it did not come with; move "
@@ -204,8 +143,8 @@ def _unpack(path: Path, target: Path) -> None:
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         _extract(path, partial)
-        with atomic_write(_list_of(target)) as temporary:
-            lines = (f"{size} {name}\0" for name, size in _sizes(partial).items())
+        with atomic_write(list_of(target)) as temporary:
+            lines = (f"{size} {name}\0" for name, size in sizes_in(partial).items())
             temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
         partial.chmod(0o755)  # mkdtemp's folders are for their maker alone
         partial.rename(target)
