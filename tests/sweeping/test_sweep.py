@@ -22,8 +22,8 @@ from tokencut.evaluation.accuracy import evaluate
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.profiling.latency import Timing
-from tokencut.sweeping import report as sweep_report
 from tokencut.sweeping import run as sweeping
+from tokencut.sweeping import writing
 from tokencut.sweeping.report import SweepReport
 from tokencut.sweeping.run import SweepPlan, sweep
 
@@ -38,7 +38,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     small models slower.
     """
     monkeypatch.setattr(sweeping, "picture_of", lambda *_, **__: None)
-    monkeypatch.setattr(sweep_report, "_plot", lambda report, stem, *axis, **kind: stem.with_suffix(".png").touch())
+    monkeypatch.setattr(sweeping, "tiles_of", lambda *_, **__: None)
+    monkeypatch.setattr(writing, "_plot", lambda *_, **__: None)
+    monkeypatch.setattr(writing, "save_figure", lambda figure, stem: stem.with_suffix(".png").touch())
+    monkeypatch.setattr(writing, "svg_of", lambda figure: "<svg/>")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -132,7 +135,7 @@ def test_the_files_hold_the_contracts_keys(images: Path, tmp_path: Path) -> None
     with (tmp_path / "report" / "results.csv").open(newline="") as file:
         assert [row["keep"] for row in csv.DictReader(file)] == ["1.0", "0.5/0.25", "0.5/0.25", "0.5", "0.5"]
     made = {path.name for path in (tmp_path / "report").iterdir()}
-    assert made == {"results.csv", "results.json", "table.md", "state.json", "top1-gmacs.png"}
+    assert made == {"results.csv", "results.json", "table.md", "index.html", "state.json", "top1-gmacs.png"}
 
 
 def test_the_model_stays_as_it_is_and_is_not_copied(images: Path, tmp_path: Path) -> None:

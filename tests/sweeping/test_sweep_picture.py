@@ -14,8 +14,9 @@ from observing import Seen
 
 from tokencut.data.image_set import open_images
 from tokencut.model import compress
-from tokencut.sweeping.picture import SweepPicture, picture_of
+from tokencut.sweeping.picture import SweepPicture, picture_of, tiles_of
 from tokencut.visualization import drawing, grid
+from tokencut.visualization.tiles import Tiles
 
 pytest.importorskip("matplotlib")
 
@@ -89,3 +90,32 @@ def test_too_large_a_picture_is_left_out_with_a_note(model: Any, folder: Path, m
     seen = Seen()
     assert drawn(model, folder, observer=seen) is None
     assert seen.notes[0].startswith("the report has no picture of tokens: a picture of 6 rows of 3 panels, each ")
+
+
+def tiles(model: Any, folder: Path, **changes: Any) -> Tiles:
+    recipes = {
+        (method, keep): compress(model, keep=keep, method=method, layers=(2, 4), **changes).recipe
+        for keep in (1.0, 0.5)
+        for method in ("bat", "topk")
+    }
+    return tiles_of(model, recipes, open_images(model, folder), device=CPU, precision="fp32")
+
+
+def test_tiles_show_each_row_behind_its_last_stage(model: Any, folder: Path) -> None:
+    found = tiles(model, folder)
+    assert found.names == ("ant/1.jpg", "bee/1.jpg", "cow/1.jpg")
+    assert list(found.models) == ["bat, keep 1.0", "topk, keep 1.0", "bat, keep 0.5", "topk, keep 0.5"]
+    whole, dropped = found.models["bat, keep 1.0"], found.models["topk, keep 0.5"]
+    assert [(tile.tokens_in, tile.tokens_out) for tile in (whole[0], dropped[0])] == [(16, 16), (16, 4)]
+    for photo, same, other in zip(found.photos, whole, dropped, strict=True):
+        assert photo.shape == (288, 288, 3)
+        assert np.array_equal(photo, same.pixels)
+        # 4 of 16 patches, of 72 x 72 px, are as in the photo.
+        assert np.isclose((photo == other.pixels).all(2).mean(), 4 / 16, atol=0.02)
+    assert [panel.caption for panel in found.legend][-1] == "dark: dropped"
+
+
+def test_a_page_with_very_many_rows_has_fewer_images(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for most, images in ((9, 2), (8, 2), (7, 1), (1, 1)):
+        monkeypatch.setattr("tokencut.sweeping.picture.MOST_TILES", most)
+        assert len(tiles(model, folder).photos) == images

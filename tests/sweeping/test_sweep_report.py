@@ -14,9 +14,11 @@ from PIL import Image
 
 from tokencut.errors import ArtifactError
 from tokencut.evaluation.statistics import Difference
+from tokencut.sweeping.page import page
 from tokencut.sweeping.picture import SweepPicture
-from tokencut.sweeping.report import FILES, SweepReport, check_folder, markdown, write_report
+from tokencut.sweeping.report import FILES, SweepReport, markdown
 from tokencut.sweeping.rows import Row, compare
+from tokencut.sweeping.writing import check_folder, write_report
 from tokencut.visualization.drawing import Picture
 
 MARKDOWN = """\
@@ -114,6 +116,7 @@ def test_all_files_are_written(report: SweepReport, tmp_path: Path) -> None:
     assert (bat["keep"], bat["top1"], bat["images_per_second_low"]) == ("0.5/0.7", "50.0", "1900.0")
 
 
+@pytest.mark.slow
 def test_a_picture_that_no_report_names_goes(report: SweepReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "tokens.png").touch()
@@ -121,6 +124,7 @@ def test_a_picture_that_no_report_names_goes(report: SweepReport, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == set(report.files) == set(FILES) - {"tokens.png", "tokens.pdf"}
 
 
+@pytest.mark.slow
 def test_a_plot_of_speeds_that_are_no_more_known_goes(report: SweepReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_report(report, tmp_path)
@@ -136,6 +140,20 @@ def test_folders_that_will_do(tmp_path: Path) -> None:
     assert check_folder(tmp_path, force=True) == tmp_path
     (tmp_path / "state.json").touch()
     assert check_folder(tmp_path, force=False) == tmp_path
+
+
+def test_a_page_that_is_none_of_ours_is_not_replaced(report: SweepReport, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(page(report, {}, None))
+    (tmp_path / "state.json").touch()
+    assert check_folder(tmp_path, force=False) == tmp_path
+    (tmp_path / "index.html").write_text("<h1>My notes</h1>")
+    with pytest.raises(ArtifactError) as caught:
+        check_folder(tmp_path, force=False)
+    assert str(caught.value) == (
+        f"{tmp_path / 'index.html'} is no report of a sweep; add `force=True` to replace it, or give another folder, "
+        f"such as `folder='{tmp_path}-2'`"
+    )
+    assert check_folder(tmp_path, force=True) == tmp_path
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.model import CompressedModel, compress
 from tokencut.visualization import drawing, grid
 from tokencut.visualization.drawing import Picture, check_output, draw
+from tokencut.visualization.images import short_names
 from tokencut.visualization.plots import COLOURS
 from tokencut.visualization.regions import draw_tokens
 from tokencut.visualization.stage_views import trace_images
@@ -126,10 +127,10 @@ def test_the_legend_tells_of_what_is_there_and_of_nothing_else(photos: list[Path
 
 
 def test_names_lose_the_folders_they_share() -> None:
-    assert drawing._short(["/a/b/1.jpg"]) == ["1.jpg"]
-    assert drawing._short(["/a/b/1.jpg", "/a/c/1.jpg"]) == ["b/1.jpg", "c/1.jpg"]
-    assert drawing._short(["val:ant/1.jpg", "val:ant/2.jpg"]) == ["1.jpg", "2.jpg"]
-    assert drawing._short(["x.png", "x.png", "x.png/y"]) == ["x.png", "x.png", "x.png/y"]
+    assert short_names(["/a/b/1.jpg"]) == ["1.jpg"]
+    assert short_names(["/a/b/1.jpg", "/a/c/1.jpg"]) == ["b/1.jpg", "c/1.jpg"]
+    assert short_names(["val:ant/1.jpg", "val:ant/2.jpg"]) == ["1.jpg", "2.jpg"]
+    assert short_names(["x.png", "x.png", "x.png/y"]) == ["x.png", "x.png", "x.png/y"]
 
 
 def test_attention_colours_the_panels_and_not_the_image(photos: list[Path]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokencut.errors import ArtifactError
-from tokencut.visualization.plots import COLOURS, MARKER, MARKERS, Point, Series, accuracy_plot, save_figure
+from tokencut.visualization.plots import COLOURS, MARKER, MARKERS, Point, Series, accuracy_plot, save_figure, svg_of
 
 DENSE = Point(4.6, 79.8)
 SERIES = (
@@ -141,6 +141,9 @@ def test_files_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_figure(accuracy_plot(SERIES, DENSE, "GMACs", less_is_better=True), tmp_path / f"{name}.v1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.v1.pdf", "one.v1.png", "two.v1.pdf", "two.v1.png"]
+    one, two = (svg_of(accuracy_plot(SERIES, DENSE, "GMACs", less_is_better=True, width=3.7)) for _ in range(2))
+    assert one == two
+    assert "<svg" in one
     for form, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
         content = (tmp_path / f"one.v1.{form}").read_bytes()
         assert content.startswith(start)

@@ -62,10 +62,10 @@ def sweep(
     from tokencut.cli.subject import prepare, warn_recipe_ignored
     from tokencut.data.sources import check_apart, open_source
     from tokencut.runtime.devices import resolve_device
-    from tokencut.sweeping.report import check_folder
     from tokencut.sweeping.run import SweepPlan
     from tokencut.sweeping.run import sweep as run_sweep
     from tokencut.sweeping.state import FILE as STATE
+    from tokencut.sweeping.writing import check_folder
 
     plan = SweepPlan(
         **reduction.arguments(),

@@ -101,6 +101,12 @@ def keep_text(keep: Keep) -> str:
     return "/".join(map(str, keep if isinstance(keep, tuple) else (keep,)))
 
 
+def mean_keep(keep: Keep) -> float:
+    """The mean of a keep rate's layers."""
+    rates = keep if isinstance(keep, tuple) else (keep,)
+    return sum(rates) / len(rates)
+
+
 def read_variants(labels: Sequence[str], *, parameter: str = "methods") -> tuple[Variant, ...]:
     """Reads the methods of a sweep, or of another comparison.
 

@@ -35,11 +35,12 @@ from tokencut.runtime.devices import (
 )
 from tokencut.schedule import Keep as KeepRate
 from tokencut.schedule import Layers
-from tokencut.sweeping.picture import picture_of
+from tokencut.sweeping.picture import picture_of, tiles_of
 from tokencut.sweeping.report import JSON as RESULTS
-from tokencut.sweeping.report import SweepReport, check_folder, write_report
+from tokencut.sweeping.report import SweepReport
 from tokencut.sweeping.rows import DENSE, Keep, Row, Variant, compare, pair_name, read_variants, refuse_repeats
 from tokencut.sweeping.state import Key, Speed, State, conditions_of, load_state, with_speed
+from tokencut.sweeping.writing import check_folder, write_report
 
 DENSE_KEY: Key = (DENSE, 1.0)
 # A model's share of the timing: some 20 rounds of what takes a fifth of a second; fewer of what takes longer.
@@ -160,10 +161,11 @@ def sweep(
     with inference_state(model, device, dtype), torch.no_grad():
         notes = run.run(model)
         pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, observer=told)
+        tiles = tiles_of(model, recipes, images, device=device, precision=plan.precision)
     report = run.report(name or architecture_of(model), notes)
     if pictured is not None:
         report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
-    write_report(report, into, pictured)
+    write_report(report, into, pictured, tiles)
     return report
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from tokencut.data.image_files import Photo, PhotoLike, find_photos, read_photos
+from tokencut.data.image_files import PhotoLike
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.files import check_writable
@@ -21,6 +20,7 @@ from tokencut.model import CompressedModel, require_compressed
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import PANEL, Canvas, Layout, Panel, Strip, fit, swatch_side
+from tokencut.visualization.images import DrawnImages, read_images, short_names
 from tokencut.visualization.legend import legend_of
 from tokencut.visualization.regions import Grid, Pixels, draw_tokens
 from tokencut.visualization.saving import PICTURE_FORMATS, Label, heat_colours, save_picture
@@ -140,8 +140,8 @@ def draw(
     extras.require("pictures need", "matplotlib", extra="plot")
     given = dict(models) if isinstance(models, Mapping) else {"": models}
     named = {name: require_compressed(model, "draw") for name, model in given.items()}
-    target, prepared = resolve_device(device), _shared_preprocessing(named)
-    shown = _images(images, prepared)
+    target, prepared = resolve_device(device), shared_preprocessing(named)
+    shown = read_images(images, prepared)
     traced = {
         name: trace_images(model, shown.pixels, prepared, target, precision, batch_size, attention)
         for name, model in named.items()
@@ -149,7 +149,7 @@ def draw(
     return _compose(shown, traced)
 
 
-def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessing:
+def shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessing:
     """The preprocessing of all the models.
 
     Raises:
@@ -168,81 +168,22 @@ def _shared_preprocessing(models: Mapping[str, CompressedModel]) -> Preprocessin
     return found[first][0]
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Images as models take them, and as they are drawn.
-
-    Attributes:
-        names: What their rows are called.
-        pixels: Bytes `(B, C, H, W)`.
-        detail: How many pixels of each photo a pixel of `pixels` is across; 1 where there is no photo.
-        photos: Where they come from; empty where they are given as bytes.
-        prepared: The models' preprocessing.
-    """
-
-    names: Sequence[str]
-    pixels: Tensor
-    detail: Sequence[float]
-    photos: Sequence[Photo]
-    prepared: Preprocessing
-
-    def drawn(self, image: int, height: int, width: int) -> Pixels:
-        """What models see of an image in `(height, width, 3)`: with the photo's own detail, where it has more."""
-        if self.detail[image] <= 1:
-            small = Image.fromarray(_in_colour(self.pixels[image]))
-            return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
-        transform = self.prepared.at_size(height, width).transform()
-        [made] = read_photos([self.photos[image]], self.prepared.mode, lambda photo: _as_bytes(transform(photo)))
-        return _in_colour(made)
-
-
-def _images(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Preprocessing) -> _Images:
-    """The images, read once."""
-    if isinstance(images, Tensor):
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise UsageError(f"a tensor of images is of bytes (B, C, H, W), not {images.dtype} of {images.ndim} "
-                             "dimensions; give the files' paths instead, or images.to(torch.uint8)")  # fmt: skip
-        photos, made = [], [(image, 1.0) for image in images]
-        names = list(map(str, range(len(images))))
-    else:
-        several = [images] if isinstance(images, (str, os.PathLike, Photo)) else images
-        photos, transform = find_photos(several), prepared.transform()
-        names = [photo.name for photo in photos]
-        kept = prepared.config["crop_pct"] / min(prepared.config["input_size"][1:])
-        made = read_photos(
-            photos, prepared.mode, lambda photo: (_as_bytes(transform(photo)), min(photo.size) * kept)
-        )  # fmt: skip
-    if not made:
-        raise UsageError("no image given to draw; name one, such as photo.jpg, or the word digits")
-    pixels, detail = zip(*made, strict=True)
-    return _Images(names, torch.stack(pixels), detail, photos, prepared)
-
-
-def _as_bytes(image: Tensor | NDArray[np.uint8]) -> Tensor:
-    return torch.as_tensor(np.asarray(image))
-
-
-def _in_colour(pixels: Tensor) -> Pixels:
-    """The bytes `(C, H, W)` of an image in colour, `(H, W, 3)`."""
-    return pixels.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-
-
-def _compose(images: _Images, traced: Mapping[str, DrawnModel]) -> Picture:
+def _compose(images: DrawnImages, traced: Mapping[str, DrawnModel]) -> Picture:
     grid = next(iter(traced.values())).grid
     # Stages of the same block stand below each other.
     blocks = sorted({stage.block for one in traced.values() for stage in one.stages})
     count, several = len(images.names), len(images.names) > 1 and len(traced) > 1
     strips = len(traced) if several else 1
     groups = count * len(traced) // strips
-    sizes = {_seen_size(images, grid, scaled): scaled for scaled in map(grid.scaled, _sides(grid, max(images.detail)))}
+    sizes = {images.seen_size(grid, scaled): scaled for scaled in map(grid.scaled, _sides(grid, max(images.detail)))}
     layout = fit(
         list(sizes), groups, lambda tall, wide, across: Layout(groups, strips, len(blocks), tall, wide, across)
     )
     drawn_grid = sizes[layout.height, layout.width]
     legend = legend_of(list(traced.values()), drawn_grid, swatch_side(layout))
     canvas, views = Canvas(layout, legend), []
-    for image, (name, called) in enumerate(zip(images.names, _short(images.names), strict=True)):
-        photo = drawn_grid.seen(images.drawn(image, *_whole_size(images, grid, drawn_grid)))
+    for image, (name, called) in enumerate(zip(images.names, short_names(images.names), strict=True)):
+        photo = images.seen(image, grid, drawn_grid)
         shown = Panel(photo, f"image: {grid.patches} patches")
         if several:
             canvas.add_group(image, called)
@@ -253,27 +194,6 @@ def _compose(images: _Images, traced: Mapping[str, DrawnModel]) -> Picture:
             canvas.add(*at, Strip(shown, stages, title))
             views.append(View(name, model, tuple(stage.view(image) for stage in one.stages)))
     return Picture(canvas.pixels, tuple(canvas.labels), tuple(views), tuple(panel.caption for panel in legend))
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Names without the folders that they have in common."""
-    split = [name.replace(os.sep, "/").split("/") for name in names]
-    common = 0
-    while all(len(parts) > common + 1 for parts in split) and len({parts[common] for parts in split}) == 1:
-        common += 1
-    return ["/".join(parts[common:]) for parts in split]
-
-
-def _whole_size(images: _Images, grid: Grid, scaled: Grid) -> tuple[int, int]:
-    """Height and width in px of a whole image where its patches are as large as in another grid."""
-    height, width = images.pixels.shape[-2:]
-    return round(height * scaled.height / grid.height), round(width * scaled.width / grid.width)
-
-
-def _seen_size(images: _Images, grid: Grid, scaled: Grid) -> tuple[int, int]:
-    """The same of the part that lies in patches."""
-    height, width = _whole_size(images, grid, scaled)
-    return min(height, scaled.rows * scaled.height), min(width, scaled.columns * scaled.width)
 
 
 def _sides(grid: Grid, detail: float) -> Iterator[int]:

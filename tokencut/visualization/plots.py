@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 # A paper's column is 3.3 in wide and its page 6.9; this is legible in the page's width and, reduced, in a column.
 SIZE_IN = (5.6, 3.5)
+# On a phone the letters of a plot are as large as others only where it is as narrow as the screen.
+PHONE_IN = 3.7
 FORMATS = ("png", "pdf")
 # Longer labels of methods stand below the axes, which they would leave no room beside; the longest in several lines.
 BESIDE, LONGEST = 20, 76
@@ -114,6 +117,8 @@ def accuracy_plot(
         styles = list(zip(series, labels, cycle(COLOURS), cycle(MARKERS)))
         for line, label, colour, marker in styles:
             _draw_line(axes, line, label, colour, marker)
+        if width < SIZE_IN[0]:
+            axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(x_label)
         axes.set_ylabel("top-1 accuracy (%)")
         axes.margins(0.08, 0.09)
@@ -204,6 +209,16 @@ def _write_keep_rates(axes: Axes, series: Sequence[Series]) -> None:
     for line, colour in zip(series, cycle(COLOURS)):
         for point in line.points:
             axes.annotate(point.keep, (point.x, point.top1), (5, 0), ha="left", va="center", color=colour, **how)
+
+
+def svg_of(figure: Figure) -> str:
+    """A figure as SVG that looks the same in every program; the same figure gives the same text."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata=TIMELESS["svg"])
+    return text.getvalue()
 
 
 def save_figure(figure: Figure, stem: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class DrawnModel:
 
     grid: Grid
     stages: tuple[DrawnStage, ...]
+
+    def last_stage_only(self) -> DrawnModel:
+        """The same, as if only its last stage, if any, were drawn."""
+        return replace(self, stages=self.stages[-1:])
 
 
 def trace_images(
