@@ -149,6 +149,9 @@ WRONG = [
     (("profile", "deit_tiny", "--model-kwargs", "depth=0"), 2,
      "--model-kwargs depth=0 is not a whole number from 1 to 128; type --model-kwargs depth=12"),
     ((*DEIT, "--no-latency", "--compile-mode", "foo"), 2, re.compile(r"unknown compile mode 'foo', expected .*")),
+    ((*DEIT, "--no-latency", "--compile", "--capture"), 2,
+     "--capture and --compile are two ways to run a model, expected one of them; type --compile-mode reduce-overhead, "
+     "which compiles it and captures that"),
     (("profile", "hf-hub:"), 2, "'hf-hub:' names no repository of the hub; type hf-hub:OWNER/NAME"),
     (("profile", "hf-hub:a/b/c"), 2, "'hf-hub:a/b/c' names no repository of the hub; type hf-hub:OWNER/NAME"),
     ((*DEIT, "--method-option", "mass=inf"), 2, re.compile(r".*mass.*a number from 0.0 to 100.0.*")),

@@ -122,6 +122,7 @@ def test_profile_of_the_file(run: Run, artifact: Path, exported: Path, tmp_path:
         (("--num-classes", "3", "--img-size", "32"), "--num-classes and no --img-size"),
         (("--model-kwargs", "depth=1"), "--model-kwargs"),
         (("--compile",), "--compile"),
+        (("--capture",), "--capture"),
         (("--precision", "bf16"), "--precision bf16"),
         (("--device", "cuda"), "--device cuda"),
     ],
@@ -214,6 +215,13 @@ def test_eval_compiled(run: Run, artifact: Path, pictures: Path, modes: list[str
     words = ("eval", artifact, "--data", pictures, "-j", "0", "--json")
     done = run(*words, "--compile")
     assert (modes, done.notes[-1]) == (["default"], "the time includes compiling the model")
+    assert done.json["top1"] == run(*words).json["top1"]
+
+
+def test_eval_captured(run: Run, artifact: Path, pictures: Path) -> None:
+    words = ("eval", artifact, "--data", pictures, "-j", "0", "--device", "cpu", "--json")
+    done = run(*words, "--capture")
+    assert "images on cpu are not captured: CUDA graphs need an NVIDIA GPU" in done.notes
     assert done.json["top1"] == run(*words).json["top1"]
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 from outcome import TINY, Run
+from torch import Tensor
 
 from tokencut.cli.options import RunOptions, TimingOptions
 from tokencut.evaluation import accuracy
 from tokencut.profiling import measuring
+from tokencut.profiling.latency import Timing
 
 KEYS = {
     "model", "method", "keep", "dense", "compressed", "flops_reduction", "speedup", "stages", "device", "precision",
@@ -105,6 +108,36 @@ def test_no_speed_up_is_said_plainly(run: Run, monkeypatch: pytest.MonkeyPatch) 
     done = run("profile", *TINY, "--keep", "0.5", "--batch-size", "2")
     assert "no speed-up on this machine" in done.out
     assert "0.50 x as fast" in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_samples")
+def test_captured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("profile", *TINY, "--keep", "0.5", "--batch-size", "1", "--capture")
+    assert "images on cpu are not captured: CUDA graphs need an NVIDIA GPU" in run(*words).out.splitlines()
+    monkeypatch.setattr(measuring, "_captured", lambda sides, images: (sides, ()))
+    done = run(*words)
+    assert "batches of 1 in fp32, captured as CUDA graphs" in done.out
+    assert "spent in the stages" not in done.out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_samples")
+def test_what_holds_a_gpu_up_is_said_in_a_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("profile", *TINY, "--keep", "0.5", "--batch-size", "1")
+    for share, sentence in (
+        (0.5, r"launch-bound: the GPU works \S+ of \S+ ms a batch, and else waits for kernels to be started; "
+              r"type --capture for CUDA graphs \(1.00 times as fast as dense\), or a larger --batch-size"),
+        (1.0, "compute-bound: the GPU works all the time, which a lower --keep or --precision bf16 shortens, and "
+              "--capture would not"),
+    ):  # fmt: skip
+
+        def replayed(sides: object, images: Tensor, observer: object, task: str, share: float = share) -> object:
+            timed = Timing(share * 1e-9 if share < 1 else 1e9, (0.0, 0.0), 1.0)
+            return {"dense": timed, "compressed": timed}
+
+        monkeypatch.setattr(measuring, "_replayed", replayed)
+        assert re.fullmatch(sentence, run(*words).out.splitlines()[-1])
 
 
 def test_untrained_stages_are_named(run: Run) -> None:

@@ -60,9 +60,9 @@ def test_models_alternate() -> None:
 
 def test_median_quartiles_and_throughput() -> None:
     clock = FakeClock()
-    # Two forwards warm it up, and are in none of the figures.
-    timing = measure({"it": Worker(clock, 100.0, 9.0, 5.0, 1.0, 2.0, 4.0, 3.0)}, IMAGES, rounds=5, max_seconds=1e9,
-                     clock=clock)["it"]  # fmt: skip
+    # Two forwards and five rounds warm it up, and are in none of the figures.
+    timing = measure({"it": Worker(clock, 100.0, 9.0, *[9.0] * 5, 5.0, 1.0, 2.0, 4.0, 3.0)}, IMAGES, rounds=5,
+                     max_seconds=1e9, clock=clock)["it"]  # fmt: skip
     assert timing.samples == (5.0, 1.0, 2.0, 4.0, 3.0)
     assert timing.median_ms == 3000.0
     assert timing.spread_ms == (2000.0, 4000.0)
@@ -88,6 +88,27 @@ def test_rounds_end_when_the_time_is_up_but_never_before_the_third(max_seconds: 
     assert len(timing.samples) == len(seen.told) == expected
     assert seen.told[:2] == [("timing it", 1, 7, {}), ("timing it", 2, 7, {})]
     assert seen.told[-1] == ("timing it", 7, 7, {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "max_seconds", "warm_rounds"),
+    [
+        ([2.0], 1e9, 5),  # as fast as at first, four times
+        ([5.0, 4.0, 3.0, 3.0, 2.99], 1e9, 7),  # four rounds behind the last that was faster
+        ([5.0, *[5.0 * 0.993**step for step in range(1, 60)]], 1e9, 20),  # little by little
+        ([2.0], 14.0, 0),  # a quarter of the time is gone: two forwards of two models
+        ([2.0], 36.0, 1),
+    ],
+)
+def test_rounds_do_not_count_until_times_have_settled(
+    seconds: list[float], max_seconds: float, warm_rounds: int
+) -> None:
+    clock, log = FakeClock(), list[str]()
+    settling = Worker(clock, 100.0 if len(seconds) > 1 else 2.0, seconds[0], *seconds, name="settling", log=log)
+    steady = Worker(clock, 2.0, name="steady", log=log)
+    timing = measure({"settling": settling, "steady": steady}, IMAGES, rounds=20, max_seconds=max_seconds, clock=clock)
+    assert (log.count("steady"), log.count("settling")) == (2 + warm_rounds + len(timing["steady"].samples),) * 2
+    assert max(timing["settling"].samples) == pytest.approx(seconds[min(warm_rounds, len(seconds) - 1)])
 
 
 def test_too_few_rounds() -> None:

@@ -22,6 +22,7 @@ from tokencut.profiling import counting, measuring
 from tokencut.profiling.counting import COUNTED, MOVES, UNCOUNTED, MacCount, count_macs
 from tokencut.profiling.latency import Timing
 from tokencut.profiling.measuring import ProfileReport, profile
+from tokencut.runtime.capturing import capture
 
 CONTRACT = ["model", "method", "keep", "dense", "compressed", "flops_reduction", "speedup", "stages", "device",
             "precision", "batch_size", "versions"]  # fmt: skip
@@ -177,7 +178,10 @@ def test_report_with_latency_adds_times() -> None:
                      observer=seen)  # fmt: skip
     values = report.to_dict()
     assert list(values)[: len(CONTRACT)] == CONTRACT
-    assert set(values) - set(CONTRACT) == {"speedup_spread", "stage_share", "compile_mode", "uncounted", "notes"}
+    assert set(values) - set(CONTRACT) == {
+        "speedup_spread", "stage_share", "compile_mode", "captured", "launch_bound", "uncounted", "notes",
+    }  # fmt: skip
+    assert (report.captured, report.launch_bound) == (False, None)
     for side in (report.dense, report.compressed):
         assert side.latency_ms is not None
         assert side.images_per_second == pytest.approx(2 / side.latency_ms * 1000)
@@ -363,6 +367,101 @@ def test_another_runtime_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measuring, "measure", measured)
     with pytest.raises(RuntimeError, match="something else"):
         profile(small(), device="cpu")
+
+
+def timing(seconds: float) -> Timing:
+    return Timing(1000 * seconds, (1000 * seconds, 1000 * seconds), 4 / seconds, samples=(seconds,) * 3)
+
+
+LAUNCHES = ("launch-bound: the GPU works 500.00 of 2000.00 ms a batch, and else waits for kernels to be started; "
+            "type `capture=True` for CUDA graphs")  # fmt: skip
+COMPUTES = "compute-bound: the GPU works all the time, which "
+
+
+@pytest.mark.parametrize(
+    ("replayed", "keep", "precision", "bound", "note"),
+    [
+        ({"dense": 0.75, "compressed": 0.5}, 0.5, "fp32", True,
+         f"{LAUNCHES} (1.50 times as fast as dense), or a larger `batch_size`"),
+        ({"dense": 0.5, "compressed": 0.5}, 1.0, "bf16", True, f"{LAUNCHES}, or a larger `batch_size`"),
+        ({"dense": 1.85, "compressed": 1.81}, 0.5, "fp32", False,
+         f"{COMPUTES}a lower `keep` or `precision='bf16'` shortens, and `capture` would not"),
+        ({"dense": 1.9, "compressed": 2.1}, 0.5, "bf16", False,
+         f"{COMPUTES}a lower `keep` or `compile_mode='default'` shortens, and `capture` would not"),
+        ({}, 0.5, "fp32", None, None),
+    ],
+)  # fmt: skip
+def test_what_holds_a_gpu_up(
+    monkeypatch: pytest.MonkeyPatch, replayed: dict[str, float], keep: float, precision: str, bound: bool | None,
+    note: str | None,
+) -> None:  # fmt: skip
+    pretend(monkeypatch, dense=(3.0, 3.0, 3.0), compressed=(2.0, 2.0, 2.0))
+    found = {name: timing(seconds) for name, seconds in replayed.items()}
+    monkeypatch.setattr(measuring, "_replayed", lambda *arguments: found)
+    report = profile(compress(small(), keep=keep), batch_size=4, device="cpu", precision=precision)
+    assert (report.launch_bound, report.notes) == (bound, () if note is None else (note,))
+    values = report.to_dict()
+    for side in ("dense", "compressed"):
+        assert values[side].get("captured_ms") == (1000 * replayed[side] if replayed else None)
+
+
+def test_what_holds_a_gpu_up_in_a_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, dense=(2.0, 2.0, 2.0))
+    for replayed, note in (
+        (0.5, f"{LAUNCHES}, or a larger `batch_size`"),
+        (1.9, f"{COMPUTES}`tokencut.compress(model)` or `precision='bf16'` shortens, and `capture` would not"),
+    ):
+        monkeypatch.setattr(measuring, "_replayed", lambda *_, seconds=replayed: {"dense": timing(seconds)})
+        assert profile(small(), batch_size=4, device="cpu").notes == (note,)
+
+
+def test_nothing_is_captured_on_a_cpu() -> None:
+    model = compress(small(), keep=0.5)
+    report = profile(model, batch_size=1, device="cpu", rounds=3, capture=True)
+    assert (report.captured, report.launch_bound) == (False, None)
+    assert report.notes[0] == "images on cpu are not captured: CUDA graphs need an NVIDIA GPU"
+    assert report.stage_share is not None and report.dense.peak_memory_mib is not None
+
+
+def test_both_sides_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, dense=(2.0, 2.0, 2.0), compressed=(1.0, 1.0, 1.0))
+    asked: list[tuple[str, ...]] = []
+
+    def captured(sides: Mapping[str, nn.Module], images: Tensor) -> tuple[Mapping[str, nn.Module], tuple[str, ...]]:
+        asked.append(tuple(sides))
+        return sides, ()
+
+    monkeypatch.setattr(measuring, "_captured", captured)
+    report = profile(compress(small(), keep=0.5), batch_size=4, device="cpu", capture=True)
+    assert asked == [("dense", "compressed")]
+    assert (report.captured, report.stage_share, report.launch_bound, report.notes) == (True, None, None, ())
+
+
+def test_of_two_sides_both_are_captured_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, model = (compress(small(), keep=0.5) for _ in range(2))
+    monkeypatch.setattr(measuring.CapturedModel, "record", lambda graph, images: graph.model is dense)
+    monkeypatch.setattr(measuring.CapturedModel, "notes", ("cannot be",))
+    images = torch.zeros(1, 3, 64, 64)
+    assert list(measuring._captured({"dense": dense}, images)[0]) == ["dense"]
+    assert measuring._captured({"dense": dense, "compressed": model}, images) == ({}, ("cannot be",))
+
+
+def test_what_is_captured_already_is_refused() -> None:
+    with pytest.raises(UsageError, match="^profile times a captured model beside the captured dense one, so it "
+                       "captures both; pass `model.model` and `capture=True`$"):  # fmt: skip
+        profile(capture(compress(small()).eval(), torch.zeros(1, 3, 64, 64)))
+
+
+@pytest.mark.gpu
+def test_profile_of_graphs_on_a_gpu() -> None:
+    model = compress(small(depth=12), keep=0.5)
+    settings: dict[str, Any] = {"device": "cuda", "batch_size": 1, "rounds": 3}
+    eager, captured = profile(model, **settings), profile(model, capture=True, **settings)
+    assert (eager.captured, eager.launch_bound) == (False, True)
+    assert (captured.captured, captured.launch_bound, captured.stage_share) == (True, None, None)
+    assert (captured.dense.peak_memory_mib, captured.dense.captured_ms) == (None, None)
+    assert eager.compressed.captured_ms is not None and captured.compressed.latency_ms is not None
+    assert any(note.startswith("launch-bound: ") for note in eager.notes)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -177,7 +178,7 @@ class Quantised(Tensor):
     """Stands for tensors that hold others."""
 
 
-TRAINING = "a model in training mode is not captured; call its `eval()`"
+TRAINING = "a model in training mode is not captured; call `model.eval()`"
 GRADIENTS = "calls that ask for gradients are not captured; call the model under `torch.no_grad()`"
 HOOKS = "a model with hooks on its modules is not captured, since a graph would not run them; remove them"
 
@@ -254,7 +255,7 @@ def test_the_graph_unused_for_longest_gives_way(recorded: list[tuple[int, ...]])
     fast(torch.zeros(6, 3))
     assert fast.graphs == 2
     assert fast.notes == ("images of more than 2 shapes come in turns, and each capture takes several forwards; pad "
-                          "batches to one size, or type `max_graphs=4`",)  # fmt: skip
+                          "batches to one size, or type `tokencut.capture(model, example, max_graphs=4)`",)  # fmt: skip
 
 
 def test_new_weights_are_recorded_anew(recorded: list[tuple[int, ...]]) -> None:
@@ -282,6 +283,30 @@ def test_what_cannot_be_captured_is_tried_once_and_called(recorded: list[tuple[i
     assert recorded == [(13, 3)]
     assert fast.notes == ("CUDA could not capture the model, so it is called as it is (operation not permitted)",)
     assert (fast.record(torch.ones(13, 3)), fast.record(torch.ones(2, 3))) == (False, True)
+
+
+def test_an_evaluation_captures_one_size(recorded: list[tuple[int, ...]], few: Source) -> None:
+    digits = load_model("digits").model
+    settings: dict[str, Any] = {"device": "cpu", "workers": 0, "batch_size": 16}
+    report = tokencut.evaluate(digits, few, capture=True, **settings)
+    assert report.correct == tokencut.evaluate(digits, few, **settings).correct
+    assert len(report.correct) == 40
+    assert [shape[0] for shape in recorded] == [16]
+
+
+def test_one_form_at_a_time() -> None:
+    model = small()
+    for run in (
+        tokencut.profile,
+        partial(tokencut.evaluate, data="digits"),
+        partial(tokencut.predict, images="digits"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match="^`capture` and `compile_mode` are two ways to run a model, expected "
+            "one of them; type `compile_mode='reduce-overhead'`, which compiles it and captures that$",
+        ):
+            run(model, capture=True, compile_mode="default")
 
 
 def near(captured: Tensor, eager: Tensor) -> None:

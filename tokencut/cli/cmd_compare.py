@@ -88,8 +88,8 @@ def compare(
     with watched(f"comparing {first.name} and {second.name}") as observer:
         report = compare_models(
             first.model, second.model, images, batch_size=run.batch_size, workers=data.workers, device=device,
-            precision=run.precision, compile_mode=compiling.mode, limit=data.limit, names=(first.name, second.name),
-            gmacs=(gmacs(first.model), gmacs(second.model)), observer=observer,
+            precision=run.precision, compile_mode=compiling.mode, capture=compiling.capture, limit=data.limit,
+            names=(first.name, second.name), gmacs=(gmacs(first.model), gmacs(second.model)), observer=observer,
         )  # fmt: skip
     for text in report.notes:
         render.note(text)

@@ -74,7 +74,7 @@ def evaluate(
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(
         subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,
-        compile_mode=compiling.mode,
+        compile_mode=compiling.mode, capture=compiling.capture,
     )  # fmt: skip
     for text in report.notes:
         render.note(text)

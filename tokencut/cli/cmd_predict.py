@@ -76,8 +76,8 @@ def predict(
     with watched(f"predicting by {subject.name}") as observer:
         report = predict_images(
             subject.model, photos, top=top, batch_size=run.batch_size, workers=workers, device=device,
-            precision=run.precision, compile_mode=compiling.mode, class_map=class_map, name=subject.name,
-            observer=observer,
+            precision=run.precision, compile_mode=compiling.mode, capture=compiling.capture, class_map=class_map,
+            name=subject.name, observer=observer,
         )  # fmt: skip
     for text in report.notes:
         render.note(text)

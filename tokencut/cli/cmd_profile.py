@@ -131,6 +131,7 @@ def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *,
             device=run.device,
             precision=run.precision,
             compile_mode=compiling.mode,
+            capture=compiling.capture,
             name=subject.name,
             observer=observer,
         )
@@ -154,8 +155,9 @@ def _measure_onnx(subject: Subject, run: TimingOptions, dense: Path | None, *, l
 
 def _setting(report: ProfileReport) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    compiled = f", compiled ({report.compile_mode})" if report.compile_mode else ""
-    how = f"batches of {report.batch_size} in {report.precision}{compiled}"
+    form = f", compiled ({report.compile_mode})" if report.compile_mode else ""
+    form = ", captured as CUDA graphs" if report.captured else form
+    how = f"batches of {report.batch_size} in {report.precision}{form}"
     timed = [] if report.compressed.latency_ms is None else [("timed", how)]
     return [("device", report.device), *timed, ("versions", versions)]
 

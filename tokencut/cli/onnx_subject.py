@@ -51,6 +51,7 @@ def open_onnx(
         "--img-size": source.img_size is not None,
         **{f"--{name.replace('_', '-')}": True for name in source.preprocessing()},
         "--compile": compiling.mode is not None,
+        "--capture": compiling.capture,
         f"--precision {run.precision}": run.precision != "fp32",
         f"--device {run.device}": run.device not in ("auto", "cpu"),
     }

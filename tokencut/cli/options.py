@@ -250,17 +250,19 @@ class TimingOptions(RunOptions):
     ] = 16
 
 
+CAPTURE_HELP = "Run it from a CUDA graph: no wait for kernels to be started one by one."
 MODE_HELP = "default, reduce-overhead (CUDA graphs) or max-autotune; implies --compile."
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Whether and how the model goes through `torch.compile`."""
+    """Whether and how the model goes through `torch.compile`, or into a CUDA graph."""
 
     compiled: Annotated[
         bool, running_option("--compile", help="Run it through torch.compile; the first batch takes minutes.")
     ] = False
     compile_mode: Annotated[str | None, running_option("--compile-mode", metavar="MODE", help=MODE_HELP)] = None
+    capture: Annotated[bool, running_option("--capture", help=CAPTURE_HELP)] = False
 
     @property
     def mode(self) -> str | None:

@@ -227,6 +227,7 @@ def measure_accuracy(
     group: Group | None = None,
     compile_mode: str | None = None,
     *,
+    capture: bool = False,
     force: bool = False,
 ) -> EvaluationReport:
     """Evaluates a model as the options say, with a progress bar.
@@ -241,6 +242,7 @@ def measure_accuracy(
         predictions: A CSV file to write.
         group: The processes that share the images; this one alone where None.
         compile_mode: How the model is compiled; not at all where None.
+        capture: Whether it runs from a CUDA graph.
         force: Whether the CSV file may be replaced.
     """
     with watched(f"evaluating {name}") as observer:
@@ -252,6 +254,7 @@ def measure_accuracy(
             workers=data.workers,
             precision=run.precision,
             compile_mode=compile_mode,
+            capture=capture,
             limit=data.limit,
             predictions=predictions,
             force=force,

@@ -21,6 +21,7 @@ from tokencut.evaluation.forwards import TOP, check_finite, logits_of, ranked
 from tokencut.evaluation.tables import check_csv, write_csv
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
+from tokencut.runtime.compiling import check_form
 from tokencut.runtime.devices import precision_dtype, resolve_device
 
 
@@ -75,6 +76,7 @@ def evaluate(
     device: str | torch.device = "auto",
     precision: str = "fp32",
     compile_mode: str | None = None,
+    capture: bool = False,
     limit: int | None = None,
     of: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
@@ -93,6 +95,7 @@ def evaluate(
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         compile_mode: Run the model through `torch.compile` in this mode, such as `default`.
+        capture: Run the model from a CUDA graph, as `tokencut.capture` does.
         limit: Judge an evenly spread sample of so many images.
         of: How many images there are in all, where these are a part: 1 % of them may be unreadable.
         predictions: A CSV file to write: path, label and the 5 most likely classes of each image.
@@ -120,6 +123,7 @@ def evaluate(
     """
     target_device = resolve_device(device)
     precision_dtype(precision)
+    check_form(compile_mode, capture)
     if predictions is not None:
         check_csv(predictions, force=force)
     if not hasattr(model, "_orig_mod"):  # what was compiled is judged as it runs
@@ -127,7 +131,8 @@ def evaluate(
     images = open_images(model, data, limit=limit, observer=observer)
     tally, told, called = MetricAccumulator(images, precision, of), observer or Observer(), name or name_of(model)
     batches = logits_of(model, images, batch_size=batch_size, workers=workers, device=target_device,
-                        precision=precision, compile_mode=compile_mode)  # fmt: skip
+                        precision=precision, compile_mode=compile_mode, capture=capture,
+                        observer=observer)  # fmt: skip
     with closing(batches):
         for batch, logits in batches:
             tally.add(batch, logits)

@@ -18,6 +18,7 @@ from tokencut.evaluation.statistics import Difference, if_known, paired_differen
 from tokencut.model import predicted_macs
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.observers import Observer
+from tokencut.runtime.compiling import check_form
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def compare(
     device: str | torch.device = "auto",
     precision: str = "fp32",
     compile_mode: str | None = None,
+    capture: bool = False,
     limit: int | None = None,
     names: tuple[str | None, str | None] = (None, None),
     gmacs: tuple[float | None, float | None] | None = None,
@@ -100,6 +102,7 @@ def compare(
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         compile_mode: Run the models through `torch.compile` in this mode, such as `default`.
+        capture: Run the models from CUDA graphs, as `tokencut.capture` does.
         limit: Judge an evenly spread sample of so many images.
         names: What the report calls the models; by default by architecture and tag.
         gmacs: Multiply-adds per image of each, in units of 1e9; by the closed form where None.
@@ -122,6 +125,7 @@ def compare(
         >>> report.images, report.first.gmacs < report.second.gmacs
         (600, True)
     """
+    check_form(compile_mode, capture)
     for model in (first, second):
         require_head(model)  # before anything is unpacked, and before the other is judged
     source = open_source(data, observer=observer)
@@ -130,7 +134,7 @@ def compare(
     reports = [
         evaluate(
             model, source, batch_size=batch_size, workers=workers, device=device, precision=precision,
-            compile_mode=compile_mode, limit=limit, gmacs=macs, name=name, observer=observer,
+            compile_mode=compile_mode, capture=capture, limit=limit, gmacs=macs, name=name, observer=observer,
         )
         for model, macs, name in zip((first, second), costs, names, strict=True)
     ]  # fmt: skip

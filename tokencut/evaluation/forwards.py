@@ -12,7 +12,9 @@ from tokencut.data.image_set import ImageSet
 from tokencut.data.loading import Batch
 from tokencut.data.preprocessing import Preprocessing
 from tokencut.errors import ModelError
-from tokencut.runtime.compiling import compile_model, in_batches
+from tokencut.observers import Observer
+from tokencut.runtime.capturing import CapturedModel
+from tokencut.runtime.compiling import check_form, compile_model, in_batches
 from tokencut.runtime.devices import inference_state, precision_dtype, weights_dtype
 
 # The most likely classes of an image, so many: what top-5 counts, and what is told of a photo.
@@ -30,6 +32,8 @@ def logits_of(
     device: torch.device,
     precision: str,
     compile_mode: str | None = None,
+    capture: bool = False,
+    observer: Observer | None = None,
 ) -> Generator[tuple[Batch, Tensor | None], None, None]:
     """Runs a classifier on images; it stays as it was.
 
@@ -41,6 +45,8 @@ def logits_of(
         device: Where it runs.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         compile_mode: How it is compiled; not at all where None.
+        capture: Whether it runs from a CUDA graph.
+        observer: Told why nothing can be captured.
 
     Yields:
         Each batch and its logits `(B, classes)` in fp32; None for them where no image of it could be read.
@@ -50,7 +56,9 @@ def logits_of(
         UsageError: An argument is out of range.
     """
     wanted, loaded = precision_dtype(precision), images.batches(batch_size, workers=workers, device=device)
-    forward = _forward(model, compile_mode, min(batch_size, len(images)))
+    check_form(compile_mode, capture)
+    called = CapturedModel(model, observer=observer) if capture else model
+    forward = _forward(called, compile_mode, min(batch_size, len(images)))
     with inference_state(model, device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
         dtype = weights_dtype(model)
         for batch in batches:
@@ -77,11 +85,11 @@ def ranked(logits: Tensor, most: int = TOP) -> Tensor:
 
 
 def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
-    """What is called with images: the model, or compiled for batches of `size`, to which smaller ones are filled up."""
-    if compile_mode is None:
+    """What is called: the model, or what is made for batches of `size`, to which smaller ones are filled up."""
+    if compile_mode is None and not isinstance(model, CapturedModel):
         return model
-    compiled = compile_model(model, compile_mode)
-    return lambda images: in_batches(compiled, images, size)
+    made = model if compile_mode is None else compile_model(model, compile_mode)
+    return lambda images: in_batches(made, images, size)
 
 
 def _logits(

@@ -24,6 +24,7 @@ from tokencut.limits import check_number
 from tokencut.messages import listed
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
+from tokencut.runtime.compiling import check_form
 from tokencut.runtime.devices import precision_dtype, resolve_device
 
 
@@ -102,6 +103,7 @@ def predict(
     device: str | torch.device = "auto",
     precision: str = "fp32",
     compile_mode: str | None = None,
+    capture: bool = False,
     class_map: str | os.PathLike[str] | None = None,
     name: str | None = None,
     observer: Observer | None = None,
@@ -119,6 +121,7 @@ def predict(
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         compile_mode: Run the model through `torch.compile` in this mode, such as `default`.
+        capture: Run the model from a CUDA graph, as `tokencut.capture` does.
         class_map: A text file with the names of the classes, one in each line, in the model's order.
         name: What the report calls the model; by default its architecture and tag.
         observer: Told after each batch how many images are done, of how many.
@@ -142,6 +145,7 @@ def predict(
     check_number("top", top)
     target_device = resolve_device(device)
     precision_dtype(precision)
+    check_form(compile_mode, capture)
     names, assumed = names_for_people(model, read_class_map(class_map) if class_map else ())
     photos = images_for(model, images if isinstance(images, PhotoSource) else PhotoSource(_several(images)))
     found: list[Prediction] = []
@@ -149,7 +153,8 @@ def predict(
     told, called = observer or Observer(), name or name_of(model)
     started = time.perf_counter()
     batches = logits_of(model, photos, batch_size=batch_size, workers=workers, device=target_device,
-                        precision=precision, compile_mode=compile_mode)  # fmt: skip
+                        precision=precision, compile_mode=compile_mode, capture=capture,
+                        observer=observer)  # fmt: skip
     with closing(batches):
         for batch, logits in batches:
             unreadable += batch.unreadable

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from tokencut.observers import Observer
 from tokencut.profiling.counting import MacCount, count_macs
 from tokencut.profiling.latency import Forward, Timing, measure, share_of_time, speedup
 from tokencut.profiling.report import Figures, ProfileReport
-from tokencut.runtime.compiling import check_mode, compile_model
+from tokencut.runtime.capturing import CapturedModel
+from tokencut.runtime.compiling import check_form, compile_model
 from tokencut.runtime.devices import (
     describe_device,
     enough_memory,
@@ -36,6 +38,11 @@ DEFAULT_BATCH_SIZE = 16
 NOISE = 0.02
 # Half of the rounds lie within 1 to 5 % on a quiet machine; where it is so much more, times say little.
 BUSY = 0.2
+# Gaps between kernels of large batches add up to less than a tenth of a forward; where the rest of an eager one takes
+# more, the GPU waits for the host.
+LAUNCHES = 0.1
+# What a few rounds beside the profile's own may take.
+REPLAY_ROUNDS, REPLAY_SECONDS = 7, 3.0
 
 
 def profile(
@@ -47,13 +54,15 @@ def profile(
     precision: str = "fp32",
     rounds: int = 21,
     compile_mode: str | None = None,
+    capture: bool = False,
     name: str | None = None,
     observer: Observer | None = None,
 ) -> ProfileReport:
     """Counts and times a model, dense and compressed side by side; the model stays as it was.
 
     Multiply-adds are counted by fvcore on a trace, at one image. Times are medians over rounds in which dense and
-    compressed alternate, on random images, with timm's own forward (fused attention) as the dense side.
+    compressed alternate, on random images, with timm's own forward (fused attention) as the dense side. On a GPU it is
+    also told whether an eager forward is held up by its work or by starting its kernels.
 
     Args:
         model: A compressed model, or any timm model: then dense and compressed are the same.
@@ -63,6 +72,8 @@ def profile(
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
         rounds: How many samples of each to take, at least 3; fewer are taken of large models, that it may end.
         compile_mode: Time both through `torch.compile` in this mode, such as `default`.
+        capture: Time both from CUDA graphs, as `tokencut.capture` runs them; as they are where nothing can be captured,
+            with a note.
         name: What the report calls the model; by default its architecture and tag.
         observer: Told rounds done and rounds in all.
 
@@ -85,11 +96,13 @@ def profile(
     if hasattr(model, "_orig_mod"):
         raise UsageError("profile times a compiled model beside the compiled dense one, so it compiles both; pass "
                          "`model._orig_mod` and `compile_mode='default'`")  # fmt: skip
+    if isinstance(model, CapturedModel):
+        raise UsageError("profile times a captured model beside the captured dense one, so it captures both; pass "
+                         "`model.model` and `capture=True`")  # fmt: skip
     model = plain_model(model)
     target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
     dtype = precision_dtype(precision)
-    if compile_mode is not None:
-        check_mode(compile_mode)
+    check_form(compile_mode, capture)
     recipe = model.recipe if isinstance(model, CompressedModel) else None
     inner = model.model if isinstance(model, CompressedModel) else model
     before, after = count_macs(inner, size), count_macs(model, size)
@@ -98,8 +111,9 @@ def profile(
         smaller = f"type `batch_size={batch_size // 2}`" if batch_size > 1 else "take a smaller model or `device='cpu'`"
         with enough_memory(batch_size, target, smaller), inference_state(model, target, dtype):
             images = random_images(model, (batch_size, *size), target)
-            timed = _time(model, inner, images, rounds, compile_mode, observer, f"timing {called}")
-    dense, compressed = _figures(inner, before, timed.dense), _figures(model, after, timed.compressed)
+            timed = _time(model, inner, images, rounds, compile_mode, capture, observer, f"timing {called}")
+    dense = _figures(inner, before, timed.dense, timed.replayed.get("dense"))
+    compressed = _figures(model, after, timed.compressed, timed.replayed.get("compressed", timed.replayed.get("dense")))
     ratio, spread = speedup(timed.dense, timed.compressed) if timed.dense and timed.compressed else (None, None)
     blocks = _blocks(model)
     return ProfileReport(
@@ -121,20 +135,36 @@ def profile(
         not_counted=after.ignored,
         blocks=blocks,
         notes=(
+            *timed.notes,
             *time_notes(ratio if recipe and recipe.stages else None, timed.dense, timed.compressed),
+            *_bound_notes(dense, compressed, reduces=bool(recipe and recipe.stages), precision=precision),
             *_count_notes(after, blocks),
         ),
         compile_mode=compile_mode if latency else None,
+        captured=timed.captured,
+        launch_bound=is_launch_bound(compressed),
     )
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """What was timed; all None where nothing was."""
+    """What was timed; all None where nothing was.
+
+    Attributes:
+        dense: The dense model.
+        compressed: The compressed one; the same for a plain model.
+        stage_share: The share of its time that its stages take.
+        captured: Whether they ran from CUDA graphs.
+        replayed: Where they did not, the same from graphs, by name, if that can be.
+        notes: Why they did not although they should have.
+    """
 
     dense: Timing | None = None
     compressed: Timing | None = None
     stage_share: float | None = None
+    captured: bool = False
+    replayed: Mapping[str, Timing] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def _time(
@@ -143,26 +173,58 @@ def _time(
     images: Tensor,
     rounds: int,
     compile_mode: str | None,
+    capture: bool,
     observer: Observer | None,
     task: str,
 ) -> _Timed:
     sides: dict[str, nn.Module] = {"dense": inner, "compressed": model} if model is not inner else {"dense": inner}
     forwards: dict[str, Forward] = dict(sides)
-    if compile_mode is not None:
+    graphs: Mapping[str, Forward] = {}
+    notes: tuple[str, ...] = ()
+    if capture:
+        graphs, notes = _captured(sides, images)
+        forwards |= graphs
+    elif compile_mode is not None:
         forwards = {name: compile_model(side, compile_mode) for name, side in sides.items()}
         with torch.no_grad():
             for forward in forwards.values():
                 forward(images)  # compiles: that time is not the model's
     timings = measure(forwards, images, rounds=rounds, observer=observer, task=task)
-    if not isinstance(model, CompressedModel):
-        return _Timed(timings["dense"], timings["dense"], None if compile_mode else 0.0)
-    # Compiled stages are part of one graph, and have no beginning and no end.
-    share = None if compile_mode else share_of_time(model, model.stages.values(), images)
-    return _Timed(timings["dense"], timings["compressed"], share)
+    eager, share = not graphs and compile_mode is None, None
+    if eager:  # else stages are part of one graph, and have no beginning and no end
+        share = share_of_time(model, model.stages.values(), images) if isinstance(model, CompressedModel) else 0.0
+    replayed = {} if notes or not eager else _replayed(sides, images, observer, f"{task}, captured")
+    return _Timed(timings["dense"], timings.get("compressed", timings["dense"]), share, bool(graphs), replayed, notes)
 
 
-def _figures(model: nn.Module, count: MacCount, timing: Timing | None) -> Figures:
-    return Figures.of(count.total / 1e9, sum(weight.numel() for weight in model.parameters()), timing)
+def _captured(sides: Mapping[str, nn.Module], images: Tensor) -> tuple[dict[str, Forward], tuple[str, ...]]:
+    """The same models from CUDA graphs, recorded for such images; none, and why, where one of them cannot be."""
+    graphs = {name: CapturedModel(side) for name, side in sides.items()}
+    with torch.no_grad():
+        recorded = [graph.record(images) for graph in graphs.values()]
+    notes = dict.fromkeys(note for graph in graphs.values() for note in graph.notes)
+    return (dict(graphs), ()) if all(recorded) else ({}, tuple(notes))
+
+
+def _replayed(
+    sides: Mapping[str, nn.Module], images: Tensor, observer: Observer | None, task: str
+) -> dict[str, Timing]:
+    """What the models take from CUDA graphs, which is what the GPU works; nothing where that cannot be measured."""
+    graphs = _captured(sides, images)[0] if images.is_cuda else {}
+    if not graphs:
+        return {}
+    return measure(graphs, images, rounds=REPLAY_ROUNDS, max_seconds=REPLAY_SECONDS, observer=observer, task=task)
+
+
+def _figures(model: nn.Module, count: MacCount, timing: Timing | None, replayed: Timing | None) -> Figures:
+    return Figures.of(count.total / 1e9, sum(weight.numel() for weight in model.parameters()), timing, replayed)
+
+
+def is_launch_bound(figures: Figures) -> bool | None:
+    """Whether an eager forward takes clearly longer than from a CUDA graph; None where that was not measured."""
+    if figures.latency_ms is None or figures.captured_ms is None:
+        return None
+    return figures.captured_ms < (1 - LAUNCHES) * figures.latency_ms
 
 
 def _blocks(model: nn.Module) -> tuple[cost.BlockRow, ...]:
@@ -187,6 +249,21 @@ def time_notes(ratio: float | None, *timings: Timing | None) -> tuple[str, ...]:
         notes.append(f"times differ by {spread:.0%} from round to round, so this machine has other work; "
                      "run it again when it is quiet")  # fmt: skip
     return tuple(notes)
+
+
+def _bound_notes(dense: Figures, compressed: Figures, *, reduces: bool, precision: str) -> tuple[str, ...]:
+    """In a sentence, what holds up an eager forward on a GPU, and what to do; none where it was not measured."""
+    eager, replayed = compressed.latency_ms, compressed.captured_ms
+    if eager is None or replayed is None:
+        return ()
+    if is_launch_bound(compressed):
+        gain = dense.captured_ms / replayed if reduces and dense.captured_ms else None
+        beside = "" if gain is None else f" ({gain:.2f} times as fast as dense)"
+        return (f"launch-bound: the GPU works {replayed:.2f} of {eager:.2f} ms a batch, and else waits for kernels to "
+                f"be started; type `capture=True` for CUDA graphs{beside}, or a larger `batch_size`",)  # fmt: skip
+    fewer = "a lower `keep`" if reduces else "`tokencut.compress(model)`"
+    faster = "`precision='bf16'`" if precision == "fp32" else "`compile_mode='default'`"
+    return (f"compute-bound: the GPU works all the time, which {fewer} or {faster} shortens, and `capture` would not",)
 
 
 def _count_notes(count: MacCount, blocks: tuple[cost.BlockRow, ...]) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tokencut.runtime.capturing import CapturedModel
+
 
 def peak_memory(forward: Callable[[Tensor], object], images: Tensor) -> float | None:
     """Memory held at the peak of a forward, in MiB: weights, images, and what is computed.
@@ -24,8 +26,11 @@ def peak_memory(forward: Callable[[Tensor], object], images: Tensor) -> float | 
         images: A batch `(B, C, H, W)`, on the model's device.
 
     Returns:
-        The peak; None where neither way is open (other devices, compiled and exported models on a CPU).
+        The peak; None where neither way is open (other devices, compiled and exported models on a CPU, CUDA graphs,
+        whose memory the allocator has set aside).
     """
+    if isinstance(forward, CapturedModel):
+        return None
     if images.device.type == "cuda":
         torch.cuda.synchronize(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)

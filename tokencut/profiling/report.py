@@ -26,6 +26,8 @@ class Figures:
         latency_spread_ms: The quartiles around the median, in milliseconds.
         peak_memory_mib: Memory held at the peak of a forward, weights included, in MiB; None also where it cannot be
             told.
+        captured_ms: Median time of the same forward replayed from a CUDA graph, in milliseconds: of an eager one on a
+            GPU, so that it can be told what the GPU works; else None.
     """
 
     gmacs: float
@@ -34,13 +36,15 @@ class Figures:
     images_per_second: float | None = None
     latency_spread_ms: tuple[float, float] | None = None
     peak_memory_mib: float | None = None
+    captured_ms: float | None = None
 
     @classmethod
-    def of(cls, gmacs: float, params: int, timing: Timing | None) -> Figures:
-        """The figures of a model that took this long; of one that was not timed where None."""
+    def of(cls, gmacs: float, params: int, timing: Timing | None, captured: Timing | None = None) -> Figures:
+        """The figures of a model that took this long, and this long from a CUDA graph; None for what was not timed."""
         if timing is None:
             return cls(gmacs, params)
-        return cls(gmacs, params, timing.median_ms, timing.images_per_second, timing.spread_ms, timing.peak_memory_mib)
+        return cls(gmacs, params, timing.median_ms, timing.images_per_second, timing.spread_ms, timing.peak_memory_mib,
+                   None if captured is None else captured.median_ms)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """The figures for JSON; what was not measured is not there."""
@@ -73,6 +77,9 @@ class ProfileReport:
             does not know.
         notes: What a user should know.
         compile_mode: torch's name for how the models were compiled; None where they ran as they are.
+        captured: Whether they ran from CUDA graphs.
+        launch_bound: Whether an eager forward on a GPU takes clearly longer than its work there, since kernels are
+            started one by one; None where that was not measured.
     """
 
     model: str
@@ -94,6 +101,8 @@ class ProfileReport:
     blocks: tuple[cost.BlockRow, ...]
     notes: tuple[str, ...]
     compile_mode: str | None = None
+    captured: bool = False
+    launch_bound: bool | None = None
 
     def to_dict(self, by_block: bool = False) -> dict[str, Any]:
         """The report for JSON.
@@ -103,7 +112,8 @@ class ProfileReport:
         """
         values = {name: _plain(value) for name, value in vars(self).items() if name not in ("blocks", "not_counted")}
         if self.compressed.latency_ms is None:
-            del values["speedup_spread"], values["stage_share"], values["compile_mode"]
+            for name in ("speedup_spread", "stage_share", "compile_mode", "captured", "launch_bound"):
+                del values[name]
         if by_block:
             values["blocks"] = [{**asdict(row), "block": _ROW_NAMES.get(row.block, row.block)} for row in self.blocks]
             values["not_counted"] = _plain(self.not_counted)

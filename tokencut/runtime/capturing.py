@@ -162,7 +162,8 @@ class CapturedModel(nn.Module):
         recorder = self._recorder
         if recorder.gave_way(images):
             self._tell(f"images of more than {self.max_graphs} shapes come in turns, and each capture takes several "
-                       f"forwards; pad batches to one size, or type `max_graphs={2 * self.max_graphs}`")  # fmt: skip
+                       "forwards; pad batches to one size, or type "
+                       f"`tokencut.capture(model, example, max_graphs={2 * self.max_graphs})`")  # fmt: skip
         graph, failure = recorder.graph(images, self.max_graphs)
         if failure:
             self._tell(f"CUDA could not capture the model, so it is called as it is ({failure})")
@@ -251,7 +252,7 @@ class _Watched:
         """Why a call with images on a GPU cannot come from a graph; None where it can."""
         for settings in self._settings:
             if settings["training"]:
-                return "a model in training mode is not captured; call its `eval()`"
+                return "a model in training mode is not captured; call `model.eval()`"
         if torch.is_grad_enabled() and (images.requires_grad or any(held.requires_grad for held in self._tensors())):
             return "calls that ask for gradients are not captured; call the model under `torch.no_grad()`"
         if self._odd:

@@ -26,6 +26,23 @@ def check_mode(mode: str) -> None:
                          "`compile_mode='default'`")  # fmt: skip
 
 
+def check_form(compile_mode: str | None, capture: bool) -> None:
+    """Refuses what does not say in which form a model runs.
+
+    Args:
+        compile_mode: The mode of `torch.compile`; None for not at all.
+        capture: Whether it runs from CUDA graphs.
+
+    Raises:
+        UsageError: There is no such mode, or both are asked for.
+    """
+    if compile_mode is not None:
+        check_mode(compile_mode)
+        if capture:
+            raise UsageError("`capture` and `compile_mode` are two ways to run a model, expected one of them; type "
+                             "`compile_mode='reduce-overhead'`, which compiles it and captures that")  # fmt: skip
+
+
 def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor], Tensor]:
     """Compiles a model, for batches of one size: another size, mode or precision compiles it once more.
 
