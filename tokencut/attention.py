@@ -171,7 +171,7 @@ def mixed_values(layer: TimmModule, query: Tensor, key: Tensor, value: Tensor, b
     """The attention inside one of timm's layers: fused, but where somebody looks at its weights.
 
     Args:
-        layer: The timm module with `attn_drop` and `fused_attn`. With `fused_attn` off, as timm's
+        layer: The timm module with `attn_drop`, and most with `fused_attn`. With that off, as timm's
             `AttentionExtract` leaves it, hooks on `attn_drop` see the weights, `(B, H, P + N, P + N)`.
         query: As `fused_attention` takes it; so are `key`, `value` and `bias`.
         key: Likewise.
@@ -181,7 +181,7 @@ def mixed_values(layer: TimmModule, query: Tensor, key: Tensor, value: Tensor, b
     Returns:
         `(B, H, P + N, d)`.
     """
-    if layer.fused_attn or not has_hooks(layer.attn_drop):
+    if getattr(layer, "fused_attn", False) or not has_hooks(layer.attn_drop):
         return fused_attention(query, key, value, bias, layer.attn_drop.p if layer.training else 0.0)
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     weights: Tensor = layer.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1))

@@ -111,6 +111,7 @@ class BlockLoop:
         Returns:
             The block's output.
         """
+        tokens = self.adapter.entering(self.model, number, tokens)
         if tokens_out is None or tokens_out == tokens.count:
             return self._whole(number, tokens)
         context = self.adapter.context(self.model, number, tokens)
@@ -141,6 +142,7 @@ class BlockLoop:
             context: What its attention is given beside features; what the adapter says where None.
         """
         block, adapter = self._block(number), self.adapter
+        tokens = adapter.entering(self.model, number, tokens)
         given = adapter.context(self.model, number, tokens) if context is None else context
         half, attention = adapter.attention_half(self.model, block, tokens, given)
         return StageInput(half, attention, lambda features: adapter.pre_mlp_norm(block, features))
@@ -167,11 +169,11 @@ class BlockLoop:
             tokens = self.step(number, tokens, budgets.get(number), observer)
             if observer is not None:
                 observer.block(number, tokens)
-        return tokens
+        return self.adapter.leaving(self.model, tokens)
 
     def head(self, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`, features `(B, D)` of a model without classes."""
-        return self.adapter.head(self.model, tokens)
+        return self.adapter.head(self.model, self.adapter.leaving(self.model, tokens))
 
     def _block(self, number: int) -> TimmModule:
         return self.adapter.blocks(self.model)[number - 1]

@@ -210,13 +210,12 @@ class Form:
             shown = getattr(self.output_fmt, "value", self.output_fmt)
             raise UsageError(f"output_fmt {shown!r} is not known; give {' or '.join(map(repr, FORMATS))}")
 
-    def arranged(self, found: Sequence[Tensor], final: Tensor | None, prefix: int, grid: tuple[int, int]) -> Any:
+    def arranged(self, found: Sequence[Tensor], final: Tensor | None, grid: tuple[int, int]) -> Any:
         """Puts features into this form.
 
         Args:
             found: The chosen blocks' features on the full grid, each `(B, P + patches, D)`.
             final: The same behind the last block and the final norm; None where only `found` are wanted.
-            prefix: `P`.
             grid: Rows and columns of patches.
 
         Returns:
@@ -224,10 +223,13 @@ class Form:
             `(B, D, rows, columns)` or `(B, patches, D)`; each beside its prefix tokens `(B, P, D)` if those are asked
             for and there are any.
         """
-        spatial = [each[:, prefix:] for each in found]
+        patches = grid[0] * grid[1]
+        spatial = [each[:, each.shape[1] - patches :] for each in found]
         if self.output_fmt == "NCHW":
             spatial = [each.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for each in spatial]
-        prefixes = [each[:, :prefix] for each in found] if prefix and self.return_prefix_tokens else None
+        prefixes = None
+        if self.return_prefix_tokens and any(each.shape[1] > patches for each in found):
+            prefixes = [each[:, : each.shape[1] - patches] for each in found]
         if self.output_dict:
             named: dict[str, Any] = {"image_intermediates": spatial}
             if prefixes is not None:
@@ -275,4 +277,4 @@ class Intermediates:
         """
         found = [norm(each) for each in self.found] if every else self.found
         final = None if form.intermediates_only else norm(self._unmerging.full(tokens))
-        return form.arranged(found, final, tokens.num_prefix_tokens, grid)
+        return form.arranged(found, final, grid)

@@ -94,6 +94,31 @@ FAMILIES = {
             "vit_srelpos_small_patch16_224": {"img_size": 64, "qk_norm": True, **TINY},
         },
     ),
+    "convit": Family(
+        ("convit",),
+        3,
+        {
+            "convit_tiny": {"img_size": 64, "depth": 4, "embed_dim": 8, "num_heads": 4, "local_up_to_layer": 2},
+            "convit_small": {
+                "img_size": 64,
+                "depth": 3,
+                "embed_dim": 8,
+                "num_heads": 4,
+                "local_up_to_layer": 2,
+                "global_pool": "avg",
+            },
+        },
+        arguments={"depth": 2, "local_up_to_layer": 1},
+        checkpoints=False,
+    ),
+    "cait": Family(
+        ("cait",),
+        10,
+        {
+            "cait_xxs24_224": {"img_size": 64, **TINY},
+            "cait_s24_224": {"img_size": (48, 64), "global_pool": "avg", **TINY},
+        },
+    ),
     "hybrid": Family(
         ("vision_transformer_hybrid",),
         14,
@@ -139,6 +164,7 @@ def reducing(model: nn.Module, method: str = "bat", keep: float = 0.6) -> Compre
 
 def in_halves(loop: BlockLoop, number: int, tokens: Tokens) -> Tokens:
     """A block by the reducing path, with nothing removed, and what travels made anew behind it."""
+    tokens = loop.adapter.entering(loop.model, number, tokens)
     half = loop.stage_input(number, replace(loop.weighed(tokens), bias=tokens.bias))
     row = half.attention.class_attention()
     assert row.shape == (len(row), tokens.count) and (row >= 0).all() and (row.sum(1) > 0).all()
@@ -170,9 +196,10 @@ def test_the_loop_with_nothing_removed_is_the_model(name: str) -> None:
         halves = tokens
         for number in range(1, loop.depth + 1):
             halves = in_halves(loop, number, halves)
+        halves = loop.adapter.leaving(model, halves)
         scale = float(whole.features.abs().max())
         torch.testing.assert_close(halves.features / scale, whole.features / scale, rtol=0, atol=1e-5)
-    assert (whole.features - tokens.features).abs().mean() > 0.05, "the blocks do too little for a test"
+    assert (whole.image - tokens.image).abs().mean() > 0.05, "the blocks do too little for a test"
 
 
 @EVERY_SMALL

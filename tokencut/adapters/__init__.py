@@ -3,7 +3,7 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import beit, eva, relpos, vit  # noqa: F401  (they register themselves)
+from tokencut.adapters import beit, cait, convit, eva, relpos, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
     Context,
@@ -38,7 +38,7 @@ from tokencut.calling import call, has_hooks, is_patched, unwrapped, wrapped
 from tokencut.cost import BlockCost, Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.ops.ranking import take
-from tokencut.tokens import Tokens
+from tokencut.tokens import Tokens, full_precision
 
 __all__ = [
     "Adapter",
@@ -68,6 +68,7 @@ __all__ = [
     "counted_macs",
     "differential_attention",
     "differential_core",
+    "full_precision",
     "fused_attention",
     "fused_attention_macs",
     "grid_positions",

@@ -124,6 +124,20 @@ class Adapter(ABC):
         """
         return tokens
 
+    def entering(self, model: TimmModule, number: int, tokens: Tokens) -> Tokens:
+        """The tokens as they enter a block, for a family in which a class token joins them on the way.
+
+        Args:
+            model: The model.
+            number: The block's 1-based number.
+            tokens: What left the block before, or what enters this one already.
+        """
+        return tokens
+
+    def leaving(self, model: TimmModule, tokens: Tokens) -> Tokens:
+        """What leaves the last block as the final norm sees it, for a family in which more follows than blocks."""
+        return tokens
+
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
         """What the attention of a block is given beside features.
 

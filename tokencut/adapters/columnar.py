@@ -137,26 +137,27 @@ class ColumnarAdapter(Adapter):
         pool = _attention_pool_of(model)
         weighted = pool is None and model.global_pool in _AVERAGE_POOLS
         if isinstance(pool, AttentionPoolLatent) and bias is not None:
-            skipped = self._skipped(model)
+            skipped = self._skipped(model, tokens.num_prefix_tokens)
             # under proportional attention
             pooled = model.attn_pool(features[:, skipped:], attn_mask=bias[..., skipped:])
         elif isinstance(pool, ClassAndMean):
             pooled = pool(features, tokens.counts())
         elif weighted and (counts := tokens.counts()) is not None:
-            pooled = average_pool(model.global_pool, features, counts, self._skipped(model))
+            skipped = self._skipped(model, tokens.num_prefix_tokens)
+            pooled = average_pool(model.global_pool, features, counts, skipped)
         else:
             return super().forward_head(model, tokens, pre_logits)
-        pooled = model.head_drop(model.fc_norm(pooled))
+        pooled = model.head_drop(model.fc_norm(pooled) if hasattr(model, "fc_norm") else pooled)
         return pooled if pre_logits else model.head(pooled)
 
     def pools_by_size(self, model: TimmModule) -> bool:
         pool = _attention_pool_of(model)
         return isinstance(pool, (AttentionPoolLatent, ClassAndMean)) or model.global_pool in _AVERAGE_POOLS
 
-    def _skipped(self, model: TimmModule) -> int:
-        """How many prefix tokens the pooling leaves out."""
+    def _skipped(self, model: TimmModule, prefix: int) -> int:
+        """How many of the prefix tokens the pooling leaves out."""
         pools_all = getattr(model, "pool_include_prefix", getattr(model, "attn_pool", None) is not None)
-        return 0 if pools_all else self.num_prefix_tokens(model)
+        return 0 if pools_all else prefix
 
     def cost(self, model: TimmModule) -> ModelCost:
         blocks, rows = self.blocks(model), max(1, len(self.class_rows(model)))
@@ -177,7 +178,8 @@ class ColumnarAdapter(Adapter):
     def _pool_macs(self, model: TimmModule) -> tuple[Macs, int]:
         """Multiply-adds of pooling and classifier, and how many prefix tokens their token count includes."""
         classifier = self.classifier_macs(model)
-        included = self.num_prefix_tokens(model) - self._skipped(model)
+        prefix = self.num_prefix_tokens(model)
+        included = prefix - self._skipped(model, prefix)
         pool = _attention_pool_of(model)
         if isinstance(pool, AttentionPoolLatent):
             latent, width = pool.latent_len, pool.num_heads * pool.head_dim

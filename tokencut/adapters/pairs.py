@@ -102,6 +102,8 @@ class PairBiasAdapter(PositionedAdapter):
         return replace(tokens, shared=PairPlaces(whole, whole))
 
     def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
+        if tokens.positions is None:
+            return tokens
         whole, shares, grid = tokens.shared.whole, self.shares(tokens), tokens.grid
         places = PairPlaces(whole, None, shares=shares)
         if shares is None:
