@@ -84,7 +84,7 @@ class BlockLoop:
             source: Whether to follow from here on which patch goes into which token.
         """
         tokens = self._biased(self.adapter.embed(self.model, images))
-        if not (source or self.adapter.follows_patches):
+        if not (source or self.adapter.follows_patches(self.model)):
             return tokens
         return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
 

@@ -57,11 +57,6 @@ class Adapter(ABC):
     family: ClassVar[str]
     timm_modules: ClassVar[tuple[str, ...]]
 
-    @property
-    def follows_patches(self) -> bool:
-        """Whether blocks ask which patch went into which token, so that tokens need a source map at all times."""
-        return False
-
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
         """Whether the model is of this family (exact classes: a subclass may do something else in `forward`)."""
@@ -123,6 +118,10 @@ class Adapter(ABC):
         blocks before the stage had.
         """
         return tokens
+
+    def follows_patches(self, model: TimmModule) -> bool:
+        """Whether blocks or head ask which patch went into which token, so that tokens always need a source map."""
+        return False
 
     def entering(self, model: TimmModule, number: int, tokens: Tokens) -> Tokens:
         """The tokens as they enter a block, for a family in which a class token joins them on the way.

@@ -24,7 +24,8 @@ _AVERAGE_POOLS = ("avg", "avgmax")
 
 
 class ColumnarAdapter(Adapter):
-    """A model with timm's `patch_embed`, `blocks`, `norm`, pooling, `fc_norm`, `head_drop` and `head`.
+    """A model with timm's `patch_embed`, `blocks`, `norm`, pooling, `fc_norm`, `head_drop` and `head`; patches and
+    blocks may stand in a part of it, `core`.
 
     Attributes:
         classes: timm's classes of such models; those derived from them are taken where they run as these do.
@@ -41,7 +42,7 @@ class ColumnarAdapter(Adapter):
         return why_unknown(model, self.classes)
 
     def check(self, model: TimmModule) -> None:
-        embed = model.patch_embed
+        embed = self.core(model).patch_embed
         if not len(self.blocks(model)) or not embed.num_patches:
             what = "blocks" if embed.num_patches else f"patches of {embed.patch_size[0]} px in images of its size"
             raise ModelError(
@@ -70,25 +71,29 @@ class ColumnarAdapter(Adapter):
             raise ModelError(f"{why}: no stage can stand in it; tokencut knows {names}; use a model built from those")
         return self.handlers[kind]
 
+    def core(self, model: TimmModule) -> TimmModule:
+        """The part of a model that holds patches and blocks."""
+        return model
+
     def num_prefix_tokens(self, model: TimmModule) -> int:
         return int(model.num_prefix_tokens)
 
     def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
-        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        rows, columns = self.core(model).patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
 
     def input_size(self, model: TimmModule) -> tuple[int, int] | None:
-        return model.patch_embed.img_size
+        return self.core(model).patch_embed.img_size
 
     def patch_size(self, model: TimmModule) -> tuple[int, int]:
-        height, width = model.patch_embed.feat_ratio(as_scalar=False)
+        height, width = self.core(model).patch_embed.feat_ratio(as_scalar=False)
         return int(height), int(width)
 
     def classifier(self, model: TimmModule) -> nn.Module:
         return model.head
 
     def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
-        return model.blocks
+        return self.core(model).blocks
 
     def class_rows(self, model: TimmModule) -> tuple[int, ...]:
         """Positions of the class token, and of the distillation token; empty where there is none."""
@@ -163,11 +168,11 @@ class ColumnarAdapter(Adapter):
         blocks, rows = self.blocks(model), max(1, len(self.class_rows(model)))
         pooled, head_prefix_tokens = self._pool_macs(model)
         return ModelCost(
-            embed=embed_macs(model.patch_embed),
+            embed=embed_macs(self.core(model).patch_embed),
             blocks=tuple(self.handler(block).cost(block, rows) for block in blocks),
             head=pooled,
             num_prefix_tokens=self.num_prefix_tokens(model),
-            patches=patch_count(model.patch_embed),
+            patches=patch_count(self.core(model).patch_embed),
             head_prefix_tokens=head_prefix_tokens,
         )
 

@@ -28,8 +28,7 @@ class PositionedAdapter(ColumnarAdapter):
 
     position_rule: str = "centroid"
 
-    @property
-    def follows_patches(self) -> bool:
+    def follows_patches(self, model: TimmModule) -> bool:
         return self.position_rule in _BY_PATCHES
 
     def located(self, model: TimmModule, features: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tokens:

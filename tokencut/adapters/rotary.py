@@ -66,10 +66,14 @@ class RotaryAdapter(PositionedAdapter):
     raw_keys: bool = False
     raw_class_attention: bool = False
 
+    def rope(self, model: TimmModule) -> TimmModule | None:
+        """timm's RoPE; None where the model has none."""
+        return self.core(model).rope
+
     def check(self, model: TimmModule) -> None:
         super().check(model)
-        if model.rope is not None and type(model.rope) not in _ANGLES:
-            raise ModelError(f"the rotary positions {type(model.rope).__name__} are not known to tokencut; "
+        if self.rope(model) is not None and type(self.rope(model)) not in _ANGLES:
+            raise ModelError(f"the rotary positions {type(self.rope(model)).__name__} are not known to tokencut; "
                              "please report the model's name")  # fmt: skip
 
     def turned(self, model: TimmModule, features: Tensor, table: Tensor | None, grid: tuple[int, int],
@@ -86,23 +90,25 @@ class RotaryAdapter(PositionedAdapter):
         if table is None:
             return Tokens(features, self.num_prefix_tokens(model))
         tokens = replace(self.located(model, features, grid, kept), shared=table)
-        if not (model.rope.training and model.rope.aug_active) or self.follows_patches:
+        rope = self.rope(model)
+        assert rope is not None
+        if not (rope.training and rope.aug_active) or self.follows_patches(model):
             return tokens
         # While training timm moves positions at random; tables behind a stage have to be moved as this one is.
         assert tokens.positions is not None
-        return self.prepare(model, replace(tokens, positions=_moved(model.rope, tokens.positions, grid)))
+        return self.prepare(model, replace(tokens, positions=_moved(rope, tokens.positions, grid)))
 
     def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
         if tokens.positions is None:
             return tokens
         # A table a block, and a head, is made block by block.
-        mixed = isinstance(model.rope, RotaryEmbeddingMixed)
-        return replace(tokens, shared=None if mixed else self.table(model.rope, tokens, 1))
+        mixed = isinstance(self.rope(model), RotaryEmbeddingMixed)
+        return replace(tokens, shared=None if mixed else self.table(self.rope(model), tokens, 1))
 
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
         table = tokens.shared
-        if tokens.positions is not None and isinstance(model.rope, RotaryEmbeddingMixed):
-            table = self.table(model.rope, tokens, number) if table is None else table[number - 1]
+        if tokens.positions is not None and isinstance(self.rope(model), RotaryEmbeddingMixed):
+            table = self.table(self.rope(model), tokens, number) if table is None else table[number - 1]
         return RotaryContext(tokens.bias, table)
 
     def table(self, rope: TimmModule, tokens: Tokens, number: int) -> Tensor:

@@ -99,16 +99,20 @@ class BlockHandler:
         """The block's multiply-adds, with `class_rows` class rows computed for a stage."""
         layers = self.attentions(block)
         before = sum((self.layer_macs(layer) for layer in layers), Macs())
-        rows = sum(layer.proj.in_features for layer in layers) * class_rows
-        after, width = Macs(per_token=self.mlp_macs(block)), layers[0].proj.out_features
-        key_width = layers[0].proj.in_features // layers[0].num_heads
+        rows = sum(self.projection(layer).in_features for layer in layers) * class_rows
+        after, width = Macs(per_token=self.mlp_macs(block)), self.projection(layers[0]).out_features
+        key_width = self.projection(layers[0]).in_features // layers[0].num_heads
         if isinstance(layers[0], DiffAttention):  # its heads stand in pairs
             key_width //= 2
         return BlockCost(before, after, Macs(per_token=rows), width, key_width)
 
+    def projection(self, layer: TimmModule) -> TimmModule:
+        """What an attention layer's mixed values go through last, a linear layer."""
+        return layer.proj
+
     def layer_macs(self, layer: TimmModule) -> Macs:
         """Projections and fused attention of one attention layer."""
-        width = layer.proj.in_features
+        width = self.projection(layer).in_features
         mixing = _differential_macs(width) if isinstance(layer, DiffAttention) else fused_attention_macs(width, width)
         return Macs(per_token=linear_macs(layer)) + mixing
 
