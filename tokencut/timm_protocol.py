@@ -231,6 +231,9 @@ class AroundTimm(nn.Module):
     def _ready(self, images: Tensor) -> tuple[StagePlan, ...]:
         """The stages for images of this size, of a model whose forward is timm's."""
         self._refuse_patched()
+        why = self.adapter.refused_form(images)
+        if why is not None:
+            raise ModelError(why)
         return self._plans(images)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:

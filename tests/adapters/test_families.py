@@ -137,6 +137,26 @@ FAMILIES = {
             "qwen3_vit_88m_enc": {"img_size": (64, 96), "pos_embed_grid_size": 3, "out_features": 32, **TINY},
         },
     ),
+    "naflex": Family(
+        ("naflexvit",),
+        14,
+        {
+            "naflexvit_base_patch16_gap": {"img_size": 64, **TINY},
+            "naflexvit_base_patch16_map": {
+                "img_size": (48, 64),
+                "rope_type": "mixed",
+                "pos_embed": "factorized",
+                **TINY,
+            },
+            "naflexvit_base_patch16_siglip": {
+                "img_size": 64,
+                "rope_type": "axial",
+                "class_token": True,
+                "global_pool": "token",
+                **TINY,
+            },
+        },
+    ),
     "hybrid": Family(
         ("vision_transformer_hybrid",),
         14,

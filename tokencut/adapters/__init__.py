@@ -3,7 +3,7 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import beit, cait, convit, eva, projected, relpos, vit  # noqa: F401  (they register themselves)
+from tokencut.adapters import beit, cait, convit, eva, naflex, projected, relpos, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
     Context,

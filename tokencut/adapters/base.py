@@ -113,6 +113,10 @@ class Adapter(ABC):
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
 
+    def refused_form(self, images: object) -> str | None:
+        """Why images cannot be reduced in a form that timm's model takes, and what to give; None where they can."""
+        return None
+
     def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
         """Makes, behind a stage, what all blocks up to the next one share: `Tokens.shared`, which is still what the
         blocks before the stage had.

@@ -42,14 +42,19 @@ class ColumnarAdapter(Adapter):
         return why_unknown(model, self.classes)
 
     def check(self, model: TimmModule) -> None:
-        embed = self.core(model).patch_embed
-        if not len(self.blocks(model)) or not embed.num_patches:
-            what = "blocks" if embed.num_patches else f"patches of {embed.patch_size[0]} px in images of its size"
+        patches = self.patches(model)
+        if not len(self.blocks(model)) or not patches:
+            what = f"patches of {self.patch_size(model)[0]} px in images of its size" if not patches else "blocks"
             raise ModelError(
                 f"the model has no {what}, so there is nothing to reduce; change `img_size` or `model_kwargs`"
             )
+        embed = getattr(self.core(model), "patch_embed", None)
         dynamic = getattr(model, "dynamic_img_size", False)
-        if embed.dynamic_img_pad and not dynamic and patch_count(embed) != embed.num_patches:
+        if (
+            getattr(embed, "dynamic_img_pad", False)
+            and not dynamic
+            and patches != getattr(embed, "num_patches", patches)
+        ):
             raise ModelError("dynamic_img_pad works with dynamic_img_size only; add `dynamic_img_size=True`")
         for block in self.blocks(model):
             self.handler(block).check(block)
@@ -168,13 +173,30 @@ class ColumnarAdapter(Adapter):
         blocks, rows = self.blocks(model), max(1, len(self.class_rows(model)))
         pooled, head_prefix_tokens = self._pool_macs(model)
         return ModelCost(
-            embed=embed_macs(self.core(model).patch_embed),
+            embed=self.embed_macs(model),
             blocks=tuple(self.handler(block).cost(block, rows) for block in blocks),
             head=pooled,
             num_prefix_tokens=self.num_prefix_tokens(model),
-            patches=patch_count(self.core(model).patch_embed),
+            patches=self.patches(model),
             head_prefix_tokens=head_prefix_tokens,
         )
+
+    def patches(self, model: TimmModule) -> int:
+        """Patches of an image of the size that the model is built for, with those that padding adds."""
+        size = self.input_size(model)
+        assert size is not None
+        rows, columns = self.grid(model, *size)
+        return rows * columns
+
+    def embed_macs(self, model: TimmModule) -> int:
+        """Multiply-adds of making patches."""
+        embed = self.core(model).patch_embed
+        if not isinstance(embed, PatchEmbed):
+            return counted_macs(embed, (embed.in_chans, *embed.img_size))
+        proj: TimmModule = unwrapped(embed.proj)
+        if isinstance(proj, nn.Conv2d):
+            return int(proj.weight.numel() * self.patches(model))
+        return counted_macs(embed, (proj.base_layer.in_channels, *embed.img_size))  # LoRA's
 
     def classifier_macs(self, model: TimmModule) -> int:
         """Multiply-adds of what makes logits of pooled tokens."""
@@ -205,20 +227,20 @@ def _attention_pool_of(model: TimmModule) -> TimmModule | None:
     return None if pool is None else unwrapped(pool)
 
 
-def patch_count(embed: TimmModule) -> int:
-    """Patches of an image of the size that the model is built for, with those that padding adds."""
-    rows, columns = embed.dynamic_feat_size(embed.img_size)
-    return int(rows * columns)
+def described_size(model: TimmModule) -> tuple[int, int]:
+    """Height and width in px that a model was asked for, or that its weights were made for, where no part of it tells.
 
-
-def embed_macs(embed: TimmModule) -> int:
-    """Multiply-adds of making patches."""
-    if not isinstance(embed, PatchEmbed):
-        return counted_macs(embed, (embed.in_chans, *embed.img_size))
-    proj: TimmModule = unwrapped(embed.proj)
-    if isinstance(proj, nn.Conv2d):
-        return int(proj.weight.numel() * patch_count(embed))
-    return counted_macs(embed, (proj.base_layer.in_channels, *embed.img_size))  # LoRA's
+    Raises:
+        ModelError: It was not built by timm's factory.
+    """
+    asked = getattr(model, "_model_args", {}).get("img_size") or (getattr(model, "pretrained_cfg", None) or {}).get(
+        "input_size"
+    )
+    if asked is None:
+        raise ModelError(f"this {type(model).__name__} does not tell the size of its images; build it with "
+                         "timm.create_model(NAME, img_size=...)")  # fmt: skip
+    sizes = (asked, asked) if isinstance(asked, int) else tuple(asked)[-2:]
+    return int(sizes[0]), int(sizes[1])
 
 
 def patches(embed: TimmModule, images: Tensor) -> Any:

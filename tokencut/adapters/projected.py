@@ -82,7 +82,9 @@ class EncoderAdapter(RotaryAdapter):
         patches = cost.patches
         fixed = 0
         if projector is not None:
-            patches = self.squares(model, self.core(model).patch_embed.dynamic_feat_size(self.input_size(model)))
+            size = self.input_size(model)
+            assert size is not None
+            patches = self.squares(model, self.grid(model, *size))
             fixed = linear_macs(projector) * patches
         classifier = linear_macs(self.classifier(model))
         return replace(cost, head=Macs(fixed=fixed + classifier * (1 if model.global_pool else patches)))

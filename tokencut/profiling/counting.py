@@ -101,7 +101,8 @@ _GROUPS = {
     "eq ne lt le gt ge isfinite isnan logical_and logical_or logical_not bitwise_and bitwise_or bitwise_xor "
     "bitwise_not __and__ __or__ __xor__ __lshift__ __rshift__ bitwise_left_shift bitwise_right_shift",
     "pooling and resizing": "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d "
-    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d grid_sampler",
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d grid_sampler "
+    "upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
 }
 # Copies, constants and shapes: nothing is computed. fvcore passes over most of them, and over these where it does not.
 _MOVES = (
