@@ -113,6 +113,9 @@ CASES: dict[str, tuple[Callable[[], Any], Output, str]] = {
         lambda: tower("CLIPVisionModel", "CLIP"), pooled, "vit_base_patch32_clip_quickgelu_224"),
     "clip classifier": (
         lambda: tower("CLIPForImageClassification", "CLIP"), logits, "vit_base_patch32_clip_quickgelu_224"),
+    "metaclip 2's tower": (
+        lambda: tower("MetaClip2VisionModelWithProjection", "MetaClip2", projection_dim=12),
+        lambda model, images: model(images).image_embeds, "vit_base_patch32_clip_quickgelu_224"),
     "siglip": (
         lambda: tower("SiglipModel", "Siglip"), lambda model, images: pooled(model.vision_model, images),
         "vit_base_patch16_siglip_224"),
