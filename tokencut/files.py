@@ -159,6 +159,46 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterato
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`, whose files take their places in it when the block ends well.
+
+    Args:
+        folder: The folder, which need not exist; what lies in it besides stays.
+
+    Yields:
+        The temporary folder, for files alone. They are flushed to disk, and moved if the block ends without an
+        exception (interrupts included); otherwise `folder` is as it was.
+
+    Raises:
+        ArtifactError: It cannot be written, with the system's reason.
+    """
+    target = folder.resolve()
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{part_prefix(target)}.", suffix=PART))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        files = sorted(temporary.iterdir())
+        for file in files:
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+            file.chmod(0o666 & ~mask)
+        if target.is_dir():
+            for file in files:
+                file.replace(target / file.name)
+        else:
+            temporary.chmod(0o777 & ~mask)
+            temporary.replace(target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        remove_folder(temporary)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder of ours and all in it, however deep; nothing where there is none. Links are not followed.
 

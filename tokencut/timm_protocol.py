@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from timm.models import get_model_traits
 from torch import Tensor, nn
 
 from tokencut.adapters import Adapter, TimmModule, adapter_for, plain_model
@@ -114,6 +115,16 @@ class AroundTimm(nn.Module):
     def feature_info(self) -> list[dict[str, Any]]:
         """timm's description of each block's output: channels, reduction (px to a patch), module inside `model`."""
         return self.model.feature_info
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The arguments that timm built the model with, which timm's `save_for_hf` writes down."""
+        return dict(getattr(self.model, "_model_args", {}))
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm keeps of the model's input, likewise."""
+        return get_model_traits(self.model)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -85,6 +85,15 @@ def test_a_name_and_dense(run: Run, tmp_path: Path) -> None:
     assert not [note for note in done.notes if note.startswith("next")]
 
 
+def test_a_folder_of_timms(run: Run, artifact: Path, tmp_path: Path) -> None:
+    done = run("export", artifact, "-o", tmp_path / "folder", "--format", "timm", "--limit", "2")
+    assert done.code == 0
+    assert f'next: tokencut eval {tmp_path / "folder"} --data DIR, or timm.create_model("local-dir:' in done.err
+    info = run("info", tmp_path / "folder" / "model.safetensors")
+    assert run("info", artifact).out.splitlines()[:6] == info.out.splitlines()[:6]
+    assert run("profile", tmp_path / "folder", "--no-latency", "--json").json["method"] == "topk"
+
+
 def test_eval_of_the_file_is_eval_of_the_artifact(run: Run, artifact: Path, exported: Path, pictures: Path) -> None:
     words = ("--data", pictures, "-j", "0", "--json")
     expected, found = run("eval", artifact, *words).json, run("eval", exported, *words).json
@@ -147,7 +156,12 @@ def test_dense_onnx_is_for_onnx(run: Run, artifact: Path, exported: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("-o", "m.bin"), 2, "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx"),
+        (("-o", "m.bin"), 2, "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx, or "
+         "--format timm for a folder"),
+        (("-o", "m", "--format", "timm", "--with-preprocessing"), 2,
+         "--with-preprocessing is for .onnx and .pt2 files, and a folder of timm's holds no graph; leave it out"),
+        (("-o", "m", "--format", "timm", "--no-dynamic-batch"), 2,
+         "--no-dynamic-batch is for .onnx and .pt2 files, and a folder of timm's holds no graph; leave it out"),
         (("-o", "m.onnx", "--opset", "9"), 2,
          "invalid value for '--opset': 9 is not a whole number from 18 to 22, such as 18; type tokencut export --help"),
         (("-o", "m.pt2", "--opset", "18"), 2, "--opset is for .onnx files, and m.pt2 is none; leave it out"),

@@ -46,7 +46,7 @@ def test_the_file_is_checked_and_told_about(dynamic: ExportReport) -> None:
     assert dynamic.agreement.equal_top1 == 100.0
     assert 0 < dynamic.agreement.largest_difference < 1e-5
     assert dynamic.to_dict() == {
-        "output": str(dynamic.output), "model": "mine", "method": "bat", "keep": 0.5, "opset": 18,
+        "output": str(dynamic.output), "format": "onnx", "model": "mine", "method": "bat", "keep": 0.5, "opset": 18,
         "dynamic_batch": True, "batch_size": None, "with_preprocessing": False, "gmacs": dynamic.info.gmacs,
         "params": dynamic.info.params, "bytes": dynamic.output.stat().st_size, "data": "noise", "images": 5,
         "largest_difference": dynamic.agreement.largest_difference, "tolerance": 0.001, "differing": 0, "allowed": 1,

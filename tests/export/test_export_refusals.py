@@ -27,7 +27,8 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     ("path", "options", "error", "message"),
     [
         ("m.bin", {}, UsageError,
-         "m.bin ends neither in .onnx nor in .pt2, which says what to write; type `path='m.onnx'`"),
+         "m.bin ends neither in .onnx nor in .pt2, which says what to write; type `path='m.onnx'`, or `format='timm'` "
+         "for a folder"),
         ("m.onnx", {"opset": 17}, UsageError,
          "`opset=17` is not a whole number from 18 to 22; type `opset=18`"),
         ("m.onnx", {"opset": 23}, UsageError,

@@ -105,6 +105,25 @@ CASES: dict[str, tuple[Callable[[], Any], Output, str]] = {
     "dinov2 with registers": (
         lambda: vit("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", num_register_tokens=3),
         logits, "vit_base_patch14_reg4_dinov2"),
+    "dinov3": (
+        lambda: vit("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4), pooled,
+        "vit_base_patch16_dinov3_qkvb"),
+    "dinov3, gated, no biases": (
+        lambda: vit("DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True, hidden_act="silu", num_register_tokens=3,
+                    query_bias=False, value_bias=False, rope_theta=50.0), pooled, "vit_small_plus_patch16_dinov3"),
+    "dinov3, one bias": (lambda: vit("DINOv3ViTModel", "DINOv3ViTConfig", value_bias=False, num_register_tokens=1),
+                         pooled, "vit_base_patch16_dinov3_qkvb"),
+    "beit": (lambda: vit("BeitForImageClassification", "BeitConfig", use_relative_position_bias=True), logits,
+             "beit_base_patch16_224"),
+    "beit without a head, one bias for all blocks": (
+        lambda: vit("BeitModel", "BeitConfig", use_shared_relative_position_bias=True), pooled,
+        "beit_base_patch16_224"),
+    "beit, class token, no scale": (
+        lambda: vit("BeitForImageClassification", "BeitConfig", use_mean_pooling=False, layer_scale_init_value=0.0,
+                    use_absolute_position_embeddings=True, use_relative_position_bias=True), logits,
+        "beit_base_patch16_224"),
+    "data2vec": (lambda: vit("Data2VecVisionForImageClassification", "Data2VecVisionConfig",
+                             use_relative_position_bias=True), logits, "beit_base_patch16_224"),
     "clip": (lambda: tower("CLIPModel", "CLIP"), clip_image, "vit_base_patch32_clip_quickgelu_224"),
     "clip's tower": (
         lambda: tower("CLIPVisionModelWithProjection", "CLIP", projection_dim=12, hidden_act="gelu"),
@@ -113,6 +132,9 @@ CASES: dict[str, tuple[Callable[[], Any], Output, str]] = {
         lambda: tower("CLIPVisionModel", "CLIP"), pooled, "vit_base_patch32_clip_quickgelu_224"),
     "clip classifier": (
         lambda: tower("CLIPForImageClassification", "CLIP"), logits, "vit_base_patch32_clip_quickgelu_224"),
+    "metaclip 2's tower": (
+        lambda: tower("MetaClip2VisionModelWithProjection", "MetaClip2", projection_dim=12),
+        lambda model, images: model(images).image_embeds, "vit_base_patch32_clip_quickgelu_224"),
     "siglip": (
         lambda: tower("SiglipModel", "Siglip"), lambda model, images: pooled(model.vision_model, images),
         "vit_base_patch16_siglip_224"),
@@ -202,22 +224,30 @@ def _as_pickles(folder: Path) -> None:
         index.unlink()
 
 
+ANY_SIZE = {"interpolate_pos_encoding": True}
+
+
 @pytest.mark.parametrize(
-    ("name", "config", "patch"),
-    [("Dinov2ForImageClassification", "Dinov2Config", {}),
-     ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {}),
-     ("ViTForImageClassification", "ViTConfig", {"interpolate_pos_encoding": True})],
+    ("make", "output", "told"),
+    [
+        (lambda: vit("Dinov2ForImageClassification", "Dinov2Config"), logits, True),
+        (lambda: vit("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"), logits, True),
+        (vit, lambda model, images: model(images, **ANY_SIZE).logits, True),
+        (lambda: vit("BeitForImageClassification", "BeitConfig", use_relative_position_bias=True),
+         lambda model, images: model(images, **ANY_SIZE).logits, True),
+        (lambda: vit("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4), pooled, False),
+    ],
 )  # fmt: skip
-def test_images_of_another_size(name: str, config: str, patch: dict[str, Any], tmp_path: Path) -> None:
-    source = vit(name, config)
-    folder = written(source, tmp_path / "saved")
-    loaded = load_model(str(folder), img_size=40)
-    assert "positions are resized from 24x24 px, as transformers does it" in loaded.notes
+def test_images_of_another_size(make: Callable[[], Any], output: Output, told: bool, tmp_path: Path) -> None:
+    source = make()
+    loaded = load_model(str(written(source, tmp_path / "saved")), img_size=40)
+    assert ("positions are resized from 24x24 px, as transformers does it" in loaded.notes) == told
     images = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.model(images), source(images, **patch).logits, atol=1e-5, rtol=1e-5)
+        expected = output(source, images)
+        torch.testing.assert_close(loaded.model(images), expected, atol=1e-5, rtol=1e-5)
         model = through_a_file(loaded, tmp_path)
-        torch.testing.assert_close(model(images), source(images, **patch).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_that_takes_any_size_has_that_of_its_preprocessing(tmp_path: Path) -> None:

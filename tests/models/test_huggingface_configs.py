@@ -46,6 +46,16 @@ GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24
         ({"model_type": "dinov2", **GIANT, "image_size": 518}, "vit_giant_patch14_dinov2", {}),
         ({"model_type": "dinov2_with_registers", "patch_size": 14, "image_size": 518}, "vit_base_patch14_reg4_dinov2",
          {}),
+        ({"model_type": "dinov3_vit", "num_register_tokens": 4, "image_size": 256}, "vit_small_patch16_dinov3_qkvb",
+         {"global_pool": "token"}),
+        ({"model_type": "dinov3_vit", "num_register_tokens": 4, "hidden_size": 1280, "num_hidden_layers": 32,
+          "num_attention_heads": 20, "intermediate_size": 5120, "use_gated_mlp": True, "hidden_act": "silu",
+          "image_size": 256}, "vit_huge_plus_patch16_dinov3_qkvb", {"global_pool": "token"}),
+        ({"model_type": "dinov3_vit", "num_register_tokens": 4, "hidden_size": 4096, "num_hidden_layers": 40,
+          "num_attention_heads": 32, "intermediate_size": 8192, "use_gated_mlp": True, "query_bias": False,
+          "value_bias": False, "image_size": 256}, "vit_7b_patch16_dinov3", {"global_pool": "token"}),
+        ({"model_type": "beit", "use_relative_position_bias": True, "architectures": ["BeitForImageClassification"],
+          "num_labels": 1000, **LARGE, "image_size": 512}, "beit_large_patch16_512", {}),
         ({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 512},
          "vit_base_patch32_clip_quickgelu_224", {}),
         ({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 768, "vision_config": {
@@ -71,7 +81,7 @@ def test_the_words_for_sizes_are_timms() -> None:
     """A name that has a size's word has its width, depth and heads: no shape would tell of the heads."""
     checked = 0
     for (width, depth, heads), word in _SIZES.items():
-        pattern = re.compile(rf"(vit|deit)_{word}_(distilled_)?patch\d+_(224|dinov2|clip_224|siglip_256)")
+        pattern = re.compile(rf"(vit|deit|beit)_{word}_(distilled_)?patch\d+_(224|dinov[23]|clip_224|siglip_256)")
         for name in filter(pattern.fullmatch, architectures()):
             if word == "giant" and "dinov2" not in name:
                 continue  # another giant, which no config of these types is
@@ -132,6 +142,7 @@ def test_a_number_alone_is_the_shorter_side_where_the_type_has_it_so() -> None:
         ({"model_type": "vit", "hidden_size": "x"}, "its config.json says hidden_size 'x', which is not a whole"),
         ({"model_type": "vit", "image_size": [224]}, "image_size [224], which is not a number of pixels; save the"),
         ({"model_type": "vit", "hidden_act": "sin"}, "hidden_act 'sin', which is not one of gelu, gelu_python, "),
+        ({"model_type": "dinov3_vit", "key_bias": True}, "key_bias True, which is not false, as timm has it"),
         ({"model_type": "vit", "layer_norm_eps": 0}, "layer_norm_eps 0, which is not a positive number"),
         ({"model_type": "timm_wrapper"}, "its config.json says architecture None, which is not a timm name; save"),
         ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "resnet18 is of timm's family resnet, which is"),

@@ -10,9 +10,11 @@ import pytest
 import torch
 from model_files import random_weights, same_weights, write_model_folder
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import Tensor
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
+from tokencut.export.run import export_model
 from tokencut.model import CompressedModel, compress
 from tokencut.models import artifact
 from tokencut.models.checkpoints import sha256
@@ -186,6 +188,35 @@ def test_a_folder_as_timm_saves_it(folder: Path, weights: dict[str, Tensor]) -> 
     assert random.origin.kind == "random"
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_of_a_compressed_model_by_timms_own_writer(whole: bool, tmp_path: Path) -> None:
+    model = compress(load_model("test_vit", pretrained=False, img_size=64, num_classes=3).model, keep=0.5).eval()
+    save_for_hf(model if whole else model.model, str(tmp_path), safe_serialization=True)
+    loaded = load_model(str(tmp_path))
+    assert same_weights(loaded.model, dict(model.model.state_dict()))
+    assert loaded.model.patch_embed.img_size == (64, 64)
+    assert (
+        f"{tmp_path / 'model.safetensors'} has the model under 'model.', which is taken off" in loaded.notes
+    ) == whole
+
+
+def test_a_recipe_without_weights(tmp_path: Path) -> None:
+    """As a cost is had of a repository of which only the description is fetched."""
+    model = compress(load_model("test_vit", pretrained=False, img_size=64).model, keep=0.4, layers=[3], method="topk")
+    export_model(model, tmp_path / "folder", format="timm", limit=1)
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    spec = str(tmp_path / "folder")
+    assert load_model(spec, weights_needed=False).recipe == model.recipe
+    assert load_model(spec, weights_needed=False, num_classes=3).recipe is None
+    assert load_model(spec, pretrained=False).recipe is None
+    assert "there is none of model.safetensors" in refusal(ModelError, spec)
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tokencut": {"recipe": {"keep": 0.5}}}))
+    assert "the recipe has no field layers; compress the model again" in refusal(
+        ArtifactError, spec, weights_needed=False
+    )
+
+
 def test_label_names_that_are_too_few_are_told_of(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "label_names": ["cat", "dog", "hen"]}))
@@ -197,7 +228,10 @@ def test_label_names_that_are_too_few_are_told_of(folder: Path) -> None:
 def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
     spec, config = f"local-dir:{folder}", folder / "config.json"
     (folder / "model.safetensors").write_bytes(b"damaged")
-    assert f"cannot load weights from {folder} (" in refusal(ModelError, spec)
+    path = folder / "model.safetensors"
+    assert f"{path} is not a safetensors file; give" in refusal(ModelError, spec)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    assert f"{path} is a pointer of Git LFS, not the file itself; type git lfs pull where" in refusal(ModelError, spec)
     (folder / "model.safetensors").unlink()
     message = refusal(ModelError, spec)
     assert message.endswith("there is none of model.safetensors, pytorch_model.bin; or give `checkpoint='FILE'`")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
     from tokencut.export.run import ExportReport
 
-OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load."
+OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load; with --format timm a folder."
+FORMAT_HELP = "onnx, pt2, or timm for a folder as timm's hub has them. By default as -o ends."
 OPSET_HELP = "ONNX opset, 18 to 22. Default 18."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
 NORMALISE_HELP = "Bake the normalisation in: the file then takes RGB from 0 to 1."
@@ -40,6 +41,7 @@ def export_file(
     *,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help=OUTPUT_HELP)],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    format_: Annotated[str | None, typer.Option("--format", metavar="NAME", help=FORMAT_HELP)] = None,
     opset: Annotated[int | None, typer.Option("--opset", **bounded("opset"), help=OPSET_HELP)] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch/--no-dynamic-batch", help=DYNAMIC_HELP)] = True,
     with_preprocessing: Annotated[bool, typer.Option("--with-preprocessing", help=NORMALISE_HELP)] = False,
@@ -55,7 +57,7 @@ def export_file(
     seed: Annotated[int, running_option("--seed", **bounded("seed"), help="Decides random weights.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Writes a model for deployment: .onnx, or .pt2 for torch.export.load.
+    """Writes a model for deployment: .onnx, .pt2 for torch.export.load, or timm's.
 
     What was written is run on images and compared with the model; a file that
     gives other logits is not kept. Needs onnx, onnxruntime and onnxscript for
@@ -66,10 +68,18 @@ def export_file(
       tokencut export out.safetensors -o model.onnx --with-preprocessing \\
           --data /imagenet/val
       tokencut export digits --keep 0.5 -o digits.pt2
+      tokencut export out.safetensors -o folder/ --format timm
     """
     from tokencut.export.run import check_export, export_model
 
-    check_export(output, force=force, opset=opset)
+    _, kind = check_export(
+        output,
+        force=force,
+        opset=opset,
+        format=format_,  # type: ignore[arg-type]
+        dynamic_batch=dynamic_batch,
+        with_preprocessing=with_preprocessing,
+    )
     from tokencut.cli.subject import prepare
     from tokencut.data.sources import open_source
 
@@ -86,6 +96,8 @@ def export_file(
         data=images,
         limit=limit,
         name=_plain_name(subject),
+        format=kind,
+        measured=_measured(model, subject) if kind == "timm" else None,
     )
     for text in report.notes:
         render.note(text)
@@ -93,7 +105,10 @@ def export_file(
         render.write_json(report.to_dict())
         return
     render.show(render.facts(_facts(report, subject)))
-    if report.opset is not None:
+    if report.format == "timm":
+        render.note(f'next: tokencut eval {output} --data DIR, or timm.create_model("local-dir:{output}", '
+                    "pretrained=True)")  # fmt: skip
+    if report.format == "onnx":
         render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
 
 
@@ -102,13 +117,24 @@ def _plain_name(subject: Subject) -> str | None:
     return None if Path(subject.name).exists() or ":" in subject.name else subject.name
 
 
+def _measured(spec: str, subject: Subject) -> dict[str, float]:
+    """What a tokencut file says was measured of the model, where it is exported as it is."""
+    from tokencut.models.artifact import read_info
+    from tokencut.models.loading import artifact_of
+
+    file = artifact_of(spec)
+    if file is None or (info := read_info(file)).recipe != subject.recipe:
+        return {}
+    return dict(info.measured)
+
+
 def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
     info, agreement = report.info, report.agreement
     size = "x".join(map(str, info.preprocessing["input_size"]))
     pixels = "RGB from 0 to 1" if info.normalises else "normalised"
-    form = "torch.export" if report.opset is None else f"ONNX opset {report.opset}"
+    forms = {"onnx": f"ONNX opset {report.opset}", "pt2": "torch.export", "timm": "timm's folder"}
     rows = [
-        ("wrote", f"{report.output} ({report.bytes / 1e6:.1f} MB, {form})"),
+        ("wrote", f"{report.output} ({report.bytes / 1e6:.1f} MB, {forms[report.format]})"),
         ("model", subject.name),
         ("reduction", subject.describe()),
         ("GMACs per image", render.gmacs_text(info.gmacs)),

@@ -19,9 +19,11 @@ _SAME = """
 """
 OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "compiled": "--compile",
+    "dynamic_batch": "--dynamic-batch",
     "effort": "--search-effort",
     "epochs": "--finetune-epochs",
     "folder": "-o",
+    "format": "--format",
     "gmacs": "--target-gmacs",
     "image_root": "--image-root",
     "images": "--calibration-limit",
@@ -30,6 +32,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "pretrained": "--pretrained",  # there is only its opposite, --no-pretrained
     "speedup": "--target-speedup",
     "timing_batch_size": "--batch-size",
+    "with_preprocessing": "--with-preprocessing",
 }
 # Where the bare name means something else than the option that takes a value.
 BARE = OPTIONS | {"compile_mode": "--compile"}

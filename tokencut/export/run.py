@@ -1,11 +1,12 @@
-"""Writes a model as .onnx or .pt2 (torch.export), and checks what was written on images before it is kept."""
+"""Writes a model as .onnx, .pt2 (torch.export) or timm's folder, and checks it on images before it is kept."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,13 +18,15 @@ from tokencut.export.check import Agreement, check_images, compare
 from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, write_pt2
 from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
-from tokencut.files import atomic_write, check_writable
+from tokencut.export.timm_folder import check_folder, read_folder, write_folder
+from tokencut.files import atomic_folder, atomic_write, check_writable
 from tokencut.limits import check_number
 from tokencut.observers import Observer
 from tokencut.runtime import extras
 from tokencut.runtime.devices import inference_state
 
 PT2_SUFFIX = ".pt2"
+Format = Literal["onnx", "pt2", "timm"]
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # 18 is the first with the minimum and maximum among scatters. From 23 on attention is one operator, which onnxruntime
 # 1.32 runs only with a mask for every query: proportional attention has one for all.
@@ -38,15 +41,17 @@ class ExportReport:
     """What was written, and how it compares.
 
     Attributes:
-        output: The file.
+        output: The file or folder.
+        format: `onnx`, `pt2` or `timm`.
         info: What the file says about its model.
-        opset: ONNX opset; None for .pt2.
+        opset: ONNX opset; None for the others.
         bytes: Its size.
         agreement: The file against the model, on images.
         notes: What a user should know.
     """
 
     output: Path
+    format: Format
     info: ExportInfo
     opset: int | None
     bytes: int
@@ -58,6 +63,7 @@ class ExportReport:
         recipe = self.info.recipe
         return {
             "output": str(self.output),
+            "format": self.format,
             "model": self.info.model,
             "method": recipe.method if recipe else None,
             "keep": recipe.keep if recipe else 1.0,
@@ -73,29 +79,58 @@ class ExportReport:
         }
 
 
-def check_export(path: str | os.PathLike[str], *, force: bool = False, opset: int | None = None) -> Path:
+def check_export(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    opset: int | None = None,
+    format: Format | None = None,  # noqa: A002 (as the option is called)
+    dynamic_batch: bool = True,
+    with_preprocessing: bool = False,
+) -> tuple[Path, Format]:
     """Refuses an export that could not end well, before any work is done for it.
 
     Args:
-        path: The file to be written.
-        force: Whether a file of that name may be replaced.
+        path: The file to be written; for timm a folder.
+        force: Whether a file of that name, or a folder that was written here, may be replaced.
         opset: ONNX opset; the default where None.
+        format: What to write; where None as the name ends.
+        dynamic_batch: As `export_model` takes it.
+        with_preprocessing: As `export_model` takes it.
+
+    Returns:
+        The path, and what to write.
 
     Raises:
         UsageError: The name ends neither in `.onnx` nor in `.pt2`, or the opset is out of range.
         TokencutError: A package is missing, or the file cannot be written.
     """
     target = Path(path)
-    if target.suffix not in (ONNX_SUFFIX, PT2_SUFFIX):
+    if format is not None and format not in get_args(Format):
+        raise UsageError(f"format {format!r} is none of {', '.join(get_args(Format))}; type `format='timm'`, or leave "
+                         "it out")  # fmt: skip
+    by_name: dict[str, Format] = {ONNX_SUFFIX: "onnx", PT2_SUFFIX: "pt2"}
+    chosen = format or by_name.get(target.suffix)
+    if chosen is None:
         raise UsageError(f"{target} ends neither in {ONNX_SUFFIX} nor in {PT2_SUFFIX}, which says what to write; type "
-                         f"`path={str(target.with_suffix(ONNX_SUFFIX))!r}`")  # fmt: skip
-    if target.suffix == PT2_SUFFIX and opset is not None:
+                         f"`path={str(target.with_suffix(ONNX_SUFFIX))!r}`, or `format='timm'` for a folder"
+                         )  # fmt: skip
+    if chosen != "timm" and by_name.get(target.suffix) != chosen:
+        raise UsageError(f"{target} does not end in .{chosen}, as a file of the format {chosen} does; type "
+                         f"`path={str(target.with_suffix('.' + chosen))!r}`")  # fmt: skip
+    if chosen != "onnx" and opset is not None:
         raise UsageError(f"`opset` is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
     if opset is not None:
         check_number("opset", opset)
-    if target.suffix == ONNX_SUFFIX:
+    if chosen == "timm":
+        if with_preprocessing or not dynamic_batch:
+            given = "`with_preprocessing=True`" if with_preprocessing else "`dynamic_batch=False`"
+            raise UsageError(f"{given} is for {ONNX_SUFFIX} and {PT2_SUFFIX} files, and a folder of timm's holds no "
+                             "graph; leave it out")  # fmt: skip
+        return check_folder(target, force=force), chosen
+    if chosen == "onnx":
         extras.require(f"writing {target} needs", *PACKAGES, extra="onnx")
-    return check_writable(target, force=force)
+    return check_writable(target, force=force), chosen
 
 
 def export_model(
@@ -110,24 +145,29 @@ def export_model(
     data: str | os.PathLike[str] | Source | None = None,
     limit: int | None = None,
     name: str | None = None,
+    format: Format | None = None,  # noqa: A002 (as the option is called)
+    measured: Mapping[str, float] | None = None,
     observer: Observer | None = None,
 ) -> ExportReport:
-    """Writes a model to one file and compares the two: all of the file is there at the end, or nothing.
+    """Writes a model to one file, or a folder of timm's, and compares the two: all of it is there, or nothing.
 
     The file computes in fp32; it takes `images`, `(B, C, H, W)`, and gives `logits`. A .pt2 is made for the CPU:
-    `torch.export.passes.move_to_device_pass` takes it to a GPU.
+    `torch.export.passes.move_to_device_pass` takes it to a GPU. A folder is as timm's hub has them, with a README: timm
+    loads it as the dense model, tokencut as the compressed one.
 
     Args:
         model: Dense or compressed, in fp32; it stays as it was.
-        path: A file `*.onnx`, or `*.pt2` for `torch.export.load`.
+        path: A file `*.onnx`, or `*.pt2` for `torch.export.load`; for timm a folder.
         opset: ONNX opset, 18 to 22; 18 where None.
         dynamic_batch: Whether the file takes any number of images; otherwise `batch_size` of them.
         batch_size: Images in a forward.
         with_preprocessing: Whether the file normalises: it then takes RGB from 0 to 1, as `ToTensor` gives it.
-        force: Whether a file of that name may be replaced.
+        force: Whether a file of that name, or a folder that was written here, may be replaced.
         data: Images to compare on, as `evaluate` takes them; where None the digits for the bundled model, or noise.
         limit: How many of them, evenly spread; 64 where None.
         name: What the file calls the model; by default its architecture and tag.
+        format: `onnx`, `pt2` or `timm`; where None as the name ends.
+        measured: For timm's folder: what was measured, as `tokencut.save` takes it.
         observer: Told what takes long before the first batch: the unpacking of an archive.
 
     Returns:
@@ -147,9 +187,19 @@ def export_model(
         >>> report.output.name, report.agreement.images
         ('out.pt2', 16)
     """
-    target, model = check_export(path, force=force, opset=opset), plain_model(model)
+    target, kind = check_export(
+        path,
+        force=force,
+        opset=opset,
+        format=format,
+        dynamic_batch=dynamic_batch,
+        with_preprocessing=with_preprocessing,
+    )
+    model = plain_model(model)
     _check_model(model, target, batch_size)
-    chosen = None if target.suffix == PT2_SUFFIX else opset or DEFAULT_OPSET
+    if kind == "timm":
+        return _export_folder(model, target, name, batch_size, data, limit, measured, observer)
+    chosen = opset or DEFAULT_OPSET if kind == "onnx" else None
     info = describe_export(
         model, name=name, normalises=with_preprocessing, batch_size=None if dynamic_batch else batch_size
     )
@@ -165,7 +215,27 @@ def export_model(
         agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
         agreement.require(target)
         size = temporary.stat().st_size
-    return ExportReport(target, info, chosen, size, agreement, (*images.notes, *agreement.notes()))
+    return ExportReport(target, kind, info, chosen, size, agreement, (*images.notes, *agreement.notes()))
+
+
+def _export_folder(
+    model: nn.Module,
+    target: Path,
+    name: str | None,
+    batch_size: int,
+    data: str | os.PathLike[str] | Source | None,
+    limit: int | None,
+    measured: Mapping[str, float] | None,
+    observer: Observer | None,
+) -> ExportReport:
+    info = describe_export(model, name=name)
+    images = check_images(model, data, limit=limit, observer=observer)
+    with inference_state(model, torch.device("cpu")), torch.no_grad(), atomic_folder(target) as temporary:
+        notes = write_folder(model, temporary, info, measured=measured)
+        agreement = compare(model, read_folder(temporary, info), images, batch_size, normalises=False)
+        agreement.require(target)
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+    return ExportReport(target, "timm", info, None, size, agreement, (*notes, *images.notes, *agreement.notes()))
 
 
 def _check_model(model: nn.Module, target: Path, batch_size: int) -> None:

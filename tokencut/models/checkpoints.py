@@ -32,6 +32,7 @@ _KERAS = ("a file of Keras or TensorFlow, which holds no tensors of a timm model
           ".npz, of the same model")  # fmt: skip
 _BEGINNINGS = (
     (b"\x89HDF\r\n\x1a\n", _KERAS),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; type git lfs pull where it was cloned"),
     (b"GGUF", "a quantised model for llama.cpp; give the weights it was made of"),
 )
 _ENDINGS = (
@@ -115,16 +116,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     if path.name.endswith(".index.json"):
         parts = [read_checkpoint(part)[0] for part in shards(path)]
         return {name: tensor for part in parts for name, tensor in part.items()}, ()
-    if path.suffix == ".safetensors" or file_kind(path) == "safetensors":
+    kind = file_kind(path)
+    other = None if kind == "safetensors" else other_kind(path)
+    if other is not None:
+        raise ModelError(f"{path} is {other}")
+    if path.suffix == ".safetensors" or kind == "safetensors":
         with open_safetensors(path, ModelError) as file:
             content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if not content:
             raise ModelError(f"{path} holds no weights; give a file whose content is a model's state_dict")
         refuse_others(content, str(path))
         return without_wrappers(content), ()
-    other = other_kind(path)
-    if other is not None:
-        raise ModelError(f"{path} is {other}")
     try:
         content = read_pickle(path)
     except TorchScriptError as problem:
@@ -163,7 +165,7 @@ def is_npz(path: Path) -> bool:
 def other_kind(path: Path) -> str | None:
     """What a file is that is neither safetensors nor `torch.save`'s, as far as is known, and what to do instead."""
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(32)
     for beginning, what in _BEGINNINGS:
         if start.startswith(beginning):
             return what

@@ -30,7 +30,7 @@ _EXTRAS = (
     ("the decoder", r"^decoder[._]"),
     ("the mask token", r"^mask_token$"),
     ("register tokens", r"^register_tokens$"),
-    ("the pooler", r"^(pooler|pre_logits)\."),
+    ("the pooler", r"^(pooler|pre_logits|attn_pool)\."),
     ("the projector", r"^(projector|projection|predictor|prototypes|proj_head|mlp_head|dino_head|ibot_head|head\.(mlp|"
                       r"last_layer|\d+)|queue|center)\b"),
     ("the text model", r"^(text|token_embedding|transformer\.resblocks|ln_final|positional_embedding|logit_scale|"
@@ -61,7 +61,7 @@ _AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")
 
 
 def load_fitted(
-    model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, new_head: bool
+    model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, new_head: bool, tell_head: bool = True
 ) -> tuple[tuple[str, ...], bool]:
     """Loads weights from wherever into a model, strictly but for what is told.
 
@@ -70,6 +70,7 @@ def load_fitted(
         tensors: By the source's names.
         path: Where they were read from, for messages.
         new_head: Whether a head of another number of classes, or none, is made up for by a random one.
+        tell_head: Whether to tell of that.
 
     Returns:
         What a user should be told (prefixes taken off, what was resized, adapted or left out), and whether the head is
@@ -87,7 +88,7 @@ def load_fitted(
     made = new_head and _needs_head(model, ready, own)
     if made:
         _replace_head(model, ready, own)
-        notes.append(_new_head_note(class_count(model)))
+        notes += [_new_head_note(class_count(model))] if tell_head else []
     elif class_count(model) == 0 and _head_names(model, ready):
         _replace_head(model, ready, own)
         notes.append(f"the head in {path} is left out, as num_classes=0 has none")

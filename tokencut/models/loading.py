@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from tokencut.adapters import adapter_for
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
@@ -28,7 +29,7 @@ from tokencut.models.pretrained_cfg import (
     label_names,
     sync_pretrained_cfg,
 )
-from tokencut.recipe import Recipe
+from tokencut.recipe import Recipe, recipe_from_json
 
 BUNDLED = "digits"
 _PATH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".onnx")
@@ -58,8 +59,8 @@ class Loaded:
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe of a tokencut file."""
-        return self.info.recipe if self.info else None
+        """The recipe of a tokencut file, or of the description beside one that is not there."""
+        return self.model.recipe if isinstance(self.model, CompressedModel) else None
 
     @property
     def dense(self) -> nn.Module:
@@ -309,20 +310,42 @@ def _from_folder(folder: Path, spec: str, request: Request, origin: Origin | Non
     resolve_name(architecture)
     source = f"local-dir:{folder}"
     building.check_arguments(source, request.args)
-    if request.fetches:
-        folders.require_weights(folder)
-    try:
-        model, notes = building.build(source, request.args, pretrained=request.fetches, seed=request.seed)
-    except Exception as error:  # damaged weights, or those of another model
-        raise ModelError(f"cannot load weights from {folder} ({one_line(error)}); give `checkpoint='FILE'`") from error
-    if not request.fetches:
-        return _finish(model, spec, None, request, notes)
-    names = description_of(model).get("label_names")
-    if names and label_names(model) is None and class_count(model) == description_of(model).get("num_classes"):
-        notes = (*notes, f"{hub.CONFIG} names {len(names)} classes and the head has {class_count(model)}: the names "
-                         "are left out")  # fmt: skip
-    origin = origin or Origin("local-dir", sha256=sha256(folders.require_weights(folder)))
-    return _finish(model, spec, replace(origin, licence=description_of(model).get("license")), request, notes)
+    weights = folders.require_weights(folder) if request.fetches else None
+    model, notes = building.build(source, request.args, pretrained=False, seed=request.seed)
+    _name_own_parts(model)
+    if weights is None:
+        loaded = _finish(model, spec, None, request, notes)
+        recipe = (config.get(artifact.KEY) or {}).get("recipe") if isinstance(config.get(artifact.KEY), dict) else None
+        alone = request.pretrained and request.checkpoint is None and not request.args
+        return replace(loaded, model=_compressed(model, recipe)) if recipe and alone else loaded
+    told = description_of(model)
+    names, classes = told.get("label_names"), class_count(model)
+    if names and label_names(model) is None and classes == told.get("num_classes"):
+        notes = (*notes, f"{hub.CONFIG} names {len(names)} classes and the head has {classes}: the names are left out")
+    tensors, more = read_checkpoint(weights)
+    fitted, _ = fitting.load_fitted(
+        model, tensors, weights, new_head=classes != told.get("num_classes"), tell_head=False
+    )
+    origin = replace(origin or Origin("local-dir", sha256=sha256(weights)), licence=told.get("license"))
+    return _finish(model, spec, origin, request, (*notes, *more, *fitted))
+
+
+def _name_own_parts(model: nn.Module) -> None:
+    """Has timm's description name the model's own parts where it was written for a model around it."""
+    described = description_of(model)
+    for entry in ("first_conv", "classifier"):
+        names = described.get(entry)
+        names = [names] if isinstance(names, str) else list(names or ())
+        ours = [name.removeprefix("model.") for name in names]
+        if names:
+            described[entry] = ours[0] if len(ours) == 1 else tuple(ours)
+    setattr(model, "pretrained_cfg", described)  # noqa: B010 (not a tensor)
+
+
+def _compressed(model: nn.Module, recipe: Any) -> CompressedModel:
+    """A model of random weights with the recipe that a `config.json` tells."""
+    blocks = len(adapter_for(model).blocks(model))
+    return CompressedModel(model, recipe_from_json(recipe, blocks)).eval()
 
 
 def _from_transformers(

@@ -24,7 +24,13 @@ from tokencut.models.huggingface.architectures import (
 )
 from tokencut.models.huggingface.names import guessed_config, require_sizes, under_transformers_names
 from tokencut.models.huggingface.preprocessing import preprocessing_from
-from tokencut.models.huggingface.tensors import fold_class_position, resized_positions, split_extras, to_timm
+from tokencut.models.huggingface.tensors import (
+    fold_class_position,
+    resized_biases,
+    resized_positions,
+    split_extras,
+    to_timm,
+)
 from tokencut.models.names import resolve_name
 from tokencut.models.pretrained_cfg import LabelNames
 from tokencut.schema import is_whole
@@ -111,8 +117,9 @@ def convert(
         if "img_size" not in wanted:
             notes.append(f"images are of {high}x{wide} px, as preprocessor_config.json has it")
         wanted["img_size"] = high if high == wide else size
-        notes.append(f"positions are resized from {found.image_size[0]}x{found.image_size[1]} px, as transformers "
-                     "does it")  # fmt: skip
+        if found.names != "eva":  # which makes its tables of sines anew
+            notes.append(f"positions are resized from {found.image_size[0]}x{found.image_size[1]} px, as transformers "
+                         "does it")  # fmt: skip
     names = _label_names(config) if head.kind in ("classes", "teacher") else None
     if names is not None and len(names) != head.classes:
         notes.append(f"config.json names {len(names)} classes and the head has {head.classes}: the names are left out")
@@ -122,7 +129,7 @@ def convert(
         notes += [f"{' and '.join(extras)} of {class_name(config)} {'is' if len(extras) == 1 else 'are'} left out"
                   ] if extras else []  # fmt: skip
         patch = pair(tower["patch_size"])
-        converted = to_timm(rest, patch_size=patch, distilled=head.kind == "teacher")
+        converted = to_timm(rest, patch_size=patch, distilled=head.kind == "teacher", names=found.names)
         converted = _settled(converted, found, patch, size)
     return Converted(
         name=found.name,
@@ -146,8 +153,9 @@ def _settled(
     if found.folded:
         fold_class_position(kept)
         prefix = 0
+    old, new = ((side[0] // patch[0], side[1] // patch[1]) for side in (found.image_size, size))
+    resized_biases(kept, old, new)
     if "pos_embed" in kept:
-        old, new = ((side[0] // patch[0], side[1] // patch[1]) for side in (found.image_size, size))
         kept["pos_embed"] = resized_positions(kept["pos_embed"], old, new, prefix, found.antialias)
     return kept
 

@@ -33,6 +33,8 @@ _SIZES = {
     (1280, 32, 16): "huge",
     (1152, 27, 16): "so400m",
     (1536, 40, 24): "giant",
+    (1280, 32, 20): "huge_plus",
+    (4096, 40, 32): "7b",
 }
 
 # What transformers takes for a field that a config leaves out; it leaves out what equals its own default, at times.
@@ -42,6 +44,15 @@ _VIT = {
     "qkv_bias": True,
 }  # fmt: skip
 _DINOV2 = {**_VIT, "layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4, "use_swiglu_ffn": False}
+_DINOV3 = {
+    **_VIT, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "layer_norm_eps": 1e-5,
+    "rope_theta": 100.0, "query_bias": True, "key_bias": False, "value_bias": True, "use_gated_mlp": False,
+    "num_register_tokens": 0,
+}  # fmt: skip
+_BEIT = {
+    **_VIT, "use_absolute_position_embeddings": False, "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False, "layer_scale_init_value": 0.1, "use_mean_pooling": True,
+}  # fmt: skip
 _CLIP = {**_VIT, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}
 _SIGLIP = {**_VIT, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
@@ -72,6 +83,7 @@ class Architecture:
         antialias: Whether transformers resizes positions with antialiasing.
         folded: Whether timm's model adds the class token's position to the token itself.
         unused: How timm's names of tensors begin that transformers keeps and never uses.
+        names: How timm calls what its families name differently: `vit`, `eva` or `beit`.
     """
 
     name: str
@@ -82,6 +94,7 @@ class Architecture:
     antialias: bool = False
     folded: bool = False
     unused: tuple[str, ...] = ()
+    names: str = "vit"
 
 
 @dataclass(frozen=True)
@@ -204,11 +217,48 @@ def _dinov2(config: Mapping[str, Any], head: Head) -> Architecture:
         ("vit_{size}_patch{patch}" + marked + "_dinov2",),
         otherwise=f"vit_{'giant' if gated else 'base'}_patch14{marked}_dinov2",
         usual_width=8192 / 1536 if gated else 4,
-        wanted=lambda size: gated == (size == "giant"),
+        wanted=lambda name: gated == ("_giant_" in name),
         args={"reg_tokens": registers} if registers not in (0, 4) else {},
     )
     changed = Alterations(found.alterations.norm_eps, CLASS_AND_MEAN if head.kind == "classes" else None)
     return replace(found, alterations=changed, resizes=True, antialias=bool(registers), folded=bool(registers))
+
+
+def _dinov3(config: Mapping[str, Any], head: Head) -> Architecture:
+    registers, theta = config["num_register_tokens"], config["rope_theta"]
+    if not is_whole(registers, 0, 1 << 10) or not is_number(theta) or theta <= 0:
+        raise _wrong("num_register_tokens or rope_theta", [registers, theta], "a number")
+    if config["key_bias"]:
+        raise _wrong("key_bias", True, "false, as timm has it")
+    gated, biased = bool(config["use_gated_mlp"]), bool(config["query_bias"] or config["value_bias"])
+    plus, end = "_plus" if gated else "", "_qkvb" if biased else ""
+    args = {"global_pool": "token", **({"num_reg_tokens": registers} if registers != 4 else {})}
+    args |= {"rope_temperature": float(theta)} if theta != 100 else {}
+    args |= {"swiglu_align_to": 1} if gated and config["intermediate_size"] % 64 else {}
+    found = _built(
+        {**config, "hidden_act": "gelu" if gated else config["hidden_act"]},
+        head,
+        ("vit_{size}_patch{patch}_dinov3" + end, "vit_{size}" + plus + "_patch{patch}_dinov3" + end),
+        otherwise=f"vit_{'small_plus' if gated else 'base'}_patch16_dinov3{end}",
+        usual_width=2 if config["hidden_size"] == 4096 else 4,
+        wanted=lambda name: gated == ("_plus" in name or "7b" in name),
+        args=args,
+    )
+    return replace(found, resizes=True, names="eva")
+
+
+def _beit(config: Mapping[str, Any], head: Head) -> Architecture:
+    mean = bool(config["use_mean_pooling"])
+    args: dict[str, Any] = {} if mean else {"global_pool": "token"}
+    for theirs, ours, usual in (("use_absolute_position_embeddings", "use_abs_pos_emb", False),
+                                ("use_relative_position_bias", "use_rel_pos_bias", True),
+                                ("use_shared_relative_position_bias", "use_shared_rel_pos_bias", False)):  # fmt: skip
+        if bool(config[theirs]) != usual:
+            args[ours] = not usual
+    if not config["layer_scale_init_value"]:
+        args["init_values"] = 0.0
+    found = _built(config, head, ("beit_{size}_patch{patch}_{image}", "beit_{size}_patch{patch}_224"), args=args)
+    return replace(found, names="beit")
 
 
 def _clip(config: Mapping[str, Any], head: Head) -> Architecture:
@@ -242,7 +292,7 @@ def _built(
     otherwise: str = "",
     usual_width: float = 4,
     usual_act: str = "gelu",
-    wanted: Callable[[str], bool] = lambda size: size != "giant",
+    wanted: Callable[[str], bool] = lambda name: "_giant_" not in name,
     args: Mapping[str, Any] | None = None,
 ) -> Architecture:
     """The first of timm's names that has the config's sizes, or another with all of them as arguments.
@@ -254,7 +304,7 @@ def _built(
         otherwise: The name for sizes that timm has no word for; by default the last one's base.
         usual_width: How much wider the named models' MLPs are.
         usual_act: The named models' activation.
-        wanted: Whether a size's word will do.
+        wanted: Whether a name will do.
         args: Further arguments.
     """
     width, depth, heads = (config[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
@@ -263,7 +313,7 @@ def _built(
     filled = [name.format(size=size, patch=high, image=rows) for name in names]
     known = architectures().keys()
     args = dict(args or {})
-    name = next((name for name in filled if size and wanted(size) and high == wide and name in known), None)
+    name = next((name for name in filled if size and wanted(name) and high == wide and name in known), None)
     if name is None:
         name = otherwise or names[-1].format(size="base", patch=16, image=224)
         args = {"embed_dim": width, "depth": depth, "num_heads": heads, **args}
@@ -311,6 +361,9 @@ _KINDS: dict[str, Kind] = {
     "dinov2": Kind(_dinov2, _DINOV2, _processor("imagenet", {"shortest_edge": 256}, 3, **_CROPPED)),
     "dinov2_with_registers": Kind(_dinov2, {**_DINOV2, "patch_size": 16, "num_register_tokens": 4},
                                   _processor("imagenet", {"shortest_edge": 256}, 3, **_CROPPED)),
+    "dinov3_vit": Kind(_dinov3, _DINOV3, _processor("imagenet", None, 2)),
+    **dict.fromkeys(("beit", "data2vec-vision"),
+                    Kind(_beit, _BEIT, _processor("half", {"height": 256, "width": 256}, 3, **_CROPPED))),
     **dict.fromkeys(("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model"),
                     Kind(_clip, _CLIP, _processor("clip", {"shortest_edge": 224}, 3, **_CROPPED))),
     **dict.fromkeys(("siglip", "siglip_vision_model"), Kind(_siglip, _SIGLIP, _processor("half", None, 3))),

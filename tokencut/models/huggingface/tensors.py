@@ -17,8 +17,8 @@ _EXTRAS = (
     ("the decoder", r"^(decoder|.*\bdecoder_pos_embed)"),
     ("the text model", r"^(text_model|text_projection|logit_scale|logit_bias)"),
     ("the mask token", r"mask_token$"),
-    ("the pooler", r"(^|\.)pooler\."),
-    ("position numbers", r"position_ids$"),
+    ("the pooler", r"(^|\.)pooler\.(?!layernorm)"),  # BEiT's holds the norm behind its pooling
+    ("position numbers", r"(position_ids|relative_position_index)$"),
 )
 
 # Within a block, old and new names of transformers: `attention.attention.query` became `attention.q_proj` in its
@@ -32,6 +32,11 @@ _BLOCK = (
     (r"(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", "attn.proj."),
     (r"(intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.", "mlp.fc1."),
     (r"(output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.", "mlp.fc2."),
+    (r"lambda_([12])$", r"gamma_\1"),
+    (
+        r"(attention\.attention\.)?relative_position_bias\.relative_position_bias_table$",
+        "attn.relative_position_bias_table",
+    ),
     (r"mlp\.gate_proj\.", "mlp.gate."),
     (r"mlp\.up_proj\.", "mlp.up."),
     (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
@@ -41,9 +46,14 @@ _AROUND = (
     (r"embeddings\.distillation_token$", "distillation_token"),
     (r"embeddings\.register_tokens$", "reg_token"),
     (r"embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
-    (r"embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+    (r"embeddings\.(patch_embeddings\.projection|patch_embeddings|patch_embedding)\.", "patch_embed.proj."),
+    (
+        r"(encoder\.relative_position_bias|shared_position_bias)\.relative_position_bias_table$",
+        "rel_pos_bias.relative_position_bias_table",
+    ),
+    (r"pooler\.layernorm\.", "fc_norm."),
     (r"pre_layrnorm\.", "norm_pre."),  # transformers' spelling
-    (r"(layernorm|post_layernorm)\.", "norm."),
+    (r"(layernorm|post_layernorm|norm)\.", "norm."),
     (r"(cls_classifier|classifier|visual_projection)\.", "head."),
     (r"distillation_classifier\.", "head_dist."),
     (r"head\.probe$", "attn_pool.latent"),
@@ -53,8 +63,21 @@ _AROUND = (
     (r"head\.mlp\.", "attn_pool.mlp."),
 )
 # What transformers puts before the names of an image tower.
-_TOWER = re.compile(r"^(?:vit|deit|dinov2|dinov2_with_registers|vision_model(?:\.vision_model)?)\.")
-_LAYER = re.compile(r"^(?:encoder\.)?layers?\.(\d+)\.")
+_TOWER = re.compile(
+    r"^(?:vit|deit|dinov2|dinov2_with_registers|beit|data2vec_vision|vision_model(?:\.vision_model)?)\."
+)
+_LAYER = re.compile(r"^(?:encoder\.|model\.)?layers?\.(\d+)\.")
+# What timm's modules call differently: both halves of a gated MLP are one tensor in a Vision Transformer, two in eva.
+_BIASES = ((r"\.attn\.query\.bias$", ".attn.q_bias"), (r"\.attn\.value\.bias$", ".attn.v_bias"))
+_SCALES = ((r"\.ls([12])\.gamma$", r".gamma_\1"),)
+_UP = ((r"\.mlp\.up\.", ".mlp.fc1."),)
+_DIALECTS = {
+    ("vit", False): _UP,
+    ("vit", True): (),
+    ("eva", False): (*_BIASES, *_SCALES, *_UP),
+    ("eva", True): (*_BIASES, *_SCALES, (r"\.mlp\.gate\.", ".mlp.fc1_g."), (r"\.mlp\.up\.", ".mlp.fc1_x.")),
+    ("beit", False): _BIASES,
+}
 
 
 def split_extras(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -76,13 +99,16 @@ def split_extras(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tupl
     return rest, tuple(word for word in found if word != "position numbers")
 
 
-def to_timm(tensors: Mapping[str, Tensor], *, patch_size: tuple[int, int], distilled: bool) -> dict[str, Tensor]:
+def to_timm(
+    tensors: Mapping[str, Tensor], *, patch_size: tuple[int, int], distilled: bool, names: str = "vit"
+) -> dict[str, Tensor]:
     """Renames an image tower's tensors and gives them timm's shapes.
 
     Args:
         tensors: The tower's, by transformers' names.
         patch_size: Height and width of a patch in px, for patch embeddings that are kept as one matrix.
         distilled: Whether the distillation token has a head of its own.
+        names: As `Architecture.names`.
 
     Raises:
         ModelError: A name that is not known.
@@ -101,8 +127,20 @@ def to_timm(tensors: Mapping[str, Tensor], *, patch_size: tuple[int, int], disti
     if "distillation_token" in named:
         named["dist_token" if distilled else "reg_token"] = named.pop("distillation_token")
     _shape(named, patch_size)
+    gated = any(".mlp.gate." in name for name in named)
+    for pattern, ours in _DIALECTS.get((names, gated), ()):
+        named = {re.sub(pattern, ours, name): tensor for name, tensor in named.items()}
     _join(named)
+    if names == "eva":
+        _complete_biases(named)
     return named
+
+
+def _complete_biases(named: dict[str, Tensor]) -> None:
+    """Of the biases of queries and values timm has both or none."""
+    for name in [name for name in named if name.endswith((".q_bias", ".v_bias"))]:
+        other = name[:-6] + ("v_bias" if name.endswith("q_bias") else "q_bias")
+        named.setdefault(other, torch.zeros_like(named[name]))
 
 
 def _renamed(name: str) -> str | None:
@@ -152,6 +190,22 @@ def fold_class_position(named: dict[str, Tensor]) -> None:
     if positions is not None and "cls_token" in named:
         named["cls_token"] = named["cls_token"] + positions[:, :1]
         named["pos_embed"] = positions[:, 1:]
+
+
+def resized_biases(tensors: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Biases of pairs for another grid, as transformers' BEiT makes them, in place.
+
+    Args:
+        tensors: By timm's names; a table is `((2 R - 1) (2 C - 1) + 3, H)`, of `R` rows and `C` columns.
+        old: Rows and columns of the grid they are for.
+        new: Rows and columns wanted.
+    """
+    high, wide = 2 * old[0] - 1, 2 * old[1] - 1
+    for name in [name for name in tensors if name.endswith("relative_position_bias_table")] if old != new else []:
+        table, rest = tensors[name][:-3], tensors[name][-3:]
+        grid = table.reshape(1, wide, high, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(2 * new[0] - 1, 2 * new[1] - 1), mode="bilinear")
+        tensors[name] = torch.cat((grid.permute(0, 2, 3, 1).reshape(-1, rest.shape[1]), rest))
 
 
 def resized_positions(
