@@ -174,8 +174,7 @@ def test_no_image_can_be_read_for_other_channels() -> None:
         _ = prepared.mode
     assert str(caught.value) == (
         "image files have 3 channels (colour) or 1 (grey), and the model takes 4: what reads images cannot run it; "
-        "compressing, profiling and exporting do without, and a loop of your own takes the model as any other; or "
-        "build it with `in_chans=3`"
+        "compressing, profiling and exporting do without, and so does a loop of your own; or build it with `in_chans=3`"
     )
 
 

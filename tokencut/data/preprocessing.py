@@ -61,8 +61,8 @@ class Preprocessing:
         if channels not in MODES:
             raise ModelError(
                 f"image files have 3 channels (colour) or 1 (grey), and the model takes {channels}: what reads images "
-                "cannot run it; compressing, profiling and exporting do without, and a loop of your own takes the "
-                "model as any other; or build it with `in_chans=3`"
+                "cannot run it; compressing, profiling and exporting do without, and so does a loop of your own; or "
+                "build it with `in_chans=3`"
             )
         return MODES[channels]
 
