@@ -99,22 +99,39 @@ def read_member(archive: BinaryIO, member: Member) -> bytes:
     Raises:
         OSError: It is not as the archive says; `strerror` says so.
     """
+    content = _unpacked(archive, member, member.packed, member.size + 1)
+    if len(content) != member.size or zlib.crc32(content) != member.crc:
+        raise _damaged("its checksum or length is another than the archive says")
+    return content
+
+
+def read_start(archive: BinaryIO, member: Member, size: int) -> bytes:
+    """Reads the first bytes of a file; fewer where it ends.
+
+    Raises:
+        OSError: It is damaged; `strerror` says so.
+    """
+    # Images hardly shrink: what is wanted of one is in few more bytes than it has. bzip2 packs by large blocks.
+    packed = member.packed if member.method == zipfile.ZIP_BZIP2 else min(member.packed, 4 * size + 1024)
+    return _unpacked(archive, member, packed, size)[:size]
+
+
+def _unpacked(archive: BinaryIO, member: Member, packed: int, most: int) -> bytes:
+    """At most so many bytes of what so many packed ones become."""
     archive.seek(member.start)
-    header = archive.read(30)
+    header = archive.read(HEADER.size)
     if len(header) < HEADER.size or header[:4] != MAGIC[0]:
         raise _damaged("its header is not where the archive says")
     _, name, extra = HEADER.unpack(header)
     archive.seek(name + extra, os.SEEK_CUR)
-    content = archive.read(member.packed)
-    if member.method != zipfile.ZIP_STORED:
-        unpacker = DECOMPRESSORS[member.method]()
-        try:
-            content = unpacker.decompress(content, member.size + 1)
-        except (zlib.error, OSError, ValueError) as error:
-            raise _damaged(str(error)) from error
-    if len(content) != member.size or zlib.crc32(content) != member.crc:
-        raise _damaged("its checksum or length is another than the archive says")
-    return content
+    content = archive.read(packed)
+    if member.method == zipfile.ZIP_STORED:
+        return content
+    try:
+        unpacked: bytes = DECOMPRESSORS[member.method]().decompress(content, most)
+    except (zlib.error, OSError, ValueError) as error:
+        raise _damaged(str(error)) from error
+    return unpacked
 
 
 def _damaged(why: str) -> OSError:

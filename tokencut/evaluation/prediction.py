@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokencut.data.image_files import Photo, PhotoLike, PhotoSource
 from tokencut.data.image_set import images_for
@@ -84,6 +84,22 @@ class PredictionReport:
         rows = ([one.image, *(cell for guess in one.top for cell in (guess.label, f"{guess.probability:.6g}"))]
                 for one in self.predictions)  # fmt: skip
         write_csv(path, [head, *rows], force=force)
+
+
+def guesses(logits: Tensor, names: Sequence[str], top: int = 1) -> list[tuple[Guess, ...]]:
+    """The most likely classes of each image.
+
+    Args:
+        logits: `(B, classes)`.
+        names: What the classes are called.
+        top: How many to tell; all where there are fewer.
+    """
+    best = ranked(logits, top)
+    likely = logits.softmax(dim=1).gather(1, best)
+    return [
+        tuple(Guess(names[index], index, share) for index, share in zip(*of_image, strict=True))
+        for of_image in zip(best.tolist(), likely.tolist(), strict=True)
+    ]
 
 
 def _several(images: PhotoLike | Sequence[PhotoLike]) -> Sequence[PhotoLike]:
@@ -160,10 +176,8 @@ def predict(
             unreadable += batch.unreadable
             if logits is not None:
                 check_finite(logits, precision)
-                likely = logits.softmax(dim=1).gather(1, best := ranked(logits, top)).tolist()
-                for number, classes, shares in zip(batch.indices.tolist(), best.tolist(), likely, strict=True):
-                    guesses = (Guess(names[index], index, share) for index, share in zip(classes, shares, strict=True))
-                    found.append(Prediction(photos.source.filename(number), tuple(guesses)))
+                of_images = zip(batch.indices.tolist(), guesses(logits, names, top), strict=True)
+                found += (Prediction(photos.source.filename(number), best) for number, best in of_images)
             told.progress(f"predicting by {called}", len(found) + len(unreadable), len(photos), {})
     if not found:
         raise DataError(f"no image can be decoded: {listed([photos.told(image) for image in unreadable])}; give others")
