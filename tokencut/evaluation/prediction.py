@@ -22,6 +22,7 @@ from tokencut.evaluation.forwards import TOP, check_finite, logits_of, ranked
 from tokencut.evaluation.tables import check_csv, write_csv
 from tokencut.limits import check_number
 from tokencut.messages import listed
+from tokencut.models.checkpoints import require_finite
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
 from tokencut.runtime.compiling import check_form
@@ -163,6 +164,7 @@ def predict(
     precision_dtype(precision)
     check_form(compile_mode, capture)
     names, assumed = names_for_people(model, read_class_map(class_map) if class_map else ())
+    require_finite(model)
     photos = images_for(model, images if isinstance(images, PhotoSource) else PhotoSource(_several(images)))
     found: list[Prediction] = []
     unreadable: list[Unreadable] = []

@@ -19,6 +19,7 @@ from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.files import atomic_write, check_writable
 from tokencut.limits import check_number
+from tokencut.models.checkpoints import require_finite
 from tokencut.observers import Observer
 from tokencut.runtime import extras
 from tokencut.runtime.devices import inference_state
@@ -148,6 +149,7 @@ def export_model(
         ('out.pt2', 16)
     """
     target, model = check_export(path, force=force, opset=opset), plain_model(model)
+    require_finite(model)
     _check_model(model, target, batch_size)
     chosen = None if target.suffix == PT2_SUFFIX else opset or DEFAULT_OPSET
     info = describe_export(

@@ -18,6 +18,7 @@ from tokencut.errors import UsageError
 from tokencut.evaluation.prediction import Guess
 from tokencut.files import check_writable
 from tokencut.model import CompressedModel, require_compressed
+from tokencut.models.checkpoints import require_finite
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import PANEL, Canvas, Layout, Panel, Strip, fit, swatch_side
@@ -149,6 +150,8 @@ def draw(
     extras.require("pictures need", "matplotlib", extra="plot")
     given = dict(models) if isinstance(models, Mapping) else {"": models}
     named = {name: require_compressed(model, "draw") for name, model in given.items()}
+    for model in named.values():
+        require_finite(model)
     target, prepared = resolve_device(device), shared_preprocessing(named)
     shown = read_images(images, prepared)
     traced = {
