@@ -39,6 +39,7 @@ def test_each_type_has_numbers_that_are_none(
     assert not_finite_in(tmp_path / "w.safetensors") == ["inf", "minus", "nan"]
 
 
+@pytest.mark.slow
 def test_it_needs_neither_torch_nor_timm() -> None:
     code = "import sys, tokencut.models.finite; print([name for name in ('torch', 'timm') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

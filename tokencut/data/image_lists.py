@@ -72,7 +72,7 @@ def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageLi
         raise DataError(f"cannot read {path}: {error.strerror or error}; give a file that you may read") from error
     labels, again = _labels(path, rows)
     names = sorted(labels, key=path_order)
-    places = tuple(folder / name for name in names)
+    places = tuple(_place(folder, name) for name in names)
     missing = [name for name, place in zip(names, places, strict=True) if not place.exists()]
     if len(missing) > MISSING_SHARE * len(names):
         where = "" if root is None else f" in {os.fspath(root)!r}"
@@ -85,6 +85,12 @@ def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageLi
     placed = tuple((name, number[labels[name]]) for name in names)
     notes = (told(again, "images listed more than once, counted once"),)
     return ImageList(Layout(tuple(classes), placed, tuple(filter(None, notes))), places)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a list is; a list that was written on Windows parts folders by backslashes."""
+    place = folder / name
+    return place if place.exists() or "\\" not in name else folder / name.replace("\\", "/")
 
 
 def _text(path: Path, content: bytes, errors: str = "strict") -> str:

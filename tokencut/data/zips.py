@@ -56,8 +56,8 @@ def scan_zip(path: Path) -> tuple[Listing, dict[str, Member]]:
     Where a path occurs twice the later entry counts, as it would when unpacked.
 
     Raises:
-        DataError: The archive is truncated or damaged, encrypted, packed by a method that is not read here, or holds a
-            path that leads out of it, or a file that would be larger than any image.
+        DataError: The archive is truncated or damaged, encrypted, packed by a method that is not read here, one of
+            several that were joined, or holds a path that leads out of it or a file that is larger than any image.
     """
     listing, members = Listing(), dict[str, Member]()
     locked, unknown, bombs = [], [], []
@@ -83,6 +83,11 @@ def scan_zip(path: Path) -> tuple[Listing, dict[str, Member]]:
             elif info.file_size > MOST_BYTES:
                 bombs.append(f"{name} ({info.file_size / 1e9:,.1f} GB, packed into {info.compress_size / 1e6:,.1f} MB)")
     listing.folders.discard(".")
+    if infos and min(info.header_offset for info in infos) > 0:
+        raise DataError(
+            f"{path} has something in front of its files, as archives that were joined by cat have, of which only the "
+            "last would be read; unpack each of them yourself and give the folder"
+        )
     if locked:
         raise DataError(f"{path} is encrypted ({quoted(locked)}); unpack it with its password and give the folder")
     if unknown:
