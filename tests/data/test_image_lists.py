@@ -91,11 +91,17 @@ def test_a_list_of_hugging_face_in_its_folder(photos: Path) -> None:
     assert isinstance(found, ListSource)
     assert (found.classes, len(found)) == (("ant", "cat"), 2)
     assert found.notes == ("labels are those in metadata.csv, as Hugging Face writes it",)
-    # Without labels it is a file like any other.
-    (photos / "metadata.csv").write_text("file_name,caption\na.jpg,a cat\n")
+    # Without labels, or of other images, it is a file like any other.
     (photos / "other").mkdir()
     (photos / "other/1.jpg").write_bytes((photos / "a.jpg").read_bytes())
-    assert isinstance(open_source(photos), FolderSource)
+    for content in (
+        "file_name,caption\na.jpg,a cat\n",
+        "file_name,label\nelsewhere.jpg,cat\n",
+        "file_name,label\n",
+        "",
+    ):
+        (photos / "metadata.csv").write_text(content)
+        assert isinstance(open_source(photos), FolderSource)
 
 
 def test_an_evaluation_goes_by_the_labels_of_the_list(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
-from tokencut.data.image_lists import METADATA, has_labels, is_list, read_list
+from tokencut.data.image_lists import METADATA, is_list, labels_images, read_list
 from tokencut.data.listing import Layout, find_classes, scan_folder
 from tokencut.data.own_pictures import START, set_apart, start_of_file
 from tokencut.data.sampling import stratified
@@ -227,7 +227,7 @@ def open_source(
     name, path = os.fspath(data), Path(data).expanduser()
     if path.is_dir():
         listed = path / METADATA
-        if not has_labels(listed):
+        if not labels_images(listed, image_root):
             return FolderSource(name, path)
         source = ListSource(name, listed, image_root)
         source.notes += (f"labels are those in {METADATA}, as Hugging Face writes it",)
