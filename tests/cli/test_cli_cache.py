@@ -55,6 +55,7 @@ def test_what_is_kept_is_told(run: Run, unpacked: Path) -> None:
     assert (unpacked / "mine.txt").exists()
 
 
+@pytest.mark.slow
 def test_it_does_not_wait_for_torch(unpacked: Path) -> None:
     code = (
         "import sys\nfrom tokencut.cli.app import main\nmain(['cache'])\n"

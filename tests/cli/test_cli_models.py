@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from outcome import Run
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tokencut.methods import methods
 
@@ -57,3 +59,25 @@ def test_info_as_json_is_the_files_own_metadata(run: Run, compressed: Path) -> N
     assert set(found["measured"]) == {"dense_gmacs", "gmacs"}
     assert found["tensors"]["dtype"] == "fp32"
     assert found["tensors"]["bytes"] == compressed.stat().st_size
+
+
+def test_info_says_that_weights_are_no_numbers(run: Run, compressed: Path, tmp_path: Path) -> None:
+    assert run("info", compressed, "--json").json["tensors"]["not_finite"] == []
+    with safe_open(compressed, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = file.metadata()
+    tensors["head.weight"][0, 0] = float("nan")
+    tensors["blocks.1.norm1.weight"][3] = float("inf")
+    save_file(tensors, broken := tmp_path / "broken.safetensors", metadata=metadata)
+    done = run("info", broken)
+    assert (done.code, done.notes) == (
+        0, ["the weights cannot be used: 2 with numbers that are not finite: blocks.1.norm1.weight, head.weight; "
+            "compress a model with other weights"],
+    )  # fmt: skip
+    found = run("info", broken, "--json")
+    assert found.json["tensors"]["not_finite"] == ["blocks.1.norm1.weight", "head.weight"]
+    refused = run("eval", broken, "--data", "digits")
+    assert (refused.code, refused.err) == (
+        1, f"error: cannot load {broken}: its weights cannot be used: 2 with numbers that are not finite: "
+        "blocks.1.norm1.weight, head.weight; compress a model with other weights\n",
+    )  # fmt: skip

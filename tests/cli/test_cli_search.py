@@ -192,6 +192,7 @@ def test_several_processes_are_refused(pictures: Path) -> None:
         search_run.requested_search(target, RunOptions(), front=None, force=True, processes=2)
 
 
+@pytest.mark.slow
 def test_profile_reads_calibration_images_as_data_are_read(run: Run, pictures: Path, tmp_path: Path) -> None:
     order = tmp_path / "map.txt"
     order.write_text("ant\nbee\ncow\n")

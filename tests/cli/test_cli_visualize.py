@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from image_files import write_folder
 from outcome import TINY, Run
 from PIL import Image
 
@@ -36,6 +36,8 @@ def test_json_names_the_file_and_its_rows(run: Run, compressed: Path, pictures: 
         assert [(stage["block"], stage["tokens_in"], stage["tokens_out"]) for stage in row["stages"]] == [
             (2, 16, 8), (4, 8, 4), (5, 4, 2),
         ]  # fmt: skip
+        told = run("predict", compressed, image, "--top", "1", "-j", "0", "--json").json["predictions"][0]["top"][0]
+        assert (row["predicted"]["label"], row["predicted"]["index"]) == (told["label"], told["index"])
         assert all(stage["merged"] >= 1 and stage["dropped"] == 0 for stage in row["stages"])
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokens.png"]
 
@@ -48,6 +50,7 @@ def test_people_get_lines(run: Run, compressed: Path, photo: Path, tmp_path: Pat
     assert facts["reduction"] == "evit, keep 0.5, layers 2,4,5"
     assert facts["tokens"] == "16 -> 8 (block 2), 8 -> 4 (block 4), 4 -> 2 (block 5)"
     assert facts["images"] == "1"
+    assert facts["taken for"].endswith(f" %): {photo}")
     assert facts["how to read it"].startswith("outlined: merged, one token, in its mean colour; ")
     assert [note.partition(" of ")[0] for note in done.notes] == ["--keep and --method replace the recipe"]
     assert (tmp_path / "t.svg").read_text().startswith("<?xml")
@@ -165,10 +168,16 @@ def test_without_matplotlib_one_line_says_what_to_type(
     )  # fmt: skip
 
 
-def test_a_picture_in_a_class_folder_is_told_of(run: Run, tmp_path: Path, compressed: Path) -> None:
-    folder = write_folder(tmp_path / "set", ("ant", "bee"), images=2)
-    words = ("visualize", compressed, folder / "ant" / "1.jpg", "-o")
-    assert "lies among" not in run(*words, folder / "tokens.png").err
-    told = run(*words, folder / "ant" / "tokens.png")
-    assert told.code == 0
-    assert any("lies among the images in 'ant'" in note and "'bee'" in note for note in told.notes)
+def test_a_picture_in_a_class_folder_is_no_image_of_the_next_run(
+    run: Run, compressed: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "val")
+    words = ("eval", compressed, "--data", folder, "-j", "0", "--json")
+    before = run(*words).json
+    for place in ("ant/tokens.png", "tokens.png"):
+        assert run("visualize", compressed, folder / "ant/1.jpg", "-o", folder / place).notes == []
+    after = run(*words)
+    assert {key: after.json[key] for key in ("images", "top1", "loss")} == {
+        key: before[key] for key in ("images", "top1", "loss")
+    }  # fmt: skip
+    assert "pictures that tokencut wrote passed over: 2 ('ant/tokens.png', 'tokens.png')" in after.notes

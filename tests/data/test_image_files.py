@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
 from image_files import encoded, picture, write_folder
 from PIL import Image
 
-from tokencut.data.image_files import Photo, check_photos, find_photos, photo_of, read_photos
+from tokencut.data.image_files import Photo, PhotoSource, check_photos, find_photos, photo_of, read_photos
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
 
@@ -74,3 +76,17 @@ def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "photo.jpg")
     with pytest.raises(DataError, match=r"'.*photo.jpg' \(it is a pipe, not a file\)"):
         check_photos(find_photos([tmp_path / "photo.jpg"]))
+
+
+def test_sources_go_to_other_processes(tmp_path: Path) -> None:
+    """As loaders need where processes are not forked."""
+    folder = write_folder(tmp_path / "set", ["ant", "bee"], images=1)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in folder.rglob("*.jpg"):
+            archive.write(path, path.relative_to(folder))
+    (tmp_path / "l.csv").write_text("file_name,label\nset/ant/1.jpg,ant\nset/bee/1.jpg,bee\n")
+    for source in (PhotoSource([folder]), open_source(tmp_path / "set.zip"), open_source(tmp_path / "l.csv")):
+        sent = pickle.loads(pickle.dumps(source))  # noqa: S301 (our own bytes)
+        for index in range(2):
+            with sent.open(index) as file, (folder / ("ant", "bee")[index] / "1.jpg").open("rb") as plain:
+                assert file.read() == plain.read()

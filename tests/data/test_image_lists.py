@@ -55,13 +55,15 @@ def table(delimiter: str = ",", head: tuple[str, str] | None = ("file_name", "la
         table("\t").encode("utf-16"),  # as Excel writes Unicode text
         "\n" + table().replace("\n", "\n\n"),
         "id,label,split,file_name\n" + "".join(f"7,{label},train,{file}\n" for file, label in ROWS),
+        table().replace("deep/c 1.jpg", "deep\\c 1.jpg"),  # as Windows parts folders
         "label , file_name\n" + "".join(f'{label} , "{file}"\n' for file, label in ROWS).replace(' , "', ',"'),
     ],
 )
 def test_every_way_of_writing_a_list(photos: Path, content: str | bytes) -> None:
     found = listed(photos, content)
     assert (found.classes, found.notes) == (("ant", "cat"), ())
-    assert [found.filename(index) for index in range(3)] == ["a.jpg", "b.jpg", "deep/c 1.jpg"]
+    names = [found.filename(index).replace("\\", "/") for index in range(3)]
+    assert names == ["a.jpg", "b.jpg", "deep/c 1.jpg"]
     assert Subset(found, range(3)).folders() == [1, 1, 0]
     with found.open(2) as file:
         assert file.read() == (photos / "deep/c 1.jpg").read_bytes()
@@ -89,11 +91,17 @@ def test_a_list_of_hugging_face_in_its_folder(photos: Path) -> None:
     assert isinstance(found, ListSource)
     assert (found.classes, len(found)) == (("ant", "cat"), 2)
     assert found.notes == ("labels are those in metadata.csv, as Hugging Face writes it",)
-    # Without labels it is a file like any other.
-    (photos / "metadata.csv").write_text("file_name,caption\na.jpg,a cat\n")
+    # Without labels, or of other images, it is a file like any other.
     (photos / "other").mkdir()
     (photos / "other/1.jpg").write_bytes((photos / "a.jpg").read_bytes())
-    assert isinstance(open_source(photos), FolderSource)
+    for content in (
+        "file_name,caption\na.jpg,a cat\n",
+        "file_name,label\nelsewhere.jpg,cat\n",
+        "file_name,label\n",
+        "",
+    ):
+        (photos / "metadata.csv").write_text(content)
+        assert isinstance(open_source(photos), FolderSource)
 
 
 def test_an_evaluation_goes_by_the_labels_of_the_list(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from tokencut.data.sources import (
     Subset,
     TarSource,
     check_apart,
-    class_folder_note,
     hold_out,
     open_source,
 )
@@ -102,19 +100,6 @@ def test_outputs_lie_outside_of_the_images(folder: Path, tmp_path: Path, monkeyp
             check_apart(output, None, source)
     for output in (tmp_path / "report", tmp_path / "settled"):
         check_apart(output, None, source, archive)
-
-
-def test_a_picture_in_a_class_folder_is_told_of(folder: Path, tmp_path: Path) -> None:
-    picture = folder / "c1" / "tokens.png"
-    assert class_folder_note(picture) == (
-        f"{picture} lies among the images in 'c1'; where that is a class folder, as 'c10' beside it may be, the "
-        "picture will be taken for one of them: keep it elsewhere then"
-    )
-    (tmp_path / "photos").mkdir()
-    for name in ("1.jpg", "2.jpg"):
-        shutil.copy(folder / "c1" / name, tmp_path / "photos")
-    for place in (tmp_path / "photos", folder, tmp_path):  # beside a photo, beside the class folders, and outside
-        assert not class_folder_note(place / "tokens.png")
 
 
 def test_digits_are_a_source() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,17 +88,16 @@ def test_links_are_told_and_of_equal_names_the_later_counts(tmp_path: Path) -> N
     assert [found.open(index).read() for index in range(len(found))] == [IMAGE, IMAGE]
 
 
-def test_what_stands_in_front_of_an_archive_is_passed_over(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("ant/1.jpg", IMAGE)
-        archive.writestr("bee/1.jpg", IMAGE)
-    shifted = tmp_path / "a.zip"
-    with shifted.open("wb") as file:
-        file.write(b"PK\x03\x04 not really a header")
-        file.write(buffer.getvalue())
-    found = open_source(shifted)
-    assert [found.open(index).read() for index in range(2)] == [IMAGE, IMAGE]
+def test_archives_that_were_joined_are_refused_for_only_the_last_would_be_read(tmp_path: Path) -> None:
+    one, other = zip_of(tmp_path / "1.zip", {"ant/1.jpg": IMAGE}), zip_of(tmp_path / "2.zip", {"bee/1.jpg": IMAGE})
+    joined = tmp_path / "joined.zip"
+    joined.write_bytes(one.read_bytes() + other.read_bytes())
+    with pytest.raises(DataError) as caught:
+        open_source(joined)
+    assert str(caught.value) == (
+        f"{joined} has something in front of its files, as archives that were joined by cat have, of which only the "
+        "last would be read; unpack each of them yourself and give the folder"
+    )
 
 
 @pytest.mark.parametrize("name", ["../out.jpg", "ant/../../out.jpg"])

@@ -139,9 +139,16 @@ def test_another_models_logits_are_not_kept(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.usefixtures("instant")
 def test_logits_that_are_not_finite(tmp_path: Path) -> None:
     model = small("topk")
-    model.model.head.bias.data[0] = float("nan")
+    model.model.head.bias.data[:] = torch.finfo(torch.float32).max  # finite, and beyond that with what is added
+    model.model.head.weight.data[:] = torch.finfo(torch.float32).max
     with pytest.raises(
         ModelError, match="^the model gives logits that are not finite numbers, so no file of it can be checked; "
+    ):
+        export_model(model, tmp_path / "m.pt2", limit=2)
+    model.model.head.bias.data[0] = float("nan")
+    with pytest.raises(
+        ModelError,
+        match="^the model's weights cannot be used: 1 with numbers that are not finite: model.head.bias; give",
     ):
         export_model(model, tmp_path / "m.pt2", limit=2)
     assert names_in(tmp_path) == []

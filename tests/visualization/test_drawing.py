@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from image_files import encoded, picture
 from PIL import Image
 
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import ArtifactError, TokencutError, UsageError
+from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
+from tokencut.evaluation.prediction import predict
 from tokencut.model import CompressedModel, compress
 from tokencut.visualization import drawing, grid
 from tokencut.visualization.drawing import Picture, check_output, draw
@@ -53,7 +55,9 @@ def captions(found: Picture) -> list[str]:
 
 
 def titles(found: Picture) -> list[str]:
-    return [label.text for label in found.labels if label.left and label.text not in found.legend]
+    """What rows are called, without what the model takes the image for."""
+    texts = [label.text for label in found.labels if label.left and label.text not in found.legend]
+    return [re.sub(r"( – )?class \d \(\d+ %\)$", "", text) for text in texts]
 
 
 def panel(found: Picture, layout: grid.Layout, *place: int) -> np.ndarray:
@@ -291,3 +295,29 @@ def test_a_users_own_settings_of_matplotlib_change_nothing(photos: list[Path], t
     with matplotlib.rc_context(odd):
         found.save(tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_a_row_says_what_the_model_takes_the_image_for(photos: list[Path]) -> None:
+    model = small()
+    model.model.pretrained_cfg = {**model.model.pretrained_cfg, "label_names": ["ant, pismire", "bee", "cat"]}
+    told = predict(model, photos, workers=0, device="cpu", top=1).predictions
+    found = draw({"a": model, "b": model}, photos, device="cpu")
+    for view, of_image in zip(found.views, (told[0], told[0], told[1], told[1]), strict=True):
+        assert view.predicted is not None
+        assert view.predicted.label == of_image.top[0].label
+        assert view.predicted.probability == pytest.approx(of_image.top[0].probability, abs=1e-5)
+    best = told[0].top[0]
+    shown = f"{best.label.partition(',')[0]} ({100 * best.probability:.0f} %)"
+    assert titles(draw(model, photos[0], device="cpu")) == [f"1.jpg – {shown}"]
+    assert titles(found)[:3] == ["1.jpg", f"a – {shown}", f"b – {shown}"]
+
+
+def test_a_model_without_a_head_says_nothing_and_one_without_numbers_is_refused(photos: list[Path]) -> None:
+    headless = draw(small(timm_args={"num_classes": 0}), photos[0], device="cpu")
+    assert headless.views[0].predicted is None
+    assert titles(headless) == ["1.jpg"]
+    broken = small()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        draw(broken, photos[0], device="cpu")

@@ -166,17 +166,20 @@ def _methods(
 def _show(report: ComparisonReport, first: Subject, second: Subject) -> None:
     one, two = report.first, report.second
     alone = (report.only_first_right, report.only_second_right)
+    render.show(render.facts([
+        ("first", f"{one.model} ({first.describe()})"),
+        ("second", f"{two.model} ({second.describe()})"),
+        ("data", f"{report.data}, {report.images:,} images"),
+    ]))  # fmt: skip
     rows = [
-        ("reduction", first.describe(), second.describe()),
         ("GMACs per image", *(render.gmacs_text(found.gmacs or 0.0) for found in (one, two))),
         ("top-1", f"{one.top1:.2f} %", f"{two.top1:.2f} %"),
         ("top-5", f"{one.top5:.2f} %", f"{two.top5:.2f} %"),
         ("loss", f"{one.loss:.4f}", f"{two.loss:.4f}"),
         ("right alone", *(f"{count:,} image{'s' * (count != 1)}" for count in alone)),
     ]
-    render.show(render.table(("", one.model, two.model), rows))
+    render.show(render.table(("", "first", "second"), rows))
     render.show(render.facts([
-        ("data", f"{report.data}, {report.images:,} images"),
         ("difference in top-1", f"{report.difference.verdict()} points, the first less the second"),
         ("same class", f"for {report.agreement:.2f} % of the images, right or wrong"),
     ]))  # fmt: skip

@@ -28,11 +28,15 @@ def info(
       tokencut info out.safetensors
     """
     from tokencut.models.artifact import read_info
+    from tokencut.models.finite import not_finite_in
 
     found = read_info(file)
-    size = file.stat().st_size
+    size, wrong = file.stat().st_size, not_finite_in(file)
+    if wrong:
+        render.note(f"the weights cannot be used: {len(wrong)} with numbers that are not finite: {listed(wrong)}; "
+                    "compress a model with other weights")  # fmt: skip
     if as_json:
-        tensors = {"dtype": found.dtype, "parameters": found.parameters, "bytes": size}
+        tensors = {"dtype": found.dtype, "parameters": found.parameters, "bytes": size, "not_finite": wrong}
         render.write_json({"file": str(file), **json.loads(found.to_text()), "tensors": tensors})
         return
     render.show(render.facts(_facts(found, size)))

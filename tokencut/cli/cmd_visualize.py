@@ -64,7 +64,6 @@ def visualize(
     extras.require("pictures need", "matplotlib", extra="plot")
     check_output(output, force=force)
     from tokencut.data.image_files import check_photos, find_photos
-    from tokencut.data.sources import class_folder_note
     from tokencut.runtime.devices import resolve_device
     from tokencut.visualization.drawing import draw
 
@@ -78,8 +77,6 @@ def visualize(
         models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision
     )
     picture.save(output, force=force)
-    if output.suffix.lower() == ".png" and (note := class_folder_note(output)):
-        render.note(note)
     if as_json:
         render.write_json(_json(str(output), name, models, picture))
         return
@@ -136,8 +133,14 @@ def _models(
 
 def _json(output: str, name: str, models: dict[str, CompressedModel], picture: Picture) -> dict[str, Any]:
     height, width = picture.pixels.shape[:2]
-    rows = [{**_recipe(models[view.model], view), "stages": [vars(stage) for stage in view.stages]}
-            for view in picture.views]  # fmt: skip
+    rows = [
+        {
+            **_recipe(models[view.model], view),
+            "predicted": None if view.predicted is None else vars(view.predicted),
+            "stages": [vars(stage) for stage in view.stages],
+        }
+        for view in picture.views
+    ]
     return {"output": output, "model": name, "width": width, "height": height, "rows": rows}
 
 
@@ -156,5 +159,9 @@ def _facts(output: str, name: str, models: dict[str, CompressedModel], picture: 
     if len(models) == 1 and first:
         counts = (f"{stage.tokens_in} -> {stage.tokens_out} (block {stage.block})" for stage in first)
         rows.append(("tokens", ", ".join(counts)))
+    for view in picture.views:
+        if view.predicted is not None:
+            named = " ".join(text for text in (view.image, view.model) if text)
+            rows.append(("taken for", f"{view.predicted.label} ({100 * view.predicted.probability:.1f} %): {named}"))
     legend = [("how to read it", "; ".join(picture.legend))] if picture.legend else []
     return [*rows, ("images", str(len(picture.views) // len(models))), *legend]

@@ -13,6 +13,7 @@ from typing import BinaryIO, TypeVar
 from PIL import Image
 
 from tokencut.data.listing import Layout, find_images, path_order, scan_folder
+from tokencut.data.own_pictures import set_apart, start_of_file
 from tokencut.data.preprocessing import FORMATS, UnreadableImageError, decode
 from tokencut.data.sources import DIGITS, DigitsSource, Source
 from tokencut.errors import DataError
@@ -106,7 +107,7 @@ def _enter(image: PhotoLike) -> tuple[list[Photo], Sequence[str], list[str]]:
     name, path = os.fspath(image), Path(image).expanduser()
     try:
         if path.is_dir():
-            found = find_images(scan_folder(path))
+            found = find_images(set_apart(scan_folder(path), start_of_file(path)))
             inner = sorted(found.images, key=path_order)
             photos = find_photos([str(Path(name) / one) for one in inner])
             return photos, found.notes, [] if photos else [f"{name!r} (no images in it)"]

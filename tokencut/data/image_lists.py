@@ -39,15 +39,24 @@ def is_list(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv")
 
 
-def has_labels(path: Path) -> bool:
-    """Whether a file is a list of images with labels, by its first line; none that cannot be read is."""
+def labels_images(path: Path, root: str | os.PathLike[str] | None = None) -> bool:
+    """Whether a file that lies among images is a list of them with labels, by its first lines; not what cannot be read.
+
+    Args:
+        path: The file.
+        root: See `read_list`.
+    """
     try:
         with open_plain(path) as file:
-            start = file.read(1 << 16)
-        rows = _rows(path, _text(path, start, errors="ignore"))
-        return bool(rows) and None not in (_column(rows[0], PATHS), _column(rows[0], LABELS))
+            rows = _rows(path, _text(path, file.read(1 << 16), errors="ignore"))
     except (OSError, DataError):
         return False
+    if len(rows) < 2:
+        return False
+    place, label = _column(rows[0], PATHS), _column(rows[0], LABELS)
+    if place is None or label is None or len(rows[1]) <= place:
+        return False
+    return _place(path.parent if root is None else Path(root).expanduser(), rows[1][place]).is_file()
 
 
 def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageList:
@@ -72,7 +81,7 @@ def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageLi
         raise DataError(f"cannot read {path}: {error.strerror or error}; give a file that you may read") from error
     labels, again = _labels(path, rows)
     names = sorted(labels, key=path_order)
-    places = tuple(folder / name for name in names)
+    places = tuple(_place(folder, name) for name in names)
     missing = [name for name, place in zip(names, places, strict=True) if not place.exists()]
     if len(missing) > MISSING_SHARE * len(names):
         where = "" if root is None else f" in {os.fspath(root)!r}"
@@ -85,6 +94,12 @@ def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageLi
     placed = tuple((name, number[labels[name]]) for name in names)
     notes = (told(again, "images listed more than once, counted once"),)
     return ImageList(Layout(tuple(classes), placed, tuple(filter(None, notes))), places)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a list is; a list that was written on Windows parts folders by backslashes."""
+    place = folder / name
+    return place if place.exists() or "\\" not in name else folder / name.replace("\\", "/")
 
 
 def _text(path: Path, content: bytes, errors: str = "strict") -> str:

@@ -22,6 +22,7 @@ from tokencut.data.sampling import strided_subset
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
+from tokencut.models.checkpoints import require_finite
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.observers import Observer
 
@@ -252,11 +253,13 @@ def open_images(
         observer: Told what takes long: the unpacking of an archive.
 
     Raises:
-        ModelError: The model has no classification head, or takes neither colour nor grey images.
+        ModelError: The model has no classification head, takes neither colour nor grey images, or its weights are not
+            finite.
         DataError: The images cannot be found, or do not fit the model's classes.
         UsageError: The limit is out of range.
     """
     require_head(model)  # before anything is unpacked
+    require_finite(model)
     source = open_source(data, observer=observer)
     return images_for(model, source, classes_for(model, source), limit=limit)
 

@@ -85,7 +85,9 @@ def _in_given_order(
     number = {name: index for index, name in enumerate(order)}
     strangers = [name for name in folder_names if name not in number]
     if strangers:
-        raise DataError(f"the class map lacks the {_plural(called)} {quoted(strangers)}; it holds {quoted(order)}")
+        raise DataError(
+            f"the class map lacks the {what_classes_are(called)} {quoted(strangers)}; it holds {quoted(order)}"
+        )
     _check_order(order, num_classes)
     targets = tuple(number[name] for name in folder_names)
     return ClassMap(targets, _class_names(dict(enumerate(order)), num_classes), _subset_note(targets, num_classes))
@@ -267,7 +269,7 @@ def _mismatch(
     num_classes: int,
     called: str,
 ) -> str:
-    counts = f"{len(folder_names)} {_plural(called, len(folder_names))} for the model's {num_classes} classes"
+    counts = f"{len(folder_names)} {what_classes_are(called, len(folder_names))} for the model's {num_classes} classes"
     if not vocabularies:
         return (
             f"{counts}, such as {quoted(sorted(unmatched, key=natural_order))}: the model has no label names to match, "
@@ -280,7 +282,8 @@ def _mismatch(
     )
 
 
-def _plural(called: str, count: int = 2) -> str:
+def what_classes_are(called: str, count: int = 2) -> str:
+    """What stands for a model's classes in a source, such as `class folders`, or `labels` in a list."""
     return ("class " if called == FOLDER else "") + called + ("s" if count != 1 else "")
 
 

@@ -47,11 +47,13 @@ class Listing:
         files: The plain files; in an archive with where their bytes start and how many they are.
         folders: The folders, empty ones too.
         others: What is neither: links in an archive, sockets, devices.
+        own: Pictures that tokencut wrote, which are not among the files.
     """
 
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     others: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def find_images(listing: Listing) -> Found:
         told(hidden, "hidden images passed over"),
         told(leftovers, "folders that systems leave behind passed over"),
         told(listing.others, "links or special files passed over"),
+        told(listing.own, "pictures that tokencut wrote passed over"),
     )
     return Found(images, counting, tuple(filter(None, notes)))
 
@@ -180,15 +183,6 @@ def told(paths: Iterable[str], what: str) -> str:
     """A note on some paths: what became of them, how many they are, and the first few; empty where there are none."""
     names = sorted(paths, key=path_order)
     return f"{what}: {len(names)} ({quoted(names)})" if names else ""
-
-
-def images_in(folder: Path) -> list[str]:
-    """The names of the images directly in a folder; none of one that may not be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()]
-    except OSError:
-        return []
 
 
 def scan_folder(root: Path) -> Listing:

@@ -13,10 +13,11 @@ from typing import BinaryIO
 from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
-from tokencut.data.image_lists import METADATA, has_labels, is_list, read_list
-from tokencut.data.listing import Layout, find_classes, images_in, scan_folder
+from tokencut.data.image_lists import METADATA, is_list, labels_images, read_list
+from tokencut.data.listing import Layout, find_classes, scan_folder
+from tokencut.data.own_pictures import START, set_apart, start_of_file
 from tokencut.data.sampling import stratified
-from tokencut.data.zips import is_zip, read_member, scan_zip
+from tokencut.data.zips import is_zip, read_member, read_start, scan_zip
 from tokencut.errors import DataError
 from tokencut.files import open_plain
 from tokencut.messages import quoted
@@ -77,7 +78,7 @@ class FolderSource(Source):
     """Images in a folder with one sub-folder a class."""
 
     def __init__(self, name: str, root: Path) -> None:
-        super().__init__(name, find_classes(name, scan_folder(root)))
+        super().__init__(name, find_classes(name, set_apart(scan_folder(root), start_of_file(root))))
         self.root = root
 
     def open(self, index: int) -> BinaryIO:
@@ -88,11 +89,19 @@ class FolderSource(Source):
         return str(self.root / self._images[index][0]) if absolute else super()._filename(index, basename)
 
 
+def read_span(file: BinaryIO, start: int, size: int) -> bytes:
+    """So many bytes of a file from a place on; fewer where it ends."""
+    file.seek(start)
+    return file.read(size)
+
+
 class TarSource(Source):
     """Images in an uncompressed tar archive, read where it lies."""
 
     def __init__(self, name: str, path: Path) -> None:
         listing = archives.scan(path)
+        with path.open("rb") as archive:
+            set_apart(listing, lambda name: read_span(archive, listing.files[name][0], START))
         super().__init__(name, find_classes(name, listing))
         self.path = path
         self._spans = [listing.files[image] for image, _ in self._images]
@@ -101,8 +110,7 @@ class TarSource(Source):
         """Reads the image's bytes. To open the archive each time takes microseconds, and no process shares a handle."""
         start, size = self._spans[index]
         with self.path.open("rb") as archive:
-            archive.seek(start)
-            return io.BytesIO(archive.read(size))
+            return io.BytesIO(read_span(archive, start, size))
 
 
 class ZipSource(Source):
@@ -110,6 +118,8 @@ class ZipSource(Source):
 
     def __init__(self, name: str, path: Path) -> None:
         listing, members = scan_zip(path)
+        with path.open("rb") as archive:
+            set_apart(listing, lambda name: read_start(archive, members[name], START))
         super().__init__(name, find_classes(name, listing))
         self.path = path
         self._members = [members[image] for image, _ in self._images]
@@ -217,7 +227,7 @@ def open_source(
     name, path = os.fspath(data), Path(data).expanduser()
     if path.is_dir():
         listed = path / METADATA
-        if not has_labels(listed):
+        if not labels_images(listed, image_root):
             return FolderSource(name, path)
         source = ListSource(name, listed, image_root)
         source.notes += (f"labels are those in {METADATA}, as Hugging Face writes it",)
@@ -253,22 +263,6 @@ def check_apart(output: Path, *sources: Source | None) -> None:
         if isinstance(source, FolderSource) and place.is_relative_to(root := source.root.resolve()):
             raise DataError(f"{output} would lie among the images of {source.name!r}, where the next run would take it "
                             f"for one of them; give a place outside, such as {root.parent / output.name}")  # fmt: skip
-
-
-def class_folder_note(output: Path) -> str:
-    """What has to be said of a picture in a folder of images that stands beside others, as class folders do.
-
-    Only said: folders of photos stand beside each other as well, and a picture beside its photo is what most want.
-    """
-    folder = output.resolve().parent
-    if len({*images_in(folder)} - {output.name}) < 2:
-        return ""
-    others = (other for other in sorted(folder.parent.iterdir()) if other != folder)
-    beside = next((other for other in others if len(images_in(other)) > 1), None)
-    if beside is None:
-        return ""
-    return (f"{output} lies among the images in {folder.name!r}; where that is a class folder, as {beside.name!r} "
-            "beside it may be, the picture will be taken for one of them: keep it elsewhere then")  # fmt: skip
 
 
 class Subset(Source):

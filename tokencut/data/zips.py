@@ -56,8 +56,8 @@ def scan_zip(path: Path) -> tuple[Listing, dict[str, Member]]:
     Where a path occurs twice the later entry counts, as it would when unpacked.
 
     Raises:
-        DataError: The archive is truncated or damaged, encrypted, packed by a method that is not read here, or holds a
-            path that leads out of it, or a file that would be larger than any image.
+        DataError: The archive is truncated or damaged, encrypted, packed by a method that is not read here, one of
+            several that were joined, or holds a path that leads out of it or a file that is larger than any image.
     """
     listing, members = Listing(), dict[str, Member]()
     locked, unknown, bombs = [], [], []
@@ -83,6 +83,11 @@ def scan_zip(path: Path) -> tuple[Listing, dict[str, Member]]:
             elif info.file_size > MOST_BYTES:
                 bombs.append(f"{name} ({info.file_size / 1e9:,.1f} GB, packed into {info.compress_size / 1e6:,.1f} MB)")
     listing.folders.discard(".")
+    if infos and min(info.header_offset for info in infos) > 0:
+        raise DataError(
+            f"{path} has something in front of its files, as archives that were joined by cat have, of which only the "
+            "last would be read; unpack each of them yourself and give the folder"
+        )
     if locked:
         raise DataError(f"{path} is encrypted ({quoted(locked)}); unpack it with its password and give the folder")
     if unknown:
@@ -99,22 +104,39 @@ def read_member(archive: BinaryIO, member: Member) -> bytes:
     Raises:
         OSError: It is not as the archive says; `strerror` says so.
     """
+    content = _unpacked(archive, member, member.packed, member.size + 1)
+    if len(content) != member.size or zlib.crc32(content) != member.crc:
+        raise _damaged("its checksum or length is another than the archive says")
+    return content
+
+
+def read_start(archive: BinaryIO, member: Member, size: int) -> bytes:
+    """Reads the first bytes of a file; fewer where it ends.
+
+    Raises:
+        OSError: It is damaged; `strerror` says so.
+    """
+    # Images hardly shrink: what is wanted of one is in few more bytes than it has. bzip2 packs by large blocks.
+    packed = member.packed if member.method == zipfile.ZIP_BZIP2 else min(member.packed, 4 * size + 1024)
+    return _unpacked(archive, member, packed, size)[:size]
+
+
+def _unpacked(archive: BinaryIO, member: Member, packed: int, most: int) -> bytes:
+    """At most so many bytes of what so many packed ones become."""
     archive.seek(member.start)
-    header = archive.read(30)
+    header = archive.read(HEADER.size)
     if len(header) < HEADER.size or header[:4] != MAGIC[0]:
         raise _damaged("its header is not where the archive says")
     _, name, extra = HEADER.unpack(header)
     archive.seek(name + extra, os.SEEK_CUR)
-    content = archive.read(member.packed)
-    if member.method != zipfile.ZIP_STORED:
-        unpacker = DECOMPRESSORS[member.method]()
-        try:
-            content = unpacker.decompress(content, member.size + 1)
-        except (zlib.error, OSError, ValueError) as error:
-            raise _damaged(str(error)) from error
-    if len(content) != member.size or zlib.crc32(content) != member.crc:
-        raise _damaged("its checksum or length is another than the archive says")
-    return content
+    content = archive.read(packed)
+    if member.method == zipfile.ZIP_STORED:
+        return content
+    try:
+        unpacked: bytes = DECOMPRESSORS[member.method]().decompress(content, most)
+    except (zlib.error, OSError, ValueError) as error:
+        raise _damaged(str(error)) from error
+    return unpacked
 
 
 def _damaged(why: str) -> OSError:

@@ -89,7 +89,7 @@ def evaluate(
 
     Args:
         model: A timm model, or one with the same `pretrained_cfg` and `num_classes`, such as a compressed one.
-        data: An image folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        data: As `open_source` takes it: an image folder, an archive of one, a list, the word `digits`, or a source.
         batch_size: Images a batch.
         workers: Processes that decode images; by default one a processor, 4 at most.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.

@@ -16,6 +16,7 @@ from tokencut.errors import DataError, ModelError
 from tokencut.evaluation.accuracy import EvaluationReport, evaluate
 from tokencut.evaluation.statistics import Difference, if_known, paired_difference
 from tokencut.model import predicted_macs
+from tokencut.models.checkpoints import require_finite
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.observers import Observer
 from tokencut.runtime.compiling import check_form
@@ -128,6 +129,7 @@ def compare(
     check_form(compile_mode, capture)
     for model in (first, second):
         require_head(model)  # before anything is unpacked, and before the other is judged
+        require_finite(model)
     source = open_source(data, observer=observer)
     maps = [classes_for(model, source) for model in (first, second)]
     costs = gmacs or (_gmacs(first), _gmacs(second))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokencut.data.image_files import Photo, PhotoLike, PhotoSource
 from tokencut.data.image_set import images_for
@@ -22,6 +22,7 @@ from tokencut.evaluation.forwards import TOP, check_finite, logits_of, ranked
 from tokencut.evaluation.tables import check_csv, write_csv
 from tokencut.limits import check_number
 from tokencut.messages import listed
+from tokencut.models.checkpoints import require_finite
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
 from tokencut.runtime.compiling import check_form
@@ -86,6 +87,22 @@ class PredictionReport:
         write_csv(path, [head, *rows], force=force)
 
 
+def guesses(logits: Tensor, names: Sequence[str], top: int = 1) -> list[tuple[Guess, ...]]:
+    """The most likely classes of each image.
+
+    Args:
+        logits: `(B, classes)`.
+        names: What the classes are called.
+        top: How many to tell; all where there are fewer.
+    """
+    best = ranked(logits, top)
+    likely = logits.softmax(dim=1).gather(1, best)
+    return [
+        tuple(Guess(names[index], index, share) for index, share in zip(*of_image, strict=True))
+        for of_image in zip(best.tolist(), likely.tolist(), strict=True)
+    ]
+
+
 def _several(images: PhotoLike | Sequence[PhotoLike]) -> Sequence[PhotoLike]:
     several = [images] if isinstance(images, (str, os.PathLike, Photo)) else list(images)
     if not several:
@@ -147,6 +164,7 @@ def predict(
     precision_dtype(precision)
     check_form(compile_mode, capture)
     names, assumed = names_for_people(model, read_class_map(class_map) if class_map else ())
+    require_finite(model)
     photos = images_for(model, images if isinstance(images, PhotoSource) else PhotoSource(_several(images)))
     found: list[Prediction] = []
     unreadable: list[Unreadable] = []
@@ -160,10 +178,8 @@ def predict(
             unreadable += batch.unreadable
             if logits is not None:
                 check_finite(logits, precision)
-                likely = logits.softmax(dim=1).gather(1, best := ranked(logits, top)).tolist()
-                for number, classes, shares in zip(batch.indices.tolist(), best.tolist(), likely, strict=True):
-                    guesses = (Guess(names[index], index, share) for index, share in zip(classes, shares, strict=True))
-                    found.append(Prediction(photos.source.filename(number), tuple(guesses)))
+                of_images = zip(batch.indices.tolist(), guesses(logits, names, top), strict=True)
+                found += (Prediction(photos.source.filename(number), best) for number, best in of_images)
             told.progress(f"predicting by {called}", len(found) + len(unreadable), len(photos), {})
     if not found:
         raise DataError(f"no image can be decoded: {listed([photos.told(image) for image in unreadable])}; give others")

@@ -21,6 +21,7 @@ from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.export.timm_folder import check_folder, read_folder, write_folder
 from tokencut.files import atomic_folder, atomic_write, check_writable
 from tokencut.limits import check_number
+from tokencut.models.checkpoints import require_finite
 from tokencut.observers import Observer
 from tokencut.runtime import extras
 from tokencut.runtime.devices import inference_state
@@ -196,6 +197,7 @@ def export_model(
         with_preprocessing=with_preprocessing,
     )
     model = plain_model(model)
+    require_finite(model)
     _check_model(model, target, batch_size)
     if kind == "timm":
         return _export_folder(model, target, name, batch_size, data, limit, measured, observer)

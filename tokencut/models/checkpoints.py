@@ -285,6 +285,17 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return f"{len(wrong)} with numbers that are not finite: {listed(wrong, NAMED)}" if wrong else None
 
 
+def require_finite(model: nn.Module) -> None:
+    """Refuses a model with weights that are no numbers, before any work is done with it.
+
+    Raises:
+        ModelError: Some are not finite.
+    """
+    problem = not_finite(model.state_dict())
+    if problem:
+        raise ModelError(f"the model's weights cannot be used: {problem}; give it others")
+
+
 def sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal; of an index, that of its files one after the other."""
     digest = hashlib.sha256()

@@ -22,6 +22,7 @@ from tokencut.evaluation.statistics import CLEAR, mean_and_error, pareto_front
 from tokencut.limits import check_number
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
+from tokencut.models.checkpoints import require_finite
 from tokencut.observers import Observer
 from tokencut.profiling.latency import measure
 from tokencut.profiling.measuring import random_images
@@ -98,6 +99,7 @@ def find_schedule(
     check_number("images", chosen.images)
     check_number("batch_size", chosen.timing_batch_size)
     device, model = resolve_device(chosen.device), plain_model(model)
+    require_finite(model)
     reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", observer=observer)

@@ -111,7 +111,7 @@ def sweep(
 
     Args:
         model: A timm model with a classification head, of a supported family.
-        data: An image folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        data: As `open_source` takes it: an image folder, an archive of one, a list, the word `digits`, or a source.
         folder: Where the report goes; it is made if its parent exists.
         plan: What to judge, and how; the defaults where None.
         force: Whether to drop rows found in the folder instead of going on with them.

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from tokencut.data.image_set import images_for
-from tokencut.data.labels import ClassMap, classes_for
+from tokencut.data.labels import ClassMap, classes_for, what_classes_are
 from tokencut.data.loading import Batch, Unreadable
 from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import DataError
@@ -57,7 +57,7 @@ def finetune(
 
     Args:
         model: What `compress` returned.
-        data: The training images: a folder, a `.tar` or `.tar.gz` of one, the word `digits`, or an opened source.
+        data: The training images, as `open_source` takes them: a folder, an archive, a list, `digits`, or a source.
         recipe: What decides the result.
         setup: How it runs.
         group: The processes that train together; this one on the best device where None.
@@ -113,9 +113,11 @@ def training_classes(source: Source, model: CompressedModel) -> ClassMap:
         count, classes = len(source.classes), model.num_classes
         if count == classes:
             raise
-        raise DataError(f"{source.name!r} has {count} class folders ({quoted(source.classes)}), the model's head has "
-                        f"{classes} classes; type `num_classes={count}` beside an architecture's name to train a new "
-                        "head") from error  # fmt: skip
+        found = f"{count} {what_classes_are(source.called, count)} ({quoted(source.classes)})"
+        raise DataError(
+            f"{source.name!r} has {found}, the model's head has {classes} classes; type `num_classes={count}` beside "
+            "an architecture's name to train a new head"
+        ) from error
 
 
 class _Run:

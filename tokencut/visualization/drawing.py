@@ -15,8 +15,10 @@ from torch import Tensor
 from tokencut.data.image_files import PhotoLike
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.errors import UsageError
+from tokencut.evaluation.prediction import Guess
 from tokencut.files import check_writable
 from tokencut.model import CompressedModel, require_compressed
+from tokencut.models.checkpoints import require_finite
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
 from tokencut.visualization.grid import PANEL, Canvas, Layout, Panel, Strip, fit, swatch_side
@@ -38,11 +40,19 @@ Drawable = CompressedModel | Mapping[str, CompressedModel]
 
 @dataclass(frozen=True)
 class View:
-    """One row of a picture: an image (by name, or number from 0), a model (empty if there is one), and its stages."""
+    """One row of a picture.
+
+    Attributes:
+        image: The image, by name, or by number from 0.
+        model: The model's name; empty if there is one.
+        stages: What its stages did.
+        predicted: What it took the image for; None where it has no head.
+    """
 
     image: str
     model: str
     stages: tuple[StageView, ...]
+    predicted: Guess | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def draw(
 
     Merged patches are outlined regions in their mean colour, tokens of one patch stay as they are, dropped ones are
     dark and hatched. Regions that are one token without touching have one number. Photos are turned upright, and drawn
-    with their own detail where that is more than a model takes.
+    with their own detail where that is more than a model takes. Each row says what the model takes the image for.
 
     Args:
         models: A compressed model; or several that take the same images, by the names that their rows get.
@@ -140,6 +150,8 @@ def draw(
     extras.require("pictures need", "matplotlib", extra="plot")
     given = dict(models) if isinstance(models, Mapping) else {"": models}
     named = {name: require_compressed(model, "draw") for name, model in given.items()}
+    for model in named.values():
+        require_finite(model)
     target, prepared = resolve_device(device), shared_preprocessing(named)
     shown = read_images(images, prepared)
     traced = {
@@ -189,11 +201,21 @@ def _compose(images: DrawnImages, traced: Mapping[str, DrawnModel]) -> Picture:
             canvas.add_group(image, called)
         for row, (model, one) in enumerate(traced.items()):
             stages = {blocks.index(stage.block): _panel(photo, stage, image, drawn_grid) for stage in one.stages}
-            title = model if several else " \N{EN DASH} ".join(text for text in (called, model) if text)
+            best = one.predicted[image] if one.predicted else None
+            texts = ("" if several else called, model, _predicted(best))
+            title = " \N{EN DASH} ".join(text for text in texts if text)
             at = (image, row) if several else (image * len(traced) + row, 0)
             canvas.add(*at, Strip(shown, stages, title))
-            views.append(View(name, model, tuple(stage.view(image) for stage in one.stages)))
+            views.append(View(name, model, tuple(stage.view(image) for stage in one.stages), best))
     return Picture(canvas.pixels, tuple(canvas.labels), tuple(views), tuple(panel.caption for panel in legend))
+
+
+def _predicted(best: Guess | None) -> str:
+    """What an image was taken for, by the first of its class's synonyms."""
+    if best is None:
+        return ""
+    name = f"class {best.label}" if best.label == str(best.index) else best.label.partition(",")[0]
+    return f"{name} ({100 * best.probability:.0f} %)"
 
 
 def _sides(grid: Grid, detail: float) -> Iterator[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokencut.data.own_pictures import MARK
 from tokencut.files import atomic_write
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 PNG_DPI = 300
 # Sharp in each: pixels are stored as they are, and text as text where the format has any.
 PICTURE_FORMATS = ("png", "pdf", "svg")
-# No moment of writing in a file.
-TIMELESS: dict[str, dict[Any, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+# No moment of writing in a file, and in a PNG the mark by which it is not taken for an image to judge.
+TIMELESS: dict[str, dict[Any, Any]] = {"png": dict(MARK), "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 # matplotlib brings them along: one with letters of Europe and near it, and one with the same box for all of a script.
 OWN_FONT, NO_FONT = "DejaVu Sans", "Last Resort"

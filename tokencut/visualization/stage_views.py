@@ -10,9 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokencut.data.labels import names_for_people
 from tokencut.data.preprocessing import Preprocessing
+from tokencut.evaluation.forwards import check_finite
+from tokencut.evaluation.prediction import Guess, guesses
 from tokencut.limits import check_number
 from tokencut.model import CompressedModel
+from tokencut.models.pretrained_cfg import class_count
 from tokencut.runtime.devices import inference_state, precision_dtype
 from tokencut.tracing import Trace
 from tokencut.visualization.regions import Grid, Tokens, patches_held
@@ -56,10 +60,11 @@ class DrawnStage:
 
 @dataclass(frozen=True)
 class DrawnModel:
-    """What one model did to all images."""
+    """What one model did to all images, and what it took each for; nothing where it has no head."""
 
     grid: Grid
     stages: tuple[DrawnStage, ...]
+    predicted: tuple[Guess, ...] = ()
 
     def last_stage_only(self) -> DrawnModel:
         """The same, as if only its last stage, if any, were drawn."""
@@ -88,17 +93,22 @@ def trace_images(
 
     Raises:
         UsageError: The batch size or the precision is out of range.
+        ModelError: The model gives logits that are not finite.
     """
     check_number("batch_size", batch_size)
     rows, columns = model.adapter.grid(model.model, *pixels.shape[-2:])
     grid = Grid(rows, columns, *model.adapter.patch_size(model.model))
-    parts: list[list[DrawnStage]] = []
+    names = names_for_people(model)[0] if class_count(model) else ()
+    parts, predicted = list[list[DrawnStage]](), list[Guess]()
     with inference_state(model, device, precision_dtype(precision)), torch.no_grad():
         dtype = next(model.parameters()).dtype
         for batch in pixels.split(batch_size):
-            _, traces = model.trace(prepared.normalise(batch, device, dtype), source=True, attention=attention)
+            logits, traces = model.trace(prepared.normalise(batch, device, dtype), source=True, attention=attention)
+            check_finite(logits, precision)
+            if names:
+                predicted += (best for (best,) in guesses(logits.float(), names))
             parts.append(_stages(traces[:-1], grid.patches))  # the last is no stage, but the end
-    return DrawnModel(grid, tuple(_joined(stage) for stage in zip(*parts, strict=True)))
+    return DrawnModel(grid, tuple(_joined(stage) for stage in zip(*parts, strict=True)), tuple(predicted))
 
 
 def _stages(traces: Sequence[Trace], patches: int) -> list[DrawnStage]:
