@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from tokencut.export.run import ExportReport
 
 OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load."
-OPSET_HELP = "ONNX opset, 18 to 22. Default 18."
+OPSET_HELP = "ONNX opset, 18 to 22."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
 NORMALISE_HELP = "Bake the normalisation in: the file then takes RGB from 0 to 1."
-CHECK_LIMIT_HELP = "Check on an evenly spread sample of N images. Default 64."
+CHECK_LIMIT_HELP = "Check on an evenly spread sample of N images."
 
 
 @with_groups
