@@ -24,7 +24,7 @@ def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], text=True, timeout=60, check=False, **streams)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["compress", "--help"], ["eval"], ["profle"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["compress", "--help-all"], ["eval"], ["profle"]])
 def test_nothing_heavy_is_imported_before_a_command_runs(words: list[str]) -> None:
     code = (
         "import json, sys; from tokencut.cli.app import main; code = main(sys.argv[1:]); "

@@ -77,7 +77,9 @@ def test_groups_are_spelled_out_and_put_together_again() -> None:
         """Does it."""
         seen.update(model=model, run=run, loud=loud)
 
-    assert list(inspect.signature(command).parameters) == ["model", "device", "precision", "batch_size", "seed", "loud"]
+    assert list(inspect.signature(command).parameters) == [
+        "model", "device", "precision", "batch_size", "seed", "loud", "help_all",
+    ]  # fmt: skip
     assert command.__doc__ == "Does it."
     command(model="y", device="cpu", precision="bf16", batch_size=3, seed=1, loud=True)
     assert seen == {"model": "y", "run": TimingOptions("cpu", "bf16", 3, 1), "loud": True}

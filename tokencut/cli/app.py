@@ -5,14 +5,12 @@ A command is a file with a function, and one line in `COMMANDS`. Nothing here im
 
 from __future__ import annotations
 
-import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from tokencut.cli import completion, render
 from tokencut.cli.cmd_cache import cache
@@ -26,6 +24,7 @@ from tokencut.cli.cmd_predict import predict
 from tokencut.cli.cmd_profile import profile
 from tokencut.cli.cmd_sweep import sweep
 from tokencut.cli.cmd_visualize import visualize
+from tokencut.cli.help import HelpfulCommand, HelpfulGroup
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
 from tokencut.errors import TokencutError, UsageError
 from tokencut.messages import nearest_known
@@ -48,7 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
-class _Commands(TyperGroup):
+class _Commands(HelpfulGroup):
     """The commands; an unknown one gets the nearest offered."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -66,8 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _function in COMMANDS.items():
-    # What stands in brackets would be taken for markup.
-    app.command(_name, help=inspect.cleandoc(_function.__doc__ or "").replace("[", "\\["))(_function)
+    app.command(_name, cls=HelpfulCommand, help=_function.__doc__)(_function)
 
 
 def _print_version(wanted: bool) -> None:

@@ -58,8 +58,6 @@ def compress(
           --calibration /imagenet/train -o out.safetensors
       tokencut compress deit_small --keep 0.7 --finetune-epochs 5 \\
           --train-data /imagenet/train --data /imagenet/val -o out.safetensors
-      tokencut compress vit_small_patch16_224 --checkpoint weights.pth \\
-          --num-classes 10 --keep 0.9/0.7/0.5 -o out.safetensors
     """
     from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes
     from tokencut.cli.subject import gmacs, note_same_images, prepare

@@ -43,8 +43,8 @@ def sweep(
 
     Each pair of a method and a keep rate is judged once, beside the dense model.
     Finished rows are kept in the folder: the same command goes on where it was
-    interrupted. The plots, and a picture of what each method leaves of three
-    images, need matplotlib.
+    interrupted. The folder's index.html shows all of it in a browser: table,
+    plots, and what each method leaves of three images. Needs matplotlib.
 
     Examples:
       tokencut sweep deit_small --keep 0.9,0.7,0.5 --methods bat,evit,tome \\

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokencut.cli.options import bounded
+from tokencut.cli.options import DATA_HELP, bounded
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,15 +18,13 @@ if TYPE_CHECKING:
 
 tuning_option = functools.partial(typer.Option, rich_help_panel="Fine-tuning")
 
-EPOCHS_HELP = "Fine-tune so many epochs. Default: the recipe's."
-TRAIN_HELP = "The images to fine-tune on: a folder with one sub-folder a class, a .tar of one, or digits."
-RECIPE_HELP = (
-    "short: 1 epoch, or 300 updates where those are more; paper: 30 epochs as published. The options below change it."
-)
-LR_HELP = "Learning rate, at a batch of 256 (paper: 1024); it grows with the square root of the batch."
+EPOCHS_HELP = "Fine-tune so many epochs."
+TRAIN_HELP = f"Images to fine-tune on. {DATA_HELP}"
+RECIPE_HELP = "short (1 epoch, at least 300 updates) or paper (30 epochs as published). The options below change it."
+LR_HELP = "Learning rate at a batch of 256 (paper: 1024). It grows with the square root of the batch."
 LR_SCALING_HELP = "rms: --lr times the size of each matrix's weights, so that it suits any model; none: as it is."
 SELECT_HELP = "The epoch to keep: last, or best on a tenth of the training images that is held out."
-RESUME_HELP = "Go on with a run that was stopped; type the options it was started with."
+RESUME_HELP = "Go on with a run that was stopped. Type the options it was started with."
 TENSORBOARD_HELP = "Write losses and top-1 for TensorBoard, into a sub-folder named after the output."
 DISTILL_HELP = (
     "From the uncompressed model: soft (its probabilities), hard (its choice), features (its pooled tokens) or none."

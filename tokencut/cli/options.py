@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tokencut.cli.help import HelpAllFlag
 from tokencut.errors import UsageError
 from tokencut.limits import LIMITS
 from tokencut.messages import nearest_known, one_line, shorten
@@ -84,16 +85,16 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object an
 DenseFlag = Annotated[bool, reduction_option("--dense", help="The untouched model, of a tokencut file too.")]
 
 KEEP_HELP = (
-    "Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one per layer joined by / "
-    "as in 0.9/0.7/0.5. Default 0.7."
+    "Share of the image tokens that stay at each stage, in (0, 1]. One number, or one per layer joined by /, as in "
+    "0.9/0.7/0.5."
 )
 LAYERS_HELP = (
-    "Blocks that reduce, from 1 on, as in 4,7,10 or 4-10; or late (6,8,10 of 12); or, beside --keep or --reduce-by, "
-    "gradual (4 to 10 of 12) or all. Default 4,7,10 of 12."
+    "Blocks that reduce, from 1 on, as in 4,7,10 or 4-10. Or late (6,8,10 of 12); or, beside --keep or --reduce-by, "
+    "gradual (4 to 10 of 12) or all."
 )
-METHOD_HELP = "See tokencut models --methods. Default bat."
+METHOD_HELP = "How tokens are reduced: see tokencut models --methods."
 OPTION_HELP = "A setting of the method; may be repeated."
-REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer; --layers is then all."
+REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer. --layers is then all."
 PROP_ATTN_HELP = "Whether merged tokens weigh by their size in later attention."
 
 
@@ -142,10 +143,12 @@ class ReductionOptions:
         }
 
 
-SWEEP_KEEP_HELP = "As elsewhere, several joined by commas: 0.9,0.7,0.5 (which is the default), or 0.9/0.7/0.5,0.5."
+SWEEP_KEEP_HELP = (
+    "Shares of the image tokens that stay, joined by commas. Each one number, or one per layer joined by /."
+)
 METHODS_HELP = (
-    "Methods joined by commas, or all; the first is compared with each other one. Settings stand behind colons, as in "
-    "bat,bat:preset=paper. Default bat,evit,tome."
+    "Methods joined by commas, or all. The first is compared with each other one; settings stand behind colons, as in "
+    "bat,bat:preset=paper."
 )
 
 
@@ -178,8 +181,11 @@ class SweepOptions:
         return {name: value for name, value in read.items() if value is not None}
 
 
-CHECKPOINT_HELP = "Local weights: safetensors, .pth, .ckpt, .bin, .npz, an index of several, or a folder with one."
-KWARGS_HELP = "An argument for timm; may be repeated or comma-joined."
+CHECKPOINT_HELP = (
+    "Local weights instead of pretrained ones. Safetensors, .pth, .ckpt, .bin or .npz, an index of several, or a "
+    "folder with one."
+)
+KWARGS_HELP = "An argument for timm; may be repeated."
 
 
 MEAN_HELP = "Mean of the pixels, from 0 to 1, that the weights were trained with, instead of the one that is assumed."
@@ -270,11 +276,13 @@ class CompileOptions:
         return self.compile_mode or ("default" if self.compiled else None)
 
 
-DATA_HELP = "A folder with one sub-folder a class, a .tar, .tar.gz or .zip of one, a .csv list of images, or digits."
+DATA_HELP = (
+    "A folder with one sub-folder a class, or digits. Also a .tar, .tar.gz or .zip of one, or a .csv list of images."
+)
 LIMIT_HELP = "Judge an evenly spread sample of N images."
 CLASS_MAP_HELP = "The order of the model's classes: a text file, a class folder's name in each line."
-IMAGE_ROOT_HELP = "The folder that the paths of a list are relative to. Default: the list's own."
-WORKERS_HELP = "Processes that load images. Default: one a core, up to 4."
+IMAGE_ROOT_HELP = "The folder that the paths of a list are relative to."
+WORKERS_HELP = "Processes that load images."
 
 
 Workers = Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)]
@@ -383,9 +391,11 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         parameters += _spelled_out(groups[name]) if name in groups else [parameter]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("help_all", keyword, default=False, annotation=HelpAllFlag))
 
     @functools.wraps(command)
-    def run(**values: Any) -> None:
+    def run(*, help_all: bool = False, **values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
         command(**values)

@@ -14,19 +14,19 @@ from tokencut.errors import UsageError
 
 target_option = functools.partial(typer.Option, rich_help_panel="Targets, instead of --keep")
 
-GMACS_HELP = "At most so many multiply-adds an image, in units of 1e9; the schedule that harms least is found."
+GMACS_HELP = "At most so many multiply-adds an image, in units of 1e9. The schedule that harms least is found."
 SPEEDUP_HELP = "So many times as fast as the dense model, on this machine."
 DROP_HELP = (
-    "At most so many points lost, as cheap as can be: of top-1 where calibration labels map to the head, else of "
-    "agreement with the dense model, or of cosine similarity without a head."
+    "At most so many points of top-1 lost, as cheap as can be. Points of agreement with the dense model where "
+    "calibration labels do not map to the head; of cosine similarity without a head."
 )
 CALIBRATION_HELP = f"Images to search by, never those of --data. {DATA_HELP}"
-LIMIT_HELP = "Search by an evenly spread sample of N images. Default 512."
+LIMIT_HELP = "Search by an evenly spread sample of N images."
 EFFORT_HELP = (
-    "What the search may take, in dense forwards of those images. Default 40. Ctrl-C takes the best found so far, if "
+    "What the search may take, in dense forwards of those images. Ctrl-C takes the best found so far, if "
     "anything meets the target by then."
 )
-FRONT_HELP = "Write all schedules that nothing tried beats, as JSON. Default of compress: beside the output."
+FRONT_HELP = "Write all schedules that nothing tried beats, as JSON."
 
 
 @dataclass(frozen=True)
