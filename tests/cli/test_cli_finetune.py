@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from tokencut.cli import render
 from tokencut.cli.cmd_compress import _facts
-from tokencut.cli.finetune_view import duration
 from tokencut.errors import ArtifactError
 from tokencut.models import artifact
 from tokencut.training import held_out
@@ -183,10 +182,6 @@ def test_a_terminal_gets_a_table(
         assert word in terminal.text
 
 
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (3.4, 99, 720, 12600)] == ["3 s", "99 s", "12 min", "3.5 h"]
-
-
 def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +199,9 @@ def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     monkeypatch.setattr(Trainer, "step", interrupted)
     stopped = run(*words, cut)
     assert (stopped.code, stopped.out) == (130, "")
-    assert stopped.err.splitlines()[-2:] == [
+    assert stopped.err.splitlines()[-3:] == [
+        f"note: stopping after this step: the run is kept in {folder_for(cut)}, and the same command with --resume "
+        "goes on; Ctrl-C again stops at once",
         f"note: the run is kept in {folder_for(cut)}; type the same command with --resume to go on",
         "error: interrupted",
     ]

@@ -141,15 +141,24 @@ class FinetuneRun:
         if self.group.main and not self.tuning.resume:
             remove_state(folder)
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
             draw = stack.enter_context(render.live())
-            view = stack.enter_context(closing(RunView(self.output, draw, stop, self.group, self._curves())))
+            advance = stack.enter_context(render.progress("fine-tuning"))
+            view = stack.enter_context(closing(RunView(self.output, draw, advance, self.group, self._curves())))
+            view.stop = stack.enter_context(StopRequest(lambda: render.note(
+                f"stopping after this step: the run is kept in {folder}, and the same command with --resume goes on; "
+                "Ctrl-C again stops at once"
+            )))  # fmt: skip
             try:
                 report = finetune(
                     model, self.train, recipe=self.tuning.training_recipe(), setup=self.setup(), group=self.group,
                     state=folder, resume=bool(self.tuning.resume), judge=self._judge() if self.val else None,
                     observer=view,
                 )  # fmt: skip
+            except KeyboardInterrupt:
+                if self.group.main and has_state(folder):
+                    render.note(f"the run is kept in {folder} as it was saved last; type the same command with "
+                                "--resume to go on")  # fmt: skip
+                raise
             except TrainingDivergedError as error:
                 raise self._keep_last_good(model, error) from error
             except TokencutError as error:

@@ -273,7 +273,8 @@ class _Run:
         for name, value in {**sums, "seconds": time.perf_counter() - began}.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
         now = self._progress(state, sums)
-        values = {"epoch": now.epoch, **now.losses, "images_per_second": now.images_per_second}
+        values = {"epoch": now.epoch, **now.losses, "images_per_second": now.images_per_second,
+                  "seconds_left": now.seconds_left}  # fmt: skip
         self.observer.progress("fine-tuning", now.updates, self.epochs * self.order.steps, values)
         self.observer.step(now)
         return True
