@@ -6,7 +6,7 @@ Imports torch: commands import this when they run, not before.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tokencut.errors import ArtifactError
 from tokencut.files import atomic_write
 from tokencut.observers import TrainingProgress
 from tokencut.runtime.distributed import Group
+from tokencut.training.run import TASK
 from tokencut.training.step import TERMS
 from tokencut.training.tensorboard_log import TensorboardLog
 
@@ -49,7 +50,7 @@ class RunView(CommandObserver):
         super().__init__(advance)
         self.log = log_for(output)
         self.draw = draw
-        self.main = group.main
+        self.main, self.alone = group.main, group.size == 1
         self.curves = curves
         self.rows: list[dict[str, float]] = []
 
@@ -66,6 +67,12 @@ class RunView(CommandObserver):
         except ArtifactError as error:
             self.curves = None
             render.note(f"no more curves are written: {error}")
+
+    def progress(self, task: str, done: float, total: float, values: Mapping[str, float]) -> None:
+        """Shows how far it is; a request to stop ends an evaluation, before which the state was saved."""
+        super().progress(task, done, total, values)
+        if task != TASK and self.alone and self.should_stop():
+            raise KeyboardInterrupt
 
     def saving(self) -> None:
         """Writes the curves up to where a run that is killed goes on."""
