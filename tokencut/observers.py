@@ -71,9 +71,10 @@ class Observer:
         Args:
             task: What is being done, such as `evaluating deit_tiny` or `timing the model's parts`; one follows another.
             done: How much of it: images, rounds, steps, or the effort of a search.
-            total: How much there is to do; a task may end earlier.
+            total: How much there is to do, an int where it can be counted; a task may end earlier.
             values: How it stands, by name: `top1` in percent and `images_per_second` where images are judged,
-                `rows_left` in a sweep, `gmacs`, `divergence` and `agreement` of a search's best schedule so far.
+                `rows_left` in a sweep, `gmacs`, `divergence` and `agreement` of a search's best schedule so far,
+                `epoch` and `loss` of a fine-tune, `seconds_left` where that is known better than by the pace so far.
         """
 
     def step(self, now: TrainingProgress) -> None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from pathlib import Path
 
 import pytest
 from image_files import write_folder
 from outcome import CLASSES, TINY, Outcome, Run
 
+from tokencut.cli import progress
 from tokencut.cli.app import main
 from tokencut.profiling import latency
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which come where something takes long, as it may on a busy machine; test_progress asks for them."""
+    monkeypatch.setattr(progress, "PAUSES", (math.inf,))
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_json_is_all_there_is_on_stdout(compressed: Path) -> None:
     done = python("-m", "tokencut", "profile", str(compressed), "--no-latency", "--keep", "0.4", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["keep"] == 0.4
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["note"]
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["note", "note"]
+    assert done.stderr.startswith("note: loading torch and timm\n")
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tokencut.cli import render
 from tokencut.cli.cmd_compress import _facts
-from tokencut.cli.finetune_view import duration
+from tokencut.cli.finetune_view import RunView
 from tokencut.errors import ArtifactError
 from tokencut.models import artifact
 from tokencut.training import held_out
@@ -183,10 +183,6 @@ def test_a_terminal_gets_a_table(
         assert word in terminal.text
 
 
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (3.4, 99, 720, 12600)] == ["3 s", "99 s", "12 min", "3.5 h"]
-
-
 def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +200,9 @@ def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     monkeypatch.setattr(Trainer, "step", interrupted)
     stopped = run(*words, cut)
     assert (stopped.code, stopped.out) == (130, "")
-    assert stopped.err.splitlines()[-2:] == [
+    assert stopped.err.splitlines()[-3:] == [
+        f"note: stopping: the run is kept in {folder_for(cut)}, and the same command with --resume "
+        "goes on; Ctrl-C again stops at once",
         f"note: the run is kept in {folder_for(cut)}; type the same command with --resume to go on",
         "error: interrupted",
     ]
@@ -227,6 +225,42 @@ def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     assert "note: going on at epoch 2, step 3" in resumed.err.splitlines()
     assert cut.read_bytes() == whole.read_bytes()
     assert names_in(tmp_path) == ["cut.log.csv", "cut.safetensors", "whole.log.csv", "whole.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_ends_an_evaluation_and_keeps_the_epoch(
+    run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "compress",
+        compressed,
+        *FINETUNE,
+        "--train-data",
+        train,
+        "--data",
+        train,
+        "-o",
+        tmp_path / "out.safetensors",
+    )
+    progress, judged = RunView.progress, []
+
+    def stopped(view: RunView, task: str, *now: Any) -> None:
+        if task.startswith("evaluating") and not judged:
+            judged.append(task)
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(view, task, *now)
+
+    monkeypatch.setattr(RunView, "progress", stopped)
+    done = run(*words)
+    folder = folder_for(tmp_path / "out.safetensors")
+    assert done.code == 130
+    assert done.err.splitlines()[-2:] == [
+        f"note: the run is kept in {folder} as it was saved last; type the same command with --resume to go on",
+        "error: interrupted",
+    ]
+    resumed = run(*words, "--resume")
+    assert resumed.code == 0
+    assert [row["epoch"] for row in log_of(tmp_path / "out.safetensors")] == ["1", "2"]
 
 
 def test_a_second_interrupt_ends_it_at_once(

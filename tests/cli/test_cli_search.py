@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from observing import Seen
 from outcome import TINY, Run
 
 from tokencut.cli import search_run
-from tokencut.search import run as search
-from tokencut.search.run import find_schedule
+from tokencut.cli.observer import CommandObserver
 
 # 12 images, all in one batch but for the seeds' quarter; the dense model has 0.0019 GMACs.
 QUICK = ("--search-effort", "6", "--device", "cpu")
@@ -82,20 +83,44 @@ def test_calibration_that_is_also_data_is_told_of(run: Run, pictures: Path, tmp_
     assert any(note.startswith(told) for note in run(*words, "--data", pictures).notes)
 
 
+def signal_when(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[str, Mapping[str, float]], bool]) -> None:
+    """Sends one request to end, when the search tells of that for the first time."""
+    progress, sent = CommandObserver.progress, []
+
+    def told(observer: CommandObserver, task: str, done: float, total: float, values: Mapping[str, float]) -> None:
+        progress(observer, task, done, total, values)
+        if not sent and wanted(task, values):
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(CommandObserver, "progress", told)
+
+
 def test_interrupted_it_goes_on_with_the_best(
     run: Run, pictures: Path, tmp_path: Path, gmacs: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*args: object, **kwargs: object) -> search.SearchReport:
-        seen = Seen(lambda seen: any(now.values for now in seen.told))
-        return find_schedule(*args, **{**kwargs, "observer": seen})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(search_run, "find_schedule", stopped)
+    signal_when(monkeypatch, lambda task, values: "gmacs" in values)
     path = tmp_path / "out.safetensors"
     made = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path)
     assert made.code == 0
-    assert "the search was interrupted: going on with the best schedule so far" in made.notes
+    first, second = (note for note in made.notes if "search" in note)
+    assert first == "stopping the search: the best schedule so far is kept; Ctrl-C again stops at once"
+    assert second == "the search was interrupted: going on with the best schedule so far"
     assert path.exists()
     assert (tmp_path / "out.front.json").exists()
+
+
+def test_interrupted_before_it_has_anything_it_ends(
+    run: Run, pictures: Path, tmp_path: Path, gmacs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_when(monkeypatch, lambda task, values: task == "reading the images")
+    path = tmp_path / "out.safetensors"
+    done = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-2:] == [
+        "note: stopping the search: nothing was found yet; Ctrl-C again stops at once",
+        "error: interrupted",
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_found_first_then_fine_tuned(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:

@@ -228,7 +228,7 @@ def test_progress_shows_what_is_running_and_what_is_left(
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         patch.setenv("TERM", "xterm")
-        patch.setenv("COLUMNS", "150")
+        patch.setenv("COLUMNS", "80")
         done = run("sweep", *TINY, "--keep", "0.5", "--methods", "topk", "--data", pictures, *QUICK, "--json",
                    "-o", tmp_path / "report")  # fmt: skip
         assert len(done.json["rows"]) == 2
@@ -237,7 +237,7 @@ def test_progress_shows_what_is_running_and_what_is_left(
     drawn = b"".join(parts).decode()
     assert "sweep of test_vit" in drawn
     assert "topk, keep 0.5 " in drawn
-    assert "% top-1, 1 row left" in drawn
+    assert "% top-1  1 row left" in drawn
     assert "24/24" in drawn
 
 

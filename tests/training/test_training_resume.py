@@ -50,6 +50,22 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(few: Source, tmp_path: Path,
     assert [row["epoch"] for row in report.history] == [1, 2]
 
 
+def test_a_run_that_ended_while_it_was_judged_goes_on_from_there(few: Source, tmp_path: Path) -> None:
+    whole, cut, resumed = model(), model(), model()
+    assert run(whole, few, judge=lambda judged: 42.0).finished
+
+    def interrupted(judged: object) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, few, state=tmp_path, judge=interrupted)
+    seen = Seen()
+    report = run(resumed, few, state=tmp_path, resume=True, judge=lambda judged: 42.0, observer=seen)
+    assert same(weights(whole), weights(resumed))
+    assert (seen.steps[0].epoch, seen.steps[0].step) == (2, 1)  # none of the first epoch is done again
+    assert [row["top1"] for row in report.history] == [42.0, 42.0]
+
+
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(few: Source, tmp_path: Path) -> None:
     whole, resumed = model(), model()
     expected = run(whole, few)

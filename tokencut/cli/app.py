@@ -25,6 +25,7 @@ from tokencut.cli.cmd_profile import profile
 from tokencut.cli.cmd_sweep import sweep
 from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.help import HelpfulCommand, HelpfulGroup
+from tokencut.cli.loading import announced
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
 from tokencut.errors import TokencutError, UsageError
 from tokencut.messages import nearest_known
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
     no_stdout = sys.stdout is None
-    with render.streams(), Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks():
+    with render.streams(), Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks(), announced():
         try:
             if completion.asked():
                 completion.complete(typer.main.get_command(app))

@@ -16,6 +16,7 @@ from torch import nn
 from tokencut.cli import render
 from tokencut.cli.finetune_options import FinetuneOptions
 from tokencut.cli.finetune_view import RunView, log_for
+from tokencut.cli.observer import CommandObserver
 from tokencut.cli.options import DataOptions, RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.subject import Subject, measure_accuracy
@@ -31,7 +32,7 @@ from tokencut.models import artifact
 from tokencut.models.pretrained_cfg import description_of, label_names
 from tokencut.runtime import extras
 from tokencut.runtime.distributed import Group
-from tokencut.training.run import finetune, training_classes
+from tokencut.training.run import TASK, finetune, training_classes
 from tokencut.training.setup import FinetuneReport, TrainingSetup
 from tokencut.training.state import check_state_folder, folder_for, has_state, remove_state
 from tokencut.training.step import TrainingDivergedError
@@ -141,15 +142,24 @@ class FinetuneRun:
         if self.group.main and not self.tuning.resume:
             remove_state(folder)
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
             draw = stack.enter_context(render.live())
-            view = stack.enter_context(closing(RunView(self.output, draw, stop, self.group, self._curves())))
+            advance = stack.enter_context(render.progress(TASK))
+            view = stack.enter_context(closing(RunView(self.output, draw, advance, self.group, self._curves())))
+            view.stop = stack.enter_context(StopRequest(lambda: render.note(
+                f"stopping: the run is kept in {folder}, and the same command with --resume goes on; "
+                "Ctrl-C again stops at once"
+            )))  # fmt: skip
             try:
                 report = finetune(
                     model, self.train, recipe=self.tuning.training_recipe(), setup=self.setup(), group=self.group,
-                    state=folder, resume=bool(self.tuning.resume), judge=self._judge() if self.val else None,
+                    state=folder, resume=bool(self.tuning.resume), judge=self._judge(view) if self.val else None,
                     observer=view,
                 )  # fmt: skip
+            except KeyboardInterrupt:
+                if self.group.main and has_state(folder):
+                    render.note(f"the run is kept in {folder} as it was saved last; type the same command with "
+                                "--resume to go on")  # fmt: skip
+                raise
             except TrainingDivergedError as error:
                 raise self._keep_last_good(model, error) from error
             except TokencutError as error:
@@ -169,22 +179,23 @@ class FinetuneRun:
             return None
         return TensorboardLog(curves_for(self.tuning.tensorboard, self.output))
 
-    def _judge(self) -> Any:
+    def _judge(self, view: RunView) -> Any:
         if self.tuning.select == "best":  # epochs are judged by the images held out
             return None
 
         def judge(model: CompressedModel) -> float:
-            self.judged = self.measure(model, "fine-tuned")
+            self.judged = self.measure(model, "fine-tuned", view)
             return self.judged.top1
 
         return judge
 
-    def measure(self, model: nn.Module, kind: str) -> EvaluationReport:
+    def measure(self, model: nn.Module, kind: str, observer: CommandObserver | None = None) -> EvaluationReport:
         """Evaluates a model on `--data`, on all processes together."""
         assert self.val is not None
         return measure_accuracy(
-            model, f"{kind} {self.subject.name}", self.val, self.data, self.run, self.group.device, group=self.group
-        )
+            model, f"{kind} {self.subject.name}", self.val, self.data, self.run, self.group.device, group=self.group,
+            observer=observer,
+        )  # fmt: skip
 
     def summary(self, report: FinetuneReport) -> dict[str, Any]:
         """What `--json` tells of the fine-tune."""

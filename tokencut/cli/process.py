@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -57,11 +57,20 @@ class Interrupts:
 class StopRequest:
     """A context in which a signal that would end the command asks it to stop at the next good moment instead.
 
-    A second one ends it at once, as outside. What `Interrupts` leaves ignored stays ignored.
+    It is acknowledged at once. A second one ends the command, as outside. What `Interrupts` leaves ignored stays so.
+
+    Attributes:
+        requested: Whether a signal has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, acknowledge: Callable[[], None] = lambda: None) -> None:
+        """Prepares to wait for one.
+
+        Args:
+            acknowledge: Called when the first comes: says what will be kept.
+        """
         self.requested = False
+        self._acknowledge = acknowledge
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -85,6 +94,8 @@ class StopRequest:
         if self.requested:
             self._before[number](number, frame)
         self.requested = True
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            self._acknowledge()
 
 
 @contextlib.contextmanager

@@ -12,23 +12,32 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
+from tokencut.cli.progress import Line, Pauses, Task
 from tokencut.cli.wording import typed
 from tokencut.errors import TokencutError
 from tokencut.messages import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.console import RenderableType as RenderableType
+    from rich.live import Live
     from rich.text import Text
 
 # Where no terminal says how wide it is, nothing is wrapped: the output goes to a file or to another program.
 UNBOUNDED = 1000
 
-# Called with what is being done, how much is done, how much there is, and a word on how it stands.
-Advance = Callable[[str, float, float, str], None]
+
+class Advance(Protocol):
+    """Is told how a task stands."""
+
+    def __call__(
+        self, name: str, done: float, total: float, words: Sequence[str], left: float | None = None
+    ) -> None: ...
 
 
 class ReaderGoneError(Exception):
@@ -45,6 +54,7 @@ class _Stdout:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        loaded()
         encoding = self._stream.encoding or "utf-8"
         with _told():
             return self._stream.write(text.encode(encoding, errors="replace").decode(encoding))
@@ -145,6 +155,7 @@ def note(message: str) -> None:
 
 
 def _to_stderr(line: str) -> None:
+    loaded()
     with contextlib.suppress(OSError):  # nobody reads it
         print(line, file=sys.stderr, flush=True)
 
@@ -174,6 +185,14 @@ def table(
     for row in rows:
         made.add_row(*map(_plain_text, row))
     return made
+
+
+def table_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that a table takes."""
+    from rich.console import Console
+
+    console = Console(width=UNBOUNDED)
+    return console.measure(table(columns, rows)).maximum
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> RenderableType:
@@ -223,52 +242,130 @@ def keep_text(keep: float | Sequence[float] | None, reduce_by: int | None) -> st
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches stderr, so that progress may be drawn there."""
-    return sys.stderr.isatty()
+    """Whether stderr is a terminal on which progress may be drawn."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+class _Screen:
+    """The last lines of the terminal on stderr, drawn anew four times a second: parts one below the other."""
+
+    def __init__(self) -> None:
+        self._parts: list[RenderableType] = []
+        self._live: Live | None = None
+        self.waiting = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def shown(self, part: RenderableType, *, stays: bool) -> Iterator[None]:
+        """Shows a part, below those that are there; at its end it stays on the screen, or is gone."""
+        from rich.console import Console, Group
+        from rich.live import Live
+
+        self.waiting.close()
+        self._parts.append(part)
+        if self._live is None:
+            # rich takes away nothing but what it drew: what is printed to stderr meanwhile goes above.
+            self._live = Live(
+                get_renderable=lambda: Group(*self._parts), console=Console(file=sys.stderr), redirect_stdout=False
+            )
+            self._live.start(refresh=True)
+        try:
+            yield
+        finally:
+            if len(self._parts) == 1:
+                self._live.transient = not stays
+                self._live.stop()
+                self._live = None
+            self._parts.remove(part)
+
+
+_SCREEN = _Screen()
+
+
+class _Drawn:
+    """A part of the screen that is made when it is drawn."""
+
+    def __init__(self, draw: Callable[[ConsoleOptions], RenderableType]) -> None:
+        self._draw = draw
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield self._draw(options)
 
 
 @contextlib.contextmanager
-def live() -> Iterator[Callable[[RenderableType], None]]:
-    """A place on stderr that is drawn anew at every call, and stays; nothing where stderr is not a terminal.
+def live() -> Iterator[Callable[[Callable[[int], RenderableType]], None]]:
+    """A place on stderr that is drawn anew all the while, and stays; nothing where nothing can be drawn.
 
     Yields:
-        A function to call with what is to stand there.
+        A function to call with what makes that which is to stand there, for so many columns.
     """
-    if not on_terminal():
-        yield lambda part: None
-        return
-    from rich.console import Console
-    from rich.live import Live
+    from rich.text import Text
 
-    with Live(console=Console(file=sys.stderr), refresh_per_second=4) as place:
-        yield lambda part: place.update(part)
+    drawn: list[Callable[[int], RenderableType]] = [lambda columns: Text(end="")]
+
+    def draw(part: Callable[[int], RenderableType]) -> None:
+        drawn[0] = part
+
+    if not on_terminal():
+        yield draw
+        return
+    with _SCREEN.shown(_Drawn(lambda options: drawn[0](options.max_width)), stays=True):
+        yield draw
 
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Advance]:
-    """A progress bar on stderr, gone at its end; nothing where stderr is not a terminal.
+    """A line of progress on stderr: drawn on a terminal, and gone at its end; printed now and then elsewhere.
 
     Args:
         title: What is going on.
 
     Yields:
-        A function to call with what is being done, how much is done, how much there is, and a word on how it stands.
+        A function to call with what is being done, how much is done, how much there is, how it stands in words, and
+        the seconds left where they are known.
     """
-    if not on_terminal():
-        yield lambda task, done, total, status: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    task = Task(printable(title), time.monotonic())
+    pauses = Pauses(time.monotonic())
+    drawn = on_terminal()
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(printable(title), total=None, status="")
-        yield lambda now, done, total, status: bar.update(
-            task, description=printable(now), completed=done, total=total, status=printable(status)
-        )
+    def advance(name: str, done: float, total: float, words: Sequence[str], left: float | None = None) -> None:
+        now = time.monotonic()
+        task.update(printable(name), done, total, tuple(map(printable, words)), now, left)
+        if not drawn and pauses.over(now):
+            _to_stderr(task.text(now))
+
+    if not drawn:
+        yield advance
+        return
+
+    def line(options: ConsoleOptions) -> Text:
+        # The last column stays free: some terminals begin a new line as soon as it is taken.
+        return _bar(task.line(options.max_width - 1, time.monotonic()), ascii_only=options.ascii_only)
+
+    with _SCREEN.shown(_Drawn(line), stays=False):
+        yield advance
+
+
+def loading(what: str) -> None:
+    """Says at once what is being loaded: on a terminal until anything else is printed or shown."""
+    if not on_terminal():
+        note(f"loading {what}")
+        return
+    with contextlib.suppress(OSError):  # before rich is loaded, which draws over it
+        sys.stderr.write(f"loading {what}\r")
+        sys.stderr.flush()
+    _SCREEN.waiting.enter_context(progress(f"loading {what}"))
+
+
+def loaded() -> None:
+    """Takes away what `loading` shows."""
+    _SCREEN.waiting.close()
+
+
+def _bar(line: Line, *, ascii_only: bool) -> Text:
+    from rich.text import Text
+
+    parts = [(line.name, "")]
+    if line.bar:
+        full, empty = ("#", "-") if ascii_only else ("\u2501", "\u2501")
+        parts += [("  ", ""), (full * line.filled, "cyan"), (empty * (line.bar - line.filled), "bright_black")]
+    return Text.assemble(*parts, ("  " + line.words, ""), no_wrap=True, overflow="ellipsis")

@@ -107,7 +107,8 @@ class SearchRun:
             KeyboardInterrupt: It was interrupted before it had anything.
         """
         settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
-        with StopRequest() as stop, watched(f"searching {loaded.name}", stop) as observer:
+        with watched(f"searching {loaded.name}") as observer, StopRequest(lambda: _acknowledge(observer)) as stop:
+            observer.stop = stop
             self.report = find_schedule(
                 loaded.dense, self.source, self.target, **settings, settings=self._settings,
                 observer=observer,
@@ -167,6 +168,12 @@ def _options(point: ParetoPoint) -> str:
 
 def _told_of(point: ParetoPoint) -> dict[str, Any]:
     return {**point.to_dict(), "options": _options(point)}
+
+
+def _acknowledge(observer: CommandObserver) -> None:
+    """Says what a search that is told to stop has found so far."""
+    found = "the best schedule so far is kept" if "gmacs" in observer.values else "nothing was found yet"
+    render.note(f"stopping the search: {found}; Ctrl-C again stops at once")
 
 
 def _counted(count: int, what: str) -> str:

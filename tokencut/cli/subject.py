@@ -5,6 +5,7 @@ Imports torch: commands import this when they run, not before.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from tokencut import cost
 from tokencut.cli import render
-from tokencut.cli.observer import watched
+from tokencut.cli.observer import CommandObserver, watched
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
 from tokencut.data.sources import DIGITS, Source
 from tokencut.errors import UsageError
@@ -229,8 +230,9 @@ def measure_accuracy(
     *,
     capture: bool = False,
     force: bool = False,
+    observer: CommandObserver | None = None,
 ) -> EvaluationReport:
-    """Evaluates a model as the options say, with a progress bar.
+    """Evaluates a model as the options say, and shows how far it is.
 
     Args:
         model: Dense or compressed.
@@ -244,8 +246,9 @@ def measure_accuracy(
         compile_mode: How the model is compiled; not at all where None.
         capture: Whether it runs from a CUDA graph.
         force: Whether the CSV file may be replaced.
+        observer: Told how far it is; where None there is a line for that.
     """
-    with watched(f"evaluating {name}") as observer:
+    with nullcontext(observer) if observer else watched(f"evaluating {name}") as told:
         return evaluate_spread(
             group or single_process(device),
             model,
@@ -260,5 +263,5 @@ def measure_accuracy(
             force=force,
             gmacs=gmacs(model),
             name=name,
-            observer=observer,
+            observer=told,
         )

@@ -14,6 +14,7 @@ from tokencut.data.sources import Source
 from tokencut.errors import DataError
 from tokencut.messages import quoted
 from tokencut.models.pretrained_cfg import class_count
+from tokencut.observers import Observer
 from tokencut.runtime.devices import weights_dtype
 
 
@@ -34,7 +35,7 @@ class CalibrationImages:
 
 def calibration_images(
     model: nn.Module, source: Source, *, limit: int, batch_size: int, device: torch.device, seed: int = 0,
-    workers: int | None = None,
+    workers: int | None = None, observer: Observer | None = None,
 ) -> CalibrationImages:  # fmt: skip
     """Loads calibration images.
 
@@ -46,6 +47,7 @@ def calibration_images(
         device: Where the model is.
         seed: Decides their order: the first of them are to be like all of them.
         workers: Processes that decode.
+        observer: Told how many are loaded.
 
     Raises:
         DataError: None can be decoded.
@@ -53,7 +55,9 @@ def calibration_images(
     """
     class_map, notes = _classes(model, source)
     images = images_for(model, source, class_map, limit=limit, seed=seed)
-    batches, targets, unreadable = _loaded(images, batch_size, workers, device, weights_dtype(model))
+    batches, targets, unreadable = _loaded(
+        images, batch_size, workers, device, weights_dtype(model), observer or Observer()
+    )
     if unreadable:
         names = quoted(images.filenames(unreadable))
         notes.append(f"calibration images that cannot be decoded: {len(unreadable)} ({names})")
@@ -61,16 +65,18 @@ def calibration_images(
 
 
 def _loaded(
-    images: ImageSet, batch_size: int, workers: int | None, device: torch.device, dtype: torch.dtype
+    images: ImageSet, batch_size: int, workers: int | None, device: torch.device, dtype: torch.dtype, observer: Observer
 ) -> tuple[list[Tensor], list[Tensor], list[Unreadable]]:
     """Batches as the model takes them, the classes of each, and what could not be decoded."""
-    pixels, targets, unreadable = [], [], list[Unreadable]()
+    pixels, targets, unreadable, done = [], [], list[Unreadable](), 0
     for batch in images.decoded(batch_size, workers=workers, otherwise="give another `calibration`"):
         unreadable += batch.unreadable
         if len(batch):
             # Copies: what a worker process hands over lies in shared memory.
             pixels.append(images.prepared.normalise(batch.images.clone(), device, dtype))
             targets.append(batch.targets.clone())
+        done += len(batch) + len(batch.unreadable)
+        observer.progress("reading the images", done, len(images), {})
     return pixels, targets, unreadable
 
 

@@ -105,22 +105,23 @@ def find_schedule(
     source = open_source(calibration, split="train", observer=observer)
     with inference_state(reduced, device, precision_dtype(chosen.precision)):
         images = calibration_images(reduced, source, limit=chosen.images, batch_size=chosen.batch_size, device=device,
-                                    seed=chosen.seed, workers=chosen.workers)  # fmt: skip
+                                    seed=chosen.seed, workers=chosen.workers, observer=observer)  # fmt: skip
         run = _Run(reduced, target, chosen, device, observer or Observer())
         run.seek(images.batches, images.targets)
         return run.report(images.notes, time.perf_counter() - started)
 
 
 class _Asking(Observer):
-    """Passes on how far a search is, and ends it where it is to stop."""
+    """Passes on how far a search is, with the best schedule so far, and ends it where it is to stop."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
+        self.best: dict[str, float] = {}
 
     def progress(self, task: str, done: float, total: float, values: Mapping[str, float]) -> None:
         if self.observer.should_stop():
             raise _StoppedError
-        self.observer.progress(task, done, total, values)
+        self.observer.progress(task, done, total, {**values, **self.best})
 
 
 class _Run:
@@ -137,7 +138,6 @@ class _Run:
         self.observer = _Asking(observer)
         self.searcher: LocalSearch | None = None
         self.table: LatencyTable | None = None
-        self.best: ParetoPoint | None = None
         self.counts: Counts | None = None
         self.speedup: float | None = None
         self.interrupted = False
@@ -180,12 +180,14 @@ class _Run:
         return within(searcher, self.target.gmacs or 0.0)
 
     def _on_batch(self) -> None:
-        probe, effort = None if self.searcher is None else self.searcher.probe, self.settings.effort
+        probe, effort = None if self.searcher is None else self.searcher.probe, float(self.settings.effort)
         done = 0.0 if probe is None else min(effort, probe.spent / probe.passes)
-        self.observer.progress("trying schedules", done, effort, {} if self.best is None else _standing(self.best))
+        self.observer.progress("trying schedules", done, effort, {})
 
     def _on_best(self, counts: Counts, outcome: Outcome) -> None:
-        self.best = self._point(counts, outcome)
+        best = self._point(counts, outcome)
+        agreement = {} if best.agreement is None else {"agreement": best.agreement}
+        self.observer.best = {"gmacs": best.gmacs, "divergence": best.divergence, **agreement}
 
     def _timed(self, counts: Counts) -> float:
         """A schedule's speed-up, dense and compressed in turn."""
@@ -196,7 +198,8 @@ class _Run:
         size = preprocessing_of(self.model).config["input_size"]
         images = random_images(self.model, (self.settings.timing_batch_size, *size), self.device)
         with torch.no_grad():
-            times = measure({"dense": self.model.model, "compressed": made}, images)
+            times = measure({"dense": self.model.model, "compressed": made}, images, observer=self.observer,
+                            task="timing the schedule")  # fmt: skip
         return times["dense"].median_ms / times["compressed"].median_ms
 
     def _point(self, counts: Counts, outcome: Outcome) -> ParetoPoint:
@@ -255,11 +258,6 @@ class _Run:
     def _rate(self, front: tuple[ParetoPoint, ...]) -> DropRate:
         assert self.searcher is not None
         return fit_rate([self.searcher.tried[point.tokens] for point in front], self.searcher.probe.dense)
-
-
-def _standing(best: ParetoPoint) -> dict[str, float]:
-    agreement = {} if best.agreement is None else {"agreement": best.agreement}
-    return {"gmacs": best.gmacs, "divergence": best.divergence, **agreement}
 
 
 def _percent(values: torch.Tensor) -> float:

@@ -35,6 +35,9 @@ from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 # A checkpoint is written at least this often, in seconds: an epoch of ImageNet may take hours.
 SAVE_EVERY = 900.0
 
+# What observers are told that its steps are.
+TASK = "fine-tuning"
+
 Judge = Callable[[CompressedModel], float]
 
 
@@ -275,8 +278,9 @@ class _Run:
         for name, value in {**sums, "seconds": time.perf_counter() - began}.items():
             state.sums[name] = state.sums.get(name, 0.0) + value
         now = self._progress(state, sums)
-        values = {"epoch": now.epoch, **now.losses, "images_per_second": now.images_per_second}
-        self.observer.progress("fine-tuning", now.updates, self.epochs * self.order.steps, values)
+        values = {"epoch": now.epoch, **now.losses, "images_per_second": now.images_per_second,
+                  "seconds_left": now.seconds_left}  # fmt: skip
+        self.observer.progress(TASK, now.updates, self.epochs * self.order.steps, values)
         self.observer.step(now)
         return True
 
@@ -300,6 +304,8 @@ class _Run:
         row: dict[str, float] = {"epoch": number, "updates": number * self.order.steps, "lr": self.trainer.lr}
         row |= term_means(sums)
         row |= {"images_per_second": sums["images"] / max(sums["seconds"], 1e-9), "seconds": sums["seconds"]}
+        if self.setup.select == "best" or self.judge is not None:
+            self._save(state)  # judging takes long, and may be interrupted: the next run begins with it
         if self.setup.select == "best":
             right = self._right(self.trainer.result)
             row["top1"] = top1_of(right)
