@@ -18,7 +18,7 @@ from tokencut.data.listing import Layout, find_classes, images_in, scan_folder
 from tokencut.data.sampling import stratified
 from tokencut.data.zips import is_zip, read_member, scan_zip
 from tokencut.errors import DataError
-from tokencut.files import open_plain
+from tokencut.files import open_plain, unlike_a_file, user_path
 from tokencut.messages import quoted
 from tokencut.observers import Observer
 
@@ -165,7 +165,7 @@ def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: It cannot be read, is no text, or names a class twice or none.
     """
     try:
-        with open_plain(Path(path).expanduser()) as file:
+        with open_plain(user_path(path)) as file:
             lines = file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
@@ -214,7 +214,7 @@ def open_source(
         return source
     if data == DIGITS:
         return DigitsSource(split)
-    name, path = os.fspath(data), Path(data).expanduser()
+    name, path = os.fspath(data), user_path(data)
     if path.is_dir():
         listed = path / METADATA
         if not has_labels(listed):
@@ -222,8 +222,9 @@ def open_source(
         source = ListSource(name, listed, image_root)
         source.notes += (f"labels are those in {METADATA}, as Hugging Face writes it",)
         return source
-    if not path.is_file():
-        raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}")
+    what = unlike_a_file(path)
+    if what is not None:
+        raise DataError(f"no images at {name!r}: it {what}; expected {EXPECTED}")
     try:
         if archives.is_gzip(path):
             return FolderSource(name, archives.unpack(path, observer))

@@ -17,7 +17,7 @@ from tokencut.export.check import Agreement, check_images, compare
 from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, write_pt2
 from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
-from tokencut.files import atomic_write, check_writable
+from tokencut.files import atomic_write, check_writable, user_path, with_ending
 from tokencut.limits import check_number
 from tokencut.observers import Observer
 from tokencut.runtime import extras
@@ -85,10 +85,10 @@ def check_export(path: str | os.PathLike[str], *, force: bool = False, opset: in
         UsageError: The name ends neither in `.onnx` nor in `.pt2`, or the opset is out of range.
         TokencutError: A package is missing, or the file cannot be written.
     """
-    target = Path(path)
+    target = user_path(path)
     if target.suffix not in (ONNX_SUFFIX, PT2_SUFFIX):
         raise UsageError(f"{target} ends neither in {ONNX_SUFFIX} nor in {PT2_SUFFIX}, which says what to write; type "
-                         f"`path={str(target.with_suffix(ONNX_SUFFIX))!r}`")  # fmt: skip
+                         f"`path={str(with_ending(target, ONNX_SUFFIX, 'model'))!r}`")  # fmt: skip
     if target.suffix == PT2_SUFFIX and opset is not None:
         raise UsageError(f"`opset` is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
     if opset is not None:
