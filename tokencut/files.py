@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tokencut.errors import ArtifactError
+from tokencut.errors import ArtifactError, UsageError
 
 # How the name of a temporary file ends.
 PART = ".part"
@@ -36,12 +36,47 @@ def open_plain(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
+def unlike_a_file(path: Path) -> str | None:
+    """Why a path is not that of a file, such as `does not exist` or `is a pipe, not a file`; None where it is."""
+    try:
+        kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
+    except OSError:
+        return "does not exist"
+    return kind and f"is {kind}, not a file"
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it, where `~` and `~somebody` stand for home folders.
+
+    Raises:
+        UsageError: There is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"there is no home folder {Path(path).parts[0]}, where {os.fspath(path)} would lie; give the "
+                         f"whole path, or ./{os.fspath(path)} where it is called so") from error  # fmt: skip
+
+
+def with_ending(path: Path, ending: str, name: str) -> Path:
+    """A path that ends in what it should, as an example of what to give.
+
+    Args:
+        path: One that does not.
+        ending: Such as `.png`.
+        name: What the file could be called without it, where the path is a folder's.
+    """
+    is_folder = path.name in ("", "..") or path.is_dir()
+    return path / f"{name}{ending}" if is_folder else path.with_suffix(ending)
+
+
+def check_writable(path: str | os.PathLike[str], *, force: bool, argument: str = "path") -> Path:
     """Refuses an output that could not be written, before any work is done for it.
 
     Args:
         path: The file to be written.
         force: Whether a file of that name may be replaced.
+        argument: What it was given by.
 
     Returns:
         The path.
@@ -50,7 +85,7 @@ def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
         ArtifactError: The folder does not exist or may not be written to, the path is a folder or a device, leads in
             circles or is too long, or the file exists and `force` is off.
     """
-    target = Path(path)
+    target = user_path(path)
     place = _place_of(target)
     if place.is_dir():
         example = target / "out.safetensors"
@@ -59,7 +94,7 @@ def check_writable(path: str | os.PathLike[str], *, force: bool) -> Path:
         raise ArtifactError(f"cannot write {target}: it is no file; give another name")
     _check_permission(target, place.parent)
     if place.exists() and not force:
-        raise ArtifactError(f"{target} exists; add `force=True` to replace it, or give another `path`")
+        raise ArtifactError(f"{target} exists; add `force=True` to replace it, or give another `{argument}`")
     return target
 
 
@@ -77,7 +112,7 @@ def check_writable_folder(path: str | os.PathLike[str], *, parents: bool = False
         ArtifactError: It is a file, what it lies in does not exist, one of them may not be written to, or the path
             leads in circles or is too long.
     """
-    target = Path(path)
+    target = user_path(path)
     place = _place_of(target, parents=parents)
     while parents and not os.path.lexists(place):
         place = place.parent
@@ -121,12 +156,13 @@ def part_prefix(target: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], *, force: bool = True, argument: str = "path") -> Iterator[Path]:
     """Gives a temporary file beside `path`, which takes its place when the block ends well.
 
     Args:
         path: The file to be written.
         force: Whether a file of that name may be replaced.
+        argument: What it was given by.
 
     Yields:
         The temporary path to write to. It is flushed to disk and renamed over `path` if the block ends without
@@ -136,7 +172,7 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True) -> Iterato
     Raises:
         ArtifactError: The file cannot be written, with the system's reason (disk full, say).
     """
-    target = check_writable(path, force=force)
+    target = check_writable(path, force=force, argument=argument)
     target = target.resolve() if target.is_symlink() else target  # the link stays, and points to the new content
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{part_prefix(target)}.", suffix=PART)

@@ -123,9 +123,8 @@ def off_the_shelf(args: argparse.Namespace) -> None:
         wanted = log_probabilities(dense, batches)
         top1 = 100 * (wanted.argmax(1) == truth).float().mean().item()
         print(f"{args.model}, {len(truth):,} images of {args.data}: dense top-1 {top1:.2f} %\n", flush=True)
-        print(
-            "| keep | rule | top-1 | minus the method's first | divergence | minus the first's |\n|---|---|---|---|---|---|"
-        )
+        print("| keep | rule | top-1 | minus the method's first | divergence | minus the first's |")
+        print(f"|{'---|' * 6}")
         for keep in args.keep:
             firsts: dict[str, tuple[list[bool], Tensor]] = {}
             for rule in rules(dense, args.methods, trained=False):

@@ -135,7 +135,10 @@ def test_predictions_are_not_replaced_without_force(run: Run, compressed: Path, 
     table.write_text("mine")
     words = ("eval", compressed, "--data", pictures, "-j", "0", "--predictions", table)
     refused = run(*words)
-    assert (refused.code, refused.err) == (1, f"error: {table} exists; add --force to replace it, or give another -o\n")
+    assert (refused.code, refused.err) == (
+        1,
+        f"error: {table} exists; add --force to replace it, or give another --predictions\n",
+    )
     assert table.read_text() == "mine"
     assert run(*words, "--force").code == 0
     assert table.read_text().startswith("path,label,")

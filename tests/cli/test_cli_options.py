@@ -59,7 +59,7 @@ def test_given_names_what_was_typed() -> None:
     assert ReductionOptions().given() == ()
     assert ReductionOptions(method_option=[]).given() == ()
     assert ReductionOptions(keep="0.5", prop_attn=False, method_option=["a=1"]).given() == (
-        "--keep", "--method-option", "--prop-attn",
+        "--keep", "--method-option", "--no-prop-attn",
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ WRONG = [
     (("eval", "digits", "--json"), 2),
     (("compress", "digits", "--json"), 2),
     (("models", "xyzzy", "--json"), 1),
-    (("info", "none.safetensors", "--json"), 1),
+    (("info", "none.safetensors", "--json"), 2),
 ]
 
 
@@ -140,3 +140,24 @@ def test_help_shows_what_stands_in_brackets(run: Run, monkeypatch: pytest.Monkey
         shown = run(name, "--help").out.split()
         assert [word for word in said if "[" in word and word not in shown] == []
     assert "'tokencut[onnx]'." in run("export", "--help").out
+
+
+def test_help_is_a_word_too(run: Run) -> None:
+    assert run("help").out == run("--help").out
+    assert run("help", "models").out == run("models", "--help").out
+    assert run("help", "modles").code == 2
+
+
+def test_home_folders_stand_in_options_too(
+    run: Run, tmp_path: Path, compressed: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(compressed.read_bytes())
+    (tmp_path / "val").symlink_to(pictures)
+    assert run("info", "~/model.safetensors").code == 0
+    assert run("profile", "~/model.safetensors", "--no-latency").code == 0
+    words = ("eval", "~/model.safetensors", "--data", "~/val", "-j", "0", "--predictions=~/p.csv")
+    assert run(*words).code == 0
+    assert (tmp_path / "p.csv").exists()
+    assert run("compress", *TINY, "-o~/new.safetensors").code == 0
+    assert (tmp_path / "new.safetensors").exists()

@@ -217,12 +217,16 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     cases = {
         old: f"{old} exists; add `force=True` to replace it, or give another `path`",
         tmp_path / "no" / "out.safetensors": "does not exist; create it first",
-        tmp_path / "out.bin": f"out.bin does not end in .safetensors, by which timm and others tell the format; type "
-        f"`path={str(tmp_path / 'out.safetensors')!r}`",
     }
     for path, message in cases.items():
         for write in (lambda p: artifact.save(model, p), artifact.check_output):
             assert message in refusal(path, write)
+    wrong = "out.bin does not end in .safetensors, by which timm and others tell the format; type "
+    wrong += f"`path={str(tmp_path / 'out.safetensors')!r}`"
+    for write in (lambda p: artifact.save(model, p), artifact.check_output):
+        with pytest.raises(UsageError) as caught:
+            write(tmp_path / "out.bin")
+        assert wrong in str(caught.value)
     assert old.read_bytes() == b"old"
     assert names_in(tmp_path) == ["old.safetensors"]
     artifact.save(model, old, force=True)
@@ -408,8 +412,14 @@ def test_files_of_other_kinds(tmp_path: Path, saved: Path) -> None:
             assert message in refusal(path, read)
     assert not (tmp_path / "ran").exists()
     missing = tmp_path / "missing.safetensors"
-    assert f"type `tokencut.save(model, {str(missing)!r})` to make it" in refusal(missing)
-    assert "it is a folder, not a file" in refusal(tmp_path)
+    for read in (artifact.load, artifact.read_info):
+        with pytest.raises(UsageError) as caught:
+            read(missing)
+        assert (
+            str(caught.value) == f"{missing} does not exist; type `tokencut.save(model, {str(missing)!r})` to make one"
+        )
+        with pytest.raises(UsageError, match="is a folder, not a file; type"):
+            read(tmp_path)
 
 
 def test_weights_without_a_recipe_are_called_so(tmp_path: Path) -> None:

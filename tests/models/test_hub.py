@@ -129,6 +129,18 @@ def test_a_hub_that_takes_the_call_and_says_nothing_fails_in_time(monkeypatch: p
         assert time.monotonic() - start < 2
 
 
+def test_a_proxy_that_refuses_is_told_of_and_not_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProxyError(OSError):
+        """As httpx and requests call it."""
+
+    class Refused:
+        def head(self, *_: Any, **__: Any) -> None:
+            raise ProxyError("404 Not Found")
+
+    monkeypatch.setattr(hub, "get_session", Refused)
+    assert "and the proxy on the way to 127.0.0.1:9 answers (404 Not Found); " in refusal("deit_tiny")
+
+
 def test_a_name_look_up_that_hangs_fails_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
 

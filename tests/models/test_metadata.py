@@ -119,6 +119,19 @@ def test_a_bad_text(rewrite: Callable[..., Path], text: str, message: str) -> No
         ("model_args.pretrained_cfg", {"file": "x"}, "pretrained_cfg is not an argument of the architecture"),
         ("model_args.depth", 7, "its model_args say depth 7, its keep_per_block has 6 blocks"),
         ("model_args.depth", 10**12, "`depth=1000000000000` is not a whole number from 1 to 128"),
+        ("preprocessing.crop_pct", 1e-9, "its metadata's preprocessing.crop_pct is 1e-09, not a number from 0.05 to 2"),
+        (
+            "preprocessing.interpolation",
+            "foo",
+            "preprocessing.interpolation is 'foo', not one of bicubic",
+        ),
+        (
+            "preprocessing.crop_mode",
+            "foo",
+            "preprocessing.crop_mode is 'foo', not one of center, squash",
+        ),
+        ("label_names", ["a", "b"], "its label_names name 2 classes, and its model has 5"),
+        ("label_names", {"5": "a"}, "its label_names name 1 classes, and its model has 5"),
         ("model_args.init_values", [[[[1]]]], "init_values is [[[[1]]]], which is too large a list"),
         ("model_args.block_fn", "os.system", "timm cannot build test_vit with the arguments"),
         ("model_args.nonsense", 1, "timm cannot build test_vit with the arguments"),
@@ -146,7 +159,7 @@ def test_a_bad_text(rewrite: Callable[..., Path], text: str, message: str) -> No
             [3, 64],
             "its metadata's preprocessing.input_size is [3, 64], not channels, height",
         ),
-        ("preprocessing.crop_pct", 0, "its metadata's preprocessing.crop_pct is 0, not a positive number"),
+        ("preprocessing.crop_pct", 0, "its metadata's preprocessing.crop_pct is 0, not a number from 0.05 to 2"),
         ("preprocessing.nonsense", 0, "its metadata has an unknown field preprocessing.nonsense"),
         ("pretrained_cfg.file", "x.pth", "its metadata has an unknown field pretrained_cfg.file"),
         (

@@ -225,6 +225,30 @@ def test_label_names_that_are_too_few_are_told_of(folder: Path) -> None:
     assert note not in load_model(f"local-dir:{folder}", num_classes=3).notes
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpolation": "foo"}, "its description's interpolation is 'foo', not one of bicubic, bilinear, nearest"),
+        ({"crop_pct": 1e-9}, "its description's crop_pct is 1e-09, not a number from 0.05 to 2; give what its"),
+        ({"crop_mode": "foo"}, "its description's crop_mode is 'foo', not one of center, squash, border"),
+        ({"mean": "x"}, "its description's mean is 'x', not a list of numbers"),
+        ({"std": [0, 0, 0]}, "its description's std is [0, 0, 0], not a list of positive numbers"),
+    ],
+)
+def test_a_description_by_which_no_image_can_be_prepared(folder: Path, change: dict[str, Any], message: str) -> None:
+    describe(folder, change)
+    with pytest.raises(ModelError) as caught:
+        load_model(f"local-dir:{folder}")
+    assert message in str(caught.value)
+
+
+def describe(folder: Path, change: dict[str, Any]) -> None:
+    """Changes what a folder's config.json says of its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_folder_that_timm_did_not_save(folder: Path) -> None:
     spec, config = f"local-dir:{folder}", folder / "config.json"
     (folder / "model.safetensors").write_bytes(b"damaged")

@@ -26,6 +26,7 @@ from tokencut.cli.cmd_sweep import sweep
 from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.help import HelpfulCommand, HelpfulGroup
 from tokencut.cli.loading import announced
+from tokencut.cli.options import with_home_folders
 from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
 from tokencut.errors import TokencutError, UsageError
 from tokencut.messages import nearest_known
@@ -55,7 +56,8 @@ class _Commands(HelpfulGroup):
         name = args[0]
         if not name.startswith("-") and name not in self.commands:
             known = f"commands are {', '.join(self.commands)}; type tokencut --help"
-            raise UsageError(f"unknown command {name!r}{nearest_known(name, self.commands)} {known}")
+            near = nearest_known(name, [*self.commands, "help"], cutoff=0.6)
+            raise UsageError(f"unknown command {name!r}{near} {known}")
         return super().resolve_command(ctx, args)
 
 
@@ -66,7 +68,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _function in COMMANDS.items():
-    app.command(_name, cls=HelpfulCommand, help=_function.__doc__)(_function)
+    app.command(_name, cls=HelpfulCommand, help=_function.__doc__)(with_home_folders(_function))
 
 
 def _print_version(wanted: bool) -> None:
@@ -133,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.
     """
     words, debug = _take_debug(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     no_stdout = sys.stdout is None
     with render.streams(), Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks(), announced():
         try:
@@ -210,10 +214,41 @@ def _lacks_memory(error: BaseException) -> bool:
     return lacks_memory(error)
 
 
+# What other programs call it.
+_ELSEWHERE = {
+    "--epochs": "--finetune-epochs", "--finetune": "--finetune-epochs", "--learning-rate": "--lr",
+    "--num-workers": "--workers", "--imgsz": "--img-size",
+    "--image-size": "--img-size", "--input-size": "--img-size", "--out": "--output", "--overwrite": "--force",
+    "--yes": "--force", "--dataset": "--data", "--data-dir": "--data", "--train": "--train-data", "--gpu": "--device",
+    "--dtype": "--precision", "--amp": "--precision", "--ratio": "--keep", "--keep-rate": "--keep", "-r": "--reduce-by",
+    "--weights": "--checkpoint", "--pretrained": "--no-pretrained", "--calib": "--calibration", "--topk": "--top",
+}  # fmt: skip
+
+
+def _meant(unknown: str, context: Any) -> str:
+    """What may have been meant by an option that a command does not have."""
+    owner = next(
+        (name for name, one in getattr(context.command, "commands", {}).items() if unknown in _names(one)), None
+    )
+    if owner is not None:
+        return f" before a command; type it behind one, as in tokencut {owner} {unknown};"
+    known = _names(context.command)
+    elsewhere = _ELSEWHERE.get(unknown)
+    if elsewhere in known:
+        return f", did you mean {elsewhere}?"
+    parts = set(unknown.strip("-").split("-"))
+    alike = [name for name in known if len(unknown) > 3 and parts <= set(name.strip("-").split("-"))]
+    return f", did you mean {' or '.join(alike[:2])}?" if alike else nearest_known(unknown, known, cutoff=0.7)
+
+
+def _names(command: Any) -> list[str]:
+    return [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+
+
 def _explain_parser(error: Any, words: Sequence[str]) -> str:
     command = "tokencut" if not words or words[0] not in COMMANDS else f"tokencut {words[0]}"
-    possible = getattr(error, "possibilities", None)
-    if possible:
-        return f"no such option {error.option_name}, did you mean {possible[0]}? type {command} --help"
+    unknown = getattr(error, "option_name", None) if hasattr(error, "possibilities") else None
+    if unknown:
+        return f"no such option {unknown}{_meant(unknown, error.ctx)} type {command} --help"
     message = error.format_message().rstrip(".")
     return f"{message[:1].lower()}{message[1:]}; type {command} --help"

@@ -19,6 +19,7 @@ from tokencut.cli.options import (
     with_groups,
 )
 from tokencut.errors import UsageError
+from tokencut.files import user_path
 from tokencut.runtime import extras
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def visualize(
 def _refuse_overwriting_input(output: Path, images: list[str]) -> None:
     """Refuses to replace an image by its own picture, as `*.png` beside `--force` would."""
     replaced = output.resolve() if output.exists() else None
-    same = next((image for image in images if Path(image).expanduser().resolve() == replaced), None)
+    same = next((image for image in images if user_path(image).resolve() == replaced), None)
     if same:
         raise UsageError(f"{output} is one of the images; give another -o, or leave that image out")
 

@@ -8,11 +8,12 @@ from tokencut.cli.options import CompileOptions, ModelOptions, ReductionOptions,
 from tokencut.cli.subject import Subject
 from tokencut.errors import UsageError
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.files import user_path
 
 
 def is_onnx(spec: str) -> bool:
     """Whether a MODEL is an existing .onnx file."""
-    return Path(spec).suffix.lower() == ONNX_SUFFIX and Path(spec).is_file()
+    return Path(spec).suffix.lower() == ONNX_SUFFIX and user_path(spec).is_file()
 
 
 def open_onnx(

@@ -21,6 +21,7 @@ import typer
 
 from tokencut.cli.help import HelpAllFlag
 from tokencut.errors import UsageError
+from tokencut.files import user_path
 from tokencut.limits import LIMITS
 from tokencut.messages import nearest_known, one_line, shorten
 from tokencut.schedule import NEED_A_RATE, PLACEMENTS
@@ -115,9 +116,11 @@ class ReductionOptions:
 
     def given(self) -> tuple[str, ...]:
         """The options that were typed, such as `("--keep", "--layers")`."""
+        typed = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return tuple(
-            "--" + entry.name.replace("_", "-") for entry in fields(self) if getattr(self, entry.name) not in (None, [])
-        )
+            ("--no-" if value is False else "--") + name.replace("_", "-")
+            for name, value in typed.items() if value not in (None, [])
+        )  # fmt: skip
 
     def arguments(self) -> dict[str, Any]:
         """What was typed, as arguments of `tokencut.compress`.
@@ -403,6 +406,21 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     # Options without default would have to stand first in a signature; none has.
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def with_home_folders(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: has `~` and `~somebody` expanded in all paths that a command takes, which shells leave to it.
+
+    Args:
+        command: A function whose options are spelled out.
+    """
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        paths = {name: user_path(value) for name, value in values.items() if isinstance(value, Path)}
+        command(**{**values, **paths})
+
     return run
 
 

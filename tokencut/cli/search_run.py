@@ -18,7 +18,7 @@ from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
 from tokencut.data.sources import open_source
 from tokencut.errors import UsageError
-from tokencut.files import atomic_write, check_writable
+from tokencut.files import atomic_write, check_writable, with_ending
 from tokencut.models.loading import Loaded
 from tokencut.search.report import ParetoPoint
 from tokencut.search.run import SearchReport, SearchSettings, find_schedule
@@ -157,8 +157,8 @@ class SearchRun:
 def _checked(front: Path, *, force: bool) -> Path:
     if front.suffix != ".json":
         raise UsageError(f"--front {front} does not end in .json, and a front is written as JSON; type --front "
-                         f"{front.with_suffix('.json')}")  # fmt: skip
-    return check_writable(front, force=force)
+                         f"{with_ending(front, '.json', 'front')}")  # fmt: skip
+    return check_writable(front, force=force, argument="front")
 
 
 def _options(point: ParetoPoint) -> str:

@@ -23,6 +23,7 @@ from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.files import user_path
 from tokencut.methods import make_method, methods
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.models.artifact import read_info
@@ -186,7 +187,7 @@ def note_same_images(first: str, one: Source | None, second: str, other: Source 
     """
     if one is None or other is None or DIGITS in (one.name, other.name):
         return
-    if Path(one.name).expanduser().resolve() == Path(other.name).expanduser().resolve():
+    if user_path(one.name).resolve() == user_path(other.name).resolve():
         render.note(f"{first} and {second} are both {other.name}: {why}; give other images to one of them")
 
 

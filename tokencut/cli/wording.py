@@ -12,10 +12,11 @@ import ast
 # Parameters whose option is their own name behind two dashes.
 _SAME = """
     accumulate alpha attention auto_augment batch_size beta calibration capture checkpoint class_map clip_grad
-    color_jitter compare compile_mode crop_scale cutmix data dense device distill distill_weight dtype ema_decay
-    force hflip img_size keep keep_warmup label_smoothing layer_decay layers limit lr lr_scaling max_drop method
-    methods min_lr mixup model_kwargs num_classes opset precision predictions prop_attn random_erasing recipe
-    reduce_by seed select temperature tensorboard top train_data warmup_epochs weight_decay workers
+    color_jitter compare compile_mode crop_pct crop_scale cutmix data dense device distill distill_weight dtype
+    ema_decay force hflip img_size interpolation keep keep_warmup label_smoothing layer_decay layers limit lr
+    lr_scaling max_drop mean method methods min_lr mixup model_kwargs num_classes opset precision predictions
+    prop_attn random_erasing recipe reduce_by seed select std temperature tensorboard top train_data warmup_epochs
+    weight_decay workers
 """
 OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "compiled": "--compile",
@@ -24,6 +25,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "epochs": "--finetune-epochs",
     "folder": "-o",
     "format": "--format",
+    "front": "--front",
     "gmacs": "--target-gmacs",
     "image_root": "--image-root",
     "images": "--calibration-limit",

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tokencut.errors import DataError
-from tokencut.files import remove_folder
+from tokencut.files import remove_folder, user_path
 from tokencut.messages import quoted
 
 CACHE_VARIABLE = "TOKENCUT_CACHE"
@@ -48,8 +48,8 @@ def cache_folder() -> Path:
     """Where archives are unpacked: `TOKENCUT_CACHE`, or `tokencut` in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokencut"
+        return user_path(chosen)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tokencut"
 
 
 def cached_archives() -> list[CachedArchive]:

@@ -17,7 +17,7 @@ from tokencut.data.own_pictures import set_apart, start_of_file
 from tokencut.data.preprocessing import FORMATS, UnreadableImageError, decode
 from tokencut.data.sources import DIGITS, DigitsSource, Source
 from tokencut.errors import DataError
-from tokencut.files import open_plain
+from tokencut.files import open_plain, user_path
 from tokencut.messages import listed
 
 # So many of the test images stand for the word `digits`.
@@ -63,7 +63,7 @@ def find_photos(images: Sequence[PhotoLike]) -> list[Photo]:
             source = DigitsSource("test")
             found += [photo_of(source, index) for index in range(DIGITS_DRAWN)]
         else:
-            found.append(Photo(os.fspath(image), partial(open_plain, Path(image).expanduser())))
+            found.append(Photo(os.fspath(image), partial(open_plain, user_path(image))))
     return found
 
 
@@ -104,7 +104,7 @@ def _enter(image: PhotoLike) -> tuple[list[Photo], Sequence[str], list[str]]:
     """The photos that a word names, what was passed over, and what is wrong with it."""
     if isinstance(image, Photo) or image == DIGITS:
         return find_photos([image]), (), []
-    name, path = os.fspath(image), Path(image).expanduser()
+    name, path = os.fspath(image), user_path(image)
     try:
         if path.is_dir():
             found = find_images(set_apart(scan_folder(path), start_of_file(path)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokencut.data.listing import EXTENSIONS, Layout, path_order, told
 from tokencut.errors import DataError
-from tokencut.files import open_plain
+from tokencut.files import open_plain, user_path
 from tokencut.messages import listed, one_line, quoted
 
 # Hugging Face's name for the list that lies among the images of a folder.
@@ -73,7 +73,7 @@ def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageLi
         DataError: It cannot be read, lacks a column, a label or images, gives a file two labels, or more than 1 % of
             the files do not exist.
     """
-    folder = path.parent if root is None else Path(root).expanduser()
+    folder = path.parent if root is None else user_path(root)
     try:
         with open_plain(path) as file:
             rows = _rows(path, _text(path, file.read()))

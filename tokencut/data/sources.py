@@ -19,7 +19,7 @@ from tokencut.data.own_pictures import START, set_apart, start_of_file
 from tokencut.data.sampling import stratified
 from tokencut.data.zips import is_zip, read_member, read_start, scan_zip
 from tokencut.errors import DataError
-from tokencut.files import open_plain
+from tokencut.files import open_plain, unlike_a_file, user_path
 from tokencut.messages import quoted
 from tokencut.observers import Observer
 
@@ -175,7 +175,7 @@ def read_class_map(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: It cannot be read, is no text, or names a class twice or none.
     """
     try:
-        with open_plain(Path(path).expanduser()) as file:
+        with open_plain(user_path(path)) as file:
             lines = file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
@@ -224,7 +224,7 @@ def open_source(
         return source
     if data == DIGITS:
         return DigitsSource(split)
-    name, path = os.fspath(data), Path(data).expanduser()
+    name, path = os.fspath(data), user_path(data)
     if path.is_dir():
         listed = path / METADATA
         if not labels_images(listed, image_root):
@@ -232,8 +232,9 @@ def open_source(
         source = ListSource(name, listed, image_root)
         source.notes += (f"labels are those in {METADATA}, as Hugging Face writes it",)
         return source
-    if not path.is_file():
-        raise DataError(f"no images at {name!r}: it does not exist; expected {EXPECTED}")
+    what = unlike_a_file(path)
+    if what is not None:
+        raise DataError(f"no images at {name!r}: it {what}; expected {EXPECTED}")
     try:
         if archives.is_gzip(path):
             return FolderSource(name, archives.unpack(path, observer))

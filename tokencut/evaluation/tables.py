@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from tokencut.errors import UsageError
-from tokencut.files import atomic_write, check_writable
+from tokencut.files import atomic_write, check_writable, user_path, with_ending
 
 
 def check_csv(path: str | os.PathLike[str], *, force: bool = False, parameter: str = "predictions") -> None:
@@ -23,14 +22,14 @@ def check_csv(path: str | os.PathLike[str], *, force: bool = False, parameter: s
         UsageError: Its name does not end in .csv.
         ArtifactError: It could not be written, or exists and `force` is off.
     """
-    target = Path(path)
+    target = user_path(path)
     if target.suffix.lower() != ".csv":
-        example = target.with_suffix(".csv") if target.name else "predictions.csv"
+        example = with_ending(target, ".csv", "predictions")
         raise UsageError(
             f"`{parameter}={str(target)!r}` does not end in .csv, and predictions are written as CSV; type "
             f"`{parameter}={str(example)!r}`"
         )
-    check_writable(target, force=force)
+    check_writable(target, force=force, argument=parameter)
 
 
 def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[object]], *, force: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError
 from tokencut.export.info import KEY, ExportInfo, export_info_from_text
+from tokencut.files import user_path
 from tokencut.messages import one_line
 from tokencut.runtime import extras
 from tokencut.runtime.compiling import in_batches
@@ -40,7 +41,7 @@ class OnnxModel(nn.Module):
             ArtifactError: The file is damaged, not ONNX, or was not written by tokencut.
         """
         super().__init__()
-        self.path = Path(path)
+        self.path = user_path(path)
         extras.require(f"running {path} needs", "onnxruntime", extra="onnx")
         runtime = importlib.import_module("onnxruntime")
         self.runtime = f"onnxruntime {runtime.__version__}"

@@ -19,7 +19,7 @@ from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, 
 from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.export.timm_folder import check_folder, read_folder, write_folder
-from tokencut.files import atomic_folder, atomic_write, check_writable
+from tokencut.files import atomic_folder, atomic_write, check_writable, user_path, with_ending
 from tokencut.limits import check_number
 from tokencut.models.checkpoints import require_finite
 from tokencut.observers import Observer
@@ -106,7 +106,7 @@ def check_export(
         UsageError: The name ends neither in `.onnx` nor in `.pt2`, or the opset is out of range.
         TokencutError: A package is missing, or the file cannot be written.
     """
-    target = Path(path)
+    target = user_path(path)
     if format is not None and format not in get_args(Format):
         raise UsageError(f"format {format!r} is none of {', '.join(get_args(Format))}; type `format='timm'`, or leave "
                          "it out")  # fmt: skip
@@ -114,11 +114,11 @@ def check_export(
     chosen = format or by_name.get(target.suffix)
     if chosen is None:
         raise UsageError(f"{target} ends neither in {ONNX_SUFFIX} nor in {PT2_SUFFIX}, which says what to write; type "
-                         f"`path={str(target.with_suffix(ONNX_SUFFIX))!r}`, or `format='timm'` for a folder"
+                         f"`path={str(with_ending(target, ONNX_SUFFIX, 'model'))!r}`, or `format='timm'` for a folder"
                          )  # fmt: skip
     if chosen != "timm" and by_name.get(target.suffix) != chosen:
         raise UsageError(f"{target} does not end in .{chosen}, as a file of the format {chosen} does; type "
-                         f"`path={str(target.with_suffix('.' + chosen))!r}`")  # fmt: skip
+                         f"`path={str(with_ending(target, '.' + chosen, 'model'))!r}`")  # fmt: skip
     if chosen != "onnx" and opset is not None:
         raise UsageError(f"`opset` is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
     if opset is not None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters import refuse_sharded
 from tokencut.errors import ArtifactError, TokencutError, UsageError
-from tokencut.files import atomic_write, check_writable
+from tokencut.files import atomic_write, check_writable, unlike_a_file, user_path, with_ending
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.alterations import alter, alterations_of
@@ -60,13 +60,13 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Refuses a file that `save` could not write, before any work is done for it.
 
     Raises:
-        ArtifactError: The name does not end in `.safetensors`, by which timm tells the format; the folder does not
-            exist; or the file exists and `force` is off.
+        UsageError: The name does not end in `.safetensors`, by which timm tells the format.
+        ArtifactError: The folder does not exist, or the file exists and `force` is off.
     """
-    target = Path(path)
+    target = user_path(path)
     if target.suffix != SUFFIX:
-        raise ArtifactError(f"{target} does not end in {SUFFIX}, by which timm and others tell the format; type "
-                            f"`path={str(target.parent / target.stem) + SUFFIX!r}`")  # fmt: skip
+        raise UsageError(f"{target} does not end in {SUFFIX}, by which timm and others tell the format; type "
+                         f"`path={str(with_ending(target, SUFFIX, 'out'))!r}`")  # fmt: skip
     return check_writable(target, force=force)
 
 
@@ -149,8 +149,9 @@ def read_info(path: str | os.PathLike[str]) -> ArtifactInfo:
     Raises:
         ArtifactError: Not a tokencut file, or damaged, or of a newer format.
     """
-    with _open(Path(path)) as file:
-        return _info(file, Path(path))
+    source = user_path(path)
+    with _open(source) as file:
+        return _info(file, source)
 
 
 def load(path: str | os.PathLike[str]) -> CompressedModel:
@@ -169,7 +170,7 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
         >>> tokencut.load("out.safetensors").recipe == info.recipe
         True
     """
-    source = Path(path)
+    source = user_path(path)
     with _open(source) as file:
         info = _info(file, source)
         try:
@@ -201,9 +202,10 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
 
 
 def _open(path: Path) -> Any:
-    if not path.exists():
-        made = path.with_suffix(SUFFIX)
-        raise ArtifactError(f"{path} does not exist; type `tokencut.save(model, {str(made)!r})` to make it")
+    what = unlike_a_file(path)
+    if what is not None:
+        made = with_ending(path, SUFFIX, "out")
+        raise UsageError(f"{path} {what}; type `tokencut.save(model, {str(made)!r})` to make one")
     return open_safetensors(path)
 
 

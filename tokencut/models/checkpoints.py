@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError
-from tokencut.files import open_plain
+from tokencut.files import open_plain, unlike_a_file
 from tokencut.messages import listed, one_line, shorten
 from tokencut.models.pickles import TorchScriptError, read_pickle
 from tokencut.models.state_dicts import find_weights, refuse_others, without_wrappers
@@ -110,8 +110,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         ModelError: The file is missing, damaged, of another kind (which is named), or holds no weights.
     """
     path = weights_file(path)
-    if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
+    what = unlike_a_file(path)
+    if what is not None:
         raise ModelError(f"the checkpoint {path} {what}; give a file of weights: `checkpoint='model.safetensors'`")
     if path.name.endswith(".index.json"):
         parts = [read_checkpoint(part)[0] for part in shards(path)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from tokencut.limits import LIMITS
 from tokencut.models.alterations import POOLS
 from tokencut.models.names import architectures
-from tokencut.models.pretrained_cfg import LabelNames
+from tokencut.models.pretrained_cfg import CROP_MODES, INTERPOLATIONS, LabelNames
 from tokencut.schema import (
     LONGEST,
     NUMBER,
@@ -71,6 +73,12 @@ def per_block(kind: type) -> Rule:
                 f"a list of up to {MAX_BLOCKS} {kind.__name__}")  # fmt: skip
 
 
+def preprocessing_problem(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with timm's data config, as a rule tells it; None where images can be prepared by it."""
+    known = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+    return PREPROCESSING.problem(known)
+
+
 _TEXT_OR_LIST = Rule(lambda value: _is_text(value) or is_list_of(_is_text, value), "a string or a list of strings")
 _INPUT = Rule(lambda value: _is_size(value, 3), "channels, height and width")
 
@@ -78,11 +86,11 @@ ARCHITECTURE = Rule(lambda value: _is_text(value) and value in architectures(), 
 LABEL_NAMES = Rule(_is_labels, "a list of strings, strings by index, or null")
 PREPROCESSING = Fields({
     "input_size": _INPUT,
-    "interpolation": TEXT,
+    "interpolation": Rule(lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "mean": Rule(lambda value: is_list_of(is_number, value, 1), "a list of numbers"),
     "std": Rule(lambda value: is_list_of(_is_positive, value, 1), "a list of positive numbers"),
-    "crop_pct": POSITIVE,
-    "crop_mode": TEXT,
+    "crop_pct": Rule(LIMITS["crop_pct"].allow, LIMITS["crop_pct"].expected),
+    "crop_mode": Rule(lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
 })  # fmt: skip
 # Of timm's description of its weights: no place to load from, and nothing that is said elsewhere.
 PRETRAINED_CFG = Fields({

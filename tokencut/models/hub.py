@@ -163,7 +163,9 @@ def _ask(place: str) -> str | None:
             # A hub that has no such file has answered: timm then says which file.
             answers.put(f"{host} answers with status {status}" if status == 407 or status >= 500 else None)
         except Exception as error:  # noqa: BLE001 (whatever the hub's client and the network raise is reported)
-            answers.put(f"{host} does not answer ({one_line(error)})")
+            proxy = "ProxyError" in type(error).__name__  # it answered, and the host was never asked
+            said = f"the proxy on the way to {host} answers" if proxy else f"{host} does not answer"
+            answers.put(f"{said} ({one_line(error)})")
 
     # The client's timeouts do not cover the name's look-up, which alone can hang for longer than a user waits.
     threading.Thread(target=request, daemon=True, name="tokencut-hub").start()

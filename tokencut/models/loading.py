@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,17 +15,20 @@ from torch import Tensor, nn
 
 from tokencut.adapters import adapter_for
 from tokencut.errors import ModelError, UsageError
+from tokencut.files import unlike_a_file, user_path
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
 from tokencut.models import artifact, building, digits, fitting, folders, hub, huggingface
 from tokencut.models.alterations import alter
 from tokencut.models.checkpoints import is_npz, not_finite, random_state, read_checkpoint, sha256
+from tokencut.models.fields import preprocessing_problem
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
 from tokencut.models.pretrained_cfg import (
     check_preprocessing,
     class_count,
+    data_config,
     description_of,
     label_names,
     sync_pretrained_cfg,
@@ -123,7 +127,8 @@ def load_model(
     """
     args = _timm_args(model_kwargs, num_classes, img_size)
     known = check_preprocessing(preprocessing or {})
-    file = Path(checkpoint) if checkpoint else None
+    spec = expanded(spec)
+    file = user_path(checkpoint) if checkpoint else None
     request = Request(pretrained, file, args, known, weights_needed, seed, to_be_trained)
     if Path(spec).is_file():
         _refuse_exported(spec)
@@ -142,15 +147,32 @@ def load_model(
     return _from_name(resolve_name(spec), request)
 
 
+def expanded(spec: str) -> str:
+    """A MODEL whose path may begin with `~`, with the home folder that this stands for.
+
+    Raises:
+        UsageError: There is no such home folder.
+    """
+    scheme, colon, rest = spec.partition(":")
+    if spec.startswith("~"):
+        return str(user_path(spec))
+    return f"{scheme}:{user_path(rest)}" if colon and rest.startswith("~") and _is_local(scheme) else spec
+
+
+def _is_local(scheme: str) -> bool:
+    return scheme.lower().replace("_", "-") == "local-dir"
+
+
 def artifact_of(spec: str) -> Path | None:
     """The tokencut file that a MODEL names: itself, or the weights in its folder; None where it names none."""
+    spec = expanded(spec)
     path = Path(spec)
     if path.is_file():
         return path
     if spec != BUNDLED and folders.is_model_folder(path):
         return _artifact_in(path)
     scheme, colon, rest = spec.partition(":")
-    return _artifact_in(Path(rest)) if colon and scheme.lower().replace("_", "-") == "local-dir" else None
+    return _artifact_in(Path(rest)) if colon and _is_local(scheme) else None
 
 
 def _artifact_in(folder: Path) -> Path | None:
@@ -177,8 +199,11 @@ def _refuse_path(spec: str) -> None:
     path = Path(spec)
     if spec and path.is_dir() and not is_name(spec):
         folders.read_config(path)  # there is none, and it says what there is
+    if spec and path.exists() and not is_name(spec):
+        raise UsageError(f"{spec} {unlike_a_file(path)}; give a file that `tokencut.save(model, 'FILE')` wrote")
     if path.suffix.lower() in _PATH_SUFFIXES or any(separator in spec for separator in "/\\"):
-        other = f", or type hf-hub:{spec} for the hub's repository" if spec.count("/") == 1 and not path.suffix else ""
+        owned = re.fullmatch(r"\w[\w.-]*/\w[\w-]*", spec)
+        other = f", or type hf-hub:{spec} for the hub's repository" if owned else ""
         raise UsageError(f"no such file: {spec}; give a file that `tokencut.save(model, 'FILE')` wrote{other}")
     if ":" in spec:
         raise UsageError(f"unknown kind of model {spec!r}; type hf-hub:OWNER/NAME, local-dir:FOLDER, or a name that "
@@ -410,6 +435,9 @@ def _finish(
         raise ModelError(f"the weights of {name} cannot be used: {problem}; give others by `checkpoint='FILE'`")
     if request.preprocessing:
         setattr(model, "pretrained_cfg", {**description_of(model), **request.preprocessing})  # noqa: B010 (not a tensor)
+    if problem := preprocessing_problem(data_config(model)):
+        raise ModelError(f"no image can be prepared for {name}: its description{problem}; give what its weights were "
+                         "trained with, such as `interpolation='bicubic'` or `crop_pct=0.9`")  # fmt: skip
     own = origin is not None and origin.kind != "checkpoint" and not foreign
     sync_pretrained_cfg(model, own_weights=own)
     origin = origin or Origin("random", seed=request.seed)

@@ -23,9 +23,9 @@ from tokencut.models.fields import (
     per_block,
 )  # fmt: skip
 from tokencut.models.model_args import check_model_args
-from tokencut.models.pretrained_cfg import LabelNames
+from tokencut.models.pretrained_cfg import LabelNames, named_by
 from tokencut.recipe import Recipe, recipe_from_json
-from tokencut.schema import OBJECT, Fields, Form
+from tokencut.schema import OBJECT, Fields, Form, is_whole
 
 FORM = Form(
     type="compressed-model",
@@ -175,6 +175,9 @@ def info_from_text(text: str) -> ArtifactInfo:
         raise FORM.damaged(
             f"its model_args say depth {data['model_args']['depth']}, its keep_per_block has {depth} blocks"
         )
+    names, classes = labels_from_json(data["label_names"]), data["model_args"].get("num_classes")
+    if names is not None and is_whole(classes) and not named_by(names, classes):
+        raise FORM.damaged(f"its label_names name {len(names)} classes, and its model has {classes}")
     info = ArtifactInfo(
         architecture=data["architecture"],
         model_args=as_tuples(data["model_args"]),
@@ -182,7 +185,7 @@ def info_from_text(text: str) -> ArtifactInfo:
         depth=depth,
         preprocessing=as_tuples(data["preprocessing"]),
         pretrained_cfg=as_tuples(data["pretrained_cfg"]),
-        label_names=labels_from_json(data["label_names"]),
+        label_names=names,
         origin=Origin(**data["origin"]),
         alterations=Alterations(**data.get("alterations", {})),
         measured=check_measured(data["measured"]),

@@ -18,6 +18,8 @@ from tokencut.limits import LIMITS
 # In the order of the logits, or by their numbers.
 LabelNames = tuple[str, ...] | dict[int, str]
 
+# What timm's transforms know.
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 EXAMPLES = {"mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "crop_pct": "0.9"}
 
@@ -142,10 +144,18 @@ def label_names(model: nn.Module) -> LabelNames | None:
     A model given another number of classes keeps the old names in its `pretrained_cfg`; those are not returned.
     """
     names, classes = description_of(model).get("label_names"), class_count(model)
+    if not names or not named_by(names, classes):
+        return None
     if isinstance(names, Mapping):  # JSON keys are strings
-        fits = all(str(index).isdecimal() and int(index) < classes for index in names)
-        return {int(index): str(name) for index, name in names.items()} if names and fits else None
-    return tuple(map(str, names)) if names and len(names) == classes else None
+        return {int(index): str(name) for index, name in names.items()}
+    return tuple(map(str, names))
+
+
+def named_by(names: Any, classes: int) -> bool:
+    """Whether names, in order or by number, are those of so many classes."""
+    if isinstance(names, Mapping):
+        return all(str(index).isdecimal() and int(index) < classes for index in names)
+    return isinstance(names, (list, tuple)) and len(names) == classes
 
 
 def require_head(model: nn.Module, lacking: str = "accuracy to measure") -> int:

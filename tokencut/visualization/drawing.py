@@ -16,7 +16,7 @@ from tokencut.data.image_files import PhotoLike
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.evaluation.prediction import Guess
-from tokencut.files import check_writable
+from tokencut.files import check_writable, user_path, with_ending
 from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.checkpoints import require_finite
 from tokencut.runtime import extras
@@ -97,10 +97,10 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> Path:
         UsageError: It ends in none of .png, .pdf and .svg.
         ArtifactError: It exists and `force` is off, or its folder does not exist.
     """
-    target = Path(path)
+    target = user_path(path)
     if _form(target) not in PICTURE_FORMATS:
         raise UsageError(f"{target} ends in none of .png, .pdf and .svg, which say what to write; "
-                         f"type `path={str(target.with_suffix('.png'))!r}`")  # fmt: skip
+                         f"type `path={str(with_ending(target, '.png', 'tokens'))!r}`")  # fmt: skip
     return check_writable(target, force=force)
 
 
