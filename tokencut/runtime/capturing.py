@@ -220,7 +220,7 @@ class _Graph:
 
 
 class _Watched:
-    """What a graph has taken for granted of a model: asked before every replay, which takes some 40 us for DeiT-S.
+    """What a graph has taken for granted of a model: asked before every replay, which takes some 60 us for DeiT-S.
 
     It holds the weights' memory, so that no other weights can come to lie where a graph reads.
     """
