@@ -115,9 +115,8 @@ def captured(model: nn.Module, images: Tensor) -> Forward:
         ModelError: It cannot be recorded.
     """
     graph = CapturedModel(model)
-    with torch.no_grad():
-        if not graph.record(images):
-            raise ModelError(listed(graph.notes))
+    if not graph.record(images):
+        raise ModelError(listed(graph.notes))
     return graph
 
 
