@@ -3,15 +3,15 @@
     python examples/benchmarks/run.py speed --model deit_small_patch16_224 --batch-size 1 16 --processes 5
     python examples/benchmarks/run.py speed --clock process --threads 1 --onnxruntime --no-naive --batch-size 1 16
     python examples/benchmarks/run.py speed --device cuda --precision bf16 --batch-size 256 1 \\
-        --compile --compile-mode default reduce-overhead
+        --capture --compile --compile-mode default reduce-overhead
 
-The dense side is timm's own forward with fused attention, in the same form: eager beside eager, compiled beside
-compiled, onnxruntime beside onnxruntime. `kept` is the speed-up divided by the FLOPs ratio: 1.00 means that seconds
-fall as far as FLOPs. `spread` holds the quartiles of the speed-up over rounds or, with `--processes`, its lowest and
-highest over the processes, and `±` half of the same for the milliseconds. The naive form is what research code does:
-attention materialised in every block that timm runs. Weights are random: speed does not depend on them. What `topk` and
-`random` reach is about the most that any method could, since their stages cost next to nothing: at batch 1, say,
-reading the weights takes its time however few the tokens are.
+The dense side is timm's own forward with fused attention, in the same form: eager beside eager, captured as a CUDA
+graph beside captured, compiled beside compiled, onnxruntime beside onnxruntime. `kept` is the speed-up divided by the
+FLOPs ratio: 1.00 means that seconds fall as far as FLOPs. `spread` holds the quartiles of the speed-up over rounds or,
+with `--processes`, its lowest and highest over the processes, and `±` half of the same for the milliseconds. The naive
+form is what research code does: attention materialised in every block that timm runs. Weights are random: speed does
+not depend on them. What `topk` and `random` reach is about the most that any method could, since their stages cost next
+to nothing: at batch 1, say, reading the weights takes its time however few the tokens are.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
 from tokencut.data.preprocessing import preprocessing_of
+from tokencut.errors import ModelError
 from tokencut.export.run import export_model
+from tokencut.messages import listed
 from tokencut.methods import methods
 from tokencut.model import compress
 from tokencut.profiling.latency import Forward
 from tokencut.profiling.measuring import random_images
+from tokencut.runtime.capturing import CapturedModel
 from tokencut.runtime.compiling import COMPILE_MODES, compile_model
 from tokencut.runtime.devices import resolve_device
 
@@ -65,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
     parser.add_argument("--no-eager", action="store_true", help="leave eager out")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive form out")
+    parser.add_argument("--capture", action="store_true", help="time CUDA graphs as well, on a GPU")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
     parser.add_argument("--compile-mode", nargs="+", default=["default"], choices=COMPILE_MODES)
     parser.add_argument("--onnxruntime", action="store_true", help="export, and time onnxruntime as well, in fp32")
@@ -104,6 +108,18 @@ def exported(models: Mapping[str, nn.Module], folder: Path) -> dict[str, Path]:
     return files
 
 
+def captured(model: nn.Module, images: Tensor) -> Forward:
+    """A model from a CUDA graph, recorded for these images.
+
+    Raises:
+        ModelError: It cannot be recorded.
+    """
+    graph = CapturedModel(model)
+    if not graph.record(images):
+        raise ModelError(listed(graph.notes))
+    return graph
+
+
 def compiled(model: nn.Module, mode: str, images: Tensor, seconds: float) -> Forward:
     """A model behind `torch.compile`, compiled for these images within a time."""
     forward = compile_model(model, mode)
@@ -128,6 +144,8 @@ def measured(args: argparse.Namespace, folder: Path, note: Callable[[str], None]
 
         if not args.no_eager:
             yield from timed(EAGER, eager.__getitem__)
+        if args.capture:
+            yield from timed("captured", lambda name, images=images: captured(models[name], images))  # type: ignore[misc]
         for mode in args.compile_mode if args.compile else ():
 
             def compiling(name: str, mode: str = mode, images: Tensor = images) -> Forward:

@@ -171,6 +171,21 @@ def test_compiling_has_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [2]
 
 
+def test_graphs_are_a_form_on_a_gpu_and_told_of_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args, notes = (
+        arguments(monkeypatch, "--methods", "topk", "--batch-size", "2", "--no-eager", "--capture"),
+        list[str](),
+    )
+    assert list(speed.measured(args, tmp_path, notes.append)) == []
+    assert notes == ["dense, captured, batch 2: not timed (images on cpu are not captured: CUDA graphs need an NVIDIA "
+                     "GPU)"]  # fmt: skip
+    monkeypatch.setattr(speed.CapturedModel, "record", lambda graph, images: True)
+    rows = list(speed.measured(args, tmp_path, notes.append))
+    assert [(found.model, found.form, found.batch) for found in rows] == [
+        ("dense", "captured", 2), ("topk 0.5", "captured", 2),
+    ]  # fmt: skip
+
+
 def test_exported_files_compute_in_fp32(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         arguments(monkeypatch, "--onnxruntime", "--precision", "bf16")

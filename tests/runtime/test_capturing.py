@@ -231,7 +231,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(capturing._Recorder, "_record", record)
     monkeypatch.setattr(capturing._Recorder, "replay", lambda self, graph, pixels, copy: self.model(pixels))
-    monkeypatch.setattr(CapturedModel, "_ready", lambda self, pixels: bool(self._recorder.watched()))
+    monkeypatch.setattr(CapturedModel, "_ready", lambda self, pixels: bool(self._recording().watched()))
     return shapes
 
 
@@ -274,6 +274,14 @@ def test_new_weights_are_recorded_anew(recorded: list[tuple[int, ...]]) -> None:
     fast.forget()
     fast(torch.zeros(2, 3))
     assert len(recorded) == 4
+    fast.model = Part()
+    assert torch.equal(fast(torch.ones(2, 3)), fast.model(torch.ones(2, 3)))
+    assert len(recorded) == 5
+
+
+def test_what_is_captured_already_is_captured_once() -> None:
+    part = Part()
+    assert capture(capture(part, torch.zeros(2, 3)), torch.zeros(2, 3)).model is part
 
 
 def test_what_cannot_be_captured_is_tried_once_and_called(recorded: list[tuple[int, ...]]) -> None:

@@ -200,8 +200,7 @@ def _time(
 def _captured(sides: Mapping[str, nn.Module], images: Tensor) -> tuple[dict[str, Forward], tuple[str, ...]]:
     """The same models from CUDA graphs, recorded for such images; none, and why, where one of them cannot be."""
     graphs = {name: CapturedModel(side) for name, side in sides.items()}
-    with torch.no_grad():
-        recorded = [graph.record(images) for graph in graphs.values()]
+    recorded = [graph.record(images) for graph in graphs.values()]
     notes = dict.fromkeys(note for graph in graphs.values() for note in graph.notes)
     return (dict(graphs), ()) if all(recorded) else ({}, tuple(notes))
 

@@ -69,9 +69,9 @@ def capture(
         >>> logits.shape, fast.notes
         (torch.Size([2, 1000]), ('images on cpu are not captured: CUDA graphs need an NVIDIA GPU',))
     """
-    captured = CapturedModel(model, max_graphs=max_graphs, copy=copy, observer=observer)
-    with torch.no_grad():
-        captured.record(example)
+    inside = model.model if isinstance(model, CapturedModel) else model
+    captured = CapturedModel(inside, max_graphs=max_graphs, copy=copy, observer=observer)
+    captured.record(example)
     return captured
 
 
@@ -111,7 +111,7 @@ class CapturedModel(nn.Module):
     @property
     def graphs(self) -> int:
         """How many graphs there are now."""
-        return len(self._recorder.graphs)
+        return len(self._recording().graphs)
 
     def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the model gives for images `(B, C, H, W)`."""
@@ -120,12 +120,14 @@ class CapturedModel(nn.Module):
         elif args or kwargs:
             self._tell("calls with more arguments than the images are not captured; leave them out")
         elif self._ready(images):
-            with self._recorder.lock:
-                graph = self._graph(images)
+            recorder = self._recording()
+            with recorder.lock:
+                graph = self._graph(recorder, images)
                 if graph is not None:
-                    return self._recorder.replay(graph, images, self.copy)
+                    return recorder.replay(graph, images, self.copy)
         return self.model(images, *args, **kwargs)
 
+    @torch.no_grad()
     def record(self, images: Tensor) -> bool:
         """Captures a graph for such images, unless there is one.
 
@@ -137,29 +139,38 @@ class CapturedModel(nn.Module):
         """
         if not self._ready(images):
             return False
-        with self._recorder.lock:
-            return self._graph(images) is not None
+        recorder = self._recording()
+        with recorder.lock:
+            return self._graph(recorder, images) is not None
 
     def forget(self) -> None:
         """Drops all graphs and the memory that they hold; the next call captures anew."""
         self._recorder.forget()
 
+    def _recording(self) -> _Recorder:
+        """The graphs of the model that is there now."""
+        if self._recorder.model is not self.model:
+            self._recorder.forget()
+            self._recorder = _Recorder(self.model)
+        return self._recorder
+
     def _ready(self, images: Tensor) -> bool:
         """Whether such a call can come from a graph; tells why not."""
         if not isinstance(images, Tensor) or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
             return False  # somebody looks at the single operations
+        if "_is_replica" in vars(self):
+            return False  # DataParallel's, which lives for one call
         if images.device.type != "cuda":
             self._tell(f"images on {images.device} are not captured: CUDA graphs need an NVIDIA GPU")
             return False
         if type(images) not in _PLAIN or torch.cuda.is_current_stream_capturing():
             return False  # somebody else's tensors, or graph
-        reason = self._recorder.watched().obstacle(images)
+        reason = self._recording().watched().obstacle(images)
         if reason is not None:
             self._tell(reason)
         return reason is None
 
-    def _graph(self, images: Tensor) -> _Graph | None:
-        recorder = self._recorder
+    def _graph(self, recorder: _Recorder, images: Tensor) -> _Graph | None:
         if recorder.gave_way(images):
             self._tell(f"images of more than {self.max_graphs} shapes come in turns, and each capture takes several "
                        "forwards; pad batches to one size, or type "
@@ -220,7 +231,7 @@ class _Graph:
 
 
 class _Watched:
-    """What a graph has taken for granted of a model: asked before every replay, which takes some 40 us for DeiT-S.
+    """What a graph has taken for granted of a model: asked before every replay, which takes some 60 us for DeiT-S.
 
     It holds the weights' memory, so that no other weights can come to lie where a graph reads.
     """
