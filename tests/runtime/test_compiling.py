@@ -12,7 +12,6 @@ from image_files import write_folder
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from tokencut.adapters import supported_modules
 from tokencut.errors import ModelError, UsageError
 from tokencut.evaluation.accuracy import evaluate
 from tokencut.methods import methods
@@ -23,25 +22,17 @@ from tokencut.runtime.compiling import compile_model, in_batches
 # For each family one name of each kind of block, attention, prefix and pooling, beside test_vit, which every method is
 # tried on; all of two blocks.
 NARROW: dict[str, Any] = {"embed_dim": 48, "num_heads": 3}
-FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
-    "ViT / DeiT": {
-        "test_vit2": {},
-        "test_vit3": {},
-        "deit_tiny_distilled_patch16_224": NARROW,
-        "vit_base_patch16_xp_224": NARROW,
-        "vit_dpwee_patch16_reg1_gap_256": NARROW,
-        "vit_dlittle_patch16_reg1_gap_256": NARROW,
-        "vit_base_patch16_18x2_224": NARROW,
-        "vit_base_patch16_rpn_224": NARROW,
-    },
-    "EVA / DINOv3": {
-        "vit_small_patch16_dinov3": NARROW,
-        "vit_small_patch16_rope_mixed_224": NARROW,
-        "eva02_tiny_patch14_224": {**NARROW, "patch_size": 16},
-        "eva_giant_patch14_224": {**NARROW, "patch_size": 16},
-    },
+# Each kind of block of a plain ViT; tests/adapters/test_families.py has the other families.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "test_vit2": {},
+    "test_vit3": {},
+    "deit_tiny_distilled_patch16_224": NARROW,
+    "vit_base_patch16_xp_224": NARROW,
+    "vit_dpwee_patch16_reg1_gap_256": NARROW,
+    "vit_dlittle_patch16_reg1_gap_256": NARROW,
+    "vit_base_patch16_18x2_224": NARROW,
+    "vit_base_patch16_rpn_224": NARROW,
 }
-CASES = [(name, options) for family in FAMILIES.values() for name, options in family.items()]
 
 
 def small(name: str = "test_vit", method: str = "bat", prop_attn: bool = True, **options: Any) -> CompressedModel:
@@ -71,15 +62,11 @@ def test_every_method_is_one_graph(method: str) -> None:
         torch.testing.assert_close(captured(model, images()), model(images()))
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(("name", "options"), BLOCKS.items(), ids=BLOCKS)
 def test_every_kind_of_block_is_one_graph(name: str, options: dict[str, Any]) -> None:
     model = small(name, "evit", **options)  # reads class attention, and merges, so that later blocks have a bias
     with torch.no_grad():
         torch.testing.assert_close(captured(model, images()), model(images()))
-
-
-def test_every_family_has_its_models_above() -> None:
-    assert set(FAMILIES) == set(supported_modules())
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
