@@ -120,6 +120,10 @@ def log_size_bias(tokens: Tokens) -> Tensor | None:
     """
     if tokens.sizes is None:
         return None
+    if kernels.usable(tokens.sizes):
+        from tokencut.ops.kernels.attention import log_sizes
+
+        return log_sizes(tokens.sizes, tokens.num_prefix_tokens, tokens.features.dtype)
     bias = F.pad(tokens.sizes.log(), (tokens.num_prefix_tokens, 0))
     return bias.to(tokens.features.dtype)[:, None, None, :]
 

@@ -41,7 +41,8 @@ class Stage(nn.Module):
         Returns:
             The tokens leaving, `(B, P + M, D)`; all of them where the method hides tokens while it trains.
         """
-        stage_input = replace(stage_input, learned=self.learned)
+        if self.learned is not None:
+            stage_input = replace(stage_input, learned=self.learned)
         # Decided in fp32 whatever the model runs in, so that selection does not change with precision.
         with full_precision(stage_input.tokens.features.device):
             policy = self.method.soft_policy(stage_input) if self.training else None
@@ -95,7 +96,8 @@ class BlockLoop:
         return self.adapter.prepare(self.model, self._biased(tokens))
 
     def _biased(self, tokens: Tokens) -> Tokens:
-        return replace(tokens, bias=attention_bias(tokens, self.proportional))
+        bias = attention_bias(tokens, self.proportional)
+        return tokens if bias is tokens.bias else replace(tokens, bias=bias)
 
     def step(
         self, number: int, tokens: Tokens, tokens_out: int | None = None, observer: BlockObserver | None = None

@@ -74,7 +74,9 @@ class Tokens:
 
     def with_features(self, features: Tensor) -> Tokens:
         """The same tokens with other features of the same shape."""
-        return replace(self, features=features)
+        # Twice a block: spelled out it takes a fifth of the time of `replace`.
+        return Tokens(features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid, self.shared,
+                      self.policy, self.bias)  # fmt: skip
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
@@ -91,17 +93,14 @@ def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
 
 
 def _select(tokens: Tokens, decision: Selection) -> Tokens:
-    features, index = tokens.features, decision.index
-    prefix = torch.arange(tokens.num_prefix_tokens, device=index.device).expand(index.shape[0], -1)
-    rows = torch.cat((prefix, index + tokens.num_prefix_tokens), 1).unsqueeze(2).expand(-1, -1, features.shape[2])
-    source = tokens.source
+    index, source = decision.index, tokens.source
     if source is not None:
         place = torch.full((index.shape[0], tokens.count), -1, dtype=torch.int64, device=index.device)
         place = place.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
-    features = features.gather(1, rows)
+    features = torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
     return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
 
 

@@ -8,8 +8,7 @@ from given_inputs import given_input, grouping
 
 from tokencut.blocks import Stage
 from tokencut.methods import StageShape, make_method
-from tokencut.methods.kmedoids import medoid_clusters
-from tokencut.ops.density_peaks import squared_distances
+from tokencut.ops.medoids import medoid_clusters
 
 # On a line, the first two points being the first medoids: 0, 1, 2 and 9, 10, 12.
 LINE = torch.tensor([[[0.0], [1.0], [2.0], [9.0], [10.0], [12.0]]])
@@ -17,8 +16,8 @@ ONES = torch.ones(1, 6)
 
 
 def clusters(points: list[float], iterations: int, weight: torch.Tensor = ONES) -> list[int]:
-    distances = squared_distances(torch.tensor(points)[None, :, None])
-    group: list[int] = medoid_clusters(distances, weight, 2, iterations)[0].tolist()
+    line = torch.tensor(points, dtype=torch.float32)[None, :, None]
+    group: list[int] = medoid_clusters(line, weight, 2, iterations)[0].tolist()
     return group
 
 

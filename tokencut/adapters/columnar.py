@@ -255,10 +255,10 @@ def patches(embed: TimmModule, images: Tensor) -> Any:
     if not (plain and images.is_cuda and images.dtype in (torch.float16, torch.bfloat16)):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
-    pixels = (
-        images[:, :, : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
-    )
-    pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    if images.shape[-2:] != (rows * height, columns * width):
+        images = images[:, :, : rows * height, : columns * width]
+    pixels = images.reshape(images.shape[0], images.shape[1], rows, height, columns, width)
+    pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], rows * columns, -1)
     return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
 
 

@@ -39,8 +39,9 @@ from tokencut.ops.grouping import (
     ordered_average,
 )
 from tokencut.ops.matching import match_pairs
+from tokencut.ops.medoids import medoid_clusters
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
-from tokencut.ops.ranking import ascending, by_attention, ranking, take
+from tokencut.ops.ranking import ascending, by_attention, highest, ranking, take
 from tokencut.schedule import Split, split_budget
 from tokencut.tokens import Tokens
 
@@ -65,9 +66,11 @@ __all__ = [
     "density_clusters",
     "group_average",
     "group_sum",
+    "highest",
     "in_order",
     "make_method",
     "match_pairs",
+    "medoid_clusters",
     "membership",
     "methods",
     "nearest_centre",

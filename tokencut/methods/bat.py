@@ -12,7 +12,7 @@ from tokencut.ops.density_peaks import PeakRule, density_average, density_cluste
 from tokencut.ops.grouping import Decision, Selection, ordered_average
 from tokencut.ops.matching import match_pairs
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
-from tokencut.ops.ranking import ascending, by_attention, take
+from tokencut.ops.ranking import by_attention, highest, take
 from tokencut.schedule import Split, split_budget
 
 
@@ -66,9 +66,9 @@ class Bat(Method):
             weight, points = raw_weights(self.weights, sizes, attention), self._points(stage_input)
             parts = windows(stage_input.tokens.count, split.clusters, self.window)
             return density_average(points, weight, sizes, split.clusters, self.rule, parts, self.keep_norm)
-        attentive, inattentive = by_attention(attention, split.attentive)
         if not self.merges():
-            return Selection(ascending(attentive))
+            return Selection(highest(attention, split.attentive))
+        attentive, inattentive = by_attention(attention, split.attentive)
         group = torch.full_like(attention, budget, dtype=torch.int64)
         group = self._pair(stage_input, group, attentive, split)
         if split.clusters:

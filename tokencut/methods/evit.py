@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from tokencut.methods.base import Method, StageInput, StageShape, option, register
-from tokencut.ops.grouping import Grouping, in_order, ordered_average
-from tokencut.ops.ranking import by_attention
+from tokencut.ops.grouping import Grouping, ordered_average
+from tokencut.ops.ranking import highest
 
 
 @register
@@ -28,14 +28,15 @@ class EViT(Method):
 
     def decide(self, stage_input: StageInput, budget: int) -> Grouping:
         attention, sizes = stage_input.attention.class_attention(), stage_input.tokens.known_sizes()
-        attentive, inattentive = by_attention(attention, budget - 1)
-        rank = torch.arange(budget - 1, device=attentive.device).expand_as(attentive)
-        group = torch.full_like(attention, budget - 1, dtype=torch.int64).scatter(1, attentive, rank)
+        goes = torch.ones_like(attention, dtype=torch.int64).scatter(1, highest(attention, budget - 1), 0)
+        gone = goes.cumsum(1)
+        # The fused token stands where the first that goes into it stood.
+        fused = (gone == 0).sum(1, keepdim=True)
+        place = torch.arange(gone.shape[1], device=gone.device)
+        group = torch.where(goes > 0, fused, place - gone + (gone > 0))
         if self.normalized:
             return ordered_average(group, attention, sizes, budget)
-        group = in_order(group, budget)
-        weight = torch.ones_like(attention).scatter(1, inattentive, attention.gather(1, inattentive))
-        return Grouping(group, weight, budget)
+        return Grouping(group, torch.where(goes > 0, attention, 1.0), budget, ordered=True)
 
     def tokens_out(self, tokens: int, budget: int) -> int:
         return budget + 1 if self.extra_token else budget

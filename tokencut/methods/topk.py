@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops.grouping import Selection
-from tokencut.ops.ranking import ascending, by_attention
+from tokencut.ops.ranking import highest
 
 
 @register
@@ -19,8 +19,7 @@ class TopK(Method):
     prop_attn = False
 
     def decide(self, stage_input: StageInput, budget: int) -> Selection:
-        attentive, _ = by_attention(stage_input.attention.class_attention(), budget)
-        return Selection(ascending(attentive))
+        return Selection(highest(stage_input.attention.class_attention(), budget))
 
     def macs(self, shape: StageShape) -> int:
         return 0

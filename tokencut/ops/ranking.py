@@ -27,6 +27,24 @@ def ranking(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=1, descending=True, stable=True).indices
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """The numbers of the `count` tokens of highest score, ascending; of equal scores the lower numbers.
+
+    Args:
+        scores: fp32 `(B, N)`.
+        count: `M`.
+
+    Returns:
+        int64 `(B, M)`.
+    """
+    if kernels.usable(scores):
+        from tokencut.ops.kernels import sorting as kernel
+
+        if scores.shape[1] <= kernel.CHOSEN_AT_ONCE:
+            return kernel.highest(scores, count)
+    return ascending(ranking(scores)[:, :count])
+
+
 def ascending(numbers: Tensor) -> Tensor:
     """The same token numbers in ascending order, int64 `(B, M)`."""
     if kernels.usable(numbers):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from tokencut.attention import AttentionInfo, QueryKey, fused_attention, has_biased_kernel
-from tokencut.ops.kernels.attention import biased_attention, class_rows
+from tokencut.ops.kernels.attention import biased_attention, class_rows, log_sizes
 
 
 def heads(width: int, count: int = 70) -> list[torch.Tensor]:
@@ -58,3 +58,10 @@ def test_many_images() -> None:
     expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=bias)
     for _ in range(3):
         torch.testing.assert_close(biased_attention(query, key, value, bias).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_the_bias_of_proportional_attention(prefix: int, device: str) -> None:
+    sizes = torch.randint(1, 9, (2, 300)).float()
+    expected = torch.nn.functional.pad(sizes.log(), (prefix, 0))[:, None, None]
+    torch.testing.assert_close(log_sizes(sizes.to(device), prefix, torch.float32).cpu(), expected)

@@ -76,7 +76,7 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
 def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
     """Schemas and the shapes that the compiler is told agree with what comes out."""
     pytest.importorskip("triton")
-    from tokencut.ops.kernels import attention, clusters, merging, sorting
+    from tokencut.ops.kernels import attention, clusters, medoids, merging, sorting
 
     points, ones = torch.randn(2, 12, 8, device=device), torch.ones(2, 12, device=device)
     heads, bias = torch.randn(2, 3, 12, 16, device=device), torch.randn(2, 1, 1, 12, device=device)
@@ -91,6 +91,9 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             *clusters.ordered_average(group, ones, ones, 6),
             merging.merge(points, 0, group, ones / 2, 6, True),
             sorting.ranking(ones, True),
+            sorting.highest(ones, 5),
+            medoids.medoid_clusters(points, ones, 5, 2),
+            attention.log_sizes(ones, 1, torch.bfloat16),
             attention.biased_attention(heads, heads, heads, bias),
             attention.class_rows(heads[:, :, :1], heads, None),
             attention.class_rows(heads[:, :, :1], heads, bias),

@@ -146,3 +146,36 @@ def class_rows(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         PADDED=triton.next_power_of_2(width), COLUMNS=64,
     )  # fmt: skip
     return rows.mean(1)
+
+
+@triton.jit
+def _log_sizes(sizes, bias, count, PREFIX: tl.constexpr, TOKENS: tl.constexpr):
+    """The logarithms of an image's sizes behind a 0 for each prefix token."""
+    image = tl.program_id(0).to(tl.int64)
+    for start in range(0, count + PREFIX, TOKENS):
+        place = start + tl.arange(0, TOKENS)
+        held = (place >= PREFIX) & (place < count + PREFIX)
+        size = tl.load(sizes + image * count + place - PREFIX, mask=held, other=1.0)
+        tl.store(bias + image * (count + PREFIX) + place, tl.log(size).to(bias.dtype.element_ty),
+                 mask=place < count + PREFIX)  # fmt: skip
+
+
+@opaque(
+    "(Tensor sizes, int prefix, ScalarType dtype) -> Tensor",
+    lambda sizes, prefix, dtype: sizes.new_empty((sizes.shape[0], 1, 1, prefix + sizes.shape[1]), dtype=dtype),
+)
+def log_sizes(sizes: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """The bias of proportional attention, `attention.log_size_bias`, in one launch.
+
+    Args:
+        sizes: fp32 `(B, N)`.
+        prefix: `P`, the number of prefix tokens.
+        dtype: Of the result.
+
+    Returns:
+        `(B, 1, 1, P + N)`.
+    """
+    batch, count = sizes.shape
+    bias = torch.empty((batch, 1, 1, prefix + count), dtype=dtype, device=sizes.device)
+    _log_sizes[(batch,)](sizes.contiguous(), bias, count, PREFIX=prefix, TOKENS=256)
+    return bias

@@ -120,7 +120,7 @@ def _choose(image, own, scores, centres, count, clusters, OTHERS: tl.constexpr):
 
 
 @triton.jit
-def _join(image, own, distances, centres, joined, count, window, OTHERS: tl.constexpr):
+def join_centres(image, own, distances, centres, joined, count, window, OTHERS: tl.constexpr):
     """The number of the centre that each owned token is nearest to; a centre joins itself."""
     nearest = tl.full((OTHERS, own.shape[0]), float("inf"), tl.float32)
     centre = tl.zeros((OTHERS, own.shape[0]), tl.int32) + (own // window * window)[None, :]
@@ -242,7 +242,7 @@ def _phase(
     if PHASE == 2:
         _choose(image, own, scores, centres, count, clusters, OTHERS)
     if PHASE == 3:
-        _join(image, own, distances, centres, group, count, window, OTHERS)
+        join_centres(image, own, distances, centres, group, count, window, OTHERS)
     if PHASE == 4:  # densities and scores have done their work: their places are free
         _average(image, own, distances, group, weight, sizes, first, share, held, densities, scores, count, window,
                  groups, KEEP_NORM, OTHERS)  # fmt: skip

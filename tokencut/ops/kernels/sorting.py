@@ -14,6 +14,28 @@ from torch import Tensor
 from tokencut.ops.kernels import opaque
 
 OWN, OTHERS = 128, 16  # scores that a program ranks, and those it compares them with at once
+CHOSEN_AT_ONCE = 512  # up to so many scores one program chooses from; beyond, ranking them fills the GPU better
+
+
+@triton.jit
+def _number(scores, there):
+    """Scores to be compared: what is no number comes last, so that ranks are all different."""
+    loaded = tl.load(scores, mask=there, other=0)
+    return tl.where(loaded == loaded, loaded, -float("inf"))
+
+
+@triton.jit
+def _ahead(scores, mine, own, count, DESCENDING: tl.constexpr, OTHERS: tl.constexpr):
+    """How many scores come before each of one's own, equal ones by lower number."""
+    rank = tl.zeros(own.shape, tl.int32)
+    for start in range(0, count, OTHERS):
+        others = start + tl.arange(0, OTHERS)
+        there = others < count
+        theirs = _number(scores + others, there) if DESCENDING else tl.load(scores + others, mask=there)
+        before = theirs[:, None] > mine[None, :] if DESCENDING else theirs[:, None] < mine[None, :]
+        tied = (theirs[:, None] == mine[None, :]) & (others[:, None] < own[None, :])
+        rank += tl.sum(((before | tied) & there[:, None]).to(tl.int32), 0)
+    return rank
 
 
 @triton.jit
@@ -21,14 +43,9 @@ def _rank(scores, order, count, DESCENDING: tl.constexpr, OWN: tl.constexpr, OTH
     """Writes the number of each owned score to its place."""
     image = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    mine = tl.load(scores + image * count + own, mask=own < count)
-    rank = tl.zeros((OWN,), tl.int32)
-    for start in range(0, count, OTHERS):
-        others = start + tl.arange(0, OTHERS)
-        theirs = tl.load(scores + image * count + others, mask=others < count)
-        ahead = theirs[:, None] > mine[None, :] if DESCENDING else theirs[:, None] < mine[None, :]
-        tied = (theirs[:, None] == mine[None, :]) & (others[:, None] < own[None, :])
-        rank += tl.sum(((ahead | tied) & (others[:, None] < count)).to(tl.int32), 0)
+    scores += image * count
+    mine = _number(scores + own, own < count) if DESCENDING else tl.load(scores + own, mask=own < count)
+    rank = _ahead(scores, mine, own, count, DESCENDING, OTHERS)
     tl.store(order + image * count + rank, own.to(tl.int64), mask=own < count)
 
 
@@ -47,9 +64,42 @@ def ranking(scores: Tensor, descending: bool) -> Tensor:
         int64 `(B, N)`.
     """
     batch, count = scores.shape
-    # Zeros, since scores that are not numbers leave places free.
-    order = torch.zeros((batch, count), dtype=torch.int64, device=scores.device)
+    order = torch.empty((batch, count), dtype=torch.int64, device=scores.device)
     _rank[triton.cdiv(count, OWN), batch](
         scores.contiguous(), order, count, DESCENDING=descending, OWN=OWN, OTHERS=OTHERS
     )
     return order
+
+
+@triton.jit
+def _choose(scores, chosen, count, wanted, OWN: tl.constexpr, OTHERS: tl.constexpr):
+    """Writes the numbers of the highest scores of an image, ascending."""
+    image = tl.program_id(0).to(tl.int64)
+    own = tl.arange(0, OWN)
+    scores += image * count
+    mine = _number(scores + own, own < count)
+    among = (_ahead(scores, mine, own, count, True, OTHERS) < wanted) & (own < count)
+    place = tl.cumsum(among.to(tl.int32), 0) - 1
+    tl.store(chosen + image * wanted + place, own.to(tl.int64), mask=among)
+
+
+@opaque(
+    "(Tensor scores, int count) -> Tensor",
+    lambda scores, count: scores.new_empty((scores.shape[0], count), dtype=torch.int64),
+)
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Numbers of the highest scores of each image, `ops.ranking.highest`, in one launch.
+
+    Args:
+        scores: fp32 `(B, N)`, `N` at most `CHOSEN_AT_ONCE`.
+        count: `M`.
+
+    Returns:
+        int64 `(B, M)`, ascending.
+    """
+    chosen = torch.empty((scores.shape[0], count), dtype=torch.int64, device=scores.device)
+    own = triton.next_power_of_2(scores.shape[1])
+    _choose[(scores.shape[0],)](
+        scores.contiguous(), chosen, scores.shape[1], count, OWN=own, OTHERS=OTHERS, num_warps=max(1, own // 64)
+    )
+    return chosen
