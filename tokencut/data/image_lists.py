@@ -56,7 +56,7 @@ def labels_images(path: Path, root: str | os.PathLike[str] | None = None) -> boo
     place, label = _column(rows[0], PATHS), _column(rows[0], LABELS)
     if place is None or label is None or len(rows[1]) <= place:
         return False
-    return _place(path.parent if root is None else Path(root).expanduser(), rows[1][place]).is_file()
+    return _place(path.parent if root is None else user_path(root), rows[1][place]).is_file()
 
 
 def read_list(path: Path, root: str | os.PathLike[str] | None = None) -> ImageList:
