@@ -65,6 +65,9 @@ def test_every_option_tells_its_default() -> None:
         if not one.required:
             plain_switch = getattr(one, "is_flag", False) and not one.secondary_opts
             assert bool(default_of(one, name)) is not plain_switch, (name, one.opts)
+            if not plain_switch and one.default is None:
+                option = max(one.opts, key=len) if one.param_type_name == "option" else one.metavar
+                assert {option, f"{name} {option}"} & set(DEFAULTS), f"add {option} to DEFAULTS in tokencut/cli/help.py"
     known = {option for _, one in OPTIONS for option in (*one.opts, one.metavar)} | {"--install-completion"}
     assert {key.rpartition(" ")[2] for key in (*DEFAULTS, *RARE)} - known == {"--show-completion"} & set(DEFAULTS)
 

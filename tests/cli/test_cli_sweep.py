@@ -48,8 +48,8 @@ def test_json_and_files_have_the_contracts_keys(
     ]  # fmt: skip
     assert json.loads((folder / "results.json").read_text()) == rows
     assert {path.name for path in folder.iterdir()} == {
-        "results.csv", "results.json", "state.json", "table.md", "tokens.pdf", "tokens.png", "top1-gmacs.pdf",
-        "top1-gmacs.png", "top1-speed.pdf", "top1-speed.png",
+        "index.html", "results.csv", "results.json", "state.json", "table.md", "tokens.pdf", "tokens.png",
+        "top1-gmacs.pdf", "top1-gmacs.png", "top1-speed.pdf", "top1-speed.png",
     }  # fmt: skip
 
 
@@ -82,8 +82,8 @@ def test_people_get_tables_with_differences(run: Run, pictures: Path, tmp_path: 
     assert "\n\nbat against the others\n" in done.out
     assert "± one standard error" in done.out
     assert done.notes[-1] == (
-        f"wrote to {folder}: results.csv, results.json, table.md, top1-gmacs.png, top1-gmacs.pdf, tokens.png, "
-        "tokens.pdf"
+        f"wrote to {folder}: results.csv, results.json, table.md, index.html, top1-gmacs.png, top1-gmacs.pdf, "
+        f"tokens.png, tokens.pdf; open {folder / 'index.html'} in a browser"
     )
     with (folder / "results.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 7

@@ -21,7 +21,7 @@ from tokencut.model import CompressedModel, compress
 from tokencut.profiling import counting, measuring
 from tokencut.profiling.counting import COUNTED, MOVES, UNCOUNTED, MacCount, count_macs
 from tokencut.profiling.latency import Timing
-from tokencut.profiling.measuring import ProfileReport, profile
+from tokencut.profiling.measuring import ProfileReport, profile, time_notes
 from tokencut.runtime.capturing import capture
 
 CONTRACT = ["model", "method", "keep", "dense", "compressed", "flops_reduction", "speedup", "stages", "device",
@@ -251,12 +251,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **samples: tuple[float, ...]) -> No
     monkeypatch.setattr(measuring, "measure", measured)
 
 
+TINY = (
+    "at 0.00299 GMACs an image much of its time does not depend on tokens; in a model of 4.6 it falls with them, as "
+    "tokencut profile deit_small shows"
+)
+
+
 @pytest.mark.parametrize(
     ("compressed", "note"),
     [
         ((1.0, 1.0, 1.0), None),
-        ((1.98, 1.98, 1.98), "no speed-up on this machine: compressed is 1.01 times as fast as dense"),
-        ((2.5, 2.5, 2.5), "no speed-up on this machine: compressed is 0.80 times as fast as dense"),
+        ((1.98, 1.98, 1.98), f"no speed-up on this machine: compressed is 1.01 times as fast as dense; {TINY}"),
+        ((2.5, 2.5, 2.5), f"no speed-up on this machine: compressed is 0.80 times as fast as dense; {TINY}"),
         ((0.8, 1.0, 1.1), "times differ by 30% from round to round, so this machine has other work; "
                           "run it again when it is quiet"),
     ],
@@ -474,3 +480,9 @@ def test_profile_on_a_gpu(precision: str) -> None:
     assert report.device == torch.cuda.get_device_name()
     assert isinstance(model, CompressedModel)
     assert next(model.parameters()).device.type == "cpu"
+
+
+def test_a_slow_large_model_is_not_called_small() -> None:
+    slow = Timing(2.0, (2.0, 2.0), 2.0, samples=(2.0, 2.0, 2.0))
+    plain = ("no speed-up on this machine: compressed is 0.80 times as fast as dense",)
+    assert time_notes(0.8, slow, gmacs=4.6) == time_notes(0.8, slow) == plain

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokencut.export.run import ExportReport
 
 OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load; with --format timm a folder."
-FORMAT_HELP = "onnx, pt2, or timm for a folder as timm's hub has them. By default as -o ends."
+FORMAT_HELP = "onnx, pt2, or timm for a folder as timm's hub has them."
 OPSET_HELP = "ONNX opset, 18 to 22."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
 NORMALISE_HELP = "Bake the normalisation in: the file then takes RGB from 0 to 1."

@@ -62,6 +62,7 @@ def sweep(
     from tokencut.cli.subject import prepare, warn_recipe_ignored
     from tokencut.data.sources import check_apart, open_source
     from tokencut.runtime.devices import resolve_device
+    from tokencut.sweeping.report import PAGE
     from tokencut.sweeping.run import SweepPlan
     from tokencut.sweeping.run import sweep as run_sweep
     from tokencut.sweeping.state import FILE as STATE
@@ -104,7 +105,7 @@ def sweep(
         render.write_json(report.to_dict())
         return
     _show(report)
-    render.note(f"wrote to {output}: {', '.join(report.files)}")
+    render.note(f"wrote to {output}: {', '.join(report.files)}; open {output / PAGE} in a browser")
 
 
 def _show(report: SweepReport) -> None:

@@ -43,7 +43,7 @@ DEFAULTS: Mapping[str, str] = {
     "--compile-mode": "default", "--dense-onnx": NONE,
     "--data": NONE, "--limit": "all", "export --limit": "64", "--workers": "one a core, up to 4",
     "--class-map": "by name", "--image-root": "the list's own folder", "--predictions": NONE, "predict --output": NONE,
-    "--opset": "18", "--install-completion": NONE, "--show-completion": NONE,
+    "--opset": "18", "--format": "as -o ends", "--install-completion": NONE, "--show-completion": NONE,
     "PATTERN": "all", "OTHER": "the same, dense",
 }  # fmt: skip
 
@@ -217,7 +217,7 @@ def default_of(one: Any, command: str) -> str:
     if one.default is not None:
         return str(one.default)
     name = max(one.opts, key=len) if one.param_type_name == "option" else _argument(one)
-    return DEFAULTS.get(f"{command} {name}") or DEFAULTS[name]
+    return DEFAULTS.get(f"{command} {name}") or DEFAULTS.get(name, NONE)
 
 
 def _rows(rows: Sequence[tuple[str, str]], width: int) -> Iterator[Line]:

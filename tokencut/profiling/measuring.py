@@ -36,6 +36,12 @@ from tokencut.runtime.devices import (
 DEFAULT_BATCH_SIZE = 16
 # Timing noise of a quiet machine: a ratio nearer to 1 is not a speed-up.
 NOISE = 0.02
+# Multiply-adds an image, in units of 1e9, below which a forward is mostly fixed cost: a DeiT-T has 1.25, `digits` 0.03.
+SMALL = 0.5
+TOO_SMALL = (
+    "at {gmacs:.3g} GMACs an image much of its time does not depend on tokens; in a model of 4.6 it falls with them, "
+    "as tokencut profile deit_small shows"
+)
 # Half of the rounds lie within 1 to 5 % on a quiet machine; where it is so much more, times say little.
 BUSY = 0.2
 # Gaps between kernels of large batches add up to less than a tenth of a forward; where the rest of an eager one takes
@@ -136,7 +142,7 @@ def profile(
         blocks=blocks,
         notes=(
             *timed.notes,
-            *time_notes(ratio if recipe and recipe.stages else None, timed.dense, timed.compressed),
+            *time_notes(ratio if recipe and recipe.stages else None, timed.dense, timed.compressed, gmacs=dense.gmacs),
             *_bound_notes(dense, compressed, reduces=bool(recipe and recipe.stages), precision=precision),
             *_count_notes(after, blocks),
         ),
@@ -233,16 +239,19 @@ def _blocks(model: nn.Module) -> tuple[cost.BlockRow, ...]:
         return ()
 
 
-def time_notes(ratio: float | None, *timings: Timing | None) -> tuple[str, ...]:
+def time_notes(ratio: float | None, *timings: Timing | None, gmacs: float | None = None) -> tuple[str, ...]:
     """What a user should know of times.
 
     Args:
         ratio: The speed-up that a reduction gives; None where there is none to be had or nothing was timed.
         timings: What was timed.
+        gmacs: Multiply-adds an image of the dense model, in units of 1e9, where it was timed as it was built.
     """
     notes = []
     if ratio is not None and ratio < 1 + NOISE:
-        notes.append(f"no speed-up on this machine: compressed is {ratio:.2f} times as fast as dense")
+        small = gmacs is not None and gmacs < SMALL
+        notes.append(f"no speed-up on this machine: compressed is {ratio:.2f} times as fast as dense"
+                     + (f"; {TOO_SMALL.format(gmacs=gmacs)}" if small else ""))  # fmt: skip
     spread = max((timing.relative_spread for timing in timings if timing), default=0.0)
     if spread > BUSY:
         notes.append(f"times differ by {spread:.0%} from round to round, so this machine has other work; "

@@ -155,7 +155,7 @@ def _method(method: str, image: str, keeps: Sequence[Keep], shown: Sequence[Tile
             f'<div data-keep="{place}"><img src="{_webp(tile.pixels)}" alt="{_text(alt)}" {_size(tile.pixels)}>'
             f'<span class="kept">keep {_text(keep_text(keep))}: </span>{left}</div>'
         )
-    return f"<figure><figcaption>{_text(method)}</figcaption>{''.join(pictures)}</figure>"
+    return f"<figure><figcaption>{_cell(method)}</figcaption>{''.join(pictures)}</figure>"
 
 
 def _figure(pixels: Pixels, alt: str, caption: str, below: str) -> str:
