@@ -1,4 +1,7 @@
-"""The frozen, versioned description of a compressed model, and its JSON form."""
+"""The frozen, versioned description of a compressed model, and its JSON form.
+
+Methods, and torch with them, are imported where they are needed: a recipe can be read without.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
-from tokencut.methods import as_recorded, make_method
 from tokencut.schedule import Schedule, StagePlan, make_schedule
 from tokencut.schema import TEXT, TRUTH, WHOLE, Fields, Items, Rule, is_list_of, is_number, is_whole, optional
 
@@ -67,6 +69,8 @@ class Recipe:
         """The stages for an input of `tokens` image tokens; those stored where it is the recipe's own size."""
         if tokens == self.tokens:
             return self.stages
+        from tokencut.methods import make_method
+
         return self.schedule.resolve(tokens, make_method(self.method, dict(self.method_options)).tokens_out)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,12 +87,13 @@ class Recipe:
         }
 
 
-def recipe_from_json(data: Any, depth: int) -> Recipe:
+def recipe_from_json(data: Any, depth: int, *, as_written: bool = False) -> Recipe:
     """Reads a recipe back, believing nothing: every field is checked for its type and range.
 
     Args:
         data: What `Recipe.to_json` gave, out of a file.
         depth: The number of blocks of the model it belongs to.
+        as_written: Whether to leave out the settings that the method got later, for which methods are loaded.
 
     Raises:
         ArtifactError: A field is missing, unknown, of a wrong type, or out of range.
@@ -101,7 +106,11 @@ def recipe_from_json(data: Any, depth: int) -> Recipe:
     except (UsageError, TypeError) as error:
         raise ArtifactError(f"the recipe in the file does not fit its model: {error}") from error
     stages = _stages_from_json(data["stages"], schedule, data["tokens"])
-    options = as_recorded(data["method"], data["method_options"])
+    options = data["method_options"]
+    if not as_written:
+        from tokencut.methods import as_recorded
+
+        options = as_recorded(data["method"], options)
     return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,6 +33,13 @@ def test_nothing_heavy_is_imported_before_a_command_runs(words: list[str]) -> No
     )
     done = python("-c", code, *words)
     assert json.loads(done.stdout.splitlines()[-1])[1] == []
+
+
+def test_a_file_is_read_without_torch(compressed: Path) -> None:
+    code = "import sys; from tokencut.cli.app import main; main(); print({'torch', 'timm'} & set(sys.modules))"
+    done = python("-c", code, "info", str(compressed))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_module_and_script_run_the_same(run: Run) -> None:
@@ -186,10 +194,12 @@ def test_progress_is_drawn_on_a_terminal_only(
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         patch.setenv("TERM", "xterm")
-        patch.setenv("COLUMNS", "150")
+        patch.setenv("COLUMNS", "80")
         assert run(*words).json["images"] == 12
-        terminal.flush()
-        drawn = os.read(ours, 1 << 16).decode()
+    drawn = ""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 1 << 16):
+            drawn += part.decode()
     os.close(ours)
     assert "evaluating" in drawn
     assert "12/12" in drawn

@@ -38,8 +38,9 @@ def test_what_runs_the_total_and_the_time_left_always_fit(name: str, width: int)
     line = half_way(name).line(width, 100.0)
     assert len(drawn(line)) <= width
     assert line.words.startswith("25,000/50,000  2 min left")
-    assert line.name[:9] == name[:9]
-    assert (line.name == name) == (len(name) + 27 <= width)
+    free = width - 27 - 10 - len("  ".join(("", *WORDS)))  # all that is beside a short bar and all words
+    assert (line.name == name) == (len(name) <= min(max(24, width // 3, free), width - 27))
+    assert line.name == name or (line.name[:1], line.name[-8:]) == (name[:1], name[-8:])
 
 
 def test_a_bar_and_words_take_the_room_that_is_left() -> None:
@@ -49,6 +50,10 @@ def test_a_bar_and_words_take_the_room_that_is_left() -> None:
     assert usual == Line("evaluating deit_small", 15, 8, "25,000/50,000  2 min left  78.12 % top-1")
     assert wide == Line("evaluating deit_small", 28, 14, "25,000/50,000  2 min left  " + "  ".join(WORDS))
     assert task.line(200, 100.0).bar == LONGEST_BAR
+    path = half_way("evaluating /a/folder/with/a/long/path/out.safetensors").line(80, 100.0)
+    assert half_way("unpacking images-of-a-long-name.tar.gz", ()).line(80, 100.0).name[-7:] == ".tar.gz"
+    assert half_way("timing all models in turn", ()).line(64, 100.0).name == "timing all models in turn"
+    assert (path.name, path.words) == ("evalua...h/out.safetensors", usual.words)
 
 
 def test_before_anything_is_known_the_time_passes() -> None:

@@ -21,6 +21,7 @@ from tokencut.data.cache import CACHE_VARIABLE, cache_folder, list_of
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError
 from tokencut.files import remove_folder
+from tokencut.observers import Observer
 
 
 @pytest.fixture
@@ -205,6 +206,8 @@ def test_unpacks_once(tmp_path: Path, cache: Path) -> None:
     seen = Seen()
     folder = archives.unpack(path, seen)
     assert seen.notes == [f"unpacking {path} into {folder}, this once"]
+    assert {(now.task, now.total) for now in seen.told} == {("unpacking set.tar.gz", path.stat().st_size)}
+    assert 0 < seen.told[-1].done <= path.stat().st_size
     assert folder.parent == cache
     assert folder.name.startswith("set-")
     assert {file.relative_to(folder).as_posix() for file in folder.rglob("*.*")} == {"cat/1.jpg", "dog/notes.txt"}
@@ -339,10 +342,10 @@ def test_of_several_at_once_one_unpacks(tmp_path: Path, cache: Path, monkeypatch
     path = write_tar(tmp_path / "set.tar.gz", {f"cat/{number}.jpg": b"1" for number in range(50)}, "w:gz")
     extract, calls = archives._extract, []
 
-    def counted(archive: Path, folder: Path) -> None:
+    def counted(archive: Path, folder: Path, told: Observer) -> None:
         calls.append(folder)
         time.sleep(0.2)
-        extract(archive, folder)
+        extract(archive, folder, told)
 
     monkeypatch.setattr(archives, "_extract", counted)
     seen = Seen()

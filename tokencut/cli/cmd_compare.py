@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
-from tokencut.cli.observer import CommandObserver, watched
+from tokencut.cli.observer import opened, watched
 from tokencut.cli.options import (
     MODEL_HELP,
     CompileOptions,
@@ -72,13 +72,12 @@ def compare(
         raise UsageError(f"--dense beside one model would compare {model} with itself; name another one, or leave "
                          "--dense out")  # fmt: skip
     from tokencut.cli.subject import gmacs, run_facts
-    from tokencut.data.sources import open_source
     from tokencut.evaluation.comparison import compare as compare_models
     from tokencut.runtime.devices import resolve_device
 
     device = resolve_device(run.device)
     variants = None if methods is None else _variants(methods, reduction)
-    images = open_source(data.data, observer=CommandObserver(), **data.reading())
+    images = opened(data.data, **data.reading())
     if variants is not None:
         first, second = _methods(model, source, variants, run)
     elif other is not None:

@@ -10,7 +10,7 @@ import typer
 
 from tokencut.cli import render
 from tokencut.cli.finetune_options import FinetuneOptions
-from tokencut.cli.observer import CommandObserver
+from tokencut.cli.observer import opened
 from tokencut.cli.options import (
     PRECISION,
     DataOptions,
@@ -61,7 +61,7 @@ def compress(
     """
     from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes
     from tokencut.cli.subject import gmacs, note_same_images, prepare
-    from tokencut.data.sources import check_apart, open_source
+    from tokencut.data.sources import check_apart
     from tokencut.model import CompressedModel
     from tokencut.models.artifact import check_output, save
     from tokencut.runtime.devices import resolve_device
@@ -75,10 +75,10 @@ def compress(
         check_run(output, tuning, force=force)
     device = resolve_device(run.device)
     with process_group(device) as group:
-        images = None if data.data is None else open_source(data.data, observer=CommandObserver(), **data.reading())
+        images = None if data.data is None else opened(data.data, **data.reading())
         train = None
         if tuning.train_data:
-            train = open_source(tuning.train_data, split="train", observer=CommandObserver(), **data.reading())
+            train = opened(tuning.train_data, split="train", **data.reading())
         if train is not None:
             for place in (output, *([] if tuning.tensorboard is None else [curves_for(tuning.tensorboard, output)])):
                 check_apart(place, train, images)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tokencut.cli import render
-from tokencut.cli.observer import CommandObserver
+from tokencut.cli.observer import opened
 from tokencut.cli.options import (
     DEFAULT_MODEL,
     CompileOptions,
@@ -62,7 +62,6 @@ def evaluate(
         )
     from tokencut.cli.onnx_subject import is_onnx, open_onnx
     from tokencut.cli.subject import measure_accuracy, prepare, run_facts
-    from tokencut.data.sources import open_source
     from tokencut.evaluation.tables import check_csv
     from tokencut.runtime.devices import resolve_device
 
@@ -70,7 +69,7 @@ def evaluate(
         check_csv(predictions, force=force)
     exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
     device = resolve_device("cpu" if exported else run.device)
-    images = open_source(data.data, observer=CommandObserver(), **data.reading())
+    images = opened(data.data, **data.reading())
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(
         subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
-from tokencut.cli.observer import CommandObserver
+from tokencut.cli.observer import opened, watched
 from tokencut.cli.options import (
     DATA_HELP,
     DenseFlag,
@@ -81,24 +81,25 @@ def export_file(
         with_preprocessing=with_preprocessing,
     )
     from tokencut.cli.subject import prepare
-    from tokencut.data.sources import open_source
 
-    images = None if data is None else open_source(data, observer=CommandObserver(), image_root=image_root)
+    images = None if data is None else opened(data, image_root=image_root)
     subject = prepare(model, source, reduction, seed=seed, dense=dense)
-    report = export_model(
-        subject.model,
-        output,
-        opset=opset,
-        dynamic_batch=dynamic_batch,
-        batch_size=batch_size,
-        with_preprocessing=with_preprocessing,
-        force=force,
-        data=images,
-        limit=limit,
-        name=_plain_name(subject),
-        format=kind,
-        measured=_measured(model, subject) if kind == "timm" else None,
-    )
+    with watched(f"exporting {subject.name}") as observer:
+        report = export_model(
+            subject.model,
+            output,
+            opset=opset,
+            dynamic_batch=dynamic_batch,
+            batch_size=batch_size,
+            with_preprocessing=with_preprocessing,
+            force=force,
+            data=images,
+            limit=limit,
+            name=_plain_name(subject),
+            observer=observer,
+            format=kind,
+            measured=_measured(model, subject) if kind == "timm" else None,
+        )
     for text in report.notes:
         render.note(text)
     if as_json:

@@ -27,10 +27,10 @@ def info(
     Example:
       tokencut info out.safetensors
     """
-    from tokencut.models.artifact import read_info
     from tokencut.models.finite import not_finite_in
+    from tokencut.models.header import read_header
 
-    found = read_info(file)
+    found = read_header(file)
     size, wrong = file.stat().st_size, not_finite_in(file)
     if wrong:
         render.note(f"the weights cannot be used: {len(wrong)} with numbers that are not finite: {listed(wrong)}; "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokencut.cli import render
-from tokencut.cli.observer import CommandObserver, watched
+from tokencut.cli.observer import opened, watched
 from tokencut.cli.options import (
     DataOptions,
     JsonFlag,
@@ -60,7 +60,7 @@ def sweep(
         )
     extras.require("the plots need", "matplotlib", extra="plot")
     from tokencut.cli.subject import prepare, warn_recipe_ignored
-    from tokencut.data.sources import check_apart, open_source
+    from tokencut.data.sources import check_apart
     from tokencut.runtime.devices import resolve_device
     from tokencut.sweeping.report import PAGE
     from tokencut.sweeping.run import SweepPlan
@@ -79,7 +79,7 @@ def sweep(
     )
     plan.pairs()
     check_folder(output, force=force)
-    images = open_source(data.data, observer=CommandObserver(), **data.reading())
+    images = opened(data.data, **data.reading())
     check_apart(output, images)
     instead = f"type tokencut eval {model} --data DIR, or sweep the original model"
     warn_recipe_ignored(model, taken_by="a sweep", instead=instead)

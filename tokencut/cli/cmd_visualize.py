@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokencut.cli import render
+from tokencut.cli.observer import watched
 from tokencut.cli.options import (
     JsonFlag,
     ModelArgument,
@@ -74,9 +75,10 @@ def visualize(
     photos = find_photos(images)
     check_photos(photos)
     name, models = _models(model, source, reduction, run, variants)
-    picture = draw(
-        models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision
-    )
+    with watched(f"drawing what {name} makes of {len(photos)} images"):
+        picture = draw(
+            models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision
+        )
     picture.save(output, force=force)
     if as_json:
         render.write_json(_json(str(output), name, models, picture))

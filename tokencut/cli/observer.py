@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tokencut.cli import render
 from tokencut.cli.process import StopRequest
 from tokencut.observers import Observer
+
+if TYPE_CHECKING:
+    from tokencut.data.sources import Source
 
 
 class CommandObserver(Observer):
@@ -55,6 +60,14 @@ def watched(title: str) -> Iterator[CommandObserver]:
     """
     with render.progress(title) as advance:
         yield CommandObserver(advance)
+
+
+def opened(data: str | os.PathLike[str], **how: Any) -> Source:
+    """Images as `open_source` opens them, which may unpack an archive first."""
+    from tokencut.data.sources import open_source
+
+    with watched(f"opening {data}") as observer:
+        return open_source(data, observer=observer, **how)
 
 
 def standing(values: Mapping[str, float]) -> tuple[str, ...]:

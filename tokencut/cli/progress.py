@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 # A bar is not drawn shorter than this, nor longer, in columns.
 SHORTEST_BAR, LONGEST_BAR = 8, 30
-# Of a task's name at least so many characters are shown.
-SHORTEST_NAME = 12
+# Of a task's name at least so many characters are shown; a longer one is cut where words want the room.
+SHORTEST_NAME, LONG_NAME = 12, 24
 GAP = "  "
 # Where nothing can be drawn a line is printed after so many seconds, and then after ever more, up to the last.
 PAUSES = (10.0, 20.0, 40.0, 60.0)
@@ -76,21 +76,23 @@ class Task:
         return max(0.0, (self.total - self.done) * spent / gained - (now - self._told))
 
     def line(self, width: int, now: float) -> Line:
-        """What fits into so many columns: name, done and total, and time left always, then a bar and words."""
+        """What fits into so many columns: name, done and total, and time left, then a bar and words."""
         if not self.total:
             words = duration(now - self._started)
             return Line(_cut(self.name, width - len(GAP) - len(words)), 0, 0, words)
         words = GAP.join((self._count("/"), *self._left(now)))
-        name = _cut(self.name, width - len(GAP) - len(words))
-        room = width - len(name) - len(GAP) - len(words)
-        reserved = SHORTEST_BAR + len(GAP) if room >= SHORTEST_BAR + len(GAP) else 0
+        room, bar = width - len(GAP) - len(words), SHORTEST_BAR + len(GAP)
+        wanted = bar + sum(len(GAP) + len(word) for word in self.words)
+        name = _cut(self.name, min(room, max(LONG_NAME, width // 3, room - wanted)))
+        room -= len(name)
+        reserved = bar if room >= bar else 0
         for word in self.words:
             if len(GAP) + len(word) > room - reserved:
                 break
             words += GAP + word
             room -= len(GAP) + len(word)
-        bar = min(LONGEST_BAR, room - len(GAP)) if reserved else 0
-        return Line(name, bar, round(bar * min(1.0, self.done / self.total)), words)
+        drawn = min(LONGEST_BAR, room - len(GAP)) if reserved else 0
+        return Line(name, drawn, round(drawn * min(1.0, self.done / self.total)), words)
 
     def text(self, now: float) -> str:
         """The same for a file: all of it, on one line."""
@@ -131,5 +133,7 @@ def duration(seconds: float) -> str:
 
 
 def _cut(name: str, room: int) -> str:
+    """The name, or its beginning and its end: of a path the end tells more."""
     room = max(room, SHORTEST_NAME)
-    return name if len(name) <= room else name[: room - 3] + "..."
+    end = 2 * room // 3
+    return name if len(name) <= room else name[: room - end - 3] + "..." + name[-end:]

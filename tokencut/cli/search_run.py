@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tokencut.cli import render
-from tokencut.cli.observer import CommandObserver, watched
+from tokencut.cli.observer import CommandObserver, opened, watched
 from tokencut.cli.options import RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
-from tokencut.data.sources import open_source
 from tokencut.errors import UsageError
 from tokencut.files import atomic_write, check_writable, with_ending
 from tokencut.models.loading import Loaded
@@ -57,9 +56,7 @@ class SearchRun:
         self.target.check()
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
-        self.source = open_source(
-            options.calibration or "", split="train", observer=CommandObserver(), **(reading or {})
-        )
+        self.source = opened(options.calibration or "", split="train", **(reading or {}))
         default = SearchSettings()
         self._settings = SearchSettings(
             images=default.images if options.calibration_limit is None else options.calibration_limit,

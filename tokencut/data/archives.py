@@ -86,7 +86,7 @@ def unpack(path: Path, observer: Observer | None = None) -> Path:
 
     Args:
         path: The archive. Its path, size and time of change say whether the cache holds it.
-        observer: Told that an unpacking begins, since that can take minutes.
+        observer: Told that an unpacking begins, since that can take minutes, and how far it is.
 
     Returns:
         The folder with the archive's content.
@@ -107,7 +107,7 @@ def unpack(path: Path, observer: Observer | None = None) -> Path:
                     told.warning(f"{target}, where {path} was unpacked, is no longer as it was")
                     _clear(path, target)
                 told.note(f"unpacking {path} into {target}, this once")
-                _unpack(path, target)
+                _unpack(path, target, told)
     except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
         reason = getattr(error, "strerror", None) or error
         # Names that clash or are too long for a file system would be no better elsewhere.
@@ -139,10 +139,10 @@ def _clear(path: Path, target: Path) -> None:
     remove_folder(target)
 
 
-def _unpack(path: Path, target: Path) -> None:
+def _unpack(path: Path, target: Path, told: Observer) -> None:
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        _extract(path, partial)
+        _extract(path, partial, told)
         with atomic_write(list_of(target)) as temporary:
             lines = (f"{size} {name}\0" for name, size in sizes_in(partial).items())
             temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
@@ -159,9 +159,16 @@ def _cache_name(path: Path) -> str:
     return f"{path.name.split('.')[0]}-{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
 
-def _extract(path: Path, folder: Path) -> None:
-    with _reading(path), gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
+def _extract(path: Path, folder: Path, told: Observer) -> None:
+    size = float(path.stat().st_size)
+    with (
+        _reading(path),
+        path.open("rb") as packed,
+        gzip.open(packed) as stream,
+        tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive,
+    ):
         for member in _members(archive):
+            told.progress(f"unpacking {path.name}", packed.tell(), size, {})
             name = _inner_path(path, member)
             if member.islnk() and (folder / (earlier := _linked_path(path, member))).is_file():
                 _make_folder((folder / name).parent)

@@ -13,7 +13,8 @@ from tokencut.data.listing import natural_order
 from tokencut.data.sources import Source
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
-from tokencut.models.pretrained_cfg import LabelNames, label_names, require_head
+from tokencut.models.fields import LabelNames
+from tokencut.models.pretrained_cfg import label_names, require_head
 
 # What is mapped; of a list, its labels.
 FOLDER = "folder"

@@ -19,12 +19,13 @@ from tokencut.models.fields import (
     MAX_LENGTH,
     ORIGIN,
     PREPROCESSING,
+    LabelNames,
     as_tuples,
     labels_from_json,
     labels_to_json,
 )  # fmt: skip
 from tokencut.models.metadata import Origin
-from tokencut.models.pretrained_cfg import LabelNames, class_count, label_names, name_of
+from tokencut.models.pretrained_cfg import class_count, label_names, name_of
 from tokencut.recipe import Recipe, recipe_from_json
 from tokencut.schema import COUNT, OBJECT, POSITIVE, TEXT, TRUTH, Fields, Form, Rule, is_whole, optional
 

@@ -1,14 +1,17 @@
-"""What makes a timm model compute what weights from elsewhere were trained with, where timm has no argument for it."""
+"""What makes a timm model compute what weights from elsewhere were trained with, where timm has no argument for it.
+
+torch is imported where a model is changed: what is said of a change can be read without.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from tokencut.adapters.pooling import ClassAndMean
 from tokencut.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CLASS_AND_MEAN = "class+mean"
 POOLS = (CLASS_AND_MEAN,)
@@ -50,6 +53,8 @@ def alter(model: Any, alterations: Alterations) -> None:
     Raises:
         ModelError: The model has no such part.
     """
+    from torch import nn
+
     norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
     eps = alterations.norm_eps if any(norm.eps != alterations.norm_eps for norm in norms) else None
     if eps is not None:
@@ -61,6 +66,10 @@ def alter(model: Any, alterations: Alterations) -> None:
 
 
 def _widen_head(model: Any) -> None:
+    from torch import nn
+
+    from tokencut.adapters.pooling import ClassAndMean
+
     head, classes = getattr(model, "head", None), int(getattr(model, "num_classes", 0) or 0)
     fits = hasattr(model, "attn_pool") and getattr(model, "global_pool", None) == "token"
     if not fits or not isinstance(head, nn.Linear if classes else nn.Identity):

@@ -7,12 +7,11 @@ learned is stored under `tokencut.`; the metadata is one key, see `metadata.py`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -23,23 +22,21 @@ from torch import Tensor, nn
 
 from tokencut.adapters import refuse_sharded
 from tokencut.errors import ArtifactError, TokencutError, UsageError
-from tokencut.files import atomic_write, check_writable, unlike_a_file, user_path, with_ending
+from tokencut.files import atomic_write, check_writable, user_path, with_ending
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.alterations import alter, alterations_of
-from tokencut.models.checkpoints import differences, not_finite, open_safetensors, wrong_types
+from tokencut.models.checkpoints import differences, not_finite, wrong_types
 from tokencut.models.fields import PRETRAINED_CFG
+from tokencut.models.header import KEY, SUFFIX, info_of, open_artifact, open_safetensors
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
 from tokencut.models.pretrained_cfg import data_config, description_of, label_names
 
-SUFFIX = ".safetensors"
-# The one metadata key, and the prefix of tensors that timm's model does not have.
-KEY = "tokencut"
+# The prefix of tensors that timm's model does not have.
 PREFIX = f"{KEY}."
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 # Where a timm model keeps its origin: beside what timm itself keeps there, so that a copy of the model has it too.
 _ORIGIN = "_tokencut_origin"
@@ -150,8 +147,8 @@ def read_info(path: str | os.PathLike[str]) -> ArtifactInfo:
         ArtifactError: Not a tokencut file, or damaged, or of a newer format.
     """
     source = user_path(path)
-    with _open(source) as file:
-        return _info(file, source)
+    with open_artifact(source) as file:
+        return info_of(file, source)
 
 
 def load(path: str | os.PathLike[str]) -> CompressedModel:
@@ -171,8 +168,8 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
         True
     """
     source = user_path(path)
-    with _open(source) as file:
-        info = _info(file, source)
+    with open_artifact(source) as file:
+        info = info_of(file, source)
         try:
             model = _skeleton(info)
             expected = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -199,29 +196,6 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
     model.load_state_dict(tensors, strict=True, assign=True)
     mark_origin(model.model, info.origin)
     return model.eval()
-
-
-def _open(path: Path) -> Any:
-    what = unlike_a_file(path)
-    if what is not None:
-        made = with_ending(path, SUFFIX, "out")
-        raise UsageError(f"{path} {what}; type `tokencut.save(model, {str(made)!r})` to make one")
-    return open_safetensors(path)
-
-
-def _info(file: Any, path: Path) -> ArtifactInfo:
-    text = (file.metadata() or {}).get(KEY)
-    if text is None:
-        raise ArtifactError(f"{path} holds weights without a tokencut recipe; name their architecture and type "
-                            f"`checkpoint={str(path)!r}`")  # fmt: skip
-    try:
-        info = info_from_text(text)
-    except ArtifactError as error:
-        raise ArtifactError(f"cannot load {path}: {error}") from error
-    slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
-    types = sorted({_STORED.get(part.get_dtype(), part.get_dtype()) for part in slices})
-    numbers = sum(math.prod(part.get_shape()) for part in slices)
-    return dataclasses.replace(info, dtype="+".join(types), parameters=numbers)
 
 
 def _describe(compressed: CompressedModel) -> ArtifactInfo:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tokencut.errors import ArtifactError, ModelError, TokencutError
-from tokencut.files import open_plain, unlike_a_file
+from tokencut.errors import ModelError
+from tokencut.files import unlike_a_file
 from tokencut.messages import listed, one_line, shorten
+from tokencut.models.header import file_kind, open_safetensors
 from tokencut.models.pickles import TorchScriptError, read_pickle
 from tokencut.models.state_dicts import find_weights, refuse_others, without_wrappers
 
@@ -49,51 +49,6 @@ SAFETENSORS = ("model.safetensors", "open_clip_model.safetensors")
 PICKLES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 # Lists of what is in which of several files, as transformers writes large models.
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-
-
-def file_kind(path: Path) -> str:
-    """What a file is by its first bytes: `safetensors`, `pickle` (PyTorch's own, zipped or not), `empty` or `other`."""
-    with open_plain(path) as file:
-        start = file.read(9)
-    if not start:
-        return "empty"
-    # safetensors: the header's length in eight bytes, then JSON, which may be as long as 100 MB.
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000:
-        return "safetensors"
-    # A pickle of protocol 2 to 5, or the zip archive that torch.save writes.
-    if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and 2 <= start[1] <= 5):
-        return "pickle"
-    return "other"
-
-
-@contextlib.contextmanager
-def open_safetensors(path: Path, error: type[TokencutError] = ArtifactError) -> Iterator[Any]:
-    """Opens a safetensors file to read its header or single tensors.
-
-    Args:
-        path: An existing file.
-        error: The class of error to raise.
-
-    Yields:
-        What `safetensors.safe_open` gives.
-
-    Raises:
-        TokencutError: Of the class asked for: not a safetensors file (saying what it is), damaged, or unreadable.
-    """
-    try:
-        kind = file_kind(path)
-        if kind == "pickle":
-            raise error(f"{path} is a pickled PyTorch file, not safetensors; name its architecture as MODEL and pass "
-                        f"it, with the suffix .pth, as `checkpoint={str(path.with_suffix('.pth'))!r}`")  # fmt: skip
-        if kind != "safetensors":
-            what = "is empty" if kind == "empty" else "is not a safetensors file"
-            raise error(f"{path} {what}; give a file that `tokencut.save(model, 'FILE')` wrote, or a model's name")
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except SafetensorError as problem:
-        raise error(f"{path} is truncated or damaged ({one_line(problem)}); copy or write it again") from problem
-    except OSError as problem:
-        raise error(f"cannot read {path}: {problem.strerror or one_line(problem)}") from problem
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -7,8 +7,6 @@ from typing import Any
 
 from tokencut.limits import LIMITS
 from tokencut.models.alterations import POOLS
-from tokencut.models.names import architectures
-from tokencut.models.pretrained_cfg import CROP_MODES, INTERPOLATIONS, LabelNames
 from tokencut.schema import (
     LONGEST,
     NUMBER,
@@ -23,6 +21,13 @@ from tokencut.schema import (
     is_whole,
     optional,
 )
+
+# In the order of the logits, or by their numbers.
+LabelNames = tuple[str, ...] | dict[int, str]
+
+# What timm's transforms know.
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 
 # ImageNet-21k's label names are some 0.5 MB; nothing else in a file is near that.
 MAX_LENGTH = 8_000_000
@@ -62,6 +67,13 @@ def labels_from_json(value: Any) -> LabelNames | None:
     return None if value is None else tuple(value)
 
 
+def named_by(names: Any, classes: int) -> bool:
+    """Whether names, in order or by number, are those of so many classes."""
+    if isinstance(names, Mapping):
+        return all(str(index).isdecimal() and int(index) < classes for index in names)
+    return isinstance(names, (list, tuple)) and len(names) == classes
+
+
 def as_tuples(values: dict[str, Any]) -> dict[str, Any]:
     """The same with tuples for lists, as timm has them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -82,7 +94,6 @@ def preprocessing_problem(config: Mapping[str, Any]) -> str | None:
 _TEXT_OR_LIST = Rule(lambda value: _is_text(value) or is_list_of(_is_text, value), "a string or a list of strings")
 _INPUT = Rule(lambda value: _is_size(value, 3), "channels, height and width")
 
-ARCHITECTURE = Rule(lambda value: _is_text(value) and value in architectures(), "a supported model's name")
 LABEL_NAMES = Rule(_is_labels, "a list of strings, strings by index, or null")
 PREPROCESSING = Fields({
     "input_size": _INPUT,

@@ -10,28 +10,27 @@ from tokencut.errors import UsageError
 from tokencut.models.alterations import Alterations
 from tokencut.models.fields import (
     ALTERATIONS,
-    ARCHITECTURE,
     LABEL_NAMES,
     MAX_LENGTH,
     MEASURED,
     ORIGIN,
     PREPROCESSING,
     PRETRAINED_CFG,
+    LabelNames,
     as_tuples,
     labels_from_json,
     labels_to_json,
+    named_by,
     per_block,
 )  # fmt: skip
-from tokencut.models.model_args import check_model_args
-from tokencut.models.pretrained_cfg import LabelNames, named_by
 from tokencut.recipe import Recipe, recipe_from_json
-from tokencut.schema import OBJECT, Fields, Form, is_whole
+from tokencut.schema import OBJECT, TEXT, Fields, Form, Rule, is_whole
 
 FORM = Form(
     type="compressed-model",
     format=1,
     fields=Fields({
-        "architecture": ARCHITECTURE,
+        "architecture": TEXT,
         "model_args": OBJECT,
         "alterations": ALTERATIONS,
         "recipe": OBJECT,
@@ -154,21 +153,21 @@ class ArtifactInfo:
         })  # fmt: skip
 
 
-def info_from_text(text: str) -> ArtifactInfo:
+def info_from_text(text: str, *, as_written: bool = False) -> ArtifactInfo:
     """Reads the JSON of a file back.
 
     Args:
         text: The value of the file's one metadata key.
+        as_written: Whether to take the architecture, its arguments and the method's settings as they stand there,
+            without asking timm and the methods, for which torch is loaded.
 
     Raises:
         ArtifactError: Not JSON, too large or too deep, of another type or a newer format, or a field is missing,
             unknown, or does not hold what it should.
     """
     data = FORM.read(text)
-    try:
-        check_model_args(data["model_args"])
-    except UsageError as error:
-        raise FORM.damaged(str(error).partition(";")[0]) from error
+    if not as_written:
+        _check_architecture(data["architecture"], data["model_args"])
     depth = len(data["keep_per_block"])
     # Checked before a model is built: a depth of thousands would take minutes even without memory.
     if data["model_args"].get("depth", depth) != depth:
@@ -181,7 +180,7 @@ def info_from_text(text: str) -> ArtifactInfo:
     info = ArtifactInfo(
         architecture=data["architecture"],
         model_args=as_tuples(data["model_args"]),
-        recipe=recipe_from_json(data["recipe"], depth),
+        recipe=recipe_from_json(data["recipe"], depth, as_written=as_written),
         depth=depth,
         preprocessing=as_tuples(data["preprocessing"]),
         pretrained_cfg=as_tuples(data["pretrained_cfg"]),
@@ -193,6 +192,20 @@ def info_from_text(text: str) -> ArtifactInfo:
     if list(info.keep_per_block) != data["keep_per_block"] or list(info.tokens_per_block) != data["tokens_per_block"]:
         raise FORM.damaged("its keep_per_block or tokens_per_block is not what its recipe says")
     return info
+
+
+def _check_architecture(name: str, args: Mapping[str, Any]) -> None:
+    """Refuses what timm could not build, or what would have it do more than build."""
+    from tokencut.models.model_args import check_model_args
+    from tokencut.models.names import architectures
+
+    problem = Rule(lambda value: value in architectures(), "a supported model's name").problem(name, "architecture")
+    if problem:
+        raise FORM.damaged(f"its metadata{problem}")
+    try:
+        check_model_args(args)
+    except UsageError as error:
+        raise FORM.damaged(str(error).partition(";")[0]) from error
 
 
 def check_measured(measured: Mapping[str, Any]) -> dict[str, float]:

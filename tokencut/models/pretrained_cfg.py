@@ -14,13 +14,8 @@ from torch import nn
 from tokencut.adapters import known_adapter
 from tokencut.errors import ModelError, UsageError
 from tokencut.limits import LIMITS
+from tokencut.models.fields import INTERPOLATIONS, LabelNames, named_by
 
-# In the order of the logits, or by their numbers.
-LabelNames = tuple[str, ...] | dict[int, str]
-
-# What timm's transforms know.
-CROP_MODES = ("center", "squash", "border")
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
 EXAMPLES = {"mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "crop_pct": "0.9"}
 
 # What leads to files, what leads to weights and says whose they are, and what is told of those weights.
@@ -149,13 +144,6 @@ def label_names(model: nn.Module) -> LabelNames | None:
     if isinstance(names, Mapping):  # JSON keys are strings
         return {int(index): str(name) for index, name in names.items()}
     return tuple(map(str, names))
-
-
-def named_by(names: Any, classes: int) -> bool:
-    """Whether names, in order or by number, are those of so many classes."""
-    if isinstance(names, Mapping):
-        return all(str(index).isdecimal() and int(index) < classes for index in names)
-    return isinstance(names, (list, tuple)) and len(names) == classes
 
 
 def require_head(model: nn.Module, lacking: str = "accuracy to measure") -> int:

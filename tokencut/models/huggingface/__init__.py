@@ -15,6 +15,7 @@ from torch import Tensor
 from tokencut.errors import ModelError
 from tokencut.messages import shorten
 from tokencut.models.alterations import Alterations
+from tokencut.models.fields import LabelNames
 from tokencut.models.huggingface.architectures import (
     Architecture,
     class_name,
@@ -32,7 +33,6 @@ from tokencut.models.huggingface.tensors import (
     to_timm,
 )
 from tokencut.models.names import resolve_name
-from tokencut.models.pretrained_cfg import LabelNames
 from tokencut.schema import is_whole
 
 __all__ = [
