@@ -37,6 +37,7 @@ _BEGINNINGS = (
 )
 _ENDINGS = (
     (".onnx", "an exported model, which profile and eval take as it is; give the weights it came from"),
+    (".pt2", "an exported model, for torch.export.load; give the weights it came from"),
     (".pb", _KERAS),
     (".ckpt.index", _KERAS),
     (".msgpack", "a file of Flax, whose names are no timm model's; give weights of PyTorch, or JAX's .npz"),
