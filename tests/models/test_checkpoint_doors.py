@@ -180,7 +180,10 @@ def test_heads(model: nn.Module, tmp_path: Path) -> None:
     save_file(tensors, path)
     save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("head")}, bare)
     assert refusal(path, args={"num_classes": 7}).endswith("its head has 5 classes: type `num_classes=5`")
-    assert refusal(bare).endswith("2 missing: head.weight, head.bias; it has no head: type `num_classes=0`")
+    assert refusal(bare).endswith(
+        "2 missing: head.weight, head.bias; it has no head: type `num_classes=0`, or train one "
+        "(`epochs=5`, `train_data='DIR'`)"
+    )
     for file in (path, bare):
         loaded = load(file, args={"num_classes": 7}, to_be_trained=True)
         assert loaded.new_head and loaded.model(pixels()).shape == (2, 7)

@@ -326,8 +326,9 @@ def _advice(wanted: Shapes, found: Shapes) -> str:
         return "name the model it was made for, with the arguments it was trained with (`img_size`, `model_kwargs`)"
     classes = found[heads[0]][0] if heads[0] in found else 0
     what = f"its head has {classes} classes" if classes else "it has no head"
+    trained = "" if classes else ", or train one (`epochs=5`, `train_data='DIR'`)"
     others = "" if len(heads) == len(wrong) else ", and the arguments it was trained with (`img_size`, `model_kwargs`)"
-    return f"{what}: type `num_classes={classes}`{others}"
+    return f"{what}: type `num_classes={classes}`{trained}{others}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

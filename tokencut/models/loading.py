@@ -388,7 +388,8 @@ def _from_transformers(
         tensors = huggingface.under_transformers_names(read) or read
     try:
         found = huggingface.convert(config, tensors, folders.preprocessor_of(folder), request.args)
-    except ModelError as error:
+        check_model_args(found.args)
+    except (ModelError, UsageError) as error:
         raise ModelError(f"{folder} cannot be taken: {error}") from error
     building.check_arguments(found.name, found.args)
     model, notes = building.build(found.name, found.args, pretrained=False, seed=request.seed)
