@@ -13,7 +13,7 @@ import torch
 from model_files import write_transformers_folder
 from safetensors.torch import load_file
 
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
 from tokencut.models.huggingface import convert
 from tokencut.models.huggingface.architectures import _SIZES
 from tokencut.models.huggingface.preprocessing import preprocessing_from
@@ -100,6 +100,9 @@ def test_a_vit_by_hand(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.model(images), model(images))
     assert loaded.model.pretrained_cfg["label_names"] == ("cat", "dog", "hen")
+    assert loaded.origin.licence is None
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\nlicense: mine\n")
+    assert load_model(str(tmp_path)).origin.licence == "apache-2.0"
     config["id2label"] = {"0": "cat", "1": "dog"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_model(str(tmp_path))
@@ -196,6 +199,15 @@ def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None
     with pytest.raises(ModelError) as refused:
         load_model(str(tmp_path))
     assert message in str(refused.value)
+
+
+def test_a_folder_of_open_clip(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        load_model(str(tmp_path))
+    assert f"{tmp_path} is open_clip's, whose config names no timm architecture; name that, such as" in str(
+        caught.value
+    )
 
 
 def test_an_index_that_leads_elsewhere(tmp_path: Path) -> None:

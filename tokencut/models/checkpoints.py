@@ -40,6 +40,7 @@ _ENDINGS = (
     (".pt2", "an exported model, for torch.export.load; give the weights it came from"),
     (".pb", _KERAS),
     (".ckpt.index", _KERAS),
+    (".data-00000-of-00001", _KERAS),
     (".msgpack", "a file of Flax, whose names are no timm model's; give weights of PyTorch, or JAX's .npz"),
     (".gguf", "a quantised model for llama.cpp; give the weights it was made of"),
     (".engine", "a TensorRT engine, made for one GPU; give the weights it came from"),

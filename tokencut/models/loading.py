@@ -403,6 +403,8 @@ def _from_transformers(
     if request.checkpoint is not None:
         origin = Origin("checkpoint", f"transformers {found.source}", sha256(file))
     origin = origin or Origin("local-dir", f"transformers {found.source}", sha256(file))
+    if request.checkpoint is None:
+        origin = replace(origin, licence=folders.licence_of(folder))
     return _finish(model, spec, origin, replace(request, checkpoint=None), (*found.notes, *notes), foreign=True)
 
 
