@@ -20,7 +20,7 @@ from tokencut.messages import one_line
 from tokencut.model import CompressedModel
 from tokencut.models import artifact, building, digits, fitting, folders, hub, huggingface
 from tokencut.models.alterations import alter
-from tokencut.models.checkpoints import is_npz, not_finite, random_state, read_checkpoint, sha256
+from tokencut.models.checkpoints import INDEX, is_npz, not_finite, random_state, read_checkpoint, sha256
 from tokencut.models.fields import preprocessing_problem
 from tokencut.models.metadata import ArtifactInfo, Origin
 from tokencut.models.model_args import check_model_args
@@ -132,6 +132,7 @@ def load_model(
     request = Request(pretrained, file, args, known, weights_needed, seed, to_be_trained)
     if Path(spec).is_file():
         _refuse_exported(spec)
+        _refuse_weights_alone(Path(spec))
         return _from_artifact(spec, request)
     if spec == BUNDLED:
         return _from_digits(request)
@@ -218,6 +219,14 @@ def _refuse_exported(spec: str) -> None:
     if Path(spec).suffix.lower() == ".pt2":
         raise UsageError(f"{spec} is an exported model, for torch.export.load; name the tokencut file that it came "
                          "from, or export that to .onnx, which profile and eval take")  # fmt: skip
+
+
+def _refuse_weights_alone(path: Path) -> None:
+    """Points from a file of weights to the folder that says what they are."""
+    known = (*hub.WEIGHTS, *INDEX)
+    if path.name in known and folders.is_model_folder(path.parent) and not artifact.is_artifact(path):
+        raise UsageError(f"{path} holds weights alone, and {path.parent / hub.CONFIG} says what they are: name the "
+                         f"folder {path.parent}")  # fmt: skip
 
 
 def _from_artifact(spec: str, request: Request) -> Loaded:
