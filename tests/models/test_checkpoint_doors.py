@@ -89,8 +89,10 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: {"student": under("module.backbone.", {k: 0 * v for k, v in t.items()}),
                    "teacher": {**under("backbone.", t), "dino_head.mlp.0.weight": torch.ones(2)}, "epoch": 9},
         "taking 'teacher' of {}, which holds student too"),
-    "moco": (lambda t: {**under("encoder_q.", {k: 0 * v for k, v in t.items()}), **under("encoder_momentum.", t)},
-             TAKEN.format("encoder_momentum.")),
+    "moco": (lambda t: {**under("encoder_q.", t), **under("encoder_k.", {k: 0 * v for k, v in t.items()})},
+             TAKEN.format("encoder_q.")),
+    "an average beside": (lambda t: {**under("net.", {k: 0 * v for k, v in t.items()}), **under("net_ema.", t)},
+                          TAKEN.format("net_ema.")),
     "whole": (lambda t: whole(t), ""),
     "a list of settings beside": (lambda t: {"weights": dict(t), "classes": ["a", "b"], "step": torch.tensor(1)}, ""),
     "one name of its own": (lambda t: {"my_vit": dict(t), "note": "x"}, ""),
@@ -178,7 +180,10 @@ def test_heads(model: nn.Module, tmp_path: Path) -> None:
     save_file(tensors, path)
     save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("head")}, bare)
     assert refusal(path, args={"num_classes": 7}).endswith("its head has 5 classes: type `num_classes=5`")
-    assert refusal(bare).endswith("2 missing: head.weight, head.bias; it has no head: type `num_classes=0`")
+    assert refusal(bare).endswith(
+        "2 missing: head.weight, head.bias; it has no head: type `num_classes=0`, or train one "
+        "(`epochs=5`, `train_data='DIR'`)"
+    )
     for file in (path, bare):
         loaded = load(file, args={"num_classes": 7}, to_be_trained=True)
         assert loaded.new_head and loaded.model(pixels()).shape == (2, 7)
@@ -278,6 +283,26 @@ def test_torchvision(tmp_path: Path) -> None:
         assert_same(load(tmp_path / name), source)
 
 
+def mmpretrain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's names, out of timm's."""
+    swaps = (("head.", "head.layers.head."), ("norm.", "backbone.ln1."), (".norm", ".ln"), (".mlp.fc1.",
+             ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1."), ("patch_embed.proj.", "patch_embed.projection."),
+             ("blocks.", "layers."))  # fmt: skip
+    found = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in swaps:
+            name = name.replace(ours, theirs) if not name.startswith("backbone.") else name
+        found[name if name.startswith(("head.", "backbone.")) else f"backbone.{name}"] = tensor
+    return found
+
+
+def test_mmpretrain(model: nn.Module, tmp_path: Path) -> None:
+    tensors = mmpretrain(model.state_dict())
+    assert "backbone.layers.0.ffn.layers.0.0.weight" in tensors and "head.layers.head.bias" in tensors
+    torch.save({"meta": {}, "state_dict": tensors}, tmp_path / "vit.pth")
+    assert_same(load(tmp_path / "vit.pth"), model)
+
+
 def jax(model: Any) -> dict[str, Any]:
     """Names and shapes of Google's files."""
     found: dict[str, Any] = {}
@@ -369,6 +394,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "list.pth": ([1, 2], "holds no weights, but a list; give a file whose content is a model's state_dict"),
     "keras.h5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is a file of Keras or TensorFlow, which holds no tensors of a"),
     "model.onnx": (b"\x08\x07\x12\x07pytorch", "is an exported model, which profile and eval take as it is; give the"),
+    "model.pt2": (b"PK\x03\x04", "is an exported model, for torch.export.load; give the weights it came from"),
     "flax.msgpack": (b"\x81\xa6params", "is a file of Flax, whose names are no timm model's; give weights of"),
     "model.gguf": (b"GGUF\x03", "is a quantised model for llama.cpp"),
     "script.pt": (torchscript, "is a TorchScript archive, whose content is code; save the model's state_dict"),

@@ -104,7 +104,8 @@ def test_a_checkpoint_of_another_shape(weights: dict[str, Tensor], tmp_path: Pat
         "classes: type `num_classes=1000`, and the arguments it was trained with (`img_size`, `model_kwargs`)"
     )
     assert refused(lambda tensors: [tensors.pop("head.weight"), tensors.pop("head.bias")]) == (
-        "2 missing: head.weight, head.bias; it has no head: type `num_classes=0`"
+        "2 missing: head.weight, head.bias; it has no head: type `num_classes=0`, or train one "
+        "(`epochs=5`, `train_data='DIR'`)"
     )
     assert refused(lambda tensors: tensors.update(extra=torch.zeros(1)), model_kwargs={"depth": 7}) == (
         "12 missing: blocks.6.norm1.weight, blocks.6.norm1.bias, blocks.6.attn.qkv.weight and 9 more; "

@@ -218,7 +218,7 @@ def test_weights_that_have_an_address_only(
 ) -> None:
     cfg = get_pretrained_cfg(NAME)
     cfg.hf_hub_id, cfg.url = None, "http://127.0.0.1:9/files/vit-ab12.pth"
-    monkeypatch.setattr("tokencut.models.loading.get_pretrained_cfg", lambda _: cfg)
+    monkeypatch.setattr("tokencut.models.opening.get_pretrained_cfg", lambda _: cfg)
     assert "the weights of test_vit are not in the cache, and 127.0.0.1:9 does not answer (" in refusal("test_vit")
     (empty_caches / "torch" / "checkpoints").mkdir(parents=True)
     torch.save(weights, empty_caches / "torch" / "checkpoints" / "vit-ab12.pth")

@@ -13,7 +13,7 @@ import torch
 from model_files import write_transformers_folder
 from safetensors.torch import load_file
 
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
 from tokencut.models.huggingface import convert
 from tokencut.models.huggingface.architectures import _SIZES
 from tokencut.models.huggingface.preprocessing import preprocessing_from
@@ -100,6 +100,9 @@ def test_a_vit_by_hand(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.model(images), model(images))
     assert loaded.model.pretrained_cfg["label_names"] == ("cat", "dog", "hen")
+    assert loaded.origin.licence is None
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\nlicense: mine\n")
+    assert load_model(str(tmp_path)).origin.licence == "apache-2.0"
     config["id2label"] = {"0": "cat", "1": "dog"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_model(str(tmp_path))
@@ -144,6 +147,10 @@ def test_a_number_alone_is_the_shorter_side_where_the_type_has_it_so() -> None:
         ({"model_type": "vit", "hidden_act": "sin"}, "hidden_act 'sin', which is not one of gelu, gelu_python, "),
         ({"model_type": "dinov3_vit", "key_bias": True}, "key_bias True, which is not false, as timm has it"),
         ({"model_type": "vit", "layer_norm_eps": 0}, "layer_norm_eps 0, which is not a positive number"),
+        ({"model_type": "vit", "num_hidden_layers": 1001}, "depth"),
+        ({"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"checkpoint_path": "/x.pth"}},
+         "checkpoint_path is not an argument of the architecture; use `checkpoint='FILE'`"),
+        ({"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"embed_dim": 1e9}}, "which is not"),
         ({"model_type": "timm_wrapper"}, "its config.json says architecture None, which is not a timm name; save"),
         ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "resnet18 is of timm's family resnet, which is"),
     ],
@@ -192,6 +199,15 @@ def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None
     with pytest.raises(ModelError) as refused:
         load_model(str(tmp_path))
     assert message in str(refused.value)
+
+
+def test_a_folder_of_open_clip(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        load_model(str(tmp_path))
+    assert f"{tmp_path} is open_clip's, whose config names no timm architecture; name that, such as" in str(
+        caught.value
+    )
 
 
 def test_an_index_that_leads_elsewhere(tmp_path: Path) -> None:

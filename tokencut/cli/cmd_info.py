@@ -50,6 +50,7 @@ def _facts(found: ArtifactInfo, size: int) -> list[tuple[str, str]]:
     rows = [
         ("architecture", found.architecture),
         ("arguments", render.pairs(found.model_args)),
+        *([("not timm's own", render.pairs(altered))] if (altered := found.alterations.to_json()) else []),
         ("method", " ".join((recipe.method, render.pairs(recipe.method_options)))),
         ("keep", render.keep_text(recipe.keep, recipe.schedule.reduce_by)),
         ("layers", ",".join(map(str, recipe.layers))),

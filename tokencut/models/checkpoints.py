@@ -37,8 +37,10 @@ _BEGINNINGS = (
 )
 _ENDINGS = (
     (".onnx", "an exported model, which profile and eval take as it is; give the weights it came from"),
+    (".pt2", "an exported model, for torch.export.load; give the weights it came from"),
     (".pb", _KERAS),
     (".ckpt.index", _KERAS),
+    (".data-00000-of-00001", _KERAS),
     (".msgpack", "a file of Flax, whose names are no timm model's; give weights of PyTorch, or JAX's .npz"),
     (".gguf", "a quantised model for llama.cpp; give the weights it was made of"),
     (".engine", "a TensorRT engine, made for one GPU; give the weights it came from"),
@@ -280,8 +282,9 @@ def _advice(wanted: Shapes, found: Shapes) -> str:
         return "name the model it was made for, with the arguments it was trained with (`img_size`, `model_kwargs`)"
     classes = found[heads[0]][0] if heads[0] in found else 0
     what = f"its head has {classes} classes" if classes else "it has no head"
+    trained = "" if classes else ", or train one (`epochs=5`, `train_data='DIR'`)"
     others = "" if len(heads) == len(wrong) else ", and the arguments it was trained with (`img_size`, `model_kwargs`)"
-    return f"{what}: type `num_classes={classes}`{others}"
+    return f"{what}: type `num_classes={classes}`{trained}{others}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -49,15 +49,28 @@ _TORCHVISION = (
     (r"^encoder\.ln\.", "norm."),
     (r"^heads\.head\.", "head."),
 )
+_MMPRETRAIN = (
+    (r"^(?:backbone\.)?patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^(?:backbone\.)?layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"^(?:backbone\.)?layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"^(?:backbone\.)?layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"^(?:backbone\.)?layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"^(?:backbone\.)?layers\.(\d+)\.ffn\.gamma2\.weight$", r"blocks.\1.ls2.gamma"),
+    (r"^(?:backbone\.)?ln1\.", "norm."),
+    (r"^head\.(?:layers\.head|fc)\.", "head."),
+    (r"^backbone\.", ""),
+)
 # Sources of which no prefix alone makes timm's names: names that stand together, and what goes before them for timm.
 _MARKS = (
     (("visual.class_embedding", "visual.conv1.weight"), ""),  # open_clip
     (("visual.trunk.blocks.0.norm1.weight",), ""),  # open_clip with an image tower of timm's
     (("class_embedding", "conv1.weight"), "visual."),  # open_clip's image tower alone
     (("class_token", "conv_proj.weight"), ""),  # torchvision
+    (("backbone.layers.0.ln1.weight", "backbone.patch_embed.projection.weight"), ""),  # mmpretrain
+    (("layers.0.ln1.weight", "patch_embed.projection.weight"), ""),  # its backbone alone
 )
 # Of two copies of a model, these are the better, as timm has it.
-_AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")
+_AVERAGED = re.compile(r"(^|[._])(teacher|ema)([._]|$)")
 
 
 def load_fitted(
@@ -233,6 +246,8 @@ def _renamed(tensors: Tensors) -> Tensors:
     """Names that timm's own filters do not know."""
     if "class_token" in tensors and "conv_proj.weight" in tensors:
         return {_by_rules(name, _TORCHVISION): tensor for name, tensor in tensors.items()}
+    if any(name.endswith("patch_embed.projection.weight") for name in tensors):
+        return {_by_rules(name, _MMPRETRAIN): tensor for name, tensor in tensors.items()}
     if "register_tokens" in tensors:  # by which timm tells DINOv2's
         tensors = {"mask_token": torch.zeros(1), **tensors}
     return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,17 @@ def preprocessor_of(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def licence_of(folder: Path) -> str | None:
+    """The licence that the head of a folder's `README.md` tells, as the hub has it; None where there is none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:20_000]
+    except OSError:
+        return None
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([\w.+-]{1,60})[\"']?\s*$", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None
+
+
 def weights_in(folder: Path) -> Path | None:
     """The file of weights that timm or transformers would take: one file, or the index of several."""
     return next((folder / name for name in (*WEIGHTS, *INDEX) if (folder / name).is_file()), None)
@@ -107,6 +119,9 @@ def _no_config(folder: Path) -> str:
     if steps:
         last = max(steps, key=lambda path: (len(path.name), path.name))
         return f"{folder} has no {CONFIG}, but its checkpoints do; type {one_line(last)}"
+    if (folder / "open_clip_config.json").is_file():
+        return (f"{folder} is open_clip's, whose config names no timm architecture; name that, such as "
+                f"vit_base_patch32_clip_224, with `checkpoint={str(folder)!r}`")  # fmt: skip
     other = _other_weights(folder)
     if other is not None:
         return f"{folder} has no {CONFIG}: it holds {other[0]}, {other[1]}"

@@ -103,7 +103,7 @@ def fetch_repository(repository: str, weights: bool) -> Path:
     try:
         _require_answer(hf_hub_url(name, CONFIG, revision=revision or None), f"'hf-hub:{repository}'")
         folder = Path(hf_hub_download(name, CONFIG, revision=revision or None)).parent
-        for file in PREPROCESSORS if is_transformers(read_object(folder / CONFIG)) else ():
+        for file in (*PREPROCESSORS, "README.md") if is_transformers(read_object(folder / CONFIG)) else ():
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(name, file, revision=revision or None)
         for file in (*WEIGHTS, *INDEX) if weights else ():
