@@ -21,14 +21,17 @@ from torch.utils.hooks import BackwardHook
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, torch's checkpoint_wrapper
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks were put on this module."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs more than its `forward`: hooks of its own, or torch's global ones."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or everywhere._global_forward_pre_hooks
+    return has_own_hooks(module) or bool(
+        everywhere._global_forward_pre_hooks
         or everywhere._global_forward_hooks
         or everywhere._global_backward_pre_hooks
         or everywhere._global_backward_hooks
