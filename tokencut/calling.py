@@ -52,8 +52,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether somebody has put another `forward` (or `forward_features`, ...) on this one module over its class's."""
-    own = vars(unwrapped(module))
-    return "forward" in own or "forward_features" in own or "forward_head" in own
+    inner = unwrapped(module)
+    own = vars(inner)
+    return any(name in own and not _is_classes(inner, name) for name in ("forward", "forward_features", "forward_head"))
+
+
+def _is_classes(module: nn.Module, name: str) -> bool:
+    """Whether what stands on a module is its class's own method, as accelerate leaves it after unwrapping."""
+    method = vars(module)[name]
+    same = getattr(method, "__func__", None) is getattr(type(module), name, None)
+    return same and getattr(method, "__self__", None) is module
 
 
 def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

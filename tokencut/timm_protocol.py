@@ -234,8 +234,7 @@ class AroundTimm(nn.Module):
             name = next(name for name, part in self.model.named_modules() if part is patched)
             raise ModelError(
                 f"{name or 'the model'} has a forward of its own, put on this one module, which stages would pass by; "
-                "use a hook (register_forward_hook), or take it off again (`del module.forward`; accelerate's by "
-                "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`)"
+                f"use a hook (register_forward_hook), or take it off again by {_taken_off(patched)}"
                 + (f", or give `layers` without {layer}" if layer else "")
             )
         for part in self.adapter.passed_by(self.model):
@@ -277,6 +276,15 @@ class AroundTimm(nn.Module):
 
         features = call(blocks, all_blocks, tokens.features)
         return last.with_features(features)
+
+
+def _taken_off(module: nn.Module) -> str:
+    """How a module loses a forward that was put on it."""
+    if hasattr(module, "_hf_hook"):
+        return "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`"
+    if hasattr(module, "_original_forward"):
+        return "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`"
+    return "`del module.forward`"
 
 
 def _inside(patterns: Any) -> Any:

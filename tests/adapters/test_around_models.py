@@ -395,3 +395,20 @@ def test_the_closed_form_counts_loras_adapters_as_the_trace_does() -> None:
     assert plain < both() != with_first
     around.merge_adapter()
     assert both() == plain
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_accelerate_puts_on_a_model_comes_off_as_the_refusal_says() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(vit())
+    with pytest.raises(ModelError, match=r"accelerator.unwrap_model\(model, keep_fp32_wrapper=False\)"):
+        compress(prepared)
+    compressed = compress(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), keep=0.5).eval()
+    assert accelerator.prepare(compressed)(PIXELS).dtype == torch.float32  # what is prepared after compressing runs
+    accelerate.hooks.add_hook_to_module(compressed.model.blocks[1].attn, accelerate.hooks.ModelHook())
+    with pytest.raises(ModelError, match=r"accelerate.hooks.remove_hook_from_module\(model, recurse=True\)"):
+        compressed(PIXELS)
+    accelerate.hooks.remove_hook_from_module(compressed.model, recurse=True)
+    compressed(PIXELS)
