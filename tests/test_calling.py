@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -146,5 +147,9 @@ def test_a_forward_put_on_one_module_is_seen_through_wrappers() -> None:
     assert not is_patched(wrapper)
     module.forward = lambda x: x  # type: ignore[method-assign]
     assert is_patched(module) and is_patched(wrapper)
+    module.forward = types.MethodType(Scaled.forward, module)  # type: ignore[method-assign]
+    assert not is_patched(module) and not is_patched(copy.deepcopy(module))
+    module.forward = types.MethodType(Scaled.forward, Scaled())  # type: ignore[method-assign]
+    assert is_patched(module)
     del module.forward
     assert not is_patched(module)

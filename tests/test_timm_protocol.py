@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +240,15 @@ def test_every_method_answers() -> None:
         assert isinstance(compressed, AroundTimm)
         features = compressed.forward_features(images())
         torch.testing.assert_close(compressed.forward_head(features), compressed(images()), msg=method)
+
+
+def test_the_loop_on_the_page_about_fine_tuning_runs(
+    run_script: Callable[..., tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    code = page.partition("## In your own training code")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.py").write_text(code, encoding="utf-8")
+    run_script(tmp_path / "loop.py")
+    loaded = artifact.load(tmp_path / "out.safetensors")
+    assert loaded.num_classes == 10 and loaded.recipe.layers == [2, 4]

@@ -21,14 +21,17 @@ from torch.utils.hooks import BackwardHook
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, torch's checkpoint_wrapper
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks were put on this module."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs more than its `forward`: hooks of its own, or torch's global ones."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or everywhere._global_forward_pre_hooks
+    return has_own_hooks(module) or bool(
+        everywhere._global_forward_pre_hooks
         or everywhere._global_forward_hooks
         or everywhere._global_backward_pre_hooks
         or everywhere._global_backward_hooks
@@ -49,8 +52,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether somebody has put another `forward` (or `forward_features`, ...) on this one module over its class's."""
-    own = vars(unwrapped(module))
-    return "forward" in own or "forward_features" in own or "forward_head" in own
+    inner = unwrapped(module)
+    own = vars(inner)
+    return any(name in own and not _is_classes(inner, name) for name in ("forward", "forward_features", "forward_head"))
+
+
+def _is_classes(module: nn.Module, name: str) -> bool:
+    """Whether what stands on a module is its class's own method, as accelerate leaves it after unwrapping."""
+    method = vars(module)[name]
+    same = getattr(method, "__func__", None) is getattr(type(module), name, None)
+    return same and getattr(method, "__self__", None) is module
 
 
 def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

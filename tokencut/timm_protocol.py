@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters import Adapter, TimmModule, adapter_for, plain_model
 from tokencut.blocks import BlockLoop, Stage
-from tokencut.calling import call, is_patched
+from tokencut.calling import call, has_own_hooks, is_patched
 from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES
 from tokencut.methods import make_method
@@ -234,10 +234,14 @@ class AroundTimm(nn.Module):
             name = next(name for name, part in self.model.named_modules() if part is patched)
             raise ModelError(
                 f"{name or 'the model'} has a forward of its own, put on this one module, which stages would pass by; "
-                "use a hook (register_forward_hook), or take it off again (`del module.forward`; accelerate's by "
-                "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`)"
+                f"use a hook (register_forward_hook), or take it off again by {_taken_off(patched)}"
                 + (f", or give `layers` without {layer}" if layer else "")
             )
+        for part in self.adapter.passed_by(self.model):
+            if is_patched(part) or has_own_hooks(part):
+                name = next(name for name, each in self.model.named_modules() if each is part)
+                raise ModelError(f"{name} has a hook or a forward of its own, and what runs stages calls its parts; "
+                                 "put it on the model itself, or on a part of it")  # fmt: skip
 
     def _ready(self, images: Tensor) -> tuple[StagePlan, ...]:
         """The stages for images of this size, of a model whose forward is timm's."""
@@ -261,8 +265,8 @@ class AroundTimm(nn.Module):
         """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
         if len(plans) > 0 and plans[0].tokens_in != tokens.count:
             plans = self.recipe.stages_for(tokens.count)
-        blocks, last = self.adapter.blocks(self.model), tokens
-        if not isinstance(blocks, nn.Sequential):
+        blocks, last = self.adapter.called_as_one(self.model), tokens
+        if blocks is None:
             return loop.run(tokens, plans, observer)
 
         def all_blocks(features: Tensor) -> Tensor:
@@ -270,9 +274,17 @@ class AroundTimm(nn.Module):
             last = loop.run(tokens.with_features(features), plans, observer)
             return last.features
 
-        # timm calls the blocks as one module.
         features = call(blocks, all_blocks, tokens.features)
         return last.with_features(features)
+
+
+def _taken_off(module: nn.Module) -> str:
+    """How a module loses a forward that was put on it."""
+    if hasattr(module, "_hf_hook"):
+        return "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`"
+    if hasattr(module, "_original_forward"):
+        return "`accelerator.unwrap_model(model, keep_fp32_wrapper=False)`"
+    return "`del module.forward`"
 
 
 def _inside(patterns: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_families
 import timm
 import torch
 from test_vit import SMALL, images, small_model
@@ -53,16 +54,37 @@ def called(model: CompressedModel, run: Callable[[Tensor], Tensor], pixels: Tens
     return sorted(name for name in seen if name)
 
 
-@pytest.mark.parametrize("name", SMALL)
+OTHERS = (
+    "eva02_base_patch14_224",
+    "vit_small_patch16_dinov3_qkvb",
+    "beitv2_base_patch16_224",
+    "vit_srelpos_small_patch16_224",
+    "convit_tiny",
+    "cait_xxs24_224",
+    "naflexvit_base_patch16_map",
+    "vit_tiny_r_s16_p8_224",
+)
+
+
+@pytest.mark.parametrize("name", [*SMALL, *OTHERS])
 def test_a_compressed_model_calls_the_modules_that_timm_calls(name: str) -> None:
     """So a hook on any of them runs: merged tokens, and so masks, in the blocks behind the stage included."""
-    model = small_model(name)
+    model = small_model(name) if name in SMALL else test_families.small_model(name)
     compressed = compress(model, keep=0.5, layers=[2], method="tome").eval()
-    pixels = images(model)
+    pixels = images(model) if name in SMALL else test_families.images(model)
     dense = called(compressed, compressed.model, pixels)
     assert called(compressed, compressed, pixels) == dense
     assert called(compressed, lambda pixels: compressed.trace(pixels)[0], pixels) == dense
-    assert "blocks.1" in dense and "blocks" in dense
+    assert "blocks.1" in dense and ("blocks" in dense or name in OTHERS)
+
+
+def test_hooks_on_an_encoder_that_runs_in_parts_are_refused() -> None:
+    model = test_families.small_model("qwen3_vit_88m")
+    compress(model, keep=0.5)
+    model.encoder.register_forward_hook(lambda module, args, output: output)
+    for keep in (0.5, 1.0):
+        with pytest.raises(ModelError, match="encoder has a hook .* put it on the model itself"):
+            compress(model, keep=keep)
 
 
 INSIDE = ("blocks.1.attn", "blocks.1.mlp", "blocks.1.norm1", "patch_embed")
@@ -373,3 +395,20 @@ def test_the_closed_form_counts_loras_adapters_as_the_trace_does() -> None:
     assert plain < both() != with_first
     around.merge_adapter()
     assert both() == plain
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_accelerate_puts_on_a_model_comes_off_as_the_refusal_says() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(vit())
+    with pytest.raises(ModelError, match=r"accelerator.unwrap_model\(model, keep_fp32_wrapper=False\)"):
+        compress(prepared)
+    compressed = compress(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), keep=0.5).eval()
+    assert accelerator.prepare(compressed)(PIXELS).dtype == torch.float32  # what is prepared after compressing runs
+    accelerate.hooks.add_hook_to_module(compressed.model.blocks[1].attn, accelerate.hooks.ModelHook())
+    with pytest.raises(ModelError, match=r"accelerate.hooks.remove_hook_from_module\(model, recurse=True\)"):
+        compressed(PIXELS)
+    accelerate.hooks.remove_hook_from_module(compressed.model, recurse=True)
+    compressed(PIXELS)

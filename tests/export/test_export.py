@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,11 +13,16 @@ import pytest
 import torch
 from export_models import normalised, pixels, small
 from model_files import names_in
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from tokencut.export import run as export
 from tokencut.export.info import KEY, export_info_from_text
+from tokencut.export.onnx_model import INPUT
 from tokencut.export.run import ExportReport, export_model
 from tokencut.methods import methods
+from tokencut.model import CompressedModel
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,43 @@ def test_preprocessing_and_batch_size_can_be_baked_in(tmp_path: Path) -> None:
         forward(pixels(4) / 255)
 
 
+class Batches(CalibrationDataReader):
+    """Two batches of images to calibrate by."""
+
+    def __init__(self, model: CompressedModel, batch: int) -> None:
+        self.batches = iter([{INPUT: normalised(model, pixels(batch)).numpy()}] * 2)
+
+    def get_next(self) -> dict[str, Any]:
+        return next(self.batches, {})
+
+
+def assert_it_can_be_prepared(model: CompressedModel, report: ExportReport) -> None:
+    """What comes before static quantisation and TensorRT (shapes, constants folded), and the quantisation itself."""
+    path, batch = report.output, report.info.batch_size or 3
+    inferred = SymbolicShapeInference.infer_shapes(onnx.load(path)).graph
+    known = {
+        value.name for value in (*inferred.value_info, *inferred.output) if value.type.tensor_type.HasField("shape")
+    }
+    assert not [node.op_type for node in inferred.node if not known.issuperset(filter(None, node.output))]
+    prepared, quantised = path.with_name("prepared.onnx"), path.with_name("quantised.onnx")
+    quant_pre_process(path, prepared)
+    quantize_static(prepared, quantised, Batches(model, batch))
+    given = normalised(model, pixels(batch))
+    with torch.no_grad():
+        expected = model(given).numpy()
+    logits, rounded = (
+        onnxruntime.InferenceSession(each).run(None, {INPUT: given.numpy()})[0] for each in (prepared, quantised)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert rounded.shape == expected.shape and np.isfinite(rounded).all() and not np.array_equal(rounded, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Please consider to run pre-processing:UserWarning")
+def test_a_file_for_any_number_of_images_can_be_prepared(dynamic: ExportReport) -> None:
+    assert_it_can_be_prepared(small(), dynamic)
+
+
 @pytest.mark.parametrize("method", sorted(set(methods()) - {"bat", "evit"}))
 @pytest.mark.slow
 def test_every_method_gives_the_same_under_onnxruntime(
@@ -115,10 +158,10 @@ def test_every_method_gives_the_same_under_onnxruntime(
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert capfd.readouterr() == ("", "")
+    assert_it_can_be_prepared(model.eval(), report)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_a_model_of_other_channels_is_written(tmp_path: Path, suffix: str) -> None:
-    report = export_model(small(in_chans=4), tmp_path / f"model{suffix}", with_preprocessing=True, limit=4)
+def test_a_model_of_other_channels_is_written(tmp_path: Path) -> None:
+    report = export_model(small(in_chans=4), tmp_path / "model.pt2", with_preprocessing=True, limit=4)
     assert report.info.preprocessing["input_size"] == (4, 64, 64) and report.agreement.largest_difference < 1e-4

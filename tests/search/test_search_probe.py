@@ -35,6 +35,18 @@ def dense() -> torch.Tensor:
         return torch.cat([small_model()(batch) for batch in images()])
 
 
+@pytest.mark.parametrize("place", ["", "blocks"])
+def test_hooks_that_a_search_would_not_run_are_refused_and_others_run(place: str) -> None:
+    hooked = reduced(method="topk")
+    handle = hooked.model.get_submodule(place).register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ModelError, match="a search runs them one by one; take them off for it"):
+        Probe(hooked, images(), LABELS)
+    handle.remove()
+    hooked.model.blocks[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    found, plain = (Probe(model, images(), LABELS).measure(COUNTS) for model in (hooked, reduced(method="topk")))
+    assert found is not None and plain is not None and not torch.equal(found.divergence, plain.divergence)
+
+
 @pytest.mark.parametrize("method", ["bat", "tome", "topk"])
 def test_damage_is_that_of_the_compressed_model(method: str) -> None:
     probe = Probe(reduced(method=method), images(), LABELS)

@@ -155,6 +155,15 @@ class Adapter(ABC):
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
         """A whole block as timm runs it."""
 
+    def called_as_one(self, model: TimmModule) -> nn.Module | None:
+        """What timm calls once to run all blocks, on which hooks run then; None where it calls them one by one."""
+        blocks = self.blocks(model)
+        return blocks if isinstance(blocks, nn.Sequential) else None
+
+    def passed_by(self, model: TimmModule) -> list[nn.Module]:
+        """Modules around the blocks that timm calls and the loop over blocks does not: hooks on them are refused."""
+        return []
+
     def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
         """The modules of a block whose `forward` the two halves take the place of: the block, its attention layers."""
         return [block]

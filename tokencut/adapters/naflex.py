@@ -7,7 +7,7 @@ from dataclasses import replace
 from timm.layers import RotaryEmbeddingMixed
 from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexVit
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokencut.adapters import columnar, vit_blocks
 from tokencut.adapters.base import Context, linear_macs, register_adapter
@@ -41,6 +41,9 @@ class NaFlexAdapter(RotaryAdapter):
 
     def class_rows(self, model: TimmModule) -> tuple[int, ...]:
         return (0,) if model.has_class_token else ()
+
+    def called_as_one(self, model: TimmModule) -> nn.Module | None:
+        return None
 
     def refused_form(self, images: object) -> str | None:
         if isinstance(images, Tensor) and images.ndim == 4:

@@ -42,6 +42,9 @@ class EncoderAdapter(RotaryAdapter):
     def core(self, model: TimmModule) -> TimmModule:
         return getattr(model, "encoder", model)
 
+    def passed_by(self, model: TimmModule) -> list[nn.Module]:
+        return [model.encoder] if hasattr(model, "encoder") else []
+
     def classifier(self, model: TimmModule) -> nn.Module:
         return model.head if hasattr(model, "encoder") else nn.Identity()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import warnings
@@ -18,6 +17,7 @@ from tokencut.data.preprocessing import Preprocessing, per_channel
 from tokencut.errors import ModelError
 from tokencut.export.info import KEY, ExportInfo
 from tokencut.export.onnx_model import INPUT, OUTPUT
+from tokencut.export.translations import translations
 from tokencut.messages import one_line
 from tokencut.runtime.compiling import in_batches
 
@@ -93,7 +93,7 @@ def write_onnx(program: Any, info: ExportInfo, opset: int, path: Path) -> None:
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=names,
-                custom_translation_table=onnx_translations(),
+                custom_translation_table=translations(),
             )
     except Exception as error:  # the exporter raises kinds of its own, and those of two more packages
         raise ModelError(f"torch.onnx cannot translate {info.model} ({one_line(error)}); "
@@ -105,19 +105,6 @@ def write_onnx(program: Any, info: ExportInfo, opset: int, path: Path) -> None:
     made.model.metadata_props.clear()
     made.model.metadata_props[KEY] = info.to_text()
     made.save(str(path), external_data=False)
-
-
-def onnx_translations() -> dict[Any, Any]:
-    """How to write operators that torch.onnx does not know: TopK puts the lower index first among equals, as a stable
-    sort does.
-    """
-    op = importlib.import_module("onnxscript").opset18
-
-    def stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-        length = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
-        return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
-
-    return {torch.ops.aten.sort.stable: stable_sort}
 
 
 def read_pt2(path: Path, info: ExportInfo) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokencut import cost
 from tokencut.blocks import BlockLoop, Stage
+from tokencut.calling import has_own_hooks
 from tokencut.errors import ModelError
 from tokencut.evaluation.statistics import mean_and_error
 from tokencut.model import CompressedModel, stage_cost
@@ -107,6 +108,10 @@ class Probe:
             ModelError: The model's output is not one vector an image, or not finite.
         """
         self.loop = any_block_reduces(model)
+        around = (self.loop.model, self.loop.adapter.called_as_one(self.loop.model))
+        if any(part is not None and has_own_hooks(part) for part in around):
+            raise ModelError("the model has hooks on itself or on its blocks as a whole, and a search runs them one by "
+                             "one; take them off for it (handle.remove()), or put them on the parts")  # fmt: skip
         self.costs = Costs(model)
         self.targets = None if targets is None else targets.cpu()
         self.on_batch = on_batch
