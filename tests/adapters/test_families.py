@@ -137,6 +137,37 @@ FAMILIES = {
             "qwen3_vit_88m_enc": {"img_size": (64, 96), "pos_embed_grid_size": 3, "out_features": 32, **TINY},
         },
     ),
+    "gemma4": Family(
+        ("gemma4_vit",),
+        4,
+        {
+            "gemma4_vit_167m": {
+                "img_size": 64,
+                "position_embedding_size": 8,
+                "head_dim": 16,
+                "intermediate_size": 64,
+                **TINY,
+            },
+            "gemma4_vit_570m": {
+                "img_size": (48, 96),
+                "position_embedding_size": 8,
+                "head_dim": 16,
+                "num_kv_heads": 1,
+                "intermediate_size": 64,
+                "encoder_pool": "soft",
+                "use_clipped_linears": True,
+                **TINY,
+            },
+            "gemma4_vit_570m_enc": {
+                "img_size": (96, 48),
+                "position_embedding_size": 8,
+                "head_dim": 16,
+                "intermediate_size": 64,
+                **TINY,
+            },
+        },
+        arguments={"depth": 2, "img_size": 96, "position_embedding_size": 64},
+    ),
     "naflex": Family(
         ("naflexvit",),
         14,
@@ -307,7 +338,7 @@ def test_features_and_pictures(name: str) -> None:
     with torch.no_grad():
         maps = tokencut.features_only(compressed, out_indices=2)(pixels)
         dense = tokencut.features_only(compress(model, keep=1.0), out_indices=2)(pixels)
-        expected = model.forward_intermediates(pixels, 2, intermediates_only=True)
+        expected = model.forward_intermediates(pixels, indices=2, intermediates_only=True)
     width = compressed.adapter.cost(model).blocks[0].width
     assert [tuple(each.shape) for each in maps] == [(3, width, rows, columns)] * 2
     assert all(torch.equal(one, other) for one, other in zip(dense, expected, strict=True))
