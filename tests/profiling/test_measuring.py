@@ -474,3 +474,20 @@ def test_profile_on_a_gpu(precision: str) -> None:
     assert report.device == torch.cuda.get_device_name()
     assert isinstance(model, CompressedModel)
     assert next(model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "note"),
+    [("test_vit", {}, None), ("vit_small_patch16_dinov3", {}, None),
+     ("beit_base_patch16_224", {}, "attention adds a bias for each pair of tokens, which flash attention does not"),
+     ("beit_base_patch16_224", {"use_rel_pos_bias": False}, None),
+     ("cait_xxs24_224", {}, "attention holds the weights of all pairs of tokens in memory, since heads are mixed")],
+)  # fmt: skip
+def test_what_keeps_a_gpu_from_its_fastest_attention_is_told(
+    name: str, arguments: dict[str, Any], note: str | None
+) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1, **arguments)
+    told = measuring.attention_notes(model, torch.device("cuda"))
+    assert measuring.attention_notes(model, torch.device("cpu")) == ()
+    assert [line.startswith(note or "") for line in told] == [True] * (note is not None)
