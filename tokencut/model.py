@@ -128,7 +128,7 @@ class CompressedModel(AroundTimm):
                 "output_dict": output_dict,
             }
             return self.model.forward_intermediates(
-                x, taken, **{name: value for name, value in given.items() if name in as_timm}
+                x, indices=taken, **{name: value for name, value in given.items() if name in as_timm}
             )
         grid, tokens = self._grid(x), loop.embed(x, source=True)
         if tokens.count != grid[0] * grid[1]:

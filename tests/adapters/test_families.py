@@ -21,6 +21,8 @@ from tokencut.blocks import BlockLoop
 from tokencut.export.run import export_model
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.profiling.counting import count_macs
+from tokencut.search.latency_table import latency_table
+from tokencut.search.probe import Probe
 from tokencut.tokens import Tokens
 from tokencut.visualization.drawing import draw
 
@@ -137,6 +139,37 @@ FAMILIES = {
             "qwen3_vit_88m_enc": {"img_size": (64, 96), "pos_embed_grid_size": 3, "out_features": 32, **TINY},
         },
     ),
+    "gemma4": Family(
+        ("gemma4_vit",),
+        4,
+        {
+            "gemma4_vit_167m": {
+                "img_size": 64,
+                "position_embedding_size": 8,
+                "head_dim": 16,
+                "intermediate_size": 64,
+                **TINY,
+            },
+            "gemma4_vit_570m": {
+                "img_size": (48, 96),
+                "position_embedding_size": 8,
+                "head_dim": 16,
+                "num_kv_heads": 1,
+                "intermediate_size": 64,
+                "encoder_pool": "soft",
+                "use_clipped_linears": True,
+                **TINY,
+            },
+            "gemma4_vit_570m_enc": {
+                "img_size": (96, 48),
+                "position_embedding_size": 8,
+                "head_dim": 16,
+                "intermediate_size": 64,
+                **TINY,
+            },
+        },
+        arguments={"depth": 2, "img_size": 96, "position_embedding_size": 64},
+    ),
     "naflex": Family(
         ("naflexvit",),
         14,
@@ -167,6 +200,9 @@ FAMILIES = {
 SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in family.small.items()}
 # An export takes seconds: of a family that differs from others in what it makes of positions.
 CAPTURED = ("vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb")
+# What follows the blocks, or what they share, is another in each of these.
+SEARCHED = ("vit_small_patch16_rope_mixed_ape_224", "beitv2_base_patch16_224", "convit_tiny", "cait_xxs24_224",
+            "qwen3_vit_88m_merge", "gemma4_vit_570m")  # fmt: skip
 EVERY_SMALL = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if row.slow else []) for name, (row, _) in SMALL.items()]
 )
@@ -307,7 +343,7 @@ def test_features_and_pictures(name: str) -> None:
     with torch.no_grad():
         maps = tokencut.features_only(compressed, out_indices=2)(pixels)
         dense = tokencut.features_only(compress(model, keep=1.0), out_indices=2)(pixels)
-        expected = model.forward_intermediates(pixels, 2, intermediates_only=True)
+        expected = model.forward_intermediates(pixels, indices=2, intermediates_only=True)
     width = compressed.adapter.cost(model).blocks[0].width
     assert [tuple(each.shape) for each in maps] == [(3, width, rows, columns)] * 2
     assert all(torch.equal(one, other) for one, other in zip(dense, expected, strict=True))
@@ -331,6 +367,23 @@ def test_a_training_step_reaches_every_weight(name: str) -> None:
 
 def _has_gradient(weight: nn.Parameter) -> bool:
     return weight.grad is not None and bool(weight.grad.abs().sum() > 0) and bool(weight.grad.isfinite().all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_search_measures_schedules_and_times_parts(name: str) -> None:
+    model = small_model(name)
+    compressed, pixels = reducing(model, "tome").eval(), images(model)
+    tokens, left = compressed.recipe.tokens, {plan.block: plan.tokens_out for plan in compressed.recipe.stages}
+    counts = tuple(tokens := left.get(number, tokens) for number in range(1, compressed.loop.depth + 1))
+    outcome = Probe(compressed, [pixels], None).measure(counts)
+    with torch.no_grad():
+        dense, reduced = (each(pixels).log_softmax(1).double() for each in (model, compressed))
+    expected = (dense.exp() * (dense - reduced)).sum(1)
+    assert outcome is not None and expected.min() > 1e-6
+    torch.testing.assert_close(outcome.divergence, expected, rtol=1e-3, atol=1e-6)
+    table = latency_table(compressed, batch_size=2, device=torch.device("cpu"), rounds=3, max_seconds=0.01)
+    assert len(table.blocks) == compressed.loop.depth
 
 
 @EVERY_SMALL
@@ -372,8 +425,8 @@ def test_it_is_captured_in_one_graph(name: str, tmp_path: Path) -> None:
 def test_every_name_compresses_and_runs(name: str) -> None:
     arguments = dict(NAMES[name].arguments)
     with torch.device("meta"):
-        if "sapiens2" in name:  # timm wants as many entries here as there are blocks
-            arguments["num_kv_heads"] = None
+        if "sapiens2" in name:  # which has one number a block
+            arguments["num_kv_heads"] = 4
         model = timm.create_model(name, pretrained=False, **arguments)
     compressed = compress(model, keep=0.5).eval()
     pixels = torch.empty(2, 3, *size_of(model), device="meta")

@@ -21,7 +21,7 @@ def test_models_lists_names_by_pattern(run: Run) -> None:
 
 def test_models_as_json(run: Run) -> None:
     every = run("models", "--json").json["models"]
-    assert len(every) >= 179
+    assert len(every) >= 335
     some = run("models", "vit_*_dinov2", "--json").json["models"]
     assert {"vit_small_patch14_dinov2", "vit_base_patch14_dinov2"} <= {model["name"] for model in some}
     assert set(some[0]) == {"name", "alias", "family", "tags", "input_size", "licence"}

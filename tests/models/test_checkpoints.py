@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokencut.errors import ModelError
 from tokencut.models import artifact
-from tokencut.models.checkpoints import sha256
+from tokencut.models.checkpoints import not_finite, sha256
 from tokencut.models.loading import load_model
 from tokencut.models.metadata import Origin
 
@@ -112,3 +112,9 @@ def test_a_checkpoint_of_another_shape(weights: dict[str, Tensor], tmp_path: Pat
         "1 unexpected: extra; name the model it was made for, with the arguments it was trained with "
         "(`img_size`, `model_kwargs`)"
     )
+
+
+def test_a_limit_that_limits_nothing_is_no_damage() -> None:
+    assert not_finite({"input_max": torch.tensor(float("inf")), "weight": torch.ones(2)}) is None
+    wrong = not_finite({"scale": torch.tensor(float("nan")), "weight": torch.tensor([float("inf")])})
+    assert wrong == "2 with numbers that are not finite: scale, weight"

@@ -486,3 +486,20 @@ def test_a_slow_large_model_is_not_called_small() -> None:
     slow = Timing(2.0, (2.0, 2.0), 2.0, samples=(2.0, 2.0, 2.0))
     plain = ("no speed-up on this machine: compressed is 0.80 times as fast as dense",)
     assert time_notes(0.8, slow, gmacs=4.6) == time_notes(0.8, slow) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "note"),
+    [("test_vit", {}, None), ("vit_small_patch16_dinov3", {}, None),
+     ("beit_base_patch16_224", {}, "attention adds a bias for each pair of tokens, which flash attention does not"),
+     ("beit_base_patch16_224", {"use_rel_pos_bias": False}, None),
+     ("cait_xxs24_224", {}, "attention holds the weights of all pairs of tokens in memory, since heads are mixed")],
+)  # fmt: skip
+def test_what_keeps_a_gpu_from_its_fastest_attention_is_told(
+    name: str, arguments: dict[str, Any], note: str | None
+) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1, **arguments)
+    told = measuring.attention_notes(model, torch.device("cuda"))
+    assert measuring.attention_notes(model, torch.device("cpu")) == ()
+    assert [line.startswith(note or "") for line in told] == [True] * (note is not None)

@@ -3,7 +3,7 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import beit, cait, convit, eva, naflex, projected, relpos, vit  # noqa: F401  (they register themselves)
+from tokencut.adapters import beit, cait, convit, eva, gemma, naflex, projected, relpos, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
     Context,
@@ -19,7 +19,14 @@ from tokencut.adapters.columnar import ColumnarAdapter, patches
 from tokencut.adapters.pairs import PairBiasAdapter, PairContext
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.positions import PositionedAdapter, grid_positions
-from tokencut.adapters.rotary import RotaryAdapter, RotaryContext, ScaledBlockHandler, project_qkv, rotary_attention
+from tokencut.adapters.rotary import (
+    RotaryAdapter,
+    RotaryContext,
+    RotatedQueryKey,
+    ScaledBlockHandler,
+    project_qkv,
+    rotary_attention,
+)
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers, ResPostBlockHandler
 from tokencut.adapters.wrappers import instead_of, plain_model, refuse_sharded
@@ -60,6 +67,7 @@ __all__ = [
     "ResPostBlockHandler",
     "RotaryAdapter",
     "RotaryContext",
+    "RotatedQueryKey",
     "ScaledBlockHandler",
     "TimmModule",
     "Tokens",

@@ -113,6 +113,10 @@ class Adapter(ABC):
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
 
+    def attention_note(self, model: TimmModule) -> str | None:
+        """What keeps a GPU from its fastest attention in such a model, in a sentence; None where nothing does."""
+        return None
+
     def refused_form(self, images: object) -> str | None:
         """Why images cannot be reduced in a form that timm's model takes, and what to give; None where they can."""
         return None

@@ -116,6 +116,10 @@ class CaitAdapter(ColumnarAdapter):
                 raise ModelError(f"the class-attention layer {type(block).__name__} is not known to tokencut; "
                                  "build the model with timm's own, or report its name")  # fmt: skip
 
+    def attention_note(self, model: TimmModule) -> str | None:
+        return ("attention holds the weights of all pairs of tokens in memory, since heads are mixed behind the "
+                "softmax, in timm's own model too")  # fmt: skip
+
     def class_rows(self, model: TimmModule) -> tuple[int, ...]:
         return ()
 

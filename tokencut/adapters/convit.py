@@ -102,6 +102,10 @@ class ConVitAdapter(PositionedAdapter):
             raise ModelError(f"ConViT knows square grids of patches only, and this is {rows} x {columns}; "
                              "give `img_size` one number")  # fmt: skip
 
+    def attention_note(self, model: TimmModule) -> str | None:
+        return ("attention holds the weights of all pairs of tokens in memory, since two softmaxes are mixed, in "
+                "timm's own model too")  # fmt: skip
+
     def class_rows(self, model: TimmModule) -> tuple[int, ...]:
         return (0,)
 

@@ -94,6 +94,12 @@ class PairBiasAdapter(PositionedAdapter):
         """Whether timm's block adds a shared bias to its own; otherwise it passes the shared one over."""
         return True
 
+    def attention_note(self, model: TimmModule) -> str | None:
+        if self.shared_holder(model) is None and all(self.own_holder(block) is None for block in self.blocks(model)):
+            return None
+        return ("attention adds a bias for each pair of tokens, which flash attention does not take: it runs by a "
+                "slower kernel, in timm's own model too")  # fmt: skip
+
     def paired(self, model: TimmModule, features: Tensor, images: Tensor) -> Tokens:
         """The tokens entering the first block, `(B, P + N, D)`, where they are, and the bias that all blocks share."""
         tokens = self.located(model, features, self.grid(model, *images.shape[-2:]))

@@ -39,6 +39,11 @@ class EncoderAdapter(RotaryAdapter):
     def squares(self, model: TimmModule, grid: tuple[int, int]) -> int:
         """How many squares of patches the projector makes tokens of."""
 
+    def projector_macs(self, model: TimmModule, squares: int) -> int:
+        """Multiply-adds of the projector for so many squares."""
+        projector: Any = self.projector(model)
+        return linear_macs(projector) * squares
+
     def core(self, model: TimmModule) -> TimmModule:
         return getattr(model, "encoder", model)
 
@@ -52,7 +57,7 @@ class EncoderAdapter(RotaryAdapter):
         return super().follows_patches(model) or self._takes_grid(model)
 
     def _takes_grid(self, model: TimmModule) -> bool:
-        return self.projector(model) is not None or not model.global_pool
+        return self.projector(model) is not None or model.global_pool != "avg"
 
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         core = self.core(model)
@@ -64,21 +69,24 @@ class EncoderAdapter(RotaryAdapter):
         return features if norm is None else norm(features)
 
     def forward_head(self, model: TimmModule, tokens: Tokens, pre_logits: bool = False) -> Tensor:
-        projector, counts, x = self.projector(model), tokens.counts(), tokens.features
+        counts, x = tokens.counts(), tokens.features
         if self._takes_grid(model):
-            x, counts = on_grid(tokens), None
-            if projector is not None:
-                x = projector(x)
+            x, counts = self.output(model, tokens), None
         classifies = hasattr(model, "encoder")
-        if not classifies and (projector is not None or not model.global_pool):
+        if not classifies and self._takes_grid(model):
             return x
         x = x.flatten(1, -2)
-        if model.global_pool:
+        if model.global_pool == "avg":
             x = x.mean(1) if counts is None else columnar.average_pool("avg", x, counts, 0)
         if not classifies:
             return x
         x = model.head_drop(model.norm(x))
         return x if pre_logits else model.head(x)
+
+    def output(self, model: TimmModule, tokens: Tokens) -> Tensor:
+        """What the encoder gives: every patch's features, or what the projector makes of them."""
+        x, projector = on_grid(tokens), self.projector(model)
+        return x if projector is None else projector(x)
 
     def cost(self, model: TimmModule) -> ModelCost:
         cost, projector = super().cost(model), self.projector(model)
@@ -88,9 +96,9 @@ class EncoderAdapter(RotaryAdapter):
             size = self.input_size(model)
             assert size is not None
             patches = self.squares(model, self.grid(model, *size))
-            fixed = linear_macs(projector) * patches
+            fixed = self.projector_macs(model, patches)
         classifier = linear_macs(self.classifier(model))
-        return replace(cost, head=Macs(fixed=fixed + classifier * (1 if model.global_pool else patches)))
+        return replace(cost, head=Macs(fixed=fixed + classifier * (1 if model.global_pool == "avg" else patches)))
 
     def classifier_macs(self, model: TimmModule) -> int:
         return linear_macs(self.classifier(model))

@@ -109,7 +109,7 @@ _MOVES = (
     "constant_pad_nd pad cat stack repeat repeat_interleave roll flip tril triu tile clone movedim unflatten expand_as "
     "view_as reshape_as swapaxes diagonal unfold fill zero copy alias lift_fresh "
     "arange full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full empty empty_like eye "
-    "scalar_tensor linspace meshgrid"
+    "scalar_tensor linspace meshgrid _assert_async"
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencut import cost
-from tokencut.adapters import plain_model
+from tokencut.adapters import known_adapter, plain_model
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ModelError, UsageError
 from tokencut.limits import check_number
@@ -144,6 +144,7 @@ def profile(
             *timed.notes,
             *time_notes(ratio if recipe and recipe.stages else None, timed.dense, timed.compressed, gmacs=dense.gmacs),
             *_bound_notes(dense, compressed, reduces=bool(recipe and recipe.stages), precision=precision),
+            *(attention_notes(inner, target) if latency else ()),
             *_count_notes(after, blocks),
         ),
         compile_mode=compile_mode if latency else None,
@@ -272,6 +273,13 @@ def _bound_notes(dense: Figures, compressed: Figures, *, reduces: bool, precisio
     fewer = "a lower `keep`" if reduces else "`tokencut.compress(model)`"
     faster = "`precision='bf16'`" if precision == "fp32" else "`compile_mode='default'`"
     return (f"compute-bound: the GPU works all the time, which {fewer} or {faster} shortens, and `capture` would not",)
+
+
+def attention_notes(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """In a sentence, what keeps a GPU from its fastest attention in a model; none on other devices."""
+    adapter = known_adapter(model) if device.type == "cuda" else None
+    note = None if adapter is None else adapter.attention_note(model)
+    return () if note is None else (note,)
 
 
 def _count_notes(count: MacCount, blocks: tuple[cost.BlockRow, ...]) -> tuple[str, ...]:

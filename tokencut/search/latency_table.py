@@ -131,7 +131,8 @@ def _some(loop: BlockLoop, whole: Tokens, count: int, merged: bool) -> Tokens:
     features = whole.features[:, : whole.num_prefix_tokens + count].contiguous()
     sizes = torch.full((len(features), count), 2.0, device=features.device) if merged else None
     positions = None if whole.positions is None else whole.positions[:, :count]
-    return loop.weighed(replace(whole, features=features, sizes=sizes, positions=positions))
+    source = None if whole.source is None else torch.where(whole.source < count, whole.source, -1)
+    return loop.weighed(replace(whole, features=features, sizes=sizes, positions=positions, source=source))
 
 
 def _parts(loop: BlockLoop, number: int, tokens: Tokens) -> dict[str, Forward]:
