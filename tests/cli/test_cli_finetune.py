@@ -218,11 +218,20 @@ def test_a_run_that_was_told_to_stop_is_kept_and_goes_on(
     )
     other = run(*words, cut, "--resume", "--seed", "7")
     assert other.code == 1
-    assert f"{folder_for(cut)} holds a run made with other seed (0, not 7)" in other.err
+    assert (
+        f"{folder_for(cut)} holds a run made with other --seed (0, not 7); type the options it was started with"
+        in other.err
+    )
 
     resumed = run(*words, cut, "--resume")
     assert resumed.code == 0
     assert "note: going on at epoch 2, step 3" in resumed.err.splitlines()
+    done = run(*words, cut, "--resume")
+    assert done.code == 1
+    assert done.err == (
+        f"error: {cut} is finished, and there is nothing to resume; to train it further type tokencut compress {cut} "
+        f"--train-data {train} -o {cut.with_name('cut-2.safetensors')}\n"
+    )
     assert cut.read_bytes() == whole.read_bytes()
     assert names_in(tmp_path) == ["cut.log.csv", "cut.safetensors", "whole.log.csv", "whole.safetensors"]
 
@@ -437,5 +446,7 @@ def test_an_earlier_state_that_is_damaged(run: Run, tmp_path: Path, train: Path,
     (folder_for(output) / "state.pt").write_bytes(b"damaged")
     words = ("compress", compressed, *FINETUNE, "--train-data", train, "-o", output)
     assert "type --force to start again" in run(*words, "--resume").err.splitlines()[-1]
-    assert run(*words, "--force").code == 0
+    again = run(*words, "--resume", "--force")
+    assert again.code == 0
+    assert any(note.endswith(": starting again, as --force says") for note in again.notes)
     assert issubclass(ArtifactError, Exception)

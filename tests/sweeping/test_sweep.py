@@ -284,7 +284,15 @@ def test_speeds_are_measured_again_for_other_models_or_batches_only(
     again = run()
     assert len(timings) == 1
     assert again.timed
-    assert not run(latency=False).timed
+    assert run(latency=False).timed  # what was measured stays in the report
+    assert len(timings) == 1
+    for changes in ({"methods": ("bat", "topk")}, {"batch_size": 5}):
+        with pytest.raises(ArtifactError) as caught:
+            run(latency=False, **changes)
+        assert str(caught.value) == (
+            f"{tmp_path / 'report'} holds speeds, which a report of this sweep would lack; leave out `latency=False`, "
+            f"or give another folder, such as `folder={str(tmp_path / 'report-2')!r}`"
+        )
     run(methods=("bat", "topk"))
     assert timings[1] == ["the dense model", "bat, keep 0.5", "topk, keep 0.5"]
     run(methods=("topk", "bat"))
@@ -392,3 +400,16 @@ def test_all_rows_share_one_set_of_weights(images: Path, tmp_path: Path, monkeyp
     model = small_model()
     sweep(model, images, tmp_path / "report", plan())
     assert [one is model for one in wrapped] == [True] * 4
+
+
+def test_notes_in_the_page_are_worded_as_asked(images: Path, tmp_path: Path) -> None:
+    words: list[str] = []
+
+    def wording(note: str) -> str:
+        words.append(note)
+        return f"as typed: {note}"
+
+    report = sweep(small_model(), images, tmp_path / "report", plan(methods=("bat",), keeps=(0.5,)), wording=wording)
+    assert words
+    assert report.notes == tuple(f"as typed: {note}" for note in words)
+    assert "as typed: " in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

@@ -119,3 +119,76 @@ def test_a_resume_with_other_images_is_refused(few: Source, tmp_path: Path) -> N
     run(model(), few, state=tmp_path, observer=stop_after(1))
     with pytest.raises(ArtifactError, match="holds a run made with other training images .40 images"):
         run(model(), Subset(few, range(39)), state=tmp_path, resume=True)
+
+
+def test_a_run_may_go_on_with_more_epochs_by_the_schedule_of_all(few: Source, tmp_path: Path) -> None:
+    three = WILD.changed(epochs=3)
+    whole, longer = model(), model()
+    rates = [row["lr"] for row in run(whole, few, three).history]
+    run(model(), few, state=tmp_path, observer=stop_after(7))
+    seen = Seen()
+    report = run(longer, few, three, state=tmp_path, resume=True, observer=seen)
+    assert report.finished
+    assert [row["epoch"] for row in report.history] == [1, 2, 3]
+    told = "the run was started with 2 epochs and has 3 now: from here on the learning rate follows the schedule of 3"
+    assert told in seen.notes
+    # The second and third epoch end at the rate that they have in a run of three; what is done stays done.
+    assert [row["lr"] for row in report.history][1:] == rates[1:]
+    assert report.history[0]["lr"] < rates[0]
+    assert not same(weights(whole), weights(longer))
+
+
+def test_what_goes_on_with_more_epochs_comes_to_the_same_each_time(few: Source, tmp_path: Path) -> None:
+    three, made = WILD.changed(epochs=3), []
+    for cut in (None, 12):  # once more stopped, in the third epoch
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        run(model(), few, state=folder, observer=stop_after(7))
+        if cut:
+            assert not run(model(), few, three, state=folder, resume=True, observer=stop_after(6)).finished
+        run(longer := model(), few, three, state=folder, resume=True)
+        made.append(weights(longer))
+    assert same(*made)
+
+
+def test_fewer_epochs_than_are_done_are_refused(few: Source, tmp_path: Path) -> None:
+    plain = dataclasses.replace(WILD, keep_warmup=0.0)
+    run(model(), few, plain, state=tmp_path, observer=stop_after(7))
+    with pytest.raises(ArtifactError) as caught:
+        run(model(), few, plain.changed(epochs=1), state=tmp_path, resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path} holds a run that is at epoch 2, step 3, and this one has 1 epochs; type `epochs=2` or more, or "
+        "`force=True` to start again"
+    )
+
+
+def test_a_changed_setting_is_told_by_itself(few: Source, tmp_path: Path) -> None:
+    run(model(), few, state=tmp_path, observer=stop_after(1))
+    with pytest.raises(ArtifactError) as caught:
+        run(model(), few, dataclasses.replace(WILD, lr=2e-2, mixup=0.0), state=tmp_path, resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path} holds a run made with other `lr` (0.01, not 0.02) and other `mixup` (0.8, not 0.0); type the "
+        "options it was started with, or `force=True` to start again"
+    )
+
+
+def test_with_force_what_cannot_go_on_starts_again(few: Source, tmp_path: Path) -> None:
+    other = dataclasses.replace(WILD, lr=2e-2)
+    run(whole := model(), few, other)
+    for damaged in (False, True):
+        run(model(), few, state=tmp_path, observer=stop_after(7))
+        if damaged:
+            (tmp_path / "state.pt").write_bytes(b"damaged")
+        seen = Seen()
+        run(again := model(), few, other, state=tmp_path, resume=True, force=True, observer=seen)
+        assert any(note.endswith(": starting again, as `force=True` says") for note in seen.notes)
+        assert same(weights(whole), weights(again))
+
+
+def test_tensors_of_another_model_are_damage(few: Source, tmp_path: Path) -> None:
+    run(model(), few, state=tmp_path, observer=stop_after(1))
+    held = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, value in (("model", {}), ("optimizer", {}), ("optimizer", {"state": {}, "param_groups": [{}]})):
+        torch.save({**held, name: value}, tmp_path / "state.pt")
+        with pytest.raises(ArtifactError, match=r"is damaged \(its tensors are not those of this model\); type `force"):
+            run(model(), few, state=tmp_path, resume=True)

@@ -59,7 +59,7 @@ def compress(
       tokencut compress deit_small --keep 0.7 --finetune-epochs 5 \\
           --train-data /imagenet/train --data /imagenet/val -o out.safetensors
     """
-    from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes
+    from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes, refuse_finished
     from tokencut.cli.subject import gmacs, note_same_images, prepare
     from tokencut.data.sources import check_apart
     from tokencut.model import CompressedModel
@@ -68,6 +68,7 @@ def compress(
     from tokencut.runtime.distributed import process_group
 
     searching = target.requested(reduction)
+    refuse_finished(output, tuning, force=force)
     check_output(output, force=force)
     trained = tuning.requested()
     if trained:
@@ -97,7 +98,7 @@ def compress(
             note_same_images("--calibration", search.source, "--data", images, why)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)
-        work = FinetuneRun(subject, output, tuning, train, images, data, run, group)
+        work = FinetuneRun(subject, output, tuning, train, images, data, run, group, force)
         if train is not None:
             work.setup()
             fit_classes(subject, train, images)

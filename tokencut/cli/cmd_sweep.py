@@ -19,6 +19,7 @@ from tokencut.cli.options import (
     SweepOptions,
     with_groups,
 )
+from tokencut.cli.wording import typed
 from tokencut.errors import UsageError
 from tokencut.runtime import extras
 
@@ -94,6 +95,7 @@ def sweep(
                 force=force,
                 name=subject.name,
                 observer=observer,
+                wording=typed,
             )
     except KeyboardInterrupt:
         if (output / STATE).exists():

@@ -62,6 +62,18 @@ def check_run(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
         render.note(f"there is nothing to resume in {folder}: starting at the first epoch")
 
 
+def refuse_finished(output: Path, tuning: FinetuneOptions, *, force: bool) -> None:
+    """Says how to train on what `--resume` finds finished.
+
+    Raises:
+        ArtifactError: The output is there, and no run that was stopped.
+    """
+    if tuning.resume and output.is_file() and not has_state(folder_for(output)) and not force:
+        more = output.with_name(f"{output.stem}-2{output.suffix}")
+        raise ArtifactError(f"{output} is finished, and there is nothing to resume; to train it further type tokencut "
+                            f"compress {output} --train-data {tuning.train_data} -o {more}")  # fmt: skip
+
+
 def last_good_for(output: Path) -> Path:
     """Where the weights before a loss that is no number go."""
     return output.with_name(f"{output.stem}-last-good.safetensors")
@@ -109,6 +121,7 @@ class FinetuneRun:
         data: How images are loaded.
         run: Where it runs.
         group: The processes.
+        force: Whether a run that cannot go on may start again.
         judged: The last report on `val`.
     """
 
@@ -120,6 +133,7 @@ class FinetuneRun:
     data: DataOptions
     run: RunOptions
     group: Group
+    force: bool = False
     judged: EvaluationReport | None = None
 
     def setup(self) -> TrainingSetup:
@@ -152,7 +166,8 @@ class FinetuneRun:
             try:
                 report = finetune(
                     model, self.train, recipe=self.tuning.training_recipe(), setup=self.setup(), group=self.group,
-                    state=folder, resume=bool(self.tuning.resume), judge=self._judge(view) if self.val else None,
+                    state=folder, resume=bool(self.tuning.resume), force=self.force,
+                    judge=self._judge(view) if self.val else None,
                     observer=view,
                 )  # fmt: skip
             except KeyboardInterrupt:

@@ -30,6 +30,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "image_root": "--image-root",
     "images": "--calibration-limit",
     "keeps": "--keep",
+    "latency": "--latency",  # there is only its opposite, --no-latency
     "path": "-o",
     "pretrained": "--pretrained",  # there is only its opposite, --no-pretrained
     "speedup": "--target-speedup",

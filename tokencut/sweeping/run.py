@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from tokencut import cost
 from tokencut.adapters import plain_model
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source, check_apart
-from tokencut.errors import UsageError
+from tokencut.errors import ArtifactError, UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, MetricAccumulator
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_macs
@@ -101,6 +101,7 @@ def sweep(
     force: bool = False,
     name: str | None = None,
     observer: Observer | None = None,
+    wording: Callable[[str], str] = str,
 ) -> SweepReport:
     """Judges a model under several methods and budgets on the same images, and writes a report; the model stays as is.
 
@@ -117,6 +118,7 @@ def sweep(
         force: Whether to drop rows found in the folder instead of going on with them.
         name: What the report calls the model; by default its architecture.
         observer: Told how far it is, and what is taken from an earlier run.
+        wording: Words the notes in the files; the command line has its options there for arguments.
 
     Returns:
         The report, whose files are in the folder.
@@ -155,6 +157,7 @@ def sweep(
         if (into / RESULTS).exists():
             state.require_named((DENSE_KEY, *recipes), into)
     run = _Run(recipes, images, batches, state or State(conditions), into, plan, device, told)
+    run.refuse_dropping_speeds()
     finished = len(recipes) + 1 - len(run.left())
     if finished:
         told.note(f"{finished} of {len(recipes) + 1} rows were finished before and are taken from {into}")
@@ -163,6 +166,7 @@ def sweep(
         pictured = picture_of(model, recipes, images, device=device, precision=plan.precision, observer=told)
         tiles = tiles_of(model, recipes, images, device=device, precision=plan.precision)
     report = run.report(name or architecture_of(model), notes)
+    report = replace(report, notes=tuple(map(wording, report.notes)))
     if pictured is not None:
         report = replace(report, pictured=pictured.images, pictured_keep=pictured.keep)
     write_report(report, into, pictured, tiles)
@@ -200,6 +204,27 @@ class _Run:
         """The rows that are not finished."""
         return [key for key in (DENSE_KEY, *self.recipes) if key not in self.state.rows]
 
+    @property
+    def _setting(self) -> dict[str, str]:
+        """Under which speeds are comparable."""
+        return {"device": describe_device(self.device), "batch size": str(self.plan.batch_size)}
+
+    @property
+    def _timed(self) -> bool:
+        """Whether the speeds that are there are those of this sweep's models, in its setting."""
+        return self.state.timed_on == self._setting and {DENSE_KEY, *self.recipes} <= set(self.state.speeds)
+
+    def refuse_dropping_speeds(self) -> None:
+        """Refuses a report without the speeds that are in the one that is there.
+
+        Raises:
+            ArtifactError: Nothing is to be timed, and what was timed does not go for this sweep.
+        """
+        if not self.plan.latency and self.state.speeds and not self._timed:
+            raise ArtifactError(f"{self.folder} holds speeds, which a report of this sweep would lack; leave out "
+                                f"`latency=False`, or give another folder, such as `folder={f'{self.folder}-2'!r}`"
+                                )  # fmt: skip
+
     def run(self, model: nn.Module) -> tuple[str, ...]:
         """Judges what is left, then times all; returns what a user should know of the timing."""
         wrapped = {key: CompressedModel(model, recipe).eval() for key, recipe in self.recipes.items()}
@@ -232,10 +257,9 @@ class _Run:
 
     def _time(self, models: Mapping[Key, nn.Module]) -> tuple[str, ...]:
         """Times all models in turn, unless they were timed together before."""
-        setting = {"device": describe_device(self.device), "batch size": str(self.plan.batch_size)}
-        if self.state.timed_on != setting or not set(models) <= set(self.state.speeds):
+        if not self._timed:
             timings = self._measure(models)
-            self.state.timed_on = setting
+            self.state.timed_on = self._setting
             self.state.speeds = {key: _speed(timings[pair_name(*key)], self.plan.batch_size) for key in models}
             self.state.save(self.folder)
         spread = max((speed.high - speed.low) / speed.median for speed in self.state.speeds.values())
@@ -259,7 +283,7 @@ class _Run:
         reduced = [self.state.rows[key] for key in self.recipes]
         paired = [replace(row, to_dense=paired_difference(row.correct, dense.correct)) for row in reduced]
         rows = [dense, *paired]
-        if self.plan.latency:
+        if self._timed:
             rows = [with_speed(row, self.state.speeds[row.method, row.keep]) for row in rows]
         return SweepReport(
             model=model,

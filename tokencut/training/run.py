@@ -15,7 +15,7 @@ from tokencut.data.image_set import images_for
 from tokencut.data.labels import ClassMap, classes_for, what_classes_are
 from tokencut.data.loading import Batch, Unreadable
 from tokencut.data.sources import Source, Subset, hold_out, open_source
-from tokencut.errors import DataError
+from tokencut.errors import ArtifactError, DataError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel, require_compressed
@@ -29,11 +29,15 @@ from tokencut.training.objective import ObjectiveSettings, without_teacher_logit
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
 from tokencut.training.setup import FinetuneReport, TrainingSetup
-from tokencut.training.state import Best, TrainingState, Weights, copy_of, has_state, load_state, save_state
+from tokencut.training.state import Best, TrainingState, Weights, copy_of, damaged, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
 # A checkpoint is written at least this often, in seconds: an epoch of ImageNet may take hours.
 SAVE_EVERY = 900.0
+# What another number of epochs comes from.
+_MAY_GROW = ("epochs", "least_updates")
+# What of the setup decides the result.
+_OF_SETUP = ("batch_size", "accumulate", "seed", "precision", "compiled", "select")
 
 # What observers are told that its steps are.
 TASK = "fine-tuning"
@@ -50,6 +54,7 @@ def finetune(
     group: Group | None = None,
     state: Path | None = None,
     resume: bool = False,
+    force: bool = False,
     judge: Judge | None = None,
     observer: Observer | None = None,
 ) -> FinetuneReport:
@@ -65,7 +70,9 @@ def finetune(
         setup: How it runs.
         group: The processes that train together; this one on the best device where None.
         state: A folder to keep the run's state in; none is kept where None.
-        resume: Whether to go on with the state in that folder, if there is one.
+        resume: Whether to go on with the state in that folder, if there is one. The number of epochs may be another
+            than before: then the learning rate follows the schedule of the new number from here on.
+        force: Whether to start again where that state is damaged or of another run.
         judge: Measures top-1 after each epoch, for the history alone.
         observer: Told how it goes, and asked after each step whether to stop: then the state is written.
 
@@ -98,7 +105,7 @@ def finetune(
     try:
         with random_states_kept(group.device):
             source = open_source(data, split="train", observer=observer)
-            run = _Run(model, source, recipe, setup, group, state, judge, observer or Observer())
+            run = _Run(model, source, recipe, setup, group, state, judge, observer or Observer(), force=force)
             return run.train(resume=resume)
     finally:
         model.to(home).eval()
@@ -136,9 +143,12 @@ class _Run:
         folder: Path | None,
         judge: Judge | None,
         observer: Observer,
+        *,
+        force: bool = False,
     ) -> None:
         self.model, self.recipe, self.setup, self.group = model, recipe, setup, group
         self.folder, self.judge, self.observer = folder, judge, observer
+        self.force = force
         self.class_map = training_classes(source, model)
         self.notes: list[str] = []
         self.held: Subset | None = None
@@ -186,16 +196,14 @@ class _Run:
         images = hashlib.sha256()
         for index, folder in enumerate(Subset(self.source, range(len(self.source))).folders()):
             images.update(f"{self.source.filename(index)}:{self.class_map.targets[folder]};".encode(errors="replace"))
+        # One by one, as an argument where it is one: an error names those that changed, and no others.
+        trained = {name: value for name, value in dataclasses.asdict(self.recipe).items() if name not in _MAY_GROW}
+        run = {name: getattr(self.setup, name) for name in _OF_SETUP}
+        reduced = {name: value for name, value in self.model.recipe.to_json().items() if name != "stages"}
+        given = {**trained, **run, **reduced}
         return {
-            "fine-tuning recipe": json.dumps(dataclasses.asdict(self.recipe), sort_keys=True),
-            "batch size": str(self.setup.batch_size),
-            "accumulated batches": str(self.setup.accumulate),
+            **{f"`{name}`": value if isinstance(value, str) else json.dumps(value) for name, value in given.items()},
             "number of processes": str(self.group.size),
-            "seed": str(self.setup.seed),
-            "precision": self.setup.precision,
-            "use of torch.compile": str(self.setup.compiled),
-            "choice of epoch": self.setup.select,
-            "reduction": json.dumps(self.model.recipe.to_json(), sort_keys=True),
             "model": weights_digest(self.model),
             "training images": f"{len(self.source)} images {images.hexdigest()[:16]}",
         }
@@ -228,18 +236,43 @@ class _Run:
         return FinetuneReport(finished, self.epochs, tuple(state.history), chosen, held_out, tuple(notes))
 
     def _found(self) -> TrainingState | None:
-        """The state in the folder, if there is one."""
+        """The state in the folder, if there is one; none with `force`, where it is of no use."""
         if self.folder is None or not self.group.broadcast(has_state(self.folder)):
             return None
-        return self.group.broadcast(load_state(self.folder, self.conditions) if self.group.main else None)
+        return self.group.broadcast(self._loaded(self.folder) if self.group.main else None)
+
+    def _loaded(self, folder: Path) -> TrainingState | None:
+        try:
+            found = load_state(folder, self.conditions)
+            if (found.epoch, found.step) > (self.epochs, 0) or found.step > self.order.steps:
+                at = f"epoch {found.epoch + 1}, step {found.step + 1}"
+                raise ArtifactError(f"{folder} holds a run that is at {at}, and this one has {self.epochs} epochs; "
+                                    f"type `epochs={found.epoch + 1}` or more, or `force=True` to start again"
+                                    )  # fmt: skip
+        except ArtifactError as error:
+            if not self.force:
+                raise
+            self.notes.append(f"{str(error).rpartition(';')[0]}: starting again, as `force=True` says")
+            return None
+        return found
 
     def _start(self, found: TrainingState | None) -> TrainingState:
         """The state to begin with: the one found, with which the trainer goes on, or a new one."""
         if found is None:
-            return TrainingState(self.conditions, 0, 0, {}, {})
+            return TrainingState(self.conditions, 0, 0, {}, {}, epochs=self.epochs)
         updates = found.epoch * self.order.steps + found.step
-        self.trainer.restore(found.model, found.optimizer, found.ema, updates)
-        self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
+        try:
+            self.trainer.restore(found.model, found.optimizer, found.ema, updates)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # as torch has it
+            raise damaged(self.folder or Path(), "its tensors are not those of this model") from error
+        if found.epoch == self.epochs:
+            self.notes.append(f"all {self.epochs} epochs are done")
+        else:
+            self.notes.append(f"going on at epoch {found.epoch + 1}, step {found.step + 1}")
+        if found.epochs != self.epochs:
+            self.notes.append(f"the run was started with {found.epochs} epochs and has {self.epochs} now: from here on "
+                              f"the learning rate follows the schedule of {self.epochs}")  # fmt: skip
+        found.epochs = self.epochs
         return found
 
     def _epochs(self, state: TrainingState) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from tokencut.errors import ArtifactError
 from tokencut.files import PART, atomic_write, check_writable_folder, part_prefix
-from tokencut.messages import one_line, quoted
+from tokencut.messages import one_line, quoted, shorten
 from tokencut.runtime.resume import require_same
-from tokencut.schema import require_format
+from tokencut.schema import is_whole, require_format
 from tokencut.training.held_out import Right
 
 FILE = "state.pt"
@@ -43,6 +42,7 @@ class TrainingState:
         conditions: What the run was started with, by the option's name; another run cannot go on with this state.
         epoch: The epoch of the next step, from 0 on.
         step: The next step in it, from 0 on.
+        epochs: How many epochs the run was to have.
         model: The model's weights.
         optimizer: The optimizer's state.
         ema: The weights' running average, where there is one.
@@ -63,6 +63,7 @@ class TrainingState:
     best: Best | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
+    epochs: int = 0
 
 
 def folder_for(output: Path) -> Path:
@@ -134,20 +135,64 @@ def load_state(folder: Path, conditions: Mapping[str, str]) -> TrainingState:
     """
     path = folder / FILE
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-        require_format(path, values["format"], FORMAT, "type `force=True` to start again")
-        del values["format"]
-        values["best"] = None if values["best"] is None else Best(**values["best"])
-        state = TrainingState(**values)
-        for name, number in (("epoch", state.epoch), ("step", state.step)):
-            if not isinstance(number, int) or number < 0:
-                raise ValueError(f"its {name} is {number!r}")
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, LookupError, TypeError,
-            ValueError) as error:  # fmt: skip
-        raise ArtifactError(f"cannot read {path} ({one_line(error)}); type `force=True` to start again") from error
+        values = _read(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}; mend that, or type `force=True` to start "
+                            "again") from error  # fmt: skip
+    except Exception as error:  # whatever a damaged file leads torch to, which tells of its own innards
+        raise damaged(folder, "it is not a whole file of torch's") from error
+    version = values.pop("format", None) if isinstance(values, dict) else None
+    if isinstance(version, int):
+        require_format(path, version, FORMAT, "type `force=True` to start again")
+    problem = _problem(values)
+    if version != FORMAT or problem:
+        raise damaged(folder, problem or "it has no format")
+    values["best"] = None if values["best"] is None else Best(**values["best"])
+    state = TrainingState(**values)
     require_same(f"{folder} holds a run", state.conditions, conditions,
                  "type the options it was started with, or `force=True` to start again")  # fmt: skip
     return state
+
+
+def damaged(folder: Path, what: str) -> ArtifactError:
+    """The error for a state that is not what it should be."""
+    return ArtifactError(f"{folder / FILE} is damaged ({what}); type `force=True` to start again")
+
+
+def _read(path: Path) -> Any:
+    """What is in a file, checked for damage by the sums that zip archives keep; nothing in it is run."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise ValueError("a part of the archive has another sum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _problem(values: Any) -> str | None:
+    """What is wrong with the fields of a state, in a few words; None where they are what they should be."""
+    names = {entry.name for entry in fields(TrainingState)}
+    if not isinstance(values, dict) or set(values) != names:
+        return "its fields are not those of a state"
+    for name in ("epoch", "step", "epochs"):
+        if not is_whole(values[name], 0):
+            return f"its {name} is {shorten(values[name])}"
+    best = values["best"]
+    whole = isinstance(best, dict) and set(best) == {entry.name for entry in fields(Best)}
+    kinds = {
+        "conditions": _is_of(values["conditions"], str),
+        "model": _is_of(values["model"], Tensor),
+        "optimizer": isinstance(values["optimizer"], dict),
+        "ema": values["ema"] is None or _is_of(values["ema"], Tensor),
+        "before": values["before"] is None or _is_of(values["before"], bool),
+        "best": best is None or whole and is_whole(best["epoch"], 1) and _is_of(best["right"], bool)
+                and _is_of(best["weights"], Tensor),
+        "history": isinstance(values["history"], list) and all(_is_of(row, (int, float)) for row in values["history"]),
+        "sums": _is_of(values["sums"], (int, float)),
+    }  # fmt: skip
+    return next((f"its {name} is not what a run writes" for name, right in kinds.items() if not right), None)
+
+
+def _is_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(entry, kind) for entry in value.values())
 
 
 def remove_state(folder: Path) -> None:
