@@ -163,6 +163,13 @@ def test_configs_that_are_refused(config: dict[str, Any], message: str, tmp_path
     assert message in str(caught.value)
 
 
+def test_a_size_that_no_memory_holds_is_refused_before_positions_are_made() -> None:
+    config = {"model_type": "dinov2", "image_size": 28}
+    tensors = {"embeddings.position_embeddings": torch.zeros(1, 5, 768)}
+    with pytest.raises(UsageError, match="img_size"):
+        convert(config, tensors, {"size": {"shortest_edge": 60_000}, "crop_size": 60_000, "do_center_crop": True})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -21,7 +21,6 @@ from tokencut.models.alterations import alter
 from tokencut.models.checkpoints import is_npz, random_state, read_checkpoint, sha256
 from tokencut.models.loaded import Loaded, Request, finish
 from tokencut.models.metadata import Origin
-from tokencut.models.model_args import check_model_args
 from tokencut.models.names import ModelName, is_name, resolve_name
 from tokencut.models.pretrained_cfg import class_count, description_of, label_names
 from tokencut.recipe import recipe_from_json
@@ -207,7 +206,6 @@ def _from_transformers(
         tensors = huggingface.under_transformers_names(read) or read
     try:
         found = huggingface.convert(config, tensors, folders.preprocessor_of(folder), request.args)
-        check_model_args(found.args)
     except (ModelError, UsageError) as error:
         raise ModelError(f"{folder} cannot be taken: {error}") from error
     building.check_arguments(found.name, found.args)

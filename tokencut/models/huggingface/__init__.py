@@ -32,6 +32,7 @@ from tokencut.models.huggingface.tensors import (
     split_extras,
     to_timm,
 )
+from tokencut.models.model_args import check_model_args
 from tokencut.models.names import resolve_name
 from tokencut.schema import is_whole
 
@@ -97,6 +98,7 @@ def convert(
 
     Raises:
         ModelError: A type that is not known, or a field or tensor that is not what it should be.
+        UsageError: An argument that no architecture takes.
     """
     wanted = dict(args or {})
     if config.get("model_type") == TIMM_WRAPPER:
@@ -123,6 +125,8 @@ def convert(
     names = _label_names(config) if head.kind in ("classes", "teacher") else None
     if names is not None and len(names) != head.classes:
         notes.append(f"config.json names {len(names)} classes and the head has {head.classes}: the names are left out")
+    arguments = {**found.args, **wanted}
+    check_model_args(arguments)  # before positions are made for whatever size a file asks for
     converted = None
     if tensors is not None:
         rest, extras = split_extras(tensors)
@@ -133,7 +137,7 @@ def convert(
         converted = _settled(converted, found, patch, size)
     return Converted(
         name=found.name,
-        args={**found.args, **wanted},
+        args=arguments,
         tensors=converted,
         preprocessing={"input_size": (tower["num_channels"], high, wide), **prepared},
         label_names=names if len(names or ()) == head.classes else None,
@@ -179,9 +183,11 @@ def _wrapped(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, ar
     fields = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     told = {key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key] for key in fields if cfg.get(key)}
     names = config.get("label_names")
+    arguments = {**own, "num_classes": classes, **args}
+    check_model_args(arguments)
     return Converted(
         name=name,
-        args={**own, "num_classes": classes, **args},
+        args=arguments,
         tensors=found,
         preprocessing=told,
         label_names=tuple(map(str, names)) if isinstance(names, list) and len(names) == classes else None,
