@@ -177,6 +177,20 @@ def test_the_logits_are_those_of_the_source(case: str, tmp_path: Path) -> None:
             torch.testing.assert_close(again.head(again.run(again.embed(images), ())), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["vit", "deit", "dinov2 swiglu", "clip", "clip's tower", "siglip classifier"])
+def test_tensors_without_their_config(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what transformers has for the type, and by the architecture that is named."""
+    monkeypatch.setitem(ODD, "layer_norm_eps", {"cl": 1e-5, "di": 1e-6, "si": 1e-6}.get(case[:2], 1e-12))
+    make, output, name = CASES[case]
+    source = make()
+    torch.save({"state_dict": {f"net.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "a.ckpt")
+    like = load_model(str(written(source, tmp_path / "saved"))).model
+    sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    loaded = load_model(name, checkpoint=tmp_path / "a.ckpt", num_classes=like.num_classes, model_kwargs=sizes)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(noise(like)), output(source, noise(like)), atol=1e-5, rtol=1e-5)
+
+
 def test_the_encoder_of_a_masked_autoencoder(tmp_path: Path) -> None:
     decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
     fields = {f"decoder_{name}": value for name, value in decoder.items()}

@@ -100,7 +100,7 @@ def _from_checkpoint(name: ModelName, request: Request, file: Path) -> Loaded:
         config = folders.transformers_config(folder)
         if config is None:
             try:
-                config = huggingface.guessed_config(found, sizes)
+                config = huggingface.guessed_config(found, sizes, name.architecture)
             except ModelError as error:
                 raise ModelError(f"{file} cannot be taken: {error}") from error
             told = (*told, f"{file} has transformers' names and no config.json beside it: taking what transformers has "

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokencut.errors import ModelError
 from tokencut.models.building import Sizes
 from tokencut.models.huggingface.architectures import class_name, read_config
+from tokencut.models.huggingface.tensors import split_extras
 
 # The first part of an image tower, and what transformers calls the tower.
 _TOWERS = "vit|deit|beit|data2vec_vision|dinov2_with_registers|dinov2|vision_model"
@@ -32,16 +33,18 @@ def under_transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name.removeprefix(before): tensor for name, tensor in tensors.items() if name.startswith(before)}
 
 
-def guessed_config(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Any]:
+def guessed_config(tensors: Mapping[str, Tensor], sizes: Sizes, name: str) -> dict[str, Any]:
     """A config for tensors that came without one: what transformers has for their type, and the sizes that they show.
 
     Args:
         tensors: By transformers' names.
         sizes: The architecture's that was named, for what no shape tells.
+        name: Its name, which for CLIP says the activation.
 
     Raises:
         ModelError: They lack what every image model has.
     """
+    tensors, _ = split_extras(tensors)  # a text model has layers too
     names = set(tensors)
 
     def held(pattern: str) -> Tensor | None:
@@ -72,6 +75,8 @@ def guessed_config(tensors: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Any
     }
     if not gated:  # else the usual ratio, of which less is left
         config |= {"intermediate_size": hidden.shape[0], "mlp_ratio": hidden.shape[0] / patches.shape[0]}
+    if kind == "clip":
+        config["hidden_act"] = "quick_gelu" if "quickgelu" in name else "gelu"
     if registers is not None:
         config["num_register_tokens"] = registers.shape[1]
     return config
