@@ -177,10 +177,17 @@ def test_the_logits_are_those_of_the_source(case: str, tmp_path: Path) -> None:
             torch.testing.assert_close(again.head(again.run(again.embed(images), ())), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["vit", "deit", "dinov2 swiglu", "clip", "clip's tower", "siglip classifier"])
+WITHOUT_CONFIG = (
+    "vit", "deit", "dinov2 swiglu", "dinov3", "beit", "beit without a head, one bias for all blocks",
+    "beit, class token, no scale", "clip", "clip's tower", "siglip classifier",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_CONFIG)
 def test_tensors_without_their_config(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what transformers has for the type, and by the architecture that is named."""
-    monkeypatch.setitem(ODD, "layer_norm_eps", {"cl": 1e-5, "di": 1e-6, "si": 1e-6}.get(case[:2], 1e-12))
+    usual = {"clip": 1e-5, "dinov2": 1e-6, "dinov3": 1e-5, "siglip": 1e-6}
+    monkeypatch.setitem(ODD, "layer_norm_eps", next((usual[kind] for kind in usual if case.startswith(kind)), 1e-12))
     make, output, name = CASES[case]
     source = make()
     torch.save({"state_dict": {f"net.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "a.ckpt")

@@ -54,13 +54,12 @@ def guessed_config(tensors: Mapping[str, Tensor], sizes: Sizes, name: str) -> di
     positions = held(r"embeddings\.position_embeddings?(\.weight)?$")
     hidden = held(r"layers?\.0\.(intermediate\.dense|mlp\.fc1|mlp\.weights_in|mlp\.up_proj)\.weight$")
     gated = held(r"mlp\.(weights_in|gate_proj)\.") is not None
-    if patches is None or patches.ndim != 4 or positions is None or hidden is None or sizes.heads is None:
+    table, kind = held(r"relative_position_bias_table$"), _type_of(names)
+    placed = positions is not None or kind in ("beit", "dinov3_vit")
+    if patches is None or patches.ndim != 4 or not placed or hidden is None or sizes.heads is None:
         raise ModelError("it has transformers' names, and not all that a Vision Transformer has; name the folder that "
                          "save_pretrained wrote")  # fmt: skip
-    kind = _type_of(names)
     registers = held(r"embeddings\.register_tokens$")
-    prefix = {"deit": 2, "siglip": 0}.get(kind, 1)
-    side = int((positions.shape[-2] - prefix) ** 0.5) * patches.shape[-1]
     config: dict[str, Any] = {
         "model_type": kind,
         "hidden_size": patches.shape[0],
@@ -69,14 +68,30 @@ def guessed_config(tensors: Mapping[str, Tensor], sizes: Sizes, name: str) -> di
         "num_attention_heads": sizes.heads,
         "num_channels": patches.shape[1],
         "patch_size": patches.shape[-1],
-        "image_size": side,
         "qkv_bias": held(r"(query|q_proj)\.bias$") is not None,
         "use_swiglu_ffn": gated,
     }
-    if not gated:  # else the usual ratio, of which less is left
+    if positions is not None:
+        prefix = {"deit": 2, "siglip": 0}.get(kind, 1)
+        config["image_size"] = int((positions.shape[-2] - prefix) ** 0.5) * patches.shape[-1]
+    elif table is not None:  # a row for each offset between two patches, and three for the class token
+        config["image_size"] = (int((table.shape[0] - 3) ** 0.5) + 1) // 2 * patches.shape[-1]
+    if not gated or kind == "dinov3_vit":  # else the usual ratio, of which less is left
         config |= {"intermediate_size": hidden.shape[0], "mlp_ratio": hidden.shape[0] / patches.shape[0]}
     if kind == "clip":
         config["hidden_act"] = "quick_gelu" if "quickgelu" in name else "gelu"
+    if kind == "dinov3_vit":
+        config |= {"use_gated_mlp": gated, "num_register_tokens": 0}
+        config |= {f"{part}_bias": held(rf"{part[0]}_proj\.bias$") is not None for part in ("query", "key", "value")}
+    if kind == "beit":
+        shared = held(r"(encoder\.relative_position_bias|shared_position_bias)\.") is not None
+        config |= {
+            "use_absolute_position_embeddings": positions is not None,
+            "use_shared_relative_position_bias": shared,
+            "use_relative_position_bias": table is not None and not shared,
+            "use_mean_pooling": held(r"(^|\.)layernorm\.weight$") is None or held(r"pooler\.layernorm") is not None,
+            "layer_scale_init_value": 0.1 if held(r"lambda_1$") is not None else 0.0,
+        }
     if registers is not None:
         config["num_register_tokens"] = registers.shape[1]
     return config
@@ -88,6 +103,10 @@ def _type_of(names: set[str]) -> str:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
+    if has(r"(relative_position_bias_table|lambda_1)$"):
+        return "beit"
+    if has(r"layer_scale1\.lambda1$") and not has(r"embeddings\.position_embeddings$"):
+        return "dinov3_vit"
     if has(r"embeddings\.register_tokens$"):
         return "dinov2_with_registers"
     if has(r"layer_scale1\.lambda1$"):
