@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from tokencut.adapters import columnar
 from tokencut.cost import total
 from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, compress, predicted_macs
@@ -76,6 +77,18 @@ def test_a_compressed_model_calls_the_modules_that_timm_calls(name: str) -> None
     assert called(compressed, compressed, pixels) == dense
     assert called(compressed, lambda pixels: compressed.trace(pixels)[0], pixels) == dense
     assert "blocks.1" in dense and ("blocks" in dense or name in OTHERS)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_base_patch16_18x2_224", "eva02_base_patch14_224"])
+def test_blocks_behind_a_stage_call_them_too_where_a_kernel_takes_the_bias(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU in half precision, where whole blocks run in halves."""
+    monkeypatch.setattr(columnar, "has_biased_kernel", lambda bias, *tensors: True)
+    model = small_model(name) if name in SMALL else test_families.small_model(name)
+    compressed = compress(model, keep=0.5, layers=[1], method="tome").eval()
+    pixels = images(model) if name in SMALL else test_families.images(model)
+    assert called(compressed, compressed, pixels) == called(compressed, compressed.model, pixels)
 
 
 def test_hooks_on_an_encoder_that_runs_in_parts_are_refused() -> None:
