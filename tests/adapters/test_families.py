@@ -135,7 +135,7 @@ FAMILIES = {
         9,
         {
             "qwen3_vit_88m": {"img_size": 64, "pos_embed_grid_size": 4, **TINY},
-            "qwen3_vit_88m_merge": {"img_size": 64, "pos_embed_grid_size": 3, "out_features": 32, **TINY},
+            "qwen3_vit_88m_merge": {"img_size": 64, "pos_embed_grid_size": 3, **TINY},
             "qwen3_vit_88m_enc": {"img_size": (64, 96), "pos_embed_grid_size": 3, "out_features": 32, **TINY},
         },
     ),

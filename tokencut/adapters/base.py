@@ -113,6 +113,10 @@ class Adapter(ABC):
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
 
+    def looked_up(self, model: TimmModule) -> dict[str, Any]:
+        """Arguments that timm looks up by the name of the weights, and has to be given for a model out of a file."""
+        return {}
+
     def attention_note(self, model: TimmModule) -> str | None:
         """What keeps a GPU from its fastest attention in such a model, in a sentence; None where nothing does."""
         return None
