@@ -359,7 +359,8 @@ def test_a_training_step_reaches_every_weight(name: str) -> None:
     compressed = reducing(model).train()
     compressed.zero_grad()
     if SMALL[name][0].checkpoints:
-        compressed.model.set_grad_checkpointing()
+        compressed.set_grad_checkpointing()
+    assert compressed.grad_checkpointing == SMALL[name][0].checkpoints
     compressed(images(model)).square().sum().backward()
     assert len(reached) > 20
     assert not reached - {label for label, weight in compressed.model.named_parameters() if _has_gradient(weight)}

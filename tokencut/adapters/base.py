@@ -131,6 +131,10 @@ class Adapter(ABC):
         """
         return tokens
 
+    def recomputes(self, model: TimmModule) -> bool:
+        """Whether timm is to compute activations again in backward (`set_grad_checkpointing`)."""
+        return bool(getattr(model, "grad_checkpointing", False))
+
     def follows_patches(self, model: TimmModule) -> bool:
         """Whether blocks or head ask which patch went into which token, so that tokens always need a source map."""
         return False

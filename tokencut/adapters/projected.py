@@ -70,6 +70,9 @@ class EncoderAdapter(RotaryAdapter):
     def passed_by(self, model: TimmModule) -> list[nn.Module]:
         return [model.encoder] if hasattr(model, "encoder") else []
 
+    def recomputes(self, model: TimmModule) -> bool:
+        return super().recomputes(self.core(model))
+
     def classifier(self, model: TimmModule) -> nn.Module:
         return model.head if hasattr(model, "encoder") else nn.Identity()
 
