@@ -206,6 +206,9 @@ SEARCHED = ("vit_small_patch16_rope_mixed_ape_224", "beitv2_base_patch16_224", "
 EVERY_SMALL = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if row.slow else []) for name, (row, _) in SMALL.items()]
 )
+SOME_QUICKLY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SEARCHED else [pytest.mark.slow]) for name in SMALL]
+)
 NAMES = {name: family for family in FAMILIES.values() for name in timm.list_models(module=list(family.modules))}
 
 
@@ -335,7 +338,7 @@ def test_the_closed_form_is_what_fvcore_counts(name: str) -> None:
         assert not counted.uncounted
 
 
-@EVERY_SMALL
+@SOME_QUICKLY
 def test_features_and_pictures(name: str) -> None:
     model = small_model(name)
     compressed, pixels = reducing(model).eval(), images(model)
@@ -387,7 +390,7 @@ def test_a_search_measures_schedules_and_times_parts(name: str) -> None:
     assert len(table.blocks) == compressed.loop.depth
 
 
-@EVERY_SMALL
+@SOME_QUICKLY
 def test_a_file_holds_all_of_it(name: str, tmp_path: Path) -> None:
     model = small_model(name)
     compressed, path = reducing(model).eval(), tmp_path / "m.safetensors"
