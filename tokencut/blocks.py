@@ -191,7 +191,7 @@ class BlockLoop:
     def _whole(self, number: int, tokens: Tokens) -> Tokens:
         """A block as timm runs it; activations are computed again in backward where timm would."""
         block, context = self._block(number), self.adapter.context(self.model, number, tokens)
-        if not (getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled()):
+        if not (self.adapter.recomputes(self.model) and torch.is_grad_enabled()):
             return self.adapter.run(block, tokens, context)
 
         # The features are an argument: by them `checkpoint` finds the device whose random state it has to restore.

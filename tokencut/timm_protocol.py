@@ -109,7 +109,7 @@ class AroundTimm(nn.Module):
     @property
     def grad_checkpointing(self) -> bool:
         """What `set_grad_checkpointing` has set."""
-        return bool(self.model.grad_checkpointing)
+        return self.adapter.recomputes(self.model)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

@@ -33,3 +33,18 @@ def test_a_projector_gives_as_many_tokens_as_ever(name: str, method: str) -> Non
         assert features.shape == (2, 4, 48)
         with pytest.raises(ModelError, match="the features don't tell where their tokens are; call the model"):
             compressed.forward_head(features)
+
+
+@pytest.mark.parametrize(("name", "size", "side"), [("qwen3_vit_88m_enc", 112, 2), ("gemma4_vit_167m_enc", 112, 3)])
+def test_images_that_do_not_come_out_even_are_refused_with_a_size_that_does(name: str, size: int, side: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=size, depth=1)
+        even = timm.create_model(name, img_size=16 * side * 2, depth=1)
+    near = {2: 128, 3: 96}[side]
+    with pytest.raises(ModelError) as caught:
+        compress(model)
+    assert str(caught.value) == (
+        f"its projector takes squares of {side} x {side} patches, and images of 112 x 112 px have 7 x 7; give such as "
+        f"`img_size=({near}, {near})`"
+    )
+    compress(even)

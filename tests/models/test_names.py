@@ -25,7 +25,11 @@ def test_a_renamed_model_is_followed() -> None:
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
-        ("diet_tiny", UsageError, "unknown model 'diet_tiny', did you mean deit_tiny or vit_tiny? 'tokencut models'"),
+        (
+            "diet_tiny",
+            UsageError,
+            "unknown model 'diet_tiny', did you mean deit_tiny or vit_tiny or convit_tiny? 'tokencut models'",
+        ),
         ("DeiT-Tiny", UsageError, "unknown model 'DeiT-Tiny', did you mean deit_tiny"),
         ("digit", UsageError, "unknown model 'digit', did you mean digits? 'tokencut models' lists the names"),
         ("zzzzzzzz", UsageError, "unknown model 'zzzzzzzz'; 'tokencut models' lists the names"),

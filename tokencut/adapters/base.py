@@ -113,6 +113,10 @@ class Adapter(ABC):
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         """Everything before the first block: images `(B, 3, H, W)` to tokens, with positions if blocks ask for them."""
 
+    def looked_up(self, model: TimmModule) -> dict[str, Any]:
+        """Arguments that timm looks up by the name of the weights, and has to be given for a model out of a file."""
+        return {}
+
     def attention_note(self, model: TimmModule) -> str | None:
         """What keeps a GPU from its fastest attention in such a model, in a sentence; None where nothing does."""
         return None
@@ -126,6 +130,10 @@ class Adapter(ABC):
         blocks before the stage had.
         """
         return tokens
+
+    def recomputes(self, model: TimmModule) -> bool:
+        """Whether timm is to compute activations again in backward (`set_grad_checkpointing`)."""
+        return bool(getattr(model, "grad_checkpointing", False))
 
     def follows_patches(self, model: TimmModule) -> bool:
         """Whether blocks or head ask which patch went into which token, so that tokens always need a source map."""

@@ -96,6 +96,10 @@ class GemmaAdapter(projected.EncoderAdapter):
     classes = (Gemma4VitEncoder, Gemma4VitClassifier)
     handlers = {Gemma4Block: GemmaBlockHandler()}
 
+    def check(self, model: TimmModule) -> None:
+        super().check(model)
+        self.check_squares(model, self.core(model).pooling_kernel_size)
+
     def rope(self, model: TimmModule) -> TimmModule | None:
         return None  # none of timm's own; see `prepare`
 

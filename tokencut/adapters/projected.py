@@ -39,16 +39,39 @@ class EncoderAdapter(RotaryAdapter):
     def squares(self, model: TimmModule, grid: tuple[int, int]) -> int:
         """How many squares of patches the projector makes tokens of."""
 
+    def check_squares(self, model: TimmModule, side: int) -> None:
+        """Refuses images that do not come out even in squares of `side` x `side` patches.
+
+        Raises:
+            ModelError: With the nearest size that does.
+        """
+        size, patch = self.input_size(model), self.patch_size(model)
+        assert size is not None
+        rows, columns = self.grid(model, *size)
+        if self.projector(model) is None or (rows % side, columns % side) == (0, 0):
+            return
+        height, width = (max(1, round(pixels / (side * part))) * side * part
+                         for pixels, part in zip(size, patch, strict=True))  # fmt: skip
+        raise ModelError(f"its projector takes squares of {side} x {side} patches, and images of {size[0]} x {size[1]} "
+                         f"px have {rows} x {columns}; give such as `img_size=({height}, {width})`")  # fmt: skip
+
     def projector_macs(self, model: TimmModule, squares: int) -> int:
         """Multiply-adds of the projector for so many squares."""
         projector: Any = self.projector(model)
         return linear_macs(projector) * squares
+
+    def looked_up(self, model: TimmModule) -> dict[str, Any]:
+        width = getattr(self.projector(model), "out_features", None)
+        return {} if width is None else {"out_features": int(width)}
 
     def core(self, model: TimmModule) -> TimmModule:
         return getattr(model, "encoder", model)
 
     def passed_by(self, model: TimmModule) -> list[nn.Module]:
         return [model.encoder] if hasattr(model, "encoder") else []
+
+    def recomputes(self, model: TimmModule) -> bool:
+        return super().recomputes(self.core(model))
 
     def classifier(self, model: TimmModule) -> nn.Module:
         return model.head if hasattr(model, "encoder") else nn.Identity()
@@ -173,6 +196,10 @@ class Qwen3Adapter(EncoderAdapter):
     timm_modules = ("qwen3_vit",)
     classes = (Qwen3VitEncoder, Qwen3VitClassifier)
     handlers = {EvaBlock: ScaledBlockHandler()}
+
+    def check(self, model: TimmModule) -> None:
+        super().check(model)
+        self.check_squares(model, self.core(model).merge_size)
 
     def projector(self, model: TimmModule) -> TimmModule | None:
         return self.core(model).merger

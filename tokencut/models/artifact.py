@@ -208,7 +208,7 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
             f"build the same by `new = timm.create_model({_by_name(compressed)})`, give it the weights by "
             "`new.load_state_dict(model.model.state_dict())`, and save `tokencut.CompressedModel(new, model.recipe)`"
         )
-    args = {**get_model_args(model), "num_classes": compressed.num_classes}
+    args = {**get_model_args(model), **compressed.adapter.looked_up(model), "num_classes": compressed.num_classes}
     try:
         check_model_args(args)
     except UsageError as error:
