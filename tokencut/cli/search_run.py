@@ -142,8 +142,8 @@ class SearchRun:
             size = data_config(loaded.dense)["input_size"]
             batch = random_images(loaded.dense, (min(settings.batch_size, images), *size), device)
             timing = measure({"dense": loaded.dense}, batch, rounds=3, min_seconds=0.0)["dense"]
-        forwards = images * settings.effort
-        return {"images": images, "effort": settings.effort, "gmacs": cost.total(predicted_macs(loaded.dense)) / 1e9 * forwards,
+        forwards, macs = images * settings.effort, cost.total(predicted_macs(loaded.dense))
+        return {"images": images, "effort": settings.effort, "gmacs": macs / 1e9 * forwards,
                 "seconds": forwards / timing.images_per_second}  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
