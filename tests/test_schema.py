@@ -121,3 +121,11 @@ def test_another_format_is_refused(found: Any) -> None:
     with pytest.raises(ArtifactError) as caught:
         require_format("state", found, 1, "start again")
     assert str(caught.value) == f"state has format {found!r}, and this tokencut reads up to 1; start again"
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400 + ".0", "9" * 21, "-" + "9" * 400, "9" * 5000])
+def test_a_number_that_python_would_read_as_infinity_or_compute_with_no_longer_is_refused(number: str) -> None:
+    form = Form("x", 1, Fields({"n": NUMBER}), "text", "write it again")
+    assert form.read(form.write({"n": 2**63 - 1})) == {"n": 2**63 - 1}
+    with pytest.raises(ArtifactError, match=r"is not JSON that can be read .too large a number, "):
+        form.read(f'{{"n": {number}, "type": "x", "format": 1}}')

@@ -34,6 +34,15 @@ def shorten(value: Any) -> str:
     return one_line(repr(value), 60)
 
 
+def index_in(text: object) -> int | None:
+    """The number that a text writes in decimal digits, of no more than eighteen of them; None where it writes none.
+
+    Python's own `int` raises at digits that are no decimals, and at thousands of those that are.
+    """
+    digits = str(text)
+    return int(digits) if len(digits) <= 18 and digits.isdecimal() else None
+
+
 def listed(texts: Collection[str], most: int | None = QUOTED, total: int | None = None) -> str:
     """The first few texts, and how many more there are.
 

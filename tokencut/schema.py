@@ -182,7 +182,7 @@ class Form:
         if self.most is not None and len(text) > self.most:
             raise self._wrong(f" has {len(text)} characters, more than {self.most}")
         try:
-            return json.loads(text, parse_constant=_no_constant)
+            return json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_small)
         except (ValueError, RecursionError) as error:
             why = "nested too deep" if isinstance(error, RecursionError) else one_line(error, 60)
             raise self._wrong(f" is not JSON that can be read ({why})") from error
@@ -217,3 +217,17 @@ def require_format(what: object, found: object, known: int, otherwise: str) -> N
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """JSON's grammar allows 1e999, which Python reads as an infinity, and JSON cannot be written of that."""
+    if math.isinf(number := float(text)):
+        raise ValueError(f"too large a number, {one_line(text, 20)}")
+    return number
+
+
+def _small(text: str) -> int:
+    """No whole number of ours has over 64 bits; of longer ones, computing with floats raises OverflowError."""
+    if len(text) > 20:
+        raise ValueError(f"too large a number, {one_line(text, 20)}")
+    return int(text)

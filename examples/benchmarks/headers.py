@@ -281,14 +281,19 @@ def failed(found: dict[str, Any]) -> bool:
     return bool(found["failures"]) or found["slowest_s"] > HANGS or found["memory_mib"] > MOST_MEMORY
 
 
-def main() -> None:
-    """Reads the command line and runs."""
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=100_000, help="how many mutations (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (%(default)s)")
     parser.add_argument("--only", type=int, metavar="N", help="read one of them, and show what it raises")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="keeps pieces that are done, to go on with")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs."""
+    args = parse()
     if args.only is not None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mutated.safetensors"

@@ -204,13 +204,18 @@ class Trial:
             raise TokencutError(f"left over: {', '.join(left) or 'the folder of the state'}; the log is {self.log}")
 
 
-def main() -> None:
-    """Reads the command line and runs."""
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="how many (%(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of each run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs."""
+    args = parse()
     rng, counts, trials = random.Random(args.seed), Counter[str](), 0
     with tempfile.TemporaryDirectory() as name:
         images, log = Path(name) / "images", Path(name) / "log.txt"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tokencut.data.listing import Layout, Listing, find_classes, scan_folder
+from tokencut.data.listing import Layout, Listing, find_classes, path_order, scan_folder
 from tokencut.errors import DataError
 
 
@@ -215,3 +215,8 @@ def test_links_in_circles_are_files_that_cannot_be_read(tmp_path: Path) -> None:
     listing = scan_folder(tmp_path)
     assert set(listing.files) == {"a/one.png", "a/two.png"}
     assert listing.folders == {"a", "a/up"}
+
+
+def test_names_with_thousands_of_digits_have_an_order() -> None:
+    small, large = "a" + "8" * 5_000, "a" + "9" * 5_000
+    assert sorted([large, "a10", small, "a9"], key=path_order) == ["a9", "a10", small, large]

@@ -131,6 +131,8 @@ def test_a_bad_text(rewrite: Callable[..., Path], text: str, message: str) -> No
             "preprocessing.crop_mode is 'foo', not one of center, squash",
         ),
         ("label_names", ["a", "b"], "its label_names name 2 classes, and its model has 5"),
+        ("label_names", {"9" * 5_000: "a"}, "not a list of strings, strings by index, or null"),
+        ("label_names", {"²": "a"}, "not a list of strings, strings by index, or null"),
         ("label_names", {"5": "a"}, "its label_names name 1 classes, and its model has 5"),
         ("model_args.init_values", [[[[1]]]], "init_values is [[[[1]]]], which is too large a list"),
         ("model_args.block_fn", "os.system", "timm cannot build test_vit with the arguments"),
@@ -147,7 +149,7 @@ def test_a_bad_text(rewrite: Callable[..., Path], text: str, message: str) -> No
         ("keep_per_block", [1.0] * 6, "its keep_per_block or tokens_per_block is not what its recipe says"),
         ("keep_per_block", [1.0] * 7, "its keep_per_block or tokens_per_block is not what its recipe says"),
         ("keep_per_block", [], "its metadata's keep_per_block is [], not a list of up to 1000 float"),
-        ("tokens_per_block", [10**400], "not what its recipe says"),
+        ("tokens_per_block", [10**400], "is not JSON that can be read (too large a number, 1000"),
         ("preprocessing.mean", "0.5", "its metadata's preprocessing.mean is '0.5', not a list of numbers"),
         (
             "preprocessing.std",

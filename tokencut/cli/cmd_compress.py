@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from tokencut.training.setup import FinetuneReport
 
 
+DRY_HELP = "Tell what a fine-tune or a search would take here and write, by a few steps; nothing is written."
+
+
 @with_groups
 def compress(
     model: ModelArgument,
     *,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write, *.safetensors.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_HELP)] = False,
     dtype: Annotated[Precision, typer.Option("--dtype", **PRECISION, help="How to store the weights.")] = "fp32",
     reduction: ReductionOptions,
     target: TargetOptions,
@@ -92,7 +96,7 @@ def compress(
             front = target.front or output.with_suffix(".front.json")
             search = requested_search(
                 target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
-                workers=data.workers, reading=data.reading(),
+                workers=data.workers, reading=data.reading(), dry=dry_run,
             )  # fmt: skip
             why = "an accuracy on images that the schedule was chosen by is too good"
             note_same_images("--calibration", search.source, "--data", images, why)
@@ -102,6 +106,11 @@ def compress(
         if train is not None:
             work.setup()
             fit_classes(subject, train, images)
+        if dry_run:
+            from tokencut.cli.dry_run import tell_plan
+
+            tell_plan(work, search, as_json=as_json)
+            return
         measured: dict[str, Any] = {"dense_gmacs": gmacs(subject.dense), "gmacs": gmacs(subject.model)}
         report, accuracies = _train_and_measure(work)
         measured |= accuracies

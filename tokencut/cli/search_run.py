@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokencut import cost
 from tokencut.cli import render
 from tokencut.cli.observer import CommandObserver, opened, watched
 from tokencut.cli.options import RunOptions
@@ -18,7 +19,12 @@ from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
 from tokencut.errors import UsageError
 from tokencut.files import atomic_write, check_writable, with_ending
+from tokencut.model import predicted_macs
 from tokencut.models.loading import Loaded
+from tokencut.models.pretrained_cfg import data_config
+from tokencut.profiling.latency import measure
+from tokencut.profiling.measuring import random_images
+from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
 from tokencut.search.report import ParetoPoint
 from tokencut.search.run import SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
@@ -35,7 +41,7 @@ class SearchRun:
 
     def __init__(
         self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
-        timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None,
+        timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None, dry: bool = False,
     ) -> None:  # fmt: skip
         """Checks what can be checked before the model is there.
 
@@ -47,6 +53,7 @@ class SearchRun:
             workers: Processes that decode images.
             timing_batch_size: Images a forward that is timed.
             reading: How the images are read, as `open_source` takes it.
+            dry: Whether only to tell what it would take: the model it is called with stays dense.
 
         Raises:
             TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
@@ -57,6 +64,7 @@ class SearchRun:
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
         self.source = opened(options.calibration or "", split="train", **(reading or {}))
+        self.dry, self.planned = dry, dict[str, float]()
         default = SearchSettings()
         self._settings = SearchSettings(
             images=default.images if options.calibration_limit is None else options.calibration_limit,
@@ -103,6 +111,9 @@ class SearchRun:
             TokencutError: The target cannot be met.
             KeyboardInterrupt: It was interrupted before it had anything.
         """
+        if self.dry:
+            self.planned = self._plan(loaded)
+            return arguments
         settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
         with watched(f"searching {loaded.name}") as observer, StopRequest(lambda: _acknowledge(observer)) as stop:
             observer.stop = stop
@@ -122,6 +133,18 @@ class SearchRun:
             render.note(f"wrote {_counted(len(self.report.front), 'schedule')} to choose from to {self.front}")
         found = self.report.found
         return {**arguments, "keep": list(found.keep), "layers": list(found.layers)}
+
+    def _plan(self, loaded: Loaded) -> dict[str, float]:
+        """Images, effort, multiply-adds (in units of 1e9) and seconds that the search may take here at most."""
+        settings, device = self._settings, resolve_device(self._settings.device)
+        images = min(settings.images, len(self.source))
+        with inference_state(loaded.dense, device, precision_dtype(settings.precision)):
+            size = data_config(loaded.dense)["input_size"]
+            batch = random_images(loaded.dense, (min(settings.batch_size, images), *size), device)
+            timing = measure({"dense": loaded.dense}, batch, rounds=3, min_seconds=0.0)["dense"]
+        forwards, macs = images * settings.effort, cost.total(predicted_macs(loaded.dense))
+        return {"images": images, "effort": settings.effort, "gmacs": macs / 1e9 * forwards,
+                "seconds": forwards / timing.images_per_second}  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
         """What `--json` tells of the search."""
@@ -180,6 +203,7 @@ def _counted(count: int, what: str) -> str:
 def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
     workers: int | None = None, timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None,
+    dry: bool = False,
 ) -> SearchRun:  # fmt: skip
     """A search that fits its processes; arguments as `SearchRun`'s.
 
@@ -190,4 +214,4 @@ def requested_search(
         raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
                          "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
     return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size,
-                     reading=reading)  # fmt: skip
+                     reading=reading, dry=dry)  # fmt: skip

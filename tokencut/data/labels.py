@@ -12,7 +12,7 @@ from torch import nn
 from tokencut.data.listing import natural_order
 from tokencut.data.sources import Source
 from tokencut.errors import DataError
-from tokencut.messages import QUOTED, quoted
+from tokencut.messages import QUOTED, index_in, quoted
 from tokencut.models.fields import LabelNames
 from tokencut.models.pretrained_cfg import label_names, require_head
 
@@ -223,7 +223,9 @@ def _closest_misses(folder_names: Sequence[str], vocabularies: Sequence[Mapping[
 
 def _numbered(folder_names: Sequence[str], num_classes: int, called: str) -> ClassMap | None:
     """Maps some of the classes, in folders called by their numbers; None where the folders are no such."""
-    if len(folder_names) >= num_classes or not all(name.isascii() and name.isdecimal() for name in folder_names):
+    if len(folder_names) >= num_classes or not all(
+        name.isascii() and index_in(name) is not None for name in folder_names
+    ):
         return None
     targets = tuple(map(int, folder_names))
     if max(targets) >= num_classes or len(set(targets)) < len(targets):

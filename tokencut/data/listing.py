@@ -144,7 +144,8 @@ def path_order(path: str) -> tuple[list[int | str], str]:
 
 def natural_order(path: str) -> list[int | str]:
     """What timm sorts names by, `9` before `10`; of a digit that is no decimal, such as `²`, timm's own would raise."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.lower())]
+    # More digits than this in a row, which an archive's names may have, Python's int refuses.
+    return [int(part[:4_000]) if part.isdecimal() else part for part in re.split(r"(\d+)", path.lower())]
 
 
 def _is_hidden(path: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokencut.limits import LIMITS
+from tokencut.messages import index_in
 from tokencut.models.alterations import POOLS
 from tokencut.schema import (
     LONGEST,
@@ -43,7 +44,7 @@ def _is_text(value: Any) -> bool:
 def _is_labels(value: Any) -> bool:
     # ImageNet-21k has 21,841 classes; the length of the whole is what limits them.
     if isinstance(value, dict):
-        return all(key.isdecimal() and _is_text(name) for key, name in value.items())
+        return all(index_in(key) is not None and _is_text(name) for key, name in value.items())
     return value is None or is_list_of(_is_text, value, most=MAX_LENGTH)
 
 
@@ -70,7 +71,8 @@ def labels_from_json(value: Any) -> LabelNames | None:
 def named_by(names: Any, classes: int) -> bool:
     """Whether names, in order or by number, are those of so many classes."""
     if isinstance(names, Mapping):
-        return all(str(index).isdecimal() and int(index) < classes for index in names)
+        numbers = [index_in(index) for index in names]
+        return all(number is not None and number < classes for number in numbers)
     return isinstance(names, (list, tuple)) and len(names) == classes
 
 

@@ -40,7 +40,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     wanted, there = str(name), available_devices()
     if wanted == "auto":
         wanted = there[-1].partition(":")[0]
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", wanted):
         raise UsageError(f"unknown device {wanted!r}, expected auto, cpu, cuda, cuda:N or mps; type `device='auto'`")
     if (wanted if wanted != "cuda" else "cuda:0") not in there:
         raise UsageError(

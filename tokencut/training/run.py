@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -11,14 +12,15 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
+from tokencut import cost
 from tokencut.data.image_set import images_for
 from tokencut.data.labels import ClassMap, classes_for, what_classes_are
-from tokencut.data.loading import Batch, Unreadable
+from tokencut.data.loading import Batch, Loader, Unreadable
 from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import ArtifactError, DataError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
-from tokencut.model import CompressedModel, require_compressed
+from tokencut.model import CompressedModel, predicted_macs, require_compressed
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.observers import Observer, TrainingProgress
 from tokencut.runtime.devices import resolve_device
@@ -28,12 +30,14 @@ from tokencut.training.held_out import CHOICE, HeldOutComparison, Right, compare
 from tokencut.training.objective import ObjectiveSettings, without_teacher_logits
 from tokencut.training.order import Augmented, Order, random_states_kept, training_loader
 from tokencut.training.recipe import SHORT, TrainingRecipe
-from tokencut.training.setup import FinetuneReport, TrainingSetup
+from tokencut.training.setup import FinetunePlan, FinetuneReport, TrainingSetup
 from tokencut.training.state import Best, TrainingState, Weights, copy_of, damaged, has_state, load_state, save_state
 from tokencut.training.step import Trainer, TrainingDivergedError, term_means
 
 # A checkpoint is written at least this often, in seconds: an epoch of ImageNet may take hours.
 SAVE_EVERY = 900.0
+# Steps that a plan makes to know how long one takes.
+REHEARSED = 4
 # What another number of epochs comes from.
 _MAY_GROW = ("epochs", "least_updates")
 # What of the setup decides the result.
@@ -109,6 +113,29 @@ def finetune(
             return run.train(resume=resume)
     finally:
         model.to(home).eval()
+
+
+def plan_finetune(
+    model: CompressedModel,
+    data: str | os.PathLike[str] | Source,
+    *,
+    recipe: TrainingRecipe = SHORT,
+    setup: TrainingSetup | None = None,
+    group: Group | None = None,
+) -> FinetunePlan:
+    """Tells what a fine-tune would come to here, by a few steps on a copy of the model; arguments as `finetune`'s.
+
+    Raises:
+        DataError: The images cannot be found or read, or do not fit the model's classes.
+        UsageError: Arguments contradict each other.
+        TokencutError: A batch does not fit in memory.
+    """
+    group = group or single_process(resolve_device("auto"))
+    require_head(model)
+    with random_states_kept(group.device):
+        tried = copy.deepcopy(model).to(group.device)
+        source = open_source(data, split="train")
+        return _Run(tried, source, recipe, setup or TrainingSetup(), group, None, None, Observer()).plan()
 
 
 def training_classes(source: Source, model: CompressedModel) -> ClassMap:
@@ -208,14 +235,51 @@ class _Run:
             "training images": f"{len(self.source)} images {images.hexdigest()[:16]}",
         }
 
+    def _made_trainer(self) -> Trainer:
+        return Trainer(
+            self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
+            precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
+        )  # fmt: skip
+
+    def plan(self) -> FinetunePlan:
+        """What the run would come to; makes a few of its steps."""
+        self.trainer = self._made_trainer()
+        try:
+            seconds = self._seconds_a_step()
+        finally:
+            self.trainer.objective.close()
+        updates = self.epochs * self.order.steps
+        macs = 3 * cost.total(predicted_macs(self.model))
+        if self.settings.distill != "none":
+            macs += cost.total(predicted_macs(self.model.model))
+        return FinetunePlan(
+            len(self.source), 0 if self.held is None else len(self.held), self.epochs, updates,
+            macs / 1e9 * updates * self.order.per_step, updates * seconds,
+        )  # fmt: skip
+
+    def _seconds_a_step(self) -> float:
+        """How long a step takes, images included; the first, which loads and compiles, counts if it is alone."""
+        taken = []
+        with closing(iter(self._loader(0, 0))) as batches:
+            self.model.train()
+            for step in range(min(REHEARSED, self.order.steps)):
+                began = time.perf_counter()
+                self.trainer.step(0, step, map(self._checked, batches))
+                taken.append(time.perf_counter() - began)
+        return min(taken[1:] or taken)
+
+    def _loader(self, epoch: int, step: int) -> Loader:
+        images = self.images.dataset(is_training=True, **self.recipe.augmentation)
+        return training_loader(
+            Augmented(images, self.setup.seed), self.order, epochs=self.epochs, epoch=epoch, step=step,
+            workers=self.setup.workers, pin_memory=self.group.device.type == "cuda",
+        )  # fmt: skip
+
     def train(self, *, resume: bool) -> FinetuneReport:
         """Runs to the end, or until told to stop."""
         found = self._found() if resume else None
         original = copy_of(self.model.state_dict()) if self._guarded else {}
-        self.trainer = Trainer(
-            self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
-            precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
-        )  # fmt: skip
+        self.trainer = self._made_trainer()
         try:
             state = self._start(found)
             for text in self.notes:
@@ -277,11 +341,7 @@ class _Run:
 
     def _epochs(self, state: TrainingState) -> bool:
         """Trains until the end, or until told to stop: then it is not finished."""
-        images = self.images.dataset(is_training=True, **self.recipe.augmentation)
-        loader = training_loader(
-            Augmented(images, self.setup.seed), self.order, epochs=self.epochs, epoch=state.epoch, step=state.step,
-            workers=self.setup.workers, pin_memory=self.group.device.type == "cuda",
-        )  # fmt: skip
+        loader = self._loader(state.epoch, state.step)
         saved = time.monotonic()
         self.model.train()
         with closing(iter(loader)) as batches:

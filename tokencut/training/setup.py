@@ -47,6 +47,28 @@ class TrainingSetup:
 
 
 @dataclass(frozen=True)
+class FinetunePlan:
+    """What a fine-tune would come to.
+
+    Attributes:
+        images: Training images, of one epoch.
+        held_out: Training images that are held out to judge by.
+        epochs: Epochs in all.
+        updates: Updates in all.
+        gmacs: Multiply-adds in all, in units of 1e9: a backward pass counted as two forward passes, the teacher's
+            forward passes counted where there is one, evaluations not counted.
+        seconds: How long it would take here, without evaluations, by a few steps that were made for it.
+    """
+
+    images: int
+    held_out: int
+    epochs: int
+    updates: int
+    gmacs: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FinetuneReport:
     """What a fine-tune came to.
 

@@ -13,7 +13,7 @@ from timm.models import split_model_name_tag
 from torch import Tensor
 
 from tokencut.errors import ModelError
-from tokencut.messages import shorten
+from tokencut.messages import index_in, shorten
 from tokencut.models.alterations import Alterations
 from tokencut.models.fields import LabelNames
 from tokencut.models.huggingface.architectures import (
@@ -199,7 +199,7 @@ def _wrapped(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, ar
 def _label_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The classes' names in order; None for the numbers that transformers makes up where it knows none."""
     labels = config.get("id2label")
-    if not isinstance(labels, Mapping) or not all(str(index).isdecimal() for index in labels):
+    if not isinstance(labels, Mapping) or not all(index_in(index) is not None for index in labels):
         return None
     named = {int(index): str(name) for index, name in labels.items()}
     if not named or sorted(named) != list(range(len(named))) or all(
