@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -188,6 +189,7 @@ def load_npz(model: Any, path: Path, *, new_head: bool) -> tuple[tuple[str, ...]
         with capture_timm_messages():
             model.load_pretrained(str(path))
     except Exception as error:  # timm copies what it finds, and raises as it likes over what it does not
+        traceback.clear_frames(error.__traceback__)  # in which timm leaves the archive open
         raise ModelError(f"{path} does not fit this model ({one_line(error)}); name the model it was made for, with "
                          "the arguments it was trained with (`img_size`, `model_kwargs`)") from error  # fmt: skip
     made = classes not in (0, head)
