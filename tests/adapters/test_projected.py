@@ -8,7 +8,8 @@ import torch
 
 from tokencut.adapters.projected import on_grid
 from tokencut.errors import ModelError
-from tokencut.model import compress
+from tokencut.model import compress, predicted_macs
+from tokencut.profiling.counting import count_macs
 from tokencut.tokens import Tokens
 
 
@@ -48,3 +49,13 @@ def test_images_that_do_not_come_out_even_are_refused_with_a_size_that_does(name
         f"`img_size=({near}, {near})`"
     )
     compress(even)
+
+
+def test_multiply_adds_are_counted_although_the_counter_hooks_every_part() -> None:
+    """A user's hook on an encoder that runs in parts is refused; those of the tracer that counts are not."""
+    model = timm.create_model("qwen3_vit_88m", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=3).eval()
+    compressed = compress(model, keep=0.5, layers=[1], method="tome").eval()
+    assert count_macs(compressed, (3, 64, 64)).total == sum(row.macs for row in predicted_macs(compressed))
+    compressed.model.encoder.register_forward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match="^encoder has a hook or a forward of its own"):
+        compressed(torch.zeros(1, 3, 64, 64))
