@@ -102,7 +102,7 @@ WRONG = [
     (("info", "{tmp}"), 2,
      "{tmp} is a folder, not a file; type 'tokencut compress MODEL -o {tmp}/out.safetensors' to make one"),
     # Paths that name no file, and home folders.
-    *(((*words, option, place), 2, re.compile(rf".* type {option} /?\w+\.\w+"))
+    *(((*words, option, place), 2, re.compile(rf".* type {option} /?\w+\.\w+(, or .*)?"))
       for place in ("./", "/") for *words, option in (
           ("compress", *TINY, "-o"), ("export", *TINY, "-o"), ("visualize", *TINY, "{pictures}", "-o"),
           ("predict", *TINY, "{pictures}", "-o"), ("eval", *TINY, "--data", "{pictures}", "--predictions"),
