@@ -71,7 +71,7 @@ def test_gradients_are_the_mean_over_the_images_that_were_decoded(accumulate: in
             torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", [1.0, 5.0, float("inf")])
+@pytest.mark.parametrize("value", [1.0, 5.0])
 @pytest.mark.parametrize("name", ["keep_warmup", "warmup_epochs"])
 def test_a_warm_up_that_the_run_would_not_outlast_is_refused(few: Source, name: str, value: float) -> None:
     with pytest.raises(UsageError) as caught:
