@@ -158,13 +158,18 @@ def after_an_epoch(args: argparse.Namespace) -> None:
         print(line(task.keep, task.rule, found[task], None if first is task else found[first]))
 
 
-def main() -> None:
-    """Reads the command line, judges every rule at every keep rate, and prints the table."""
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = image_parser(__doc__, data=IMAGES, limit=5000, batch_size=100)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     parser.add_argument("--methods", nargs="+", default=["bat"])
     parser.add_argument("--train-data", help="fine-tune each by these images first")
     parser.add_argument("--jobs", type=int, default=1, help="fine-tunes at the same time")
     parser.add_argument("-j", "--workers", type=int, default=2, help="processes that load images, for each job")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Judges every rule at every keep rate, and prints the table."""
+    args = parse()
     off_the_shelf(args) if args.train_data is None else after_an_epoch(args)

@@ -83,6 +83,7 @@ def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) 
     )
 
 
+@pytest.mark.slow
 def test_a_grid_is_judged_on_training_images_held_out(tmp_path: Path, script: Script) -> None:
     pytest.importorskip("sklearn")
     printed, _ = script("digits", "--train-data", "digits", "--held-out", "30", *SMALL, "--methods", "bat",

@@ -75,6 +75,7 @@ def test_every_option_of_the_contract_is_offered(run: Run, monkeypatch: pytest.M
         assert shared | options <= set(offered)
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_stdout(compressed: Path) -> None:
     done = python("-m", "tokencut", "profile", str(compressed), "--no-latency", "--keep", "0.4", "--json")
     assert done.returncode == 0

@@ -69,6 +69,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals a process group")
 def test_an_interrupt_ends_the_workers_too(folder: Path) -> None:
     command = [sys.executable, "-c", INTERRUPTED, str(folder)]

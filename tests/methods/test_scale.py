@@ -139,6 +139,7 @@ def test_the_published_density_depends_on_the_scale(method: str) -> None:
     assert (expected != got).float().mean() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(("window", "k"), [*((24, k) for k in FACTORS), (132, 1 / 3), (132, 16.0)])
 def test_kernels_decide_the_same_in_another_scale(window: int, k: float) -> None:

@@ -174,6 +174,7 @@ def test_an_evaluation_compiles_for_one_batch_size(sizes: list[int], tmp_path: P
     assert sizes == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_profile_times_both_sides_compiled(sizes: list[int]) -> None:
     report = profile(small(), device="cpu", batch_size=2, rounds=3, compile_mode="default")
     assert set(sizes) == {2}

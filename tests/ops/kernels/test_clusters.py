@@ -88,6 +88,7 @@ def test_points_that_coincide(rule: PeakRule, device: str) -> None:
     assert torch.equal(got.cpu(), density_peaks.density_clusters(points, 4, rule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", [None, 0.5])
 @pytest.mark.parametrize(("count", "parts"), [(70, 1), (140, 1), (140, 2), (390, 3), (391, 4), (391, 3)])
 def test_without_sizes_and_from_a_view(count: int, parts: int, balance: float | None, device: str) -> None:

@@ -72,6 +72,7 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
     torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
     """Schemas and the shapes that the compiler is told agree with what comes out."""
