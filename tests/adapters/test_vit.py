@@ -234,4 +234,4 @@ def test_patches_as_one_product_are_timms_embedding(name: str) -> None:
     pictures = images(model).to("cuda", torch.bfloat16)
     with torch.no_grad():
         whole = model.norm_pre(model._pos_embed(model.patch_embed(pictures)))
-        torch.testing.assert_close(adapter_for(model).embed(model, pictures), whole, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(adapter_for(model).embed(model, pictures).features, whole, rtol=0.02, atol=0.02)
