@@ -198,8 +198,12 @@ FAMILIES = {
     "vitamin": Family(("vitamin",), 13, {"vitamin_small_224": {"img_size": 64, "depth": 2, "mlp_ratio": 1}}, slow=True),
 }
 SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in family.small.items()}
-# An export takes seconds: of a family that differs from others in what it makes of positions.
-CAPTURED = ("vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb")
+# An export takes seconds: those that differ in what they make of positions, and one or two of each other family. Of
+# Gemma 4 torch's exporter (2.14) writes no valid ONNX, dense or reduced.
+TABLES = ("vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb")
+CAPTURED = (*TABLES, "eva02_tiny_patch14_224", "beitv2_base_patch16_224", "vit_relpos_small_patch16_224", "convit_tiny",
+            "cait_xxs24_224", "deepseek_vit_412m_align", "qwen3_vit_88m_merge", "naflexvit_base_patch16_siglip",
+            "vit_tiny_r_s16_p8_224")  # fmt: skip
 # What follows the blocks, or what they share, is another in each of these.
 SEARCHED = ("vit_small_patch16_rope_mixed_ape_224", "beitv2_base_patch16_224", "convit_tiny", "cait_xxs24_224",
             "qwen3_vit_88m_merge", "gemma4_vit_570m")  # fmt: skip
@@ -415,7 +419,9 @@ def test_it_is_captured_in_one_graph(name: str, tmp_path: Path) -> None:
     assert report.info.batch_size is None and report.agreement.to_dict()["images"] == 3
     graph = onnx.load(report.output).graph
     assert not {node.op_type for node in graph.node} & {"If", "Loop", "Range"}
-    # What does not depend on images is a constant; taking it apart is all that is left of it.
+    if name not in TABLES:
+        return
+    # A table that does not depend on images is a constant; taking it apart is all that is left of it.
     depends = {value.name for value in graph.input}
     for node in graph.node:
         if depends.intersection(node.input):
