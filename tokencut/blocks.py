@@ -141,12 +141,14 @@ class BlockLoop:
         Args:
             number: The block's 1-based number.
             tokens: The tokens entering it.
-            context: What its attention is given beside features; what the adapter says where None.
+            context: What its attention is given beside features, for tokens as they enter; where None the adapter says
+                both.
         """
         block, adapter = self._block(number), self.adapter
-        tokens = adapter.entering(self.model, number, tokens)
-        given = adapter.context(self.model, number, tokens) if context is None else context
-        half, attention = adapter.attention_half(self.model, block, tokens, given)
+        if context is None:
+            tokens = adapter.entering(self.model, number, tokens)
+            context = adapter.context(self.model, number, tokens)
+        half, attention = adapter.attention_half(self.model, block, tokens, context)
         return StageInput(half, attention, lambda features: adapter.pre_mlp_norm(block, features))
 
     def mlp_half(self, number: int, tokens: Tokens) -> Tokens:

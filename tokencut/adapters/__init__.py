@@ -6,6 +6,7 @@ All that an adapter of your own needs is imported from here.
 from tokencut.adapters import beit, cait, convit, eva, gemma, naflex, projected, relpos, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
+    BareContext,
     Context,
     adapter_for,
     counted_macs,
@@ -51,6 +52,7 @@ __all__ = [
     "Adapter",
     "AttentionInfo",
     "AttentionRun",
+    "BareContext",
     "BlockCost",
     "BlockHandler",
     "ClassAndMean",

@@ -43,6 +43,20 @@ class Context:
         return replace(self, bias=attn_mask)
 
 
+@dataclass(frozen=True)
+class BareContext(Context):
+    """`Context` of a block that takes no arguments beside features."""
+
+    def block_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def attention_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def given(self, **arguments: Any) -> Context:
+        return self
+
+
 class Adapter(ABC):
     """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.cait import Cait, ClassAttn, LayerScaleBlock, LayerScaleBlockClassAttn, TalkingHeadAttn
 from torch import Tensor
 
-from tokencut.adapters.base import Context, linear_macs, register_adapter
+from tokencut.adapters.base import BareContext, Context, linear_macs, register_adapter
 from tokencut.adapters.columnar import ColumnarAdapter, patches
 from tokencut.adapters.subclasses import known_class
 from tokencut.adapters.vit_blocks import BlockHandler, Layers
@@ -20,20 +20,6 @@ from tokencut.calling import call
 from tokencut.cost import BlockCost, Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens, full_precision
-
-
-@dataclass(frozen=True)
-class BareContext(Context):
-    """`Context` of a block that takes no arguments beside features."""
-
-    def block_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def attention_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def given(self, **arguments: Any) -> Context:
-        return self
 
 
 def _talking(layer: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, tuple[QueryKey, ...]]:

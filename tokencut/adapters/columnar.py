@@ -111,6 +111,10 @@ class ColumnarAdapter(Adapter):
         # timm would pass the bias as a mask, which rules out the fastest kernels.
         return has_biased_kernel(context.bias, features) or self.handler(block).passes_hooks_by(block)
 
+    def complete(self, block: TimmModule, context: Context) -> Context:
+        """The context for a block that runs in halves: with what timm's block adds by itself."""
+        return context
+
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
         features = tokens.features
         if not self.needs_halves(block, features, context):
@@ -118,7 +122,8 @@ class ColumnarAdapter(Adapter):
         handler = self.handler(block)
 
         def halves(features: Tensor, **given: Any) -> Tensor:
-            return handler.mlp_half(block, handler.attention_half(block, features, context.given(**given))[0])
+            whole = self.complete(block, context.given(**given))
+            return handler.mlp_half(block, handler.attention_half(block, features, whole)[0])
 
         return tokens.with_features(call(block, halves, features, **context.block_arguments()))
 
@@ -128,6 +133,7 @@ class ColumnarAdapter(Adapter):
     def attention_half(
         self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
     ) -> tuple[Tokens, AttentionInfo]:
+        context = self.complete(block, context)
         features, layers = self.handler(block).attention_half(block, tokens.features, context)
         info = AttentionInfo(layers, tokens.num_prefix_tokens, self.class_rows(model), context.bias)
         return tokens.with_features(features), info

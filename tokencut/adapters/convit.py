@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.convit import GPSA, MHSA, Block, ConVit
 from torch import Tensor
 
-from tokencut.adapters.base import Context, linear_macs, register_adapter
+from tokencut.adapters.base import BareContext, Context, linear_macs, register_adapter
 from tokencut.adapters.columnar import patches
 from tokencut.adapters.positions import PositionedAdapter, grid_positions
 from tokencut.adapters.vit_blocks import BlockHandler, Layers
 from tokencut.attention import QueryKey, TimmModule, mixed_values
-from tokencut.calling import call
 from tokencut.cost import BlockCost, Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class OffsetContext(Context):
+class OffsetContext(BareContext):
     """`Context` of a block that takes no arguments beside features, and what it makes of positions by itself.
 
     Attributes:
@@ -31,15 +29,6 @@ class OffsetContext(Context):
     """
 
     offsets: Tensor | None = None
-
-    def block_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def attention_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def given(self, **arguments: Any) -> Context:
-        return self
 
 
 def _positional(layer: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, tuple[QueryKey, ...]]:
@@ -137,16 +126,9 @@ class ConVitAdapter(PositionedAdapter):
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
         return OffsetContext(tokens.bias, tokens.shared)
 
-    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+    def needs_halves(self, block: TimmModule, features: Tensor, context: Context) -> bool:
         assert isinstance(context, OffsetContext)
-        if context.bias is None and (context.offsets is None or not block.use_gpsa):
-            return tokens.with_features(block(tokens.features))
-        handler = self.handler(block)
-
-        def halves(features: Tensor) -> Tensor:
-            return handler.mlp_half(block, handler.attention_half(block, features, context)[0])
-
-        return tokens.with_features(call(block, halves, tokens.features))
+        return context.bias is not None or (context.offsets is not None and block.use_gpsa)
 
     def cost(self, model: TimmModule) -> ModelCost:
         cost = super().cost(model)

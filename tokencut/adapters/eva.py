@@ -5,26 +5,16 @@ from __future__ import annotations
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from tokencut.adapters.base import Context, register_adapter
+from tokencut.adapters.base import register_adapter
 from tokencut.adapters.columnar import patches
 from tokencut.adapters.rotary import RotaryAdapter, ScaledBlockHandler
-from tokencut.adapters.vit_blocks import Layers
+from tokencut.adapters.vit_blocks import ResPostBlockHandler
 from tokencut.attention import TimmModule
 from tokencut.tokens import Tokens
 
 
-class PostNormHandler(ScaledBlockHandler):
+class PostNormHandler(ResPostBlockHandler, ScaledBlockHandler):
     """`EvaBlockPostNorm`: the norms stand behind attention and MLP."""
-
-    def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
-        y, maps = self.attend(block.attn, x, context)
-        return x + block.drop_path1(block.norm1(y)), (maps,)
-
-    def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
-        return x + block.drop_path2(block.norm2(block.mlp(x)))
-
-    def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
-        return x
 
 
 @register_adapter

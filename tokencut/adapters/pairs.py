@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tokencut.adapters.base import Context, linear_macs
 from tokencut.adapters.positions import PositionedAdapter
-from tokencut.attention import AttentionInfo, TimmModule
-from tokencut.calling import call
+from tokencut.attention import TimmModule
 from tokencut.cost import ModelCost
 from tokencut.tokens import Tokens
 
@@ -130,29 +129,13 @@ class PairBiasAdapter(PositionedAdapter):
         own = pair_bias(self.whole_bias(holder), places, tokens.grid, tokens.num_prefix_tokens)
         return PairContext(_added(own, bias), self.keyword)
 
-    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+    def needs_halves(self, block: TimmModule, features: Tensor, context: Context) -> bool:
         assert isinstance(context, PairContext)
         if self.own_holder(block) is None:
-            as_timm = True
-        else:
-            as_timm = context.adds_own and (context.bias is None or self.adds_what_it_is_given(block))
-        if as_timm:
-            return tokens.with_features(block(tokens.features, **context.block_arguments()))
-        handler = self.handler(block)
+            return False
+        return not (context.adds_own and (context.bias is None or self.adds_what_it_is_given(block)))
 
-        def halves(features: Tensor, **given: Any) -> Tensor:
-            complete = self._complete(block, context.given(**given))
-            return handler.mlp_half(block, handler.attention_half(block, features, complete)[0])
-
-        return tokens.with_features(call(block, halves, tokens.features, **context.block_arguments()))
-
-    def attention_half(
-        self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
-    ) -> tuple[Tokens, AttentionInfo]:
-        return super().attention_half(model, block, tokens, self._complete(block, context))
-
-    def _complete(self, block: TimmModule, context: Context) -> Context:
-        """The context with all of the bias in it."""
+    def complete(self, block: TimmModule, context: Context) -> Context:
         assert isinstance(context, PairContext)
         if not context.adds_own:
             return context
