@@ -262,6 +262,11 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     return cost.predict(shape, stages)
 
 
+def predicted_gmacs(model: nn.Module) -> float:
+    """Multiply-adds per image by the closed form, in units of 1e9; see `predicted_macs`."""
+    return cost.total(predicted_macs(model)) / 1e9
+
+
 def stage_cost(method: Method, block: cost.BlockCost, tokens_in: int, tokens_out: int) -> cost.StageCost:
     """What a stage of a method costs in a block, for `cost.predict`.
 

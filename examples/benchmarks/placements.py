@@ -18,10 +18,10 @@ from defaults import Setting, judge, load_images, log_probabilities
 from options import TRAINING_IMAGES, image_parser
 from torch import nn
 
-from tokencut import compress, cost
+from tokencut import compress
 from tokencut.cli.options import read_layers
 from tokencut.evaluation.statistics import mean_and_error, paired_difference
-from tokencut.model import predicted_macs
+from tokencut.model import predicted_gmacs
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import inference_state, resolve_device
 
@@ -42,7 +42,7 @@ def rate_for(dense: nn.Module, layers: Sequence[int] | str, gmacs: float, method
 
 def price(dense: nn.Module, layers: Sequence[int] | str | None, keep: float, method: str) -> float:
     """Multiply-adds per image, in units of 1e9."""
-    return cost.total(predicted_macs(compress(dense, keep=keep, layers=layers, method=method))) / 1e9  # type: ignore[arg-type]
+    return predicted_gmacs(compress(dense, keep=keep, layers=layers, method=method))  # type: ignore[arg-type]
 
 
 def parse() -> argparse.Namespace:

@@ -15,13 +15,13 @@ from typing import Any
 from jobs import say
 from tables import markdown
 from torch import nn
-from tuning import gmacs
 
 import tokencut
 from tokencut.cli.wording import as_typed
 from tokencut.data.sources import open_source
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.statistics import paired_difference
+from tokencut.model import predicted_gmacs
 from tokencut.models.loading import load_model
 from tokencut.search.run import SearchSettings, find_schedule
 from tokencut.search.targets import Target
@@ -82,7 +82,7 @@ class Bench:
     def beside(self, budget: str, **schedule: Any) -> None:
         """Finds a schedule that costs as much as one that was typed."""
         fixed = tokencut.compress(self.model, method=self.args.method, **schedule)
-        self.find(budget, Target(gmacs=gmacs(fixed)), fixed)
+        self.find(budget, Target(gmacs=predicted_gmacs(fixed)), fixed)
 
 
 def main() -> None:

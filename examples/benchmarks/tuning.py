@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokencut import compress, cost, evaluate
+from tokencut import compress, evaluate
 from tokencut.data.sampling import strided_subset
 from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import UsageError
-from tokencut.model import predicted_macs
+from tokencut.model import predicted_gmacs
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import describe_device, resolve_device
 from tokencut.runtime.distributed import single_process
@@ -143,7 +143,7 @@ def tuned_and_judged(
         `gmacs`, `device`, `top1` in percent, `loss`, `images`, `correct` (1 or 0 for each image), and where it was
         fine-tuned the `history` of that.
     """
-    told: dict[str, Any] = {"gmacs": gmacs(model), "device": describe_device(device)}
+    told: dict[str, Any] = {"gmacs": predicted_gmacs(model), "device": describe_device(device)}
     if recipe is not None:
         resumed = {} if state is None else {"state": state, "resume": True}
         setup = replace(setup, guard=False)
@@ -156,11 +156,6 @@ def tuned_and_judged(
     )  # fmt: skip
     correct = "".join("01"[hit] for hit in score.correct)
     return {**told, "top1": score.top1, "loss": score.loss, "images": score.images, "correct": correct}
-
-
-def gmacs(model: nn.Module) -> float:
-    """Multiply-adds an image by the closed form, in units of 1e9."""
-    return cost.total(predicted_macs(model)) / 1e9
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from tokencut import cost
 from tokencut.cli import render
 from tokencut.cli.observer import CommandObserver, watched
 from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
@@ -25,7 +24,7 @@ from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
 from tokencut.files import user_path
 from tokencut.methods import make_method, methods
-from tokencut.model import CompressedModel, compress, predicted_macs
+from tokencut.model import CompressedModel, compress, predicted_gmacs
 from tokencut.models.artifact import read_info
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
@@ -215,7 +214,7 @@ def gmacs(model: nn.Module) -> float:
     """Multiply-adds per image by the closed form, in units of 1e9; as it was exported, for a file."""
     if isinstance(model, OnnxModel):
         return model.info.gmacs
-    return cost.total(predicted_macs(model)) / 1e9
+    return predicted_gmacs(model)
 
 
 def measure_accuracy(

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokencut import cost
 from tokencut.data.labels import classes_for
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import DataError, ModelError
 from tokencut.evaluation.accuracy import EvaluationReport, evaluate
 from tokencut.evaluation.statistics import Difference, if_known, paired_difference
-from tokencut.model import predicted_macs
+from tokencut.model import predicted_gmacs
 from tokencut.models.checkpoints import require_finite
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.observers import Observer
@@ -170,6 +169,6 @@ def compare(
 def _gmacs(model: nn.Module) -> float | None:
     """Multiply-adds per image by the closed form, in units of 1e9; None for a family that has none."""
     try:
-        return cost.total(predicted_macs(model)) / 1e9
+        return predicted_gmacs(model)
     except ModelError:
         return None

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from tokencut import cost
 from tokencut.adapters import adapter_for
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.model import CompressedModel, predicted_macs
+from tokencut.model import CompressedModel, predicted_gmacs
 from tokencut.models.artifact import origin_of
 from tokencut.models.fields import (
     LABEL_NAMES,
@@ -136,8 +135,8 @@ def describe_export(
         num_classes=class_count(inner),
         label_names=label_names(inner),
         origin=origin_of(inner),
-        gmacs=cost.total(predicted_macs(model)) / 1e9,
-        dense_gmacs=cost.total(predicted_macs(inner)) / 1e9,
+        gmacs=predicted_gmacs(model),
+        dense_gmacs=predicted_gmacs(inner),
         params=_parameters(model),
         dense_params=_parameters(inner),
     )

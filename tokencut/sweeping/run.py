@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokencut import cost
 from tokencut.adapters import plain_model
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source, check_apart
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, MetricAccumulator
 from tokencut.evaluation.statistics import paired_difference
-from tokencut.model import CompressedModel, compress, predicted_macs
+from tokencut.model import CompressedModel, compress, predicted_gmacs
 from tokencut.models.pretrained_cfg import architecture_of
 from tokencut.observers import Observer
 from tokencut.profiling.latency import Timing, measure
@@ -232,7 +231,7 @@ class _Run:
         left = self.left()
         for position, key in enumerate(left):
             report = self._judge(models[key], key, position, len(left))
-            gmacs = cost.total(predicted_macs(models[key])) / 1e9
+            gmacs = predicted_gmacs(models[key])
             row = Row(*key, gmacs, report.top1, report.top5, None, report.images, report.loss, report.correct)
             self.state.notes = report.notes
             self.state.add(row, self.recipes[key].to_json() if key in self.recipes else None)

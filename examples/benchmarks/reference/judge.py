@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tuning import gmacs, tuned_and_judged
+from tuning import tuned_and_judged
 
 from reference.worklist import DENSE, Job, Search, Sweep, Task
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import TokencutError
-from tokencut.model import compress
+from tokencut.model import compress, predicted_gmacs
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import resolve_device
 from tokencut.search.run import SearchSettings, find_schedule
@@ -30,7 +30,9 @@ from tokencut.training.setup import TrainingSetup
 def keep_for(dense: nn.Module, reduction: Mapping[str, Any], percent: float) -> float:
     """The highest keep rate, in hundredths, that saves so many percent of the multiply-adds."""
     for hundredths in range(99, 0, -1):
-        if gmacs(compress(dense, keep=hundredths / 100, **reduction)) <= (1 - percent / 100) * gmacs(dense):
+        if predicted_gmacs(compress(dense, keep=hundredths / 100, **reduction)) <= (
+            1 - percent / 100
+        ) * predicted_gmacs(dense):
             return hundredths / 100
     raise TokencutError(f"no keep rate saves {percent:g} % of the multiply-adds")
 
@@ -118,7 +120,7 @@ class Judge:
                                  limit=self.limit)  # fmt: skip
         images = {"classes": len(val.classes), "train_images": len(train)}
         # The keep rate as it came out, not as it was asked for.
-        return {**asdict(task), **found, "keep": keep, "dense_gmacs": gmacs(dense), **images}
+        return {**asdict(task), **found, "keep": keep, "dense_gmacs": predicted_gmacs(dense), **images}
 
     def swept(self, job: Sweep) -> dict[str, Any]:
         """Judges methods and keep rates off the shelf."""
@@ -135,7 +137,7 @@ class Judge:
         """Searches, and judges what was found as it is and fine-tuned."""
         began, dense = time.perf_counter(), self.dense[job.label]
         settings = SearchSettings(batch_size=self.batch, workers=self.workers, device=self.device)
-        target = Target(gmacs=job.gmacs(gmacs(dense)))
+        target = Target(gmacs=job.gmacs(predicted_gmacs(dense)))
         schedule = find_schedule(dense, self.sources[0], target, settings=settings).found
         searching = time.perf_counter() - began
         task = Task(job.label, "bat", tuple(schedule.keep), layers=tuple(schedule.layers))
