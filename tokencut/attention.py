@@ -74,7 +74,9 @@ class AttentionInfo:
     def keys(self) -> Tensor:
         """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""
         layers = self.layers if self.compared is None else self.compared
-        every = [heads.key[:, :, self.num_prefix_tokens :].float().mean(1) for maps in layers for heads in maps]
+        every = [
+            heads.key[:, :, self.num_prefix_tokens :].mean(1, dtype=torch.float32) for maps in layers for heads in maps
+        ]
         return torch.stack(every).mean(0) if len(every) > 1 else every[0]
 
 

@@ -131,7 +131,7 @@ def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
 
 def _weighted_sums(tokens: Tokens, decision: Grouping) -> Tensor:
     """The groups' sums behind the prefix tokens, `(B, P + M, D)`."""
-    if kernels.usable(tokens.features, decision.weight):
+    if kernels.usable(tokens.features, decision.weight, backward=True):
         from tokencut.ops.kernels import merging
 
         return merging.merge(

@@ -252,13 +252,14 @@ def described_size(model: TimmModule) -> tuple[int, int]:
 def patches(embed: TimmModule, images: Tensor) -> Any:
     """timm's patch embedding, `(B, C, H, W)` to `(B, N, D)`.
 
-    In half precision on a GPU as one matrix product: the convolution of 16 x 16 patches alone took 1.6 of DeiT-S's
-    11 ms there (H100, bf16, batch 256).
+    In half precision on a GPU, by autocast too, as one matrix product: the convolution of 16 x 16 patches alone took
+    1.6 of DeiT-S's 11 ms there (H100, bf16, batch 256), and as much again in backward.
     """
     plain = type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad
     plain = plain and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
     plain = plain and not any(has_hooks(part) or is_patched(part) for part in (embed, embed.proj))
-    if not (plain and images.is_cuda and images.dtype in (torch.float16, torch.bfloat16)):
+    half = images.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
+    if not (plain and images.is_cuda and half):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
     if images.shape[-2:] != (rows * height, columns * width):

@@ -29,6 +29,7 @@ from tokencut.adapters.positions import PositionedAdapter, grid_positions
 from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers
 from tokencut.attention import AttentionInfo, QueryKey, TimmModule, mixed_values
 from tokencut.errors import ModelError
+from tokencut.ops import kernels
 from tokencut.tokens import Tokens
 
 
@@ -104,6 +105,12 @@ class RotaryAdapter(PositionedAdapter):
         # A table a block, and a head, is made block by block.
         mixed = isinstance(self.rope(model), RotaryEmbeddingMixed)
         return replace(tokens, shared=None if mixed else self.table(self.rope(model), tokens, 1))
+
+    def needs_halves(self, block: TimmModule, features: Tensor, context: Context) -> bool:
+        # With a table for each image timm's own operations would read more than the attention does.
+        table = context.table if isinstance(context, RotaryContext) else None
+        each = table is not None and table.dim() == 4 and has_rotation_kernel(features, features, table)
+        return each or super().needs_halves(block, features, context)
 
     def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
         table = tokens.shared
@@ -262,7 +269,7 @@ def rotary_attention(layer: TimmModule, x: Tensor, context: Context) -> tuple[Te
     assert isinstance(context, RotaryContext)
     query, key, value = project_qkv(layer, x)
     raw = QueryKey(layer.q_norm(query), layer.k_norm(key))
-    query, key = (_rotated(layer, part, context.table, value) for part in (raw.query, raw.key))
+    query, key = _rotated(layer, raw, context.table, value)
     groups = getattr(layer, "num_kv_groups", 1)
     if groups > 1:  # grouped queries: a head of keys and values serves several of queries
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -274,13 +281,26 @@ def rotary_attention(layer: TimmModule, x: Tensor, context: Context) -> tuple[Te
     return layer.proj_drop(layer.proj(y)), (RotatedQueryKey(query, key, raw=raw),)
 
 
-def _rotated(layer: TimmModule, heads: Tensor, table: Tensor | None, value: Tensor) -> Tensor:
-    """Queries or keys turned by the table, but for prefix tokens, in the dtype of the values."""
+def _rotated(layer: TimmModule, raw: QueryKey, table: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by the table, but for prefix tokens, in the dtype of the values."""
     if table is None:
-        return heads
+        return raw.query, raw.key
     prefix = layer.num_prefix_tokens
-    turned = apply_rot_embed_cat(heads[:, :, prefix:], table, half=layer.rotate_half)
-    return torch.cat((heads[:, :, :prefix], turned), 2).type_as(value)
+    if has_rotation_kernel(raw.query, raw.key, table) and raw.query.shape == raw.key.shape:
+        from tokencut.ops.kernels.rotation import rotate
+
+        return rotate(raw.query, raw.key, table, prefix, layer.rotate_half)
+    query, key = (
+        torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], table, half=layer.rotate_half)), 2)
+        for x in (raw.query, raw.key)
+    )
+    return query.type_as(value), key.type_as(value)
+
+
+def has_rotation_kernel(query: Tensor, key: Tensor, table: Tensor) -> bool:
+    """Whether a kernel turns queries and keys: half precision on a GPU."""
+    half = query.dtype == key.dtype and query.dtype in (torch.float16, torch.bfloat16)
+    return half and kernels.usable(query, key, table)
 
 
 class ScaledBlockHandler(BlockHandler):

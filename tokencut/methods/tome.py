@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from tokencut.methods.base import Method, StageInput, StageShape, register
+from tokencut.ops import kernels
 from tokencut.ops.grouping import Grouping, group_average, membership
 from tokencut.ops.matching import match_pairs
 
@@ -28,6 +30,8 @@ class ToMe(Method):
 
     def decide(self, stage_input: StageInput, budget: int) -> Grouping:
         keys, sizes = stage_input.attention.keys(), stage_input.tokens.known_sizes()
+        if kernels.usable(keys, sizes) and sizes.shape[1] <= kernels.MATCHED_AT_ONCE:
+            return merged_by_kernels(keys, sizes, stage_input.tokens.num_prefix_tokens, budget)
         group = torch.arange(sizes.shape[1], device=sizes.device).expand(sizes.shape[0], -1)
         current, now = keys, sizes.shape[1]
         for leaving in rounds(now, budget):
@@ -52,6 +56,19 @@ class ToMe(Method):
 
     def merges(self) -> bool:
         return True
+
+
+def merged_by_kernels(keys: Tensor, sizes: Tensor, prefix: int, budget: int) -> Grouping:
+    """The same decision on a GPU, each round in two launches."""
+    from tokencut.ops.kernels.matching import alternating_average
+
+    after = rounds(sizes.shape[1], budget)
+    group, weight, held = alternating_average(keys, sizes, prefix, sizes.shape[1] - after[0])
+    for now, leaving in pairwise(after):
+        means = torch.matmul(membership(group, now) * weight.unsqueeze(1), keys)
+        joined, share, held = alternating_average(means, held, prefix, now - leaving)
+        group, weight = joined.gather(1, group), weight * share.gather(1, group)
+    return Grouping(group, weight, budget, held)
 
 
 def rounds(tokens: int, budget: int) -> list[int]:

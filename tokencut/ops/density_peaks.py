@@ -277,7 +277,6 @@ def _kernel_rule(rule: PeakRule) -> tuple[int, float, float, bool]:
 
 
 def _has_kernel(points: Tensor, rule: PeakRule, parts: int) -> bool:
-    """Whether a GPU kernel clusters such points; in fp32, without tensor cores, it is no faster."""
-    half = points.dtype in (torch.float16, torch.bfloat16)
+    """Whether a GPU kernel clusters such points."""
     known = rule.neighbours in KERNEL_NEIGHBOURS and rule.neighbours <= _windows(points.shape[1], parts)[-1][2]
-    return half and known and kernels.usable(points)
+    return points.dtype != torch.float64 and known and kernels.usable(points)

@@ -45,8 +45,9 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPat
         yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     launched = kernels.opaque("(Tensor given) -> Tensor", torch.empty_like)(torch.neg)
-    tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:1")
+    tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:1", get_device=lambda: 1)
     with pytest.raises(TypeError):  # it is no tensor
         launched(tensor)
     assert entered == ["cuda:1"]
@@ -77,7 +78,7 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
 def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
     """Schemas and the shapes that the compiler is told agree with what comes out."""
     pytest.importorskip("triton")
-    from tokencut.ops.kernels import attention, clusters, medoids, merging, sorting
+    from tokencut.ops.kernels import attention, clusters, matching, medoids, merging, rotation, sorting
 
     points, ones = torch.randn(2, 12, 8, device=device), torch.ones(2, 12, device=device)
     heads, bias = torch.randn(2, 3, 12, 16, device=device), torch.randn(2, 1, 1, 12, device=device)
@@ -91,6 +92,8 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             clusters.density_clusters(points, 5, None, 2, 3, 0.0, 0.5, True),
             *clusters.ordered_average(group, ones, ones, 6),
             merging.merge(points, 0, group, ones / 2, 6, True),
+            *matching.alternating_average(points, ones, 1, 4),
+            *rotation.rotate(heads, heads, torch.ones(2, 1, 12, 32, device=device), 0, True),
             sorting.ranking(ones, True),
             sorting.highest(ones, 5),
             medoids.medoid_clusters(points, ones, 5, 2),

@@ -43,3 +43,18 @@ def test_many_images(ordered: bool) -> None:
     for _ in range(3):
         got = merging.merge(features, 1, group, weight, 138, ordered)
         torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_gradients_are_those_of_the_product(prefix: int, device: str) -> None:
+    features = torch.randn(2, prefix + 30, 20)
+    group = in_order(torch.cat((torch.randint(0, 21, (10,)), torch.arange(20))).expand(2, -1), 20)  # 20 is dropped
+    weight, direction = group_average(group, torch.rand(2, 30), torch.ones(2, 30), 20), torch.randn(2, prefix + 20, 20)
+    leaf = features.clone().requires_grad_()
+    (apply_decision(Tokens(leaf, prefix), Grouping(group, weight, 20)).features * direction).sum().backward()
+    ours = features.to(device).requires_grad_()
+    merged = merging.merge(ours, prefix, group.to(device), weight.to(device), 20, True)
+    (merged * direction.to(device)).sum().backward()
+    assert leaf.grad is not None
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.cpu(), leaf.grad)

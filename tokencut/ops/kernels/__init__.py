@@ -1,7 +1,7 @@
 """Triton kernels for what many small operations do slowly on a GPU; the package works the same without them.
 
-Each module says which plain PyTorch function it stands in for. They run for inference and decisions on CUDA only: not
-where a gradient is asked for, not where Triton is missing or the GPU is too old for it, and not where the environment
+Each module says which plain PyTorch function it stands in for. They run on CUDA only: not where a gradient is asked for
+of one without a backward, not where Triton is missing or the GPU is too old for it, and not where the environment
 variable `TOKENCUT_KERNELS` is 0.
 """
 
@@ -20,15 +20,26 @@ _FOUND = importlib.util.find_spec("triton") is not None and os.environ.get("TOKE
 # Compute capability from which Triton's compiler supports a GPU.
 _OLDEST = (8, 0)
 
+# Up to so many tokens `matching` numbers the groups of an image in one program.
+MATCHED_AT_ONCE = 4096
+
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether a kernel may stand in for PyTorch's own operations on these tensors."""
-    if not _FOUND:
+def usable(*tensors: Tensor, backward: bool = False) -> bool:
+    """Whether a kernel may stand in for PyTorch's own operations on these tensors.
+
+    Args:
+        tensors: What it would be given.
+        backward: Whether it has a backward, so that it may run where a gradient is asked for.
+    """
+    if not _FOUND or not tensors[0].is_cuda:
         return False
-    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not graded and all(tensor.is_cuda for tensor in tensors) and _recent(tensors[0].device)
+    graded = torch.is_grad_enabled() and not backward
+    for tensor in tensors:
+        if not tensor.is_cuda or (graded and tensor.requires_grad):
+            return False
+    return _recent(tensors[0].device)
 
 
 @torch.compiler.assume_constant_result
@@ -41,7 +52,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch]:
+def opaque(
+    schema: str, shapes: Callable[..., Any], backward: tuple[Callable[..., Any], Callable[..., None]] | None = None
+) -> Callable[[Launch], Launch]:
     """Decorator: makes a function that launches kernels an operator of its own while `torch.compile` traces.
 
     The compiler's own analysis of user-written kernels crashed on some of ours (torch 2.11). Elsewhere the function is
@@ -51,22 +64,28 @@ def opaque(schema: str, shapes: Callable[..., Any]) -> Callable[[Launch], Launch
     Args:
         schema: Arguments and results in PyTorch's notation.
         shapes: A function of the same arguments that returns empty results of the right shapes.
+        backward: How gradients go through, as `torch.library.register_autograd` takes it: the backward, and what
+            keeps what it needs. None for an operator that no gradient goes through.
     """
 
     def wrap(launch: Launch) -> Launch:
         @functools.wraps(launch)
         def there(*args: Any) -> Any:
-            if not args[0].is_cuda:  # Triton's interpreter
+            # Entering the context takes a third of a launch's time, and nearly always the device is the current one.
+            if not args[0].is_cuda or args[0].get_device() == torch.cuda.current_device():
                 return launch(*args)
             with torch.cuda.device(args[0].device):
                 return launch(*args)
 
         operator = library.custom_op(f"tokencut::{launch.__name__}", there, mutates_args=(), schema=schema)
         operator.register_fake(shapes)
+        if backward is not None:
+            operator.register_autograd(backward[0], setup_context=backward[1])
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            return operator(*args) if torch.compiler.is_compiling() else there(*args)
+            graded = backward is not None and torch.is_grad_enabled() and args[0].requires_grad
+            return operator(*args) if graded or torch.compiler.is_compiling() else there(*args)
 
         return call  # type: ignore[return-value]
 

@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
+from tokencut.ops.kernels.launching import Kernel
 
 ROWS, COLUMNS = 64, 32  # of a tile of logits; 42 us where 64, 64 takes 47 and 32, 64 takes 63 (H200, 98 tokens)
 
 
+@Kernel
 @triton.jit
 def _attend(
     query, key, value, bias, result, count, scale,
@@ -84,6 +86,7 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
     return result.transpose(1, 2)
 
 
+@Kernel
 @triton.jit
 def _class_rows(
     query, key, bias, rows, count, scale, q_batch, q_head, q_row, k_batch, k_head, k_row, bias_batch,
@@ -148,6 +151,7 @@ def class_rows(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
     return rows.mean(1)
 
 
+@Kernel
 @triton.jit
 def _log_sizes(sizes, bias, count, PREFIX: tl.constexpr, TOKENS: tl.constexpr):
     """The logarithms of an image's sizes behind a 0 for each prefix token."""

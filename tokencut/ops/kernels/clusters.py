@@ -1,7 +1,8 @@
 """Density-peak clusters, and their averages, on a GPU: `ops.density_peaks` in two launches instead of sixty.
 
-One kernel makes the distances, on tensor cores in half precision: the products of half-precision numbers are exact in
-fp32, so only the order of summation differs from an fp32 product. Where a window fits into one tile it goes on to how
+One kernel makes the distances, on tensor cores: the products of half-precision numbers are exact in fp32, and those of
+fp32 numbers are put together from three of TF32, so that little but the order of summation differs from an fp32
+product. Where a window fits into one tile it goes on to how
 much each point is a centre. Another kernel does all the rest (`ops.kernels.phases`).
 """
 
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
+from tokencut.ops.kernels.launching import Kernel
 from tokencut.ops.kernels.phases import TINY, log_density, run_phases
 
 TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
@@ -36,6 +38,7 @@ def _cosine_distances(products, row_lengths, column_lengths):
     return tl.maximum(sum_of_lengths - 2.0 * products * shrink, 0.0)
 
 
+@Kernel
 @triton.jit
 def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_stride, mass, balance,
            WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
@@ -56,7 +59,7 @@ def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_s
         features = start + tl.arange(0, CHUNK)
         a = tl.load(points + rows[:, None] * row_stride + features[None, :],
                     mask=(rows[:, None] < count) & (features[None, :] < WIDTH), other=0.0)  # fmt: skip
-        products = tl.dot(a, tl.trans(a), products, input_precision="ieee")
+        products = tl.dot(a, tl.trans(a), products, input_precision="tf32x3")
     itself = rows[:, None] == rows[None, :]
     norms = tl.where(itself, products, 0.0)
     lengths = tl.sum(norms, 1)
@@ -86,6 +89,7 @@ def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_s
     tl.store(scores + rows, score, mask=rows < count)
 
 
+@Kernel
 @triton.jit
 def _distances(points, distances, tokens, window, parts, batch_stride, row_stride,
                WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
@@ -110,7 +114,7 @@ def _distances(points, distances, tokens, window, parts, batch_stride, row_strid
                     mask=(columns[None, :] < count) & (features[:, None] < WIDTH), other=0.0)  # fmt: skip
         row_norms += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
         column_norms += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
-        products = tl.dot(a, b, products, input_precision="ieee")
+        products = tl.dot(a, b, products, input_precision="tf32x3")
     if COSINE:
         squared = _cosine_distances(products, row_norms, column_norms)
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokencut.ops.kernels import opaque
 from tokencut.ops.kernels.clusters import LANES, OTHERS, distances_and_lengths
+from tokencut.ops.kernels.launching import Kernel
 from tokencut.ops.kernels.phases import join_centres
 
 AT_ONCE = 512  # up to so many points one program does an image; beyond, plain operations fill the GPU better
@@ -49,6 +50,7 @@ def _elect(image, own, joined, totals, centres, count, OTHERS: tl.constexpr):
     tl.store(centres + image * count + own, (tl.sum(beaten, 0) == 0).to(tl.int32), mask=own < count)
 
 
+@Kernel
 @triton.jit
 def _medoids(distances, weight, centres, joined, totals, group, count, clusters, ITERATIONS: tl.constexpr,
              OWN: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip

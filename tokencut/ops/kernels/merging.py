@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
+from tokencut.ops.kernels.launching import Kernel
 
 GROUPS, TOKENS = 64, 32  # that a program makes, and that it adds up at once
 CHUNK = 128  # features of them, in half precision
 
 
+@Kernel
 @triton.jit
 def _merge(features, group, share, merged, count, groups, batch_stride, row_stride,
            PREFIX: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
@@ -41,17 +46,34 @@ def _merge(features, group, share, merged, count, groups, batch_stride, row_stri
             tl.store(merged + token * WIDTH + columns, kept, mask=columns < WIDTH)
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what the backward needs."""
+    _, ctx.prefix, group, weight, ctx.count, _ = inputs
+    ctx.save_for_backward(group, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Each token's gradient is its group's, times its weight: read, and nothing added up."""
+    group, weight = ctx.saved_tensors
+    away = group == ctx.count
+    index = group.masked_fill(away, 0).unsqueeze(2).expand(-1, -1, gradient.shape[2])
+    share = weight.masked_fill(away, 0.0).to(gradient.dtype).unsqueeze(2)
+    image = gradient[:, ctx.prefix :].gather(1, index) * share
+    return torch.cat((gradient[:, : ctx.prefix], image), 1), None, None, None, None, None
+
+
 @opaque(
     "(Tensor features, int prefix, Tensor group, Tensor weight, int count, bool ordered) -> Tensor",
     lambda features, prefix, group, weight, count, ordered: features.new_empty(
         (features.shape[0], prefix + count, features.shape[2])
     ),
+    backward=(_backward, _keep),
 )
 def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: int, ordered: bool) -> Tensor:
     """Weighted sums of each group's features, behind the untouched prefix tokens.
 
     Args:
-        features: `(B, P + N, D)`, the last dimension contiguous.
+        features: `(B, P + N, D)`; gradients go to them alone.
         prefix: `P`.
         group: Group of each image token, int64 `(B, N)`.
         weight: Coefficients, fp32 `(B, N)`, used in the features' dtype.
@@ -61,6 +83,7 @@ def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: i
     Returns:
         `(B, P + M, D)`.
     """
+    features = features if features.stride(2) == 1 else features.contiguous()
     batch, tokens, width = features.shape
     merged = features.new_empty((batch, prefix + count, width))
     chunk = CHUNK if features.element_size() == 2 else CHUNK // 2

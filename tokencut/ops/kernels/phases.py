@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokencut.ops.kernels.launching import Kernel
+
 TINY = tl.constexpr(1.1754943508222875e-38)  # a sum below it has lost its digits
 NO_DISTANCE = tl.constexpr(1e-5)  # as in `ops.density_peaks`
 LONGEST = tl.constexpr(10.0)  # as in `ops.grouping`
@@ -252,6 +254,7 @@ def _phase(
         _number(image, own, first, centres, held, ordered, leaving, count, clusters, ALL, OTHERS)
 
 
+@Kernel
 @triton.jit
 def run_phases(
     distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane, clusters, groups,

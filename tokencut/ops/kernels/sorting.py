@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
+from tokencut.ops.kernels.launching import Kernel
 
 OWN, OTHERS = 128, 16  # scores that a program ranks, and those it compares them with at once
 CHOSEN_AT_ONCE = 512  # up to so many scores one program chooses from; beyond, ranking them fills the GPU better
@@ -38,6 +39,7 @@ def _ahead(scores, mine, own, count, DESCENDING: tl.constexpr, OTHERS: tl.conste
     return rank
 
 
+@Kernel
 @triton.jit
 def _rank(scores, order, count, DESCENDING: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr):
     """Writes the number of each owned score to its place."""
@@ -71,6 +73,7 @@ def ranking(scores: Tensor, descending: bool) -> Tensor:
     return order
 
 
+@Kernel
 @triton.jit
 def _choose(scores, chosen, count, wanted, OWN: tl.constexpr, OTHERS: tl.constexpr):
     """Writes the numbers of the highest scores of an image, ascending."""
