@@ -64,7 +64,7 @@ class Tokens:
         """The sizes of the image tokens, fp32 `(B, N)`: all one where nothing was merged yet."""
         if self.sizes is not None:
             return self.sizes
-        return self.features.new_ones((self.features.shape[0], self.count), dtype=torch.float32)
+        return torch.ones((self.features.shape[0], self.count), dtype=torch.float32, device=self.features.device)
 
     def counts(self) -> Tensor | None:
         """What each image token counts for in an average, fp32 `(B, N)`: its patches; None where all count alike."""
@@ -98,7 +98,7 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
         place = torch.full((index.shape[0], tokens.count), -1, dtype=torch.int64, device=index.device)
         place = place.scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         source = _follow(source, place)
-    sizes = None if tokens.sizes is None else tokens.sizes.gather(1, index)
+    sizes = None if tokens.sizes is None else take(tokens.sizes, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
     features = torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
     return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
@@ -145,7 +145,8 @@ def _weighted_sums(tokens: Tokens, decision: Grouping) -> Tensor:
 
 def _merged_by_product(tokens: Tokens, decision: Grouping) -> Tensor:
     """Gather and weighted sum in one batched product: in the same order each time, and quick wherever products are."""
-    matrix = membership(decision.group, decision.count) * decision.weight.to(tokens.features.dtype).unsqueeze(1)
+    weight = decision.weight.to(tokens.features.dtype)
+    matrix = membership(decision.group, decision.count).to(weight.dtype) * weight.unsqueeze(1)
     merged = torch.matmul(matrix, tokens.image)
     return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], merged), 1)
 

@@ -24,7 +24,13 @@ LINE = torch.tensor([[[0.0], [1.0], [2.0], [10.0], [11.0]]])
 
 
 def scores_of(points: torch.Tensor, rule: PeakRule, width: int = 1) -> torch.Tensor:
-    return peak_scores(squared_distances(points, rule.cosine), points.square().sum(2), width, rule)
+    """Scores, the densest point's as infinite and those of points that come last as infinitely low."""
+    return as_published(peak_scores(squared_distances(points, rule.cosine), points.square().sum(2), width, rule))
+
+
+def as_published(found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    scores, before = found
+    return torch.where(before == 0, scores, before * math.inf)
 
 
 def test_squared_distances_by_hand() -> None:
@@ -81,7 +87,7 @@ def test_by_cosine_lengths_do_not_count() -> None:
 def test_copies_are_equally_dense_however_products_are_rounded() -> None:
     # Distances below NO_DISTANCE of the squared length, here 1, are rounding.
     distances = torch.tensor([[[0.0, 1e-7, 4.0], [1e-7, 0.0, 4.0], [4.0, 4.0, 0.0]]])
-    scores = peak_scores(distances, torch.ones(1, 3), 1, PeakRule(2, balance=0.5))
+    scores = as_published(peak_scores(distances, torch.ones(1, 3), 1, PeakRule(2, balance=0.5)))
     density = -0.25 * math.log(NO_DISTANCE)
     assert scores[0].tolist() == [math.inf, pytest.approx(density + 0.5 * math.log(1e-7)), pytest.approx(
         -0.25 * math.log(2) + 0.5 * math.log(4))]  # fmt: skip
@@ -91,6 +97,30 @@ def test_averages_that_keep_their_length_are_marked() -> None:
     ones = torch.ones(1, 5)
     assert density_average(LINE, ones, ones, 2, PeakRule(2), keep_norm=True).keep_norm
     assert not density_average(LINE, ones, ones, 2, PeakRule(2)).keep_norm
+
+
+def test_a_point_on_a_denser_one_comes_last_and_no_number_goes_beyond_the_data() -> None:
+    points = torch.tensor([[[0.0], [0.0], [1.0], [10.0]]])
+    scores, before = peak_scores(squared_distances(points), points.square().sum(2), 1, PeakRule(2))
+    assert before.tolist() == [[1, -1, 0, 0]]
+    assert scores.abs().max() < 100
+    assert scores_of(points, PeakRule(2))[0, 1] == -math.inf
+
+
+@pytest.mark.parametrize("neighbours", [2, 3, 4])
+def test_the_nearest_by_minima_are_the_nearest_by_sorting(neighbours: int) -> None:
+    # Whole numbers, with many equal distances.
+    points = torch.randint(0, 4, (3, 20, 2), generator=torch.Generator().manual_seed(neighbours)).float()
+    distances = squared_distances(points)
+    scores, before = peak_scores(distances, points.square().sum(2), 1, PeakRule(neighbours))
+    density = -distances.sort(2).values[:, :, :neighbours].sum(2) / neighbours
+    for image in range(3):
+        for i in (before[image] == 0).nonzero()[:, 0]:
+            ahead = (density[image] > density[image, i]) | (
+                (density[image] == density[image, i]) & (torch.arange(20) < i)
+            )
+            expected = density[image, i] + 0.5 * distances[image, i][ahead].min().log()
+            torch.testing.assert_close(scores[image, i], expected)
 
 
 def test_more_neighbours_than_points_counts_all() -> None:

@@ -28,6 +28,7 @@ from tokencut.ops.density_peaks import (
     window_pairs,
     windows,
 )
+from tokencut.ops.exporting import exporting, numbers, pick, put, running, whole
 from tokencut.ops.grouping import (
     Decision,
     Grouping,
@@ -38,10 +39,10 @@ from tokencut.ops.grouping import (
     membership,
     ordered_average,
 )
-from tokencut.ops.matching import match_pairs
+from tokencut.ops.matching import in_turn, match_in_turn, match_pairs
 from tokencut.ops.medoids import medoid_clusters
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
-from tokencut.ops.ranking import ascending, by_attention, highest, ranking, take
+from tokencut.ops.ranking import are_highest, ascending, by_attention, highest, ranking, take
 from tokencut.schedule import Split, split_budget
 from tokencut.tokens import Tokens
 
@@ -59,30 +60,39 @@ __all__ = [
     "Split",
     "StageShape",
     "Tokens",
+    "are_highest",
     "as_recorded",
     "ascending",
     "by_attention",
     "density_average",
     "density_clusters",
+    "exporting",
     "group_average",
     "group_sum",
     "highest",
     "in_order",
+    "in_turn",
     "make_method",
+    "match_in_turn",
     "match_pairs",
     "medoid_clusters",
     "membership",
     "methods",
     "nearest_centre",
+    "numbers",
     "option",
     "ordered_average",
+    "pick",
+    "put",
     "ranking",
     "raw_weights",
     "register",
+    "running",
     "split_budget",
     "squared_distances",
     "take",
     "window_pairs",
+    "whole",
     "windows",
 ]
 

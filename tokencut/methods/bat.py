@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
 from tokencut.ops.density_peaks import PeakRule, density_average, density_clusters, window_pairs, windows
+from tokencut.ops.exporting import numbers, pick, put, running
 from tokencut.ops.grouping import Decision, Selection, ordered_average
-from tokencut.ops.matching import match_pairs
+from tokencut.ops.matching import in_turn, match_in_turn
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
 from tokencut.ops.ranking import by_attention, highest, take
 from tokencut.schedule import Split, split_budget
@@ -69,13 +70,15 @@ class Bat(Method):
         if not self.merges():
             return Selection(highest(attention, split.attentive))
         attentive, inattentive = by_attention(attention, split.attentive)
-        group = torch.full_like(attention, budget, dtype=torch.int64)
-        group = self._pair(stage_input, group, attentive, split)
+        place = self._paired(stage_input, attentive, split)
         if split.clusters:
             points, held = take(self._points(stage_input), inattentive), take(sizes, inattentive)
             parts = windows(stage_input.tokens.count - split.attentive, split.clusters, self.window)
-            clusters = density_clusters(points, split.clusters, self.rule, held, parts)
-            group = group.scatter(1, inattentive, clusters + (split.attentive - split.pairs))
+            behind = density_clusters(points, split.clusters, self.rule, held, parts)
+            behind = behind + (split.attentive - split.pairs)
+        else:
+            behind = torch.full_like(inattentive, budget)
+        group = put(torch.cat((place, behind), 1), torch.cat((attentive, inattentive), 1))
         merged = ordered_average(group, raw_weights(self.weights, sizes, attention), sizes, budget)
         return replace(merged, keep_norm=self.keep_norm)
 
@@ -89,18 +92,16 @@ class Bat(Method):
         """What clusters compare; lengths are left to the comparison, which knows them from its products."""
         return stage_input.features("tokens" if self.features == "unit" else self.features)
 
-    def _pair(self, stage_input: StageInput, group: Tensor, attentive: Tensor, split: Split) -> Tensor:
-        """Groups the attentive tokens as `0..K-R-1`; the sides alternate by rank of class attention."""
-        stays = torch.ones_like(attentive)
-        if split.pairs:
-            ranks = torch.arange(split.attentive, device=group.device).expand_as(attentive)
-            points = take(stage_input.features(self.match_features), attentive)
-            away, joined = match_pairs(points, ranks[:, 1::2], ranks[:, ::2], split.pairs)
-            stays = stays.scatter(1, away, 0)
-        place = stays.cumsum(1) - 1
-        if split.pairs:
-            place = place.scatter(1, away, place.gather(1, joined))
-        return group.scatter(1, attentive, place)
+    def _paired(self, stage_input: StageInput, attentive: Tensor, split: Split) -> Tensor:
+        """Groups of the attentive tokens, `0..K-R-1`; the sides alternate by rank of class attention."""
+        if not split.pairs:
+            return numbers(attentive, split.attentive).expand_as(attentive)
+        points = take(stage_input.features(self.match_features), attentive)
+        gone, best = match_in_turn(points, 1, split.pairs)
+        stays = torch.logical_not(gone)
+        place = running(in_turn(stays, torch.ones_like(attentive[:, ::2], dtype=torch.bool), 1)) - 1
+        away, left = place[:, 1::2], place[:, ::2]
+        return in_turn(torch.where(gone, pick(left, best), away), left, 1)
 
     def split(self, tokens: int, budget: int) -> Split:
         """How a budget is spent."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops.grouping import Selection
-from tokencut.ops.ranking import ascending, by_attention
+from tokencut.ops.ranking import highest
 
 
 @register
@@ -32,8 +32,7 @@ class DynamicViT(Method):
 
     def decide(self, stage_input: StageInput, budget: int) -> Selection:
         scores = _predictor(stage_input)(stage_input.tokens.image)[..., 0]
-        kept, _ = by_attention(scores, budget)
-        return Selection(ascending(kept))
+        return Selection(highest(scores, budget))
 
     def soft_policy(self, stage_input: StageInput) -> Tensor:
         before = stage_input.tokens.policy

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from tokencut.methods.base import Method, StageInput, StageShape, option, register
+from tokencut.ops.exporting import numbers, running
 from tokencut.ops.grouping import Grouping, ordered_average
-from tokencut.ops.ranking import highest
+from tokencut.ops.ranking import are_highest
 
 
 @register
@@ -28,15 +29,16 @@ class EViT(Method):
 
     def decide(self, stage_input: StageInput, budget: int) -> Grouping:
         attention, sizes = stage_input.attention.class_attention(), stage_input.tokens.known_sizes()
-        goes = torch.ones_like(attention, dtype=torch.int64).scatter(1, highest(attention, budget - 1), 0)
-        gone = goes.cumsum(1)
+        goes = torch.logical_not(are_highest(attention, budget - 1))
+        gone = running(goes)
         # The fused token stands where the first that goes into it stood.
-        fused = (gone == 0).sum(1, keepdim=True)
-        place = torch.arange(gone.shape[1], device=gone.device)
-        group = torch.where(goes > 0, fused, place - gone + (gone > 0))
+        fused = (gone == 0).to(gone.dtype).sum(1, keepdim=True, dtype=gone.dtype)
+        place = numbers(gone, gone.shape[1])
+        group = torch.where(goes, fused, place - gone + (gone > 0).to(gone.dtype))
         if self.normalized:
             return ordered_average(group, attention, sizes, budget)
-        return Grouping(group, torch.where(goes > 0, attention, 1.0), budget, ordered=True)
+        weight = torch.where(goes, attention, torch.ones_like(attention))
+        return Grouping(group, weight, budget, ordered=True)
 
     def tokens_out(self, tokens: int, budget: int) -> int:
         return budget + 1 if self.extra_token else budget

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from tokencut.methods.base import FEATURE_KINDS, Method, StageInput, StageShape, option, register
+from tokencut.ops.exporting import put
 from tokencut.ops.grouping import Grouping, ordered_average
 from tokencut.ops.medoids import medoid_clusters
 from tokencut.ops.merge_weights import WEIGHT_KINDS, raw_weights
@@ -37,7 +36,7 @@ class KMedoids(Method):
         order = ranking(attention)
         points = take(stage_input.features(self.features), order)
         ranked = medoid_clusters(points, take(weight, order), budget, self.iterations)
-        return ordered_average(torch.empty_like(ranked).scatter(1, order, ranked), weight, sizes, budget)
+        return ordered_average(put(ranked, order), weight, sizes, budget)
 
     def macs(self, shape: StageShape) -> int:
         return shape.tokens * shape.tokens * shape.feature_width(self.features)

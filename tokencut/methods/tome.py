@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops import kernels
+from tokencut.ops.exporting import numbers, pick, running
 from tokencut.ops.grouping import Grouping, group_average, membership
-from tokencut.ops.matching import match_pairs
+from tokencut.ops.matching import in_turn, match_in_turn
 
 
 @register
@@ -32,14 +33,14 @@ class ToMe(Method):
         keys, sizes = stage_input.attention.keys(), stage_input.tokens.known_sizes()
         if kernels.usable(keys, sizes) and sizes.shape[1] <= kernels.MATCHED_AT_ONCE:
             return merged_by_kernels(keys, sizes, stage_input.tokens.num_prefix_tokens, budget)
-        group = torch.arange(sizes.shape[1], device=sizes.device).expand(sizes.shape[0], -1)
+        group = numbers(sizes, sizes.shape[1]).expand(sizes.shape[0], -1)
         current, now = keys, sizes.shape[1]
         for leaving in rounds(now, budget):
             if now < sizes.shape[1]:
                 # A group's key is the mean over its patches: keys are linear, so it can be taken from the first ones.
-                matrix = membership(group, now) * group_average(group, sizes, sizes, now).unsqueeze(1)
+                matrix = membership(group, now).to(sizes.dtype) * group_average(group, sizes, sizes, now).unsqueeze(1)
                 current = torch.matmul(matrix, keys)
-            group = match_round(current, stage_input.tokens.num_prefix_tokens, now - leaving).gather(1, group)
+            group = pick(match_round(current, stage_input.tokens.num_prefix_tokens, now - leaving), group)
             now = leaving
         return Grouping(group, group_average(group, sizes, sizes, budget), budget)
 
@@ -92,11 +93,8 @@ def match_round(points: Tensor, prefix: int, pairs: int) -> Tensor:
         Group of each token, int64 `(B, n)`: the rest of the even positions in order, then the odd positions in order.
     """
     batch, count, _ = points.shape
-    numbers = torch.arange(count, device=points.device).expand(batch, -1)
-    even, odd = numbers[:, prefix % 2 :: 2], numbers[:, 1 - prefix % 2 :: 2]
-    away, joined = match_pairs(points, even, odd, pairs)
-    stays = torch.zeros_like(numbers).scatter(1, even, 1).scatter(1, away, 0)
-    place = torch.where(stays > 0, stays.cumsum(1) - 1, 0)
-    behind = torch.arange(even.shape[1] - pairs, count - pairs, device=points.device).expand_as(odd)
-    place = place.scatter(1, odd, behind)
-    return place.scatter(1, away, place.gather(1, joined))
+    gone, best = match_in_turn(points, prefix % 2, pairs)
+    side = gone.shape[1]
+    behind = numbers(points, count - side, side - pairs).expand(batch, -1)
+    left = running(torch.logical_not(gone)) - 1
+    return in_turn(torch.where(gone, best + (side - pairs), left), behind, prefix % 2)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
+from tokencut.ops.exporting import beyond, exporting, numbers, pick, running, whole
 from tokencut.ops.grouping import Grouping, ordered_average
-from tokencut.ops.ranking import ranking
+from tokencut.ops.ranking import are_highest, marked, not_ahead
 
 # Numbers of nearest that the GPU kernel can count.
 KERNEL_NEIGHBOURS = (3, 4, 5)
@@ -63,7 +64,7 @@ def _distances_and_lengths(points: Tensor, cosine: bool) -> tuple[Tensor, Tensor
     # The squared lengths stand on the diagonal: summing squares once more took a tenth as long as the product.
     lengths = _diagonal(products)
     distances = torch.add(lengths.unsqueeze(2) + lengths.unsqueeze(1), products, alpha=-2)
-    return distances.clamp(min=0.0, max=torch.finfo(torch.float32).max), lengths
+    return distances.clamp(min=0.0), lengths
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
@@ -72,12 +73,11 @@ def _diagonal(matrices: Tensor) -> Tensor:
 
 def peak_scores(
     distances: Tensor, lengths: Tensor, width: int, rule: PeakRule, log_mass: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """How much each point is a centre: log density plus log separation.
 
     Density is `mass / rms distance to the nearest ** balance`, or as published; separation the distance to the nearest
-    denser point. The densest, whose separation is published as the largest distance, and so its score as the highest,
-    has an infinite one. Logarithms, since the published density underflows on tokens of large norm.
+    denser point. Logarithms, since the published density underflows on tokens of large norm.
 
     Args:
         distances: Squared distances, fp32 `(B, n, n)`.
@@ -87,63 +87,82 @@ def peak_scores(
         log_mass: Logarithm of each point's mass, fp32 `(B, n)`; every mass is 1 where None.
 
     Returns:
-        fp32 `(B, n)`; higher is more of a centre, `-inf` for a point that coincides with a denser one or is no number.
+        Scores, fp32 `(B, n)`, higher for more of a centre, and what comes before them, likewise: 1 for the densest
+        point, whose separation is published as the largest distance and so its score as the highest, -1 for one that
+        coincides with a denser one or is no number, 0 for all others. Only of these does the score mean anything.
     """
-    count = distances.shape[1]
-    nearest = _mean_of_nearest(distances, min(rule.neighbours, count))
+    tiny = torch.finfo(torch.float32).tiny
+    far = beyond(distances)
+    nearest = _mean_of_nearest(distances, min(rule.neighbours, distances.shape[1]), far)
     if rule.balance is None:
         log_density = -nearest / width
     else:
-        none = (NO_DISTANCE * lengths).clamp(min=torch.finfo(torch.float32).tiny)
+        none = (NO_DISTANCE * lengths).clamp(min=tiny)
         log_density = -0.5 * rule.balance * torch.maximum(nearest, none).log()
     if log_mass is not None:
         log_density = log_density + log_mass
-    order = ranking(log_density)
-    rank = torch.arange(count, device=distances.device).expand_as(order)
-    rank = torch.zeros_like(order).scatter(1, order, rank)
-    # Added rather than filled in: a masked fill took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
-    not_denser = rank.unsqueeze(1) >= rank.unsqueeze(2)
-    to_denser = torch.add(distances, not_denser, alpha=torch.finfo(torch.float32).max).amin(2)
-    scores = log_density + 0.5 * to_denser.log()
-    return scores.masked_fill(scores.isnan(), -torch.inf).masked_fill(rank == 0, torch.inf)
+    not_denser, densest = not_ahead(log_density)
+    # A product, since a masked fill took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
+    to_denser = torch.addcmul(distances, not_denser, far).amin(2)
+    scores = log_density + 0.5 * to_denser.clamp(min=tiny).log()
+    below = torch.logical_not(to_denser > 0).to(scores.dtype)
+    return scores, torch.where(densest, torch.ones_like(scores), -below)
 
 
-def _mean_of_nearest(distances: Tensor, neighbours: int) -> Tensor:
-    """Mean distance to the nearest points, the point itself among them, `(B, n)`."""
-    if neighbours < 2 or neighbours > 4:
-        return distances.topk(neighbours, dim=2, largest=False).values.mean(2)
-    # A few minima in turn: finding them by topk took a fifth of a stage on a GPU. The point itself is at 0.
-    far = torch.finfo(torch.float32).max
-    others = torch.add(distances, torch.eye(distances.shape[1], device=distances.device), alpha=far)
-    found = []
-    for _ in range(neighbours - 2):
-        value, nearest = others.min(2, keepdim=True)
-        found.append(value.squeeze(2))
-        others = others.scatter(2, nearest, far)
-    return sum(found, others.amin(2)) / neighbours
+def _in_one(scores: Tensor, before: Tensor) -> Tensor:
+    """Scores in the order that `peak_scores` describes, by one number each, `(B, N)`."""
+    plain = before == 0
+    scores = torch.where(plain, scores, torch.zeros_like(scores))
+    beyond_all = 2.0 * scores.abs().amax(1, keepdim=True) + 1.0
+    return torch.where(plain, scores, before * beyond_all)
+
+
+def _mean_of_nearest(distances: Tensor, neighbours: int, far: Tensor) -> Tensor:
+    """Mean distance to the nearest points, the point itself among them, `(B, n)`; `far` is beyond all distances."""
+    if exporting() or neighbours not in (2, 3):
+        # Of rows, since LiteRT has no other.
+        found = distances.flatten(0, 1).neg().topk(neighbours, dim=1).values
+        return found.mean(1).neg().unflatten(0, distances.shape[:2])
+    # The point itself is at 0. Minima: finding them by topk took a fifth of a stage on a GPU, and on a CPU more.
+    others = torch.addcmul(distances, torch.eye(distances.shape[1], device=distances.device), far)
+    nearest = others.amin(2)
+    if neighbours == 2:
+        return nearest / 2
+    as_near = (others - nearest.unsqueeze(2)).le_(0.0)
+    second = torch.addcmul(others, as_near, far).amin(2)
+    return (torch.where(as_near.sum(2) > 1, nearest, second) + nearest) / 3
 
 
 def nearest_centre(distances: Tensor, centres: Tensor) -> Tensor:
     """The centre each point is nearest to; a centre joins itself, equal distances go to the earlier centre.
 
     Args:
-        distances: Distances in any monotonic form, fp32 `(B, n, n)`.
+        distances: Distances in any monotonic form, not negative, fp32 `(B, n, n)`.
         centres: Numbers of the centres, ascending, int64 `(B, C)`.
 
     Returns:
         Position in `centres`, int64 `(B, n)`.
     """
-    is_centre = torch.zeros_like(distances[:, 0], dtype=torch.int64).scatter(1, centres, 1)
-    return (is_centre.cumsum(1) - 1).gather(1, _joined(distances, is_centre))
+    return nearest_marked(distances, marked(centres, distances.shape[1]))
+
+
+def nearest_marked(distances: Tensor, is_centre: Tensor) -> Tensor:
+    """`nearest_centre` of centres that are marked, bool `(B, n)`."""
+    return _position(is_centre, _joined(distances, is_centre))
+
+
+def _position(is_centre: Tensor, joined: Tensor) -> Tensor:
+    """The position among the centres of each of those that were joined, `(B, n)`."""
+    # An image whose features are no numbers may have joined what is no centre: it stays an image with groups.
+    return pick((running(is_centre) - 1).clamp(min=0), joined)
 
 
 def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:
-    """The number of the centre that each point joins, int64 `(B, n)`; `is_centre` holds 1 or 0."""
-    apart = (1 - is_centre) * torch.finfo(torch.float32).max
-    # min is documented to return the first of equal minima. Gathering the centres' rows took three times as long.
-    nearest = (distances + apart.unsqueeze(1)).min(2).indices
-    itself = torch.arange(distances.shape[1], device=distances.device)
-    return torch.where(is_centre > 0, itself, nearest)
+    """The number of the centre that each point joins, int64 `(B, n)`."""
+    # argmin is documented to return the first of equal minima. Gathering the centres' rows took three times as long.
+    apart = torch.logical_not(is_centre).unsqueeze(1).to(distances.dtype) * beyond(distances)
+    nearest = (distances + apart).argmin(2).to(whole())
+    return torch.where(is_centre, numbers(distances, distances.shape[1]), nearest)
 
 
 def windows(count: int, clusters: int, window: int) -> int:
@@ -205,22 +224,23 @@ def density_clusters(
     count, width = points.shape[1:]
     log_mass = None if sizes is None else rule.mass * sizes.log()
     split = _windows(count, parts)
-    apart, scores = [], []
+    apart, scores, before = [], [], []
     for windows_of_a_size in split:
         within = _in_windows(points, windows_of_a_size)
         mass = None if log_mass is None else _in_windows(log_mass, windows_of_a_size)
         distances, lengths = _distances_and_lengths(within, rule.cosine)
         apart.append(distances)
-        scores.append(_per_image(peak_scores(distances, lengths, width, rule, mass), windows_of_a_size))
-    centres = ranking(_joined_up(scores))[:, :clusters]
-    is_centre = torch.zeros_like(centres[:, :1]).expand(-1, count).scatter(1, centres, 1)
+        of_points, before_them = peak_scores(distances, lengths, width, rule, mass)
+        scores.append(_per_image(of_points, windows_of_a_size))
+        before.append(_per_image(before_them, windows_of_a_size))
+    is_centre = are_highest(_in_one(_joined_up(scores), _joined_up(before)), clusters)
     joined = []
     for windows_of_a_size, distances in zip(split, apart, strict=True):
         start, number, size = windows_of_a_size
         nearest = _joined(distances, _in_windows(is_centre, windows_of_a_size)).unflatten(0, (-1, number))
-        first = torch.arange(start, start + number * size, size, device=nearest.device).unsqueeze(1)
+        first = start + size * numbers(nearest, number).unsqueeze(1)
         joined.append((nearest + first).flatten(1))
-    return (is_centre.cumsum(1) - 1).gather(1, _joined_up(joined))
+    return _position(is_centre, _joined_up(joined))
 
 
 def _in_windows(values: Tensor, windows_of_a_size: tuple[int, int, int]) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokencut.ops import kernels
+from tokencut.ops.exporting import exporting, numbers, pick, running
 
 # Members that cancel out leave a sum of rounding errors: it is not scaled up beyond this.
 LONGEST = 10.0
@@ -63,7 +64,7 @@ def membership(group: Tensor, count: int) -> Tensor:
     Returns:
         Bool `(B, M, N)`.
     """
-    return group.unsqueeze(1) == torch.arange(count, device=group.device).view(1, count, 1)
+    return group.unsqueeze(1) == numbers(group, count).view(1, count, 1)
 
 
 def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> Tensor:
@@ -78,11 +79,11 @@ def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> T
     Returns:
         Coefficients, fp32 `(B, N)`; a token alone in its group gets exactly 1.
     """
-    by_size = sizes / _sums(group, sizes, count).gather(1, group)
+    by_size = sizes / pick(_sums(group, sizes, count), group)
     if weight is sizes:
         return by_size
     tiny = torch.finfo(torch.float32).tiny  # a sum below it has lost its digits, and some devices flush it to 0
-    total = _sums(group, weight, count).gather(1, group)
+    total = pick(_sums(group, weight, count), group)
     return torch.where(total >= tiny, weight / total.clamp(min=tiny), by_size)
 
 
@@ -115,7 +116,7 @@ def group_centres(group: Tensor, positions: Tensor, sizes: Tensor, count: int) -
     weight = group_average(group, sizes, sizes, count)
     if positions.is_cuda or torch.compiler.is_compiling():
         # Sums in the same order each time; a batched product might round its operands to 10 bits there (TF32).
-        matrix = membership(group, count) * weight.unsqueeze(1)
+        matrix = membership(group, count).to(weight.dtype) * weight.unsqueeze(1)
         return torch.stack([(matrix * line.unsqueeze(1)).sum(2) for line in positions.unbind(2)], 2)
     return torch.stack([group_sum(group, weight * line, count) for line in positions.unbind(2)], 2)
 
@@ -135,11 +136,13 @@ def norm_factors(group: Tensor, weight: Tensor, lengths: Tensor, merged: Tensor,
     """
     factors = group_sum(group, weight * lengths, count) / merged.clamp(min=torch.finfo(torch.float32).tiny)
     # A token alone passes unchanged: two reductions of the same numbers may differ in the last bit.
-    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors.clamp(max=LONGEST))
+    return torch.where((factors - 1).abs() < 1e-5, torch.ones_like(factors), factors.clamp(max=LONGEST))
 
 
 def _sums(group: Tensor, values: Tensor, count: int) -> Tensor:
     """The sums of each group, and in a column more, of what is in none: `(B, M + 1)`."""
+    if exporting():
+        return (membership(group, count + 1).to(values.dtype) * values.unsqueeze(1)).sum(2)
     return values.new_zeros((values.shape[0], count + 1)).scatter_add(1, group, values)
 
 
@@ -154,13 +157,22 @@ def in_order(group: Tensor, count: int) -> Tensor:
         The same groups, int64 `(B, N)`.
     """
     tokens = group.shape[1]
-    positions = torch.arange(tokens, device=group.device).expand_as(group)
-    firsts = torch.full((group.shape[0], count + 1), tokens, device=group.device, dtype=torch.int64)
-    firsts = firsts.scatter_reduce(1, group, positions, "amin")[:, :count]
-    first = F.pad(firsts, (0, 1), value=tokens).gather(1, group)  # no position, where there is no group
+    positions = numbers(group, tokens).expand_as(group)
+    first = F.pad(_firsts(group, positions, count), (0, 1), value=tokens)
+    first = pick(first, group)  # no position, where there is no group
     # The number of a group is how many groups have begun before its first member.
-    begun = (first == positions).cumsum(1) - 1
-    return F.pad(begun, (0, 1), value=count).gather(1, first)
+    begun = running(first == positions) - 1
+    return pick(F.pad(begun, (0, 1), value=count), first)
+
+
+def _firsts(group: Tensor, positions: Tensor, count: int) -> Tensor:
+    """The smallest member of each group, `(B, M)`."""
+    tokens = group.shape[1]
+    if exporting():
+        elsewhere = torch.logical_not(membership(group, count)).to(positions.dtype)
+        return (positions.unsqueeze(1) + tokens * elsewhere).amin(2)
+    firsts = torch.full((group.shape[0], count + 1), tokens, device=group.device, dtype=torch.int64)
+    return firsts.scatter_reduce(1, group, positions, "amin")[:, :count]
 
 
 def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> Grouping:

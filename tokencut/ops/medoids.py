@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
-from tokencut.ops.density_peaks import nearest_centre, squared_distances
-from tokencut.ops.grouping import membership
-from tokencut.ops.ranking import ascending
+from tokencut.ops.density_peaks import nearest_marked, squared_distances
+from tokencut.ops.exporting import beyond, numbers, whole
+from tokencut.ops.ranking import marked
 
 
 def medoid_clusters(points: Tensor, weight: Tensor, clusters: int, iterations: int) -> Tensor:
@@ -34,13 +34,16 @@ def medoid_clusters(points: Tensor, weight: Tensor, clusters: int, iterations: i
     distances = squared_distances(points)
     # The two members of a pair tie where they weigh the same: a product's last bit must not decide between them.
     distances = torch.minimum(distances, distances.transpose(1, 2))
-    medoids = torch.arange(clusters, device=distances.device).expand(distances.shape[0], -1)
-    group = nearest_centre(distances, medoids)
+    first = numbers(distances, distances.shape[1]) < clusters
+    group = nearest_marked(distances, first.expand(distances.shape[0], -1))
+    centre = numbers(distances, clusters).view(1, -1, 1).float()
     for _ in range(iterations):
-        together = group.unsqueeze(2) == group.unsqueeze(1)
-        total = torch.where(together, distances * weight.unsqueeze(1), 0.0).sum(2)
+        # Masks of floats, made in place: on a CPU they take a fifth of the time of bools.
+        own = group.float().unsqueeze(1)
+        together = (own - own.transpose(1, 2)).eq_(0.0)
+        total = (distances * weight.unsqueeze(1) * together).sum(2).unsqueeze(1)
+        others = (own - centre).ne_(0.0)
         # argmin is documented to return the first of equal minima.
-        candidates = torch.where(membership(group, clusters), total.unsqueeze(1), torch.inf)
-        medoids = ascending(candidates.argmin(2))
-        group = nearest_centre(distances, medoids)
+        medoids = torch.addcmul(total, others, beyond(total)).argmin(2).to(whole())
+        group = nearest_marked(distances, marked(medoids, distances.shape[1]))
     return group

@@ -6,13 +6,32 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
+from tokencut.ops.exporting import exporting, not_earlier, numbers, pick, put, running, whole
 
 
 def ranking(scores: Tensor) -> Tensor:
     """Token numbers from the highest score to the lowest; equal scores by lower number.
 
     A stable sort, since `torch.topk` promises no order among equals: the same image must give the same tokens, alone
-    or in any batch.
+    or in any batch. In an exported graph a count.
+
+    Args:
+        scores: fp32 `(B, N)`.
+
+    Returns:
+        int64 `(B, N)`; int32 in an exported graph, as all token numbers.
+    """
+    if exporting():
+        return put(numbers(scores, scores.shape[1]).expand_as(scores), ranks(scores))
+    if kernels.usable(scores):
+        from tokencut.ops.kernels import sorting as kernel
+
+        return kernel.ranking(scores, True)
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The place of each token in `ranking`.
 
     Args:
         scores: fp32 `(B, N)`.
@@ -20,11 +39,75 @@ def ranking(scores: Tensor) -> Tensor:
     Returns:
         int64 `(B, N)`.
     """
+    if exporting():
+        count = scores.shape[1]
+        # Scores that are no numbers are behind nothing, not even themselves: let their ranks be places all the same.
+        return (count - _behind(scores).to(whole()).sum(2, dtype=whole())).clamp(max=count - 1)
+    order = ranking(scores)
+    return put(numbers(scores, scores.shape[1]).expand_as(order), order)
+
+
+def not_ahead(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens do not come before a token in `ranking`, itself among them.
+
+    Args:
+        scores: fp32 `(B, N)`.
+
+    Returns:
+        fp32 `(B, N, N)`: at `[:, i, j]` 1 where `j` is not before `i`, else 0; and which token is the first of all,
+        bool `(B, N)`.
+    """
+    if exporting():
+        mask = _behind(scores).to(torch.float32)
+        return mask, mask.sum(2) == scores.shape[1]
+    places = ranks(scores).float()
+    # In place, which leaves a float: making a bool and turning that into a float took five times as long on a CPU.
+    return (places.unsqueeze(1) - places.unsqueeze(2)).ge_(0.0), places == 0
+
+
+def _behind(scores: Tensor) -> Tensor:
+    """The same by comparing scores, bool `(B, N, N)`."""
+    theirs, own = scores.unsqueeze(1), scores.unsqueeze(2)
+    return torch.logical_or(theirs < own, torch.logical_and(theirs <= own, not_earlier(scores, scores.shape[1])))
+
+
+def are_highest(scores: Tensor, count: int) -> Tensor:
+    """Which tokens are the `count` of highest score; of equal scores the lower numbers.
+
+    Args:
+        scores: fp32 `(B, N)`.
+        count: `M`.
+
+    Returns:
+        Bool `(B, N)`.
+    """
+    if exporting():
+        return ranks(scores) < count
+    return marked(_some_highest(scores, count), scores.shape[1])
+
+
+def marked(found: Tensor, count: int) -> Tensor:
+    """Which of the numbers `0..count - 1` are among those of an image.
+
+    Args:
+        found: `(B, M)`.
+        count: `N`.
+
+    Returns:
+        Bool `(B, N)`.
+    """
+    none = torch.zeros_like(numbers(found, count).expand(found.shape[0], -1))
+    return none.scatter(1, found.to(torch.int64), 1) > 0
+
+
+def _some_highest(scores: Tensor, count: int) -> Tensor:
+    """`highest` in any order."""
     if kernels.usable(scores):
         from tokencut.ops.kernels import sorting as kernel
 
-        return kernel.ranking(scores, True)
-    return torch.sort(scores, dim=1, descending=True, stable=True).indices
+        if scores.shape[1] <= kernel.CHOSEN_AT_ONCE:
+            return kernel.highest(scores, count)
+    return ranking(scores)[:, :count]
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -37,6 +120,8 @@ def highest(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 `(B, M)`.
     """
+    if exporting():
+        return _sorted_out(are_highest(scores, count), count)[:, :count]
     if kernels.usable(scores):
         from tokencut.ops.kernels import sorting as kernel
 
@@ -45,13 +130,29 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return ascending(ranking(scores)[:, :count])
 
 
-def ascending(numbers: Tensor) -> Tensor:
+def ascending(found: Tensor) -> Tensor:
     """The same token numbers in ascending order, int64 `(B, M)`."""
-    if kernels.usable(numbers):
+    if exporting():
+        return put(found, ranks(-found))
+    if kernels.usable(found):
         from tokencut.ops.kernels import sorting as kernel
 
-        return numbers.gather(1, kernel.ranking(numbers, False))
-    return numbers.sort(dim=1).values
+        return found.gather(1, kernel.ranking(found, False))
+    return found.sort(dim=1).values
+
+
+def _sorted_out(chosen: Tensor, count: int) -> Tensor:
+    """Token numbers with those of a mask first, both parts ascending.
+
+    Args:
+        chosen: Bool `(B, N)`.
+        count: How many are chosen in each image.
+
+    Returns:
+        `(B, N)`.
+    """
+    every, so_far = numbers(chosen, chosen.shape[1]), running(chosen)
+    return put(every.expand_as(so_far), torch.where(chosen, so_far - 1, count + every - so_far))
 
 
 def by_attention(attention: Tensor, attentive: int) -> tuple[Tensor, Tensor]:
@@ -71,5 +172,5 @@ def by_attention(attention: Tensor, attentive: int) -> tuple[Tensor, Tensor]:
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows of `values` `(B, N, F)` or entries of `(B, N)` at `index` `(B, M)`."""
     if values.dim() == 2:
-        return values.gather(1, index)
-    return values.gather(1, index.unsqueeze(2).expand(-1, -1, values.shape[2]))
+        return pick(values, index)
+    return values.gather(1, index.to(torch.int64).unsqueeze(2).expand(-1, -1, values.shape[2]))
