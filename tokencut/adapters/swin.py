@@ -1,7 +1,10 @@
-"""Every architecture that timm builds of its class `SwinTransformer`: attention in windows, shifted in turns."""
+"""Every architecture that timm builds of its classes `SwinTransformer` and `SwinTransformerV2`: attention in windows,
+which are shifted in every other block.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, get_relative_position_index
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from tokencut.adapters.base import counted_macs, linear_macs, register_adapter
@@ -25,18 +29,29 @@ class SmallerWindows:
     """What all blocks on a smaller grid share.
 
     Attributes:
-        index: Which relative position each pair of a window's places has, int64 `(n, n)`.
-        rows: How the rows of a table of relative positions come of those of the model's own, `(2h' - 1, 2h - 1)`.
-        columns: The same for columns.
         shift: By how many rows and columns windows are shifted in every other block.
         mask: What is added to the attention of shifted windows, `(W, n, n)`; None where windows are not shifted.
+        positions: What the family's attention needs of the relative positions in such windows.
+    """
+
+    shift: tuple[int, int]
+    mask: Tensor | None
+    positions: Any
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """How a table of relative positions is looked up for smaller windows.
+
+    Attributes:
+        index: Which relative position each pair of a window's places has, int64 `(n, n)`.
+        rows: What the rows of a smaller table are of those of the model's own, `(2h' - 1, 2h - 1)`.
+        columns: The same for columns.
     """
 
     index: Tensor
     rows: Tensor
     columns: Tensor
-    shift: tuple[int, int]
-    mask: Tensor | None
 
 
 class ShiftedWindowAdapter(HierarchicalAdapter):
@@ -93,15 +108,8 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
             own = StandIn(shifted, window_size=(windows.height, windows.width), window_area=windows.places,
                           shift_size=shift)  # fmt: skip
             mask = own.get_attn_mask(features.new_empty(size))
-        device, dtype = features.device, features.dtype
-        shared = SmallerWindows(
-            get_relative_position_index(windows.height, windows.width, device=device),
-            _offsets(before.height, windows.height, device).to(dtype),
-            _offsets(before.width, windows.width, device).to(dtype),
-            shift,
-            mask,
-        )
-        return replace(tokens, shared=shared)
+        layer = plain(plain(self.blocks(model)[0]).attn)
+        return replace(tokens, shared=SmallerWindows(shift, mask, self.positions(layer, before, windows, features)))
 
     def run_smaller(self, block: TimmModule, features: Tensor, tokens: Tokens) -> Tensor:
         windows, shared = tokens.windows, tokens.shared
@@ -114,13 +122,59 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
             shift_size=shared.shift if shifts else (0, 0),
             dynamic_mask=False,
             attn_mask=shared.mask if shifts else None,
-            attn=self.attention(block.attn, windows, shared),
+            attn=self.attention(block.attn, windows, shared.positions),
         )(features)
         return done
 
-    def attention(self, layer: TimmModule, windows: Windows, shared: SmallerWindows) -> StandIn:
-        """The attention of a block on windows of another size, with what it adds for relative positions."""
-        raise NotImplementedError
+    @abstractmethod
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Any:
+        """What attention needs of the relative positions in smaller windows.
+
+        Args:
+            layer: The attention of any of the blocks.
+            before: The grid in the model's own windows.
+            windows: The smaller grid.
+            like: A tensor of the features' device and dtype.
+        """
+
+    @abstractmethod
+    def attention(self, layer: TimmModule, windows: Windows, positions: Any) -> StandIn:
+        """The attention of a block in smaller windows, with what it adds for relative positions."""
+
+    @abstractmethod
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        """Multiply-adds of what attention adds for relative positions.
+
+        Args:
+            layer: The attention.
+            own: The grid in the model's own windows.
+            windows: The smaller grid where attention is on one, else None.
+        """
+
+    def block_macs(self, block: TimmModule, windows: Windows, *, smaller: bool) -> int:
+        layer = plain(block.attn)
+        own = Windows(windows.rows, windows.columns, *layer.window_size)
+        inside = windows if smaller else own
+        padded = inside.number * inside.places
+        width = linear_out(layer.qkv) // 3
+        macs: int = padded * (linear_macs(layer.qkv) + linear_macs(layer.proj) + 2 * width * inside.places)
+        return (
+            macs + windows.count * linear_macs(block.mlp) + self.position_macs(layer, own, windows if smaller else None)
+        )
+
+    def other_macs(self, model: TimmModule, stage: int, height: int, width: int) -> int:
+        rows, columns = self.stage_grid(model, stage, height, width)
+        if stage:
+            stages: Any = self.stages(model)
+            return rows * columns * linear_macs(stages[stage].downsample)
+        embed = model.patch_embed
+        proj = plain(embed.proj)
+        if type(embed) is PatchEmbed and isinstance(proj, nn.Conv2d):
+            return rows * columns * proj.weight.numel()
+        return counted_macs(embed, (model.in_chans, height, width))
+
+    def head_macs(self, model: TimmModule, tokens: int) -> int:
+        return linear_macs(model.head.fc) * (1 if model.head.global_pool.pool_type else tokens)
 
 
 @register_adapter
@@ -136,44 +190,69 @@ class SwinAdapter(ShiftedWindowAdapter):
     classes = (SwinTransformer,)
     block_classes = (SwinTransformerBlock,)
 
-    def all_blocks(self, model: TimmModule, run: Run) -> object:
+    def all_blocks(self, model: TimmModule, run: Run) -> Any:
         return partial(call, self.blocks(model), partial(self.on_grid, model, run))
 
-    def attention(self, layer: TimmModule, windows: Windows, shared: SmallerWindows) -> StandIn:
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Offsets:
+        return Offsets(
+            get_relative_position_index(windows.height, windows.width, device=like.device),
+            _offsets(before.height, windows.height, like),
+            _offsets(before.width, windows.width, like),
+        )
+
+    def attention(self, layer: TimmModule, windows: Windows, positions: Offsets) -> StandIn:
         return StandIn(
             layer,
             window_size=(windows.height, windows.width),
             window_area=windows.places,
             # Made where it is asked for, inside the layer's own call: its table may be gathered only then (FSDP).
-            _get_rel_pos_bias=partial(_position_bias, layer, shared),
+            _get_rel_pos_bias=partial(_position_bias, layer, positions),
         )
 
-    def block_macs(self, block: TimmModule, windows: Windows, *, smaller: bool) -> int:
-        layer = plain(block.attn)
-        own = Windows(windows.rows, windows.columns, *layer.window_size)
-        inside = windows if smaller else own
-        padded = inside.number * inside.places
-        width = linear_out(layer.qkv) // 3
-        macs: int = padded * (linear_macs(layer.qkv) + linear_macs(layer.proj) + 2 * width * inside.places)
-        macs += windows.count * linear_macs(block.mlp)
-        if smaller:
-            (high, wide), (new_high, new_wide) = ((2 * w.height - 1, 2 * w.width - 1) for w in (own, windows))
-            macs += layer.num_heads * (new_high * high * wide + new_high * new_wide * wide)
-        return macs
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        if windows is None:
+            return 0
+        (high, wide), (new_high, new_wide) = ((2 * w.height - 1, 2 * w.width - 1) for w in (own, windows))
+        return int(layer.num_heads * (new_high * high * wide + new_high * new_wide * wide))
 
-    def other_macs(self, model: TimmModule, stage: int, height: int, width: int) -> int:
-        rows, columns = self.stage_grid(model, stage, height, width)
-        if stage:
-            stages: Any = self.stages(model)
-            return rows * columns * linear_macs(stages[stage].downsample)
-        embed = model.patch_embed
-        proj = plain(embed.proj)
-        if type(embed) is PatchEmbed and isinstance(proj, nn.Conv2d):
-            return rows * columns * proj.weight.numel()
-        return counted_macs(embed, (model.in_chans, height, width))
 
-    def head_macs(self, model: TimmModule, tokens: int) -> int:
-        return linear_macs(model.head.fc) * (tokens if not model.head.global_pool.pool_type else 1)
+@register_adapter
+class SwinV2Adapter(ShiftedWindowAdapter):
+    """Windows with a small network for relative positions, which takes any offset: those between clusters as well."""
+
+    family = "Swin V2"
+    timm_modules = ("swin_transformer_v2",)
+    classes = (SwinTransformerV2,)
+    block_classes = (SwinTransformerV2Block,)
+
+    def all_blocks(self, model: TimmModule, run: Run) -> Any:
+        return [partial(self.on_grid, model, run)]
+
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> tuple[Tensor, Tensor]:
+        # Offsets are divided by those of a window's ends. In a window of fewer clusters, `w / w'` tokens apart, the
+        # same ends are so many clusters away.
+        ends = layer.pretrained_window_size if layer.pretrained_window_size[0] > 0 else (before.height, before.width)
+        shares = windows.height / before.height, windows.width / before.width
+        scaled = StandIn(
+            layer,
+            window_size=(windows.height, windows.width),
+            pretrained_window_size=tuple(1 + (end - 1) * share for end, share in zip(ends, shares, strict=True)),
+        )
+        made: tuple[Tensor, Tensor] = scaled._make_pair_wise_relative_positions(device=like.device, dtype=like.dtype)
+        return made
+
+    def attention(self, layer: TimmModule, windows: Windows, positions: tuple[Tensor, Tensor]) -> StandIn:
+        table, index = positions
+        return StandIn(
+            layer,
+            window_size=(windows.height, windows.width),
+            relative_coords_table=table,
+            relative_position_index=index,
+        )
+
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        asked = own if windows is None else windows
+        return (2 * asked.height - 1) * (2 * asked.width - 1) * linear_macs(layer.cpb_mlp)
 
 
 def linear_out(layer: nn.Module) -> int:
@@ -188,20 +267,21 @@ def plain(module: nn.Module) -> TimmModule:
     return inner
 
 
-def _offsets(size: int, smaller: int, device: torch.device) -> Tensor:
-    """Between which of the offsets `1 - size .. size - 1` those of a smaller window lie, by how much of each: fp32
+def _offsets(size: int, smaller: int, like: Tensor) -> Tensor:
+    """Between which of the offsets `1 - size .. size - 1` those of a smaller window lie, by how much of each:
     `(2 * smaller - 1, 2 * size - 1)`.
     """
-    sought = torch.arange(1 - smaller, smaller, device=device) * (size / smaller)
-    return (1 - (sought.unsqueeze(1) - torch.arange(1 - size, size, device=device)).abs()).clamp(min=0)
+    sought = torch.arange(1 - smaller, smaller, device=like.device) * (size / smaller)
+    own = torch.arange(1 - size, size, device=like.device)
+    return (1 - (sought.unsqueeze(1) - own).abs()).clamp(min=0).to(like.dtype)
 
 
-def _position_bias(layer: TimmModule, shared: SmallerWindows) -> Tensor:
+def _position_bias(layer: TimmModule, positions: Offsets) -> Tensor:
     """What attention adds in a smaller window, `(1, H, n, n)`."""
     layer = plain(layer)
     table = layer.relative_position_bias_table
-    by_rows = shared.rows @ table.view(shared.rows.shape[1], -1)
-    by_rows = by_rows.view(shared.rows.shape[0], -1, layer.num_heads)
-    resized = torch.matmul(shared.columns, by_rows).flatten(0, 1)
-    places = shared.index.shape[0]
-    return resized[shared.index.flatten()].view(places, places, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+    by_rows = positions.rows @ table.view(positions.rows.shape[1], -1)
+    by_rows = by_rows.view(positions.rows.shape[0], -1, layer.num_heads)
+    resized = torch.matmul(positions.columns, by_rows).flatten(0, 1)
+    places = positions.index.shape[0]
+    return resized[positions.index.flatten()].view(places, places, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
