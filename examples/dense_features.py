@@ -106,7 +106,7 @@ def at_least(fewest: int) -> Callable[[str], int]:
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    untrained = [name for name, method in methods().items() if not method.needs_training]
+    untrained = [name for name, method in methods(keeps_grid=False).items() if not method.needs_training]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="digits", help="a tokencut file, a timm name, digits (the default)")
     parser.add_argument("images", nargs="*", type=Path, help="image files; digits come with the bundled model")

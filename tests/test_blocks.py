@@ -107,7 +107,7 @@ def test_hidden_tokens_weigh_next_to_nothing_from_the_stage_on() -> None:
 def test_the_schedule_is_resolved_once(reduces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = halved() if reduces else compress(halved().model, keep=1.0).eval(), []
     resolve = Recipe.stages_for
-    monkeypatch.setattr(Recipe, "stages_for", lambda self, tokens: asked.append(tokens) or resolve(self, tokens))
+    monkeypatch.setattr(Recipe, "stages_for", lambda self, *sizes: asked.append(sizes[0]) or resolve(self, *sizes))
     for run in (model, model.trace, model.forward_intermediates):
         run(images())
         assert asked == [16]

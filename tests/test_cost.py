@@ -126,11 +126,11 @@ def pairs_of_fixture_and_method() -> list[tuple[str, str]]:
     What a stage costs in a block depends on the block by its class row, its width and that of its keys, which is
     another one where attention is differential.
     """
-    reading = [name for name, method in methods().items() if method().reads_attention()]
-    others = [name for name in methods() if name not in reading]
+    reading = [name for name, method in methods(keeps_grid=False).items() if method().reads_attention()]
+    others = [name for name in methods(keeps_grid=False) if name not in reading]
     assert reading and others
     turns = [(fixture, kind[at % len(kind)]) for at, fixture in enumerate(FIXTURES) for kind in (reading, others)]
-    return turns + [("differential", name) for name in methods() if ("differential", name) not in turns]
+    return turns + [("differential", name) for name in methods(keeps_grid=False) if ("differential", name) not in turns]
 
 
 @pytest.mark.parametrize(("fixture", "method"), pairs_of_fixture_and_method())
@@ -167,7 +167,7 @@ def test_settings_of_methods_are_in_the_closed_form(method: str, arguments: dict
     assert count_macs(compressed, size).total == closed_form(compressed)
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", methods(keeps_grid=False))
 @pytest.mark.parametrize("fixture", ["class token", "attention pool", "distilled"])
 def test_second_opinion_of_torchs_own_counter(fixture: str, method: str) -> None:
     model, size = build(fixture)

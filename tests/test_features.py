@@ -32,7 +32,7 @@ FIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "no prefix": ("test_vit2", {"reg_tokens": 0}),
 }
 PREFIXES = {"test_vit": 1, "test_vit2": 1, "test_vit3": 1, "distilled": 2, "registers": 5, "no prefix": 0}
-UNTRAINED = sorted(name for name, method in methods().items() if not method.needs_training)
+UNTRAINED = sorted(name for name, method in methods(keeps_grid=False).items() if not method.needs_training)
 
 
 def small(fixture: str = "test_vit", **options: Any) -> nn.Module:
@@ -171,7 +171,7 @@ def placed(features: Tensor, prefix: int, source: Tensor, last: Tensor | None, s
 
 
 @pytest.mark.parametrize("unmerge", ["change", "copy"])
-@pytest.mark.parametrize(("fixture", "method"), [*(("test_vit", method) for method in sorted(methods())),
+@pytest.mark.parametrize(("fixture", "method"), [*(("test_vit", method) for method in methods(keeps_grid=False)),
                                                  *((fixture, method) for fixture in list(FIXTURES)[1:]
                                                    for method in ("bat", "topk", "evit"))])  # fmt: skip
 def test_every_patch_has_its_own_features_and_the_change_of_the_token_that_it_went_into(
@@ -258,7 +258,7 @@ def test_one_graph_and_the_same_features_compiled(method: str, unmerge: str) -> 
 
 
 def test_which_methods_average_similar_tokens() -> None:
-    averaging = {name for name, method in methods().items() if method().averages()}
+    averaging = {name for name, method in methods(keeps_grid=False).items() if method().averages()}
     assert averaging == {"bat", "dpc", "kmedoids", "tome"}
     assert not methods()["bat"](inattentive="drop", pairs=0.0).averages()
 

@@ -71,7 +71,7 @@ def test_reduce_by_takes_the_place_of_keep() -> None:
 
 def test_a_stage_of_any_method_but_dyvit_has_no_parameter() -> None:
     model = fixture_model("test_vit")
-    for method in methods():
+    for method in methods(keeps_grid=False):
         compressed = compress(model, method=method)
         assert bool(list(compressed.stages.parameters())) == (method == "dyvit"), method
 
@@ -110,7 +110,7 @@ def test_logits_and_trace_agree_on_whether_anything_is_reduced(built_for: int, g
         assert torch.equal(logits, model(images)) == (given == 16)
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 @pytest.mark.parametrize("name", FIXTURES)
 def test_an_image_alone_in_a_batch_and_in_another_order(name: str, method: str) -> None:
     model = fixture_model(name)
@@ -233,7 +233,7 @@ def test_average_pooling_does_not_overflow_in_half_precision(name: str) -> None:
 
 
 SETTINGS: list[tuple[str, dict[str, object]]] = [
-    *((name, {}) for name in sorted(methods())),
+    *((name, {}) for name in sorted(methods(keeps_grid=False))),
     ("bat", {"preset": "paper"}),
     ("bat", {"inattentive": "drop"}),
     ("bat", {"window": 8, "weights": "attention"}),
@@ -283,7 +283,7 @@ def test_fvcores_own_analysis_of_a_model(method: str, settings: dict[str, object
 
 
 @tracing
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 @pytest.mark.slow
 def test_tensorboards_graph_of_a_model(method: str) -> None:
     pytest.importorskip("tensorboard")

@@ -54,7 +54,7 @@ def features_only(
     Form(output_fmt=output_fmt)
     rule = model.unmerge if unmerge is None else unmerge
     Unmerging(rule)
-    blocks = block_indices(len(model.adapter.blocks(model.model)), out_indices)
+    blocks = block_indices(model.adapter.feature_maps(model.model), out_indices)
     indices = out_indices if isinstance(out_indices, int) else tuple(blocks)
     whole = copy.deepcopy(model)
     whole.unmerge = rule  # timm's module passes its own arguments only

@@ -84,10 +84,20 @@ class BlockLoop:
             images: `(B, 3, H, W)`.
             source: Whether to follow from here on which patch goes into which token.
         """
-        tokens = self._biased(self.adapter.embed(self.model, images))
+        return self.begun(self.adapter.embed(self.model, images), source=source)
+
+    def begun(self, tokens: Tokens, *, source: bool = False) -> Tokens:
+        """The tokens entering the first block, as `embed` gives them, of those that the family makes.
+
+        Args:
+            tokens: What the adapter has made.
+            source: As in `embed`.
+        """
+        tokens = self._biased(tokens)
         if not (source or self.adapter.follows_patches(self.model)):
             return tokens
-        return replace(tokens, source=torch.arange(tokens.count, device=images.device).expand(images.shape[0], -1))
+        numbers = torch.arange(tokens.count, device=tokens.features.device)
+        return replace(tokens, source=numbers.expand(tokens.features.shape[0], -1))
 
     def weighed(self, tokens: Tokens) -> Tokens:
         """The tokens that left a stage, with all that blocks up to the next one share: what attention adds to their
@@ -116,6 +126,8 @@ class BlockLoop:
         tokens = self.adapter.entering(self.model, number, tokens)
         if tokens_out is None or tokens_out == tokens.count:
             return self._whole(number, tokens)
+        if self.adapter.hierarchical:
+            return self._whole(number, self._smaller(number, tokens, tokens_out, observer))
         context = self.adapter.context(self.model, number, tokens)
         left = tokens
 
@@ -134,6 +146,14 @@ class BlockLoop:
         features = call(self._block(number), staged, tokens.features, **context.block_arguments())
         self._check_gradient(number, left)
         return left.with_features(features)
+
+    def _smaller(self, number: int, tokens: Tokens, tokens_out: int, observer: BlockObserver | None) -> Tokens:
+        """Runs a stage that stands before its block."""
+        stage_input = self.stage_input(number, tokens)
+        left = self.weighed(self.stages[number](stage_input, tokens_out))
+        if observer is not None:
+            observer.stage(StagePlan(number, tokens.count, tokens_out), tokens, left, stage_input.attention)
+        return left
 
     def stage_input(self, number: int, tokens: Tokens, context: Context | None = None) -> StageInput:
         """Runs the first half of a block: what a stage in its middle sees.

@@ -8,8 +8,9 @@ profilers, feature extraction), activation checkpointing, `torch.compile`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -150,3 +151,65 @@ def _run_always_called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         if number in always and number not in ran:
             with contextlib.suppress(Exception):  # the first failure is the one to tell
                 _ = hook(module, args, kwargs, None) if takes_kwargs else hook(module, args, None)
+
+
+class StandIn:
+    """A module with some of its attributes replaced, for one call: its class's own code runs, and the module, which is
+    not touched, keeps its hooks and its parts.
+
+    So timm's own forward runs a model with one stage in another form: what it looks up on `self` it finds here. Calling
+    it runs the module's hooks and wrappers as `call` does, on the module itself.
+    """
+
+    def __init__(self, module: nn.Module, **replaced: Any) -> None:
+        """Stands in for a module.
+
+        Args:
+            module: The module, also in a wrapper that changes no numbers.
+            replaced: What its attributes are instead, by name.
+        """
+        self._called = module
+        self._module = unwrapped(module)
+        self._replaced = replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._replaced:
+            return self._replaced[name]
+        own = getattr(type(self._module), name, None)
+        # A method has to see the replacements too. torch.compile follows a partial, and no types.MethodType.
+        return partial(own, self) if isinstance(own, FunctionType) else getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call(self._called, self.forward, *args, **kwargs)
+
+
+class StandInSequence:
+    """A `Sequential` with other parts in place of some of its own, for one call."""
+
+    def __init__(self, module: nn.Module, parts: Sequence[Any]) -> None:
+        """Stands in for a module.
+
+        Args:
+            module: The `Sequential`.
+            parts: What it runs instead, one after the other.
+        """
+        self._called = module
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._parts)
+
+    def __getitem__(self, place: int | slice) -> Any:
+        parts = self._parts[place]
+        return StandInSequence(self._called, parts) if isinstance(place, slice) else parts
+
+    def __call__(self, features: Any) -> Any:
+        return call(self._called, self._run, features)
+
+    def _run(self, features: Any) -> Any:
+        for part in self._parts:
+            features = part(features)
+        return features

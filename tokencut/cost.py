@@ -31,6 +31,16 @@ class Macs:
 
 
 @dataclass(frozen=True)
+class TabledMacs(Macs):
+    """Multiply-adds for the numbers of tokens that can be, each beside its own: those of regular grids."""
+
+    known: tuple[tuple[int, int], ...] = ()
+
+    def at(self, tokens: int) -> int:
+        return dict(self.known)[tokens]
+
+
+@dataclass(frozen=True)
 class BlockCost:
     """One transformer block.
 
@@ -38,8 +48,10 @@ class BlockCost:
         before: The part that runs on the tokens entering (attention; the whole block where nothing follows the stage).
         after: The part that runs on the tokens leaving the stage (the MLP).
         class_row: What a stage that reads class attention adds in this block for the class row, on the tokens entering.
-        width: Numbers in a token's features, in the middle of the block, where a stage stands.
+        width: Numbers in a token's features, where a stage stands.
         key_width: Numbers in one head's key.
+        pairs: Where tokens stand in windows: for each number of tokens leaving a stage, how many pairs of a place
+            before it and one behind it are in one window, padding included. Empty where all tokens see all.
     """
 
     before: Macs
@@ -47,6 +59,7 @@ class BlockCost:
     class_row: Macs
     width: int
     key_width: int
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

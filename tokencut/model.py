@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from tokencut import cost
 from tokencut.adapters import adapter_for, instead_of, plain_model, refuse_sharded
+from tokencut.blocks import BlockLoop
 from tokencut.calling import call
 from tokencut.errors import ModelError, UsageError
 from tokencut.features import Form, Indices, Intermediates, Unmerging, block_indices
 from tokencut.methods import Method, StageShape, make_method
 from tokencut.recipe import Recipe
-from tokencut.schedule import Keep, Layers, make_schedule
+from tokencut.schedule import Keep, Layers
 from tokencut.timm_protocol import AroundTimm
+from tokencut.tokens import Tokens
 from tokencut.tracing import Trace, Tracer
+
+Run = Callable[[Tokens], Tokens]
 
 
 class CompressedModel(AroundTimm):
@@ -44,12 +48,22 @@ class CompressedModel(AroundTimm):
         if len(plans) == 0:  # torch.compile knows no bool(tuple)
             return self.model(images)  # timm's own forward, to the bit
         loop = self.loop
-
-        def reduced(images: Tensor) -> Tensor:
-            return loop.head(self._run(loop, loop.embed(images), plans))
-
-        logits: Tensor = call(self.model, reduced, images)
+        logits: Tensor = call(self.model, self._through(loop, lambda tokens: self._run(loop, tokens, plans)), images)
         return logits
+
+    def _through(self, loop: BlockLoop, run: Run, *, source: bool = False) -> Callable[[Tensor], Tensor]:
+        """The model's forward with other code for its blocks, from images to logits.
+
+        Args:
+            loop: The model as a loop.
+            run: From the tokens entering the first block to those behind the last.
+            source: Whether to follow which patch goes into which token.
+        """
+        if self.adapter.hierarchical:
+            inside = self._inside(lambda tokens: run(loop.begun(tokens, source=source)))
+            forward: Callable[[Tensor], Tensor] = inside.forward
+            return forward
+        return lambda images: loop.head(run(loop.embed(images, source=source)))
 
     def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
         """Logits, and the tokens behind each stage.
@@ -65,12 +79,12 @@ class CompressedModel(AroundTimm):
         """
         loop, tracer, plans = self.loop, Tracer(self.method, attention), self._ready(images)
 
-        def traced(images: Tensor) -> Tensor:
-            tokens = self._run(loop, loop.embed(images, source=source), plans, tracer)
+        def traced(tokens: Tokens) -> Tokens:
+            tokens = self._run(loop, tokens, plans, tracer)
             tracer.traces.append(Trace(loop.depth, tokens))
-            return loop.head(tokens)
+            return tokens
 
-        logits: Tensor = call(self.model, traced, images)
+        logits: Tensor = call(self.model, self._through(loop, traced, source=source), images)
         return logits, tracer.traces
 
     def forward_intermediates(
@@ -113,6 +127,13 @@ class CompressedModel(AroundTimm):
             UsageError: A block, a format or a rule of un-merging does not exist.
             ModelError: Patch dropout has left no full grid.
         """
+        if self.adapter.hierarchical:
+            if unmerge is not None:
+                raise UsageError(f"unmerge {unmerge!r} is not chosen here for {self.adapter.family}, whose stage gives "
+                                 "each token back; type `method_options={'reconstruct': 'copy'}` where it is compressed"
+                                 )  # fmt: skip
+            return self._maps(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only,
+                              output_dict)  # fmt: skip
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
         unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
         loop, plans = self.loop, self._ready(x)
@@ -138,6 +159,33 @@ class CompressedModel(AroundTimm):
         tokens = loop.run(tokens, plans, observer, max(taken) + 1 if stop_early else None)
         return observer.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
 
+    def _maps(
+        self,
+        x: Tensor,
+        indices: Indices,
+        return_prefix_tokens: bool,
+        norm: bool,
+        stop_early: bool,
+        output_fmt: str,
+        intermediates_only: bool,
+        output_dict: bool,
+    ) -> Any:
+        """timm's own `forward_intermediates` of a hierarchical model, which gives a map for each of its stages."""
+        loop, plans = self.loop, self._ready(x)
+        taken = block_indices(self.adapter.feature_maps(self.model), indices)
+        if output_fmt != "NCHW":
+            raise UsageError(f"output_fmt {output_fmt!r} is none of timm's {self.adapter.family}; give 'NCHW'")
+        around = self.model if len(plans) == 0 else self._inside(lambda t: self._run(loop, loop.begun(t), plans))
+        found = around.forward_intermediates(
+            x, indices=taken, norm=norm, stop_early=stop_early, output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )  # fmt: skip
+        if not output_dict:
+            return found
+        if intermediates_only:
+            return {"image_intermediates": found}
+        return {"image_intermediates": found[1], "image_features": found[0]}
+
     def get_intermediate_layers(
         self, x: Tensor, n: Any = 1, reshape: bool = False, return_prefix_tokens: bool = False, norm: bool = False
     ) -> Any:
@@ -154,8 +202,12 @@ class CompressedModel(AroundTimm):
         Stages go with their blocks, the recipe stays; what is left cannot be saved. `indices` as there; returned as
         0-based blocks, in the order given. `prune_norm` takes the final norm away, `prune_head` pooling and classifier.
         """
-        taken = block_indices(self.loop.depth, indices)
+        taken = block_indices(self.adapter.feature_maps(self.model), indices)
         self.model.prune_intermediate_layers(taken, prune_norm, prune_head)
+        if self.adapter.hierarchical:
+            if not len(self.adapter.blocks(self.model)):
+                self.stages.clear()
+            return taken
         for layer in [layer for layer in self.stages if int(layer) > max(taken) + 1]:
             del self.stages[layer]
         return taken
@@ -166,7 +218,7 @@ def compress(
     *,
     keep: Keep | None = 0.7,
     layers: Layers | None = None,
-    method: str = "bat",
+    method: str | None = None,
     reduce_by: int | None = None,
     prop_attn: bool | None = None,
     method_options: Mapping[str, Any] | None = None,
@@ -179,8 +231,10 @@ def compress(
         keep: Fraction of the image tokens entering a stage that leave it, in (0, 1]: one number, or one a layer.
             `reduce_by` takes its place where given.
         layers: 1-based numbers of the blocks that reduce, or `"all"`, `"late"` (6, 8, 10 of 12) or `"gradual"` (each
-            from 4 to 10 of 12); blocks 4, 7, 10 of 12 where None.
-        method: A method's name, such as `bat`, `evit` or `tome`.
+            from 4 to 10 of 12); blocks 4, 7, 10 of 12 where None. Of a hierarchical model one block of its third
+            stage, before which that stage's tokens are clustered.
+        method: A method's name, such as `bat`, `evit` or `tome`; where None the family's default, `bat`, of
+            hierarchical models `window`.
         reduce_by: Instead of `keep`: so many tokens fewer in each layer.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.
@@ -201,15 +255,17 @@ def compress(
     model = plain_model(model)
     refuse_sharded(model)
     adapter = adapter_for(model)
-    built = make_method(method, dict(method_options or {}))
-    schedule = make_schedule(len(adapter.blocks(model)), keep if reduce_by is None else None, layers, reduce_by)
-    tokens = adapter.cost(model).patches
+    built = make_method(method or adapter.default_method, dict(method_options or {}))
+    adapter.check_method(built)
+    schedule = adapter.schedule(model, keep if reduce_by is None else None, layers, reduce_by)
+    tokens, size = adapter.cost(model).patches, adapter.input_size(model)
+    assert size is not None
     recipe = Recipe(
-        method=method,
+        method=built.name,
         schedule=schedule,
         prop_attn=built.prop_attn if prop_attn is None else prop_attn,
         tokens=tokens,
-        stages=schedule.resolve(tokens, built.tokens_out),
+        stages=schedule.resolve(tokens, adapter.tokens_out(model, adapter.grid(model, *size)) or built.tokens_out),
         method_options=built.options(),
     )
     compressed = CompressedModel(copy.deepcopy(model), recipe)
@@ -257,7 +313,7 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     shape = model.adapter.cost(model.model)
     stages = {
         plan.block: stage_cost(model.method, shape.blocks[plan.block - 1], plan.tokens_in, plan.tokens_out)
-        for plan in model.recipe.stages_for(shape.patches)
+        for plan in model.built_for()
     }
     return cost.predict(shape, stages)
 
@@ -276,5 +332,5 @@ def stage_cost(method: Method, block: cost.BlockCost, tokens_in: int, tokens_out
         tokens_in: Image tokens entering.
         tokens_out: Image tokens leaving.
     """
-    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width)
+    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width, dict(block.pairs).get(tokens_out, 0))
     return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention())

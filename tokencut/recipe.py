@@ -11,7 +11,7 @@ from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
-from tokencut.schedule import Schedule, StagePlan, make_schedule
+from tokencut.schedule import Schedule, StagePlan, TokensOut, make_schedule
 from tokencut.schema import TEXT, TRUTH, WHOLE, Fields, Items, Rule, is_list_of, is_number, is_whole, optional
 
 Setting = bool | int | float | str
@@ -61,17 +61,31 @@ class Recipe:
         return list(keep) if isinstance(keep, tuple) else keep
 
     @property
+    def keeps(self) -> tuple[float, ...]:
+        """The keep rates, each once; none with `reduce_by`."""
+        keep = self.schedule.keep
+        return () if keep is None else tuple(dict.fromkeys(keep if isinstance(keep, tuple) else (keep,)))
+
+    @property
     def layers(self) -> list[int]:
         """The reducing layers, 1-based."""
         return list(self.schedule.layers)
 
-    def stages_for(self, tokens: int) -> tuple[StagePlan, ...]:
-        """The stages for an input of `tokens` image tokens; those stored where it is the recipe's own size."""
-        if tokens == self.tokens:
-            return self.stages
-        from tokencut.methods import make_method
+    def stages_for(self, tokens: int, tokens_out: TokensOut | None = None) -> tuple[StagePlan, ...]:
+        """The stages for an input of `tokens` image tokens; those stored where it is the recipe's own size.
 
-        return self.schedule.resolve(tokens, make_method(self.method, dict(self.method_options)).tokens_out)
+        Args:
+            tokens: The image tokens.
+            tokens_out: How many can leave a stage, of a family that says so (`Adapter.tokens_out`).
+        """
+        known = tokens_out is None or all(tokens_out(s.tokens_in, s.tokens_out) == s.tokens_out for s in self.stages)
+        if tokens == self.tokens and known:
+            return self.stages
+        if tokens_out is None:
+            from tokencut.methods import make_method
+
+            tokens_out = make_method(self.method, dict(self.method_options)).tokens_out
+        return self.schedule.resolve(tokens, tokens_out)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""

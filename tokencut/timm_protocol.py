@@ -11,9 +11,9 @@ import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
 
-from tokencut.adapters import Adapter, TimmModule, adapter_for, plain_model
+from tokencut.adapters import Adapter, HierarchicalAdapter, TimmModule, adapter_for, plain_model
 from tokencut.blocks import BlockLoop, Stage
-from tokencut.calling import call, has_own_hooks, is_patched
+from tokencut.calling import StandIn, call, has_own_hooks, is_patched
 from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES
 from tokencut.methods import make_method
@@ -57,6 +57,7 @@ class AroundTimm(nn.Module):
         self.recipe = recipe
         self._refuse_patched()
         self.method = make_method(recipe.method, dict(recipe.method_options))
+        self.adapter.check_method(self.method)
         self.unmerge = UNMERGE_RULES[0]
         blocks = self.adapter.cost(model).blocks
         self.stages = nn.ModuleDict(
@@ -185,17 +186,28 @@ class AroundTimm(nn.Module):
         """
         self.model.set_input_size(img_size=img_size, patch_size=patch_size)
         tokens = self.adapter.cost(self.model).patches
-        self.recipe = replace(self.recipe, tokens=tokens, stages=self.recipe.stages_for(tokens))
+        self.recipe = replace(self.recipe, tokens=tokens, stages=self.built_for())
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def built_for(self) -> tuple[StagePlan, ...]:
+        """The stages for images of the size that the model is built for."""
+        size = self.adapter.input_size(self.model)
+        assert size is not None
+        return self._stages_on(self.adapter.grid(self.model, *size))
+
+    def _stages_on(self, grid: tuple[int, int]) -> tuple[StagePlan, ...]:
+        """The stages for images whose tokens stand in such a grid."""
+        return self.recipe.stages_for(grid[0] * grid[1], self.adapter.tokens_out(self.model, grid))
+
+    def forward_features(self, x: Tensor) -> Any:
         """The tokens that are left behind the last block, normed: `(B, P + M, D)` for images `(B, C, H, W)`.
 
         `forward_head` makes logits of them. For features of every patch take `forward_intermediates`.
         """
         loop, plans = self.loop, self._ready(x)
         if len(plans) == 0:
-            features: Tensor = self.model.forward_features(x)
-            return features
+            return self.model.forward_features(x)
+        if self.adapter.hierarchical:
+            return self._inside(lambda tokens: loop.run(loop.begun(tokens), plans)).forward_features(x)
         tokens = self._run(loop, loop.embed(x), plans)
         features = self.adapter.final_norm(self.model, tokens.features)
         if tokens.sizes is not None or tokens.policy is not None:
@@ -227,9 +239,7 @@ class AroundTimm(nn.Module):
 
     def _refuse_patched(self) -> None:
         """Refuses a model whose forward was replaced where a stage takes its place, the same at every keep rate."""
-        blocks = self.adapter.blocks(self.model)
-        parts = [(layer, part) for layer in self.recipe.schedule.layers if layer <= len(blocks)
-                 for part in self.adapter.stood_in_for(blocks[layer - 1])]  # fmt: skip
+        parts = self.adapter.stood_in(self.model, self.recipe.schedule.layers)
         layer, patched = next(((n, part) for n, part in ((0, self.model), *parts) if is_patched(part)), (0, None))
         if patched is not None:
             name = next(name for name, part in self.model.named_modules() if part is patched)
@@ -259,8 +269,14 @@ class AroundTimm(nn.Module):
 
     def _plans(self, images: Tensor) -> tuple[StagePlan, ...]:
         """The stages for images of this size."""
-        rows, columns = self._grid(images)
-        return self.recipe.stages_for(rows * columns)
+        if not len(self.adapter.blocks(self.model)):  # pruned away
+            return ()
+        return self._stages_on(self._grid(images))
+
+    def _inside(self, run: Callable[[Tokens], Tokens]) -> StandIn:
+        """A hierarchical model as timm runs it, with other code for the blocks that are reduced."""
+        assert isinstance(self.adapter, HierarchicalAdapter)
+        return self.adapter.inside(self.model, run)
 
     def _run(
         self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], observer: BlockObserver | None = None

@@ -148,7 +148,7 @@ def report(table: Sequence[Setting], keeps: Sequence[float]) -> str:
 
 def parse(grid: Sequence[str] = GRID) -> argparse.Namespace:
     """Reads the command line; `grid` is the default of its option."""
-    known = [name for name, method in methods().items() if not method.needs_training and name != "bat"]
+    known = [name for name, method in methods(keeps_grid=False).items() if not method.needs_training and name != "bat"]
     parser = image_parser(__doc__, data=TRAINING_IMAGES, limit=5000, batch_size=100)
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--grid", nargs="*", default=list(grid), metavar="KEY=V,V", help="settings to combine")

@@ -46,7 +46,7 @@ from tokencut.training.state import remove_state
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    known = list(methods())
+    known = list(methods(keeps_grid=False))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="as every tokencut command takes it: a timm name, local-dir:FOLDER, digits")
     parser.add_argument("--train-data", required=True, help="a folder, a tar, or digits")

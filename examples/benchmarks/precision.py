@@ -123,7 +123,7 @@ def row(method: str, keep: float, precision: str, full: Judged, half: Judged, de
 
 def parse() -> argparse.Namespace:
     """Reads the command line."""
-    untrained = [name for name, method in methods().items() if not method.needs_training]
+    untrained = [name for name, method in methods(keeps_grid=False).items() if not method.needs_training]
     parser = image_parser(__doc__, data=IMAGES, limit=None, batch_size=50)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--methods", nargs="+", default=["bat", "evit", "tome"], choices=untrained)

@@ -196,7 +196,7 @@ def test_tokens_that_stay_keep_their_distances(model: NearTransformer) -> None:
         torch.testing.assert_close(logits, model.head(model.norm(x)[:, 0]))
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 def test_tokens_are_where_their_patches_are_on_average(model: NearTransformer, method: str) -> None:
     compressed = reducing(model, method)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def captured(model: nn.Module, pixels: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 def test_every_method_is_one_graph(method: str) -> None:
     model = small(method=method)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_a_dense_model_is_compiled_too(sizes: list[int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # a compiler's own warnings are none of ours
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 def test_cuda_graphs(method: str) -> None:
     model, pixels = small(method=method).cuda(), images().cuda()
     torch._dynamo.reset()

@@ -3,7 +3,7 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import beit, cait, convit, eva, gemma, naflex, projected, relpos, vit  # noqa: F401  (they register themselves)
+from tokencut.adapters import beit, cait, convit, eva, gemma, naflex, projected, relpos, swin, vit  # noqa: F401  (they register themselves)
 from tokencut.adapters.base import (
     Adapter,
     BareContext,
@@ -17,6 +17,7 @@ from tokencut.adapters.base import (
     supported_modules,
 )
 from tokencut.adapters.columnar import ColumnarAdapter, patches
+from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run
 from tokencut.adapters.pairs import PairBiasAdapter, PairContext
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.positions import PositionedAdapter, grid_positions
@@ -42,11 +43,13 @@ from tokencut.attention import (
     mixed_values,
     self_attention,
 )
-from tokencut.calling import call, has_hooks, is_patched, unwrapped, wrapped
-from tokencut.cost import BlockCost, Macs, ModelCost
-from tokencut.errors import ModelError
+from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patched, unwrapped, wrapped
+from tokencut.cost import BlockCost, Macs, ModelCost, TabledMacs
+from tokencut.errors import ModelError, UsageError
+from tokencut.ops.grid_clusters import Windows
 from tokencut.ops.ranking import take
-from tokencut.tokens import Tokens, full_precision
+from tokencut.schedule import Keep, Schedule, TokensOut, kept_tokens, make_schedule
+from tokencut.tokens import Tokens, full_precision, unclustered
 
 __all__ = [
     "Adapter",
@@ -58,6 +61,8 @@ __all__ = [
     "ClassAndMean",
     "ColumnarAdapter",
     "Context",
+    "HierarchicalAdapter",
+    "Keep",
     "Layers",
     "Macs",
     "ModelCost",
@@ -70,9 +75,18 @@ __all__ = [
     "RotaryAdapter",
     "RotaryContext",
     "RotatedQueryKey",
+    "Run",
+    "STAGE",
     "ScaledBlockHandler",
+    "Schedule",
+    "StandIn",
+    "StandInSequence",
+    "TabledMacs",
     "TimmModule",
     "Tokens",
+    "TokensOut",
+    "UsageError",
+    "Windows",
     "adapter_for",
     "call",
     "counted_macs",
@@ -86,9 +100,11 @@ __all__ = [
     "has_hooks",
     "instead_of",
     "is_patched",
+    "kept_tokens",
     "known_adapter",
     "known_class",
     "linear_macs",
+    "make_schedule",
     "mixed_values",
     "patches",
     "plain_model",
@@ -99,6 +115,7 @@ __all__ = [
     "self_attention",
     "supported_modules",
     "take",
+    "unclustered",
     "unwrapped",
     "weighted_mean",
     "why_unknown",

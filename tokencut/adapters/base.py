@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tokencut.adapters.wrappers import instead_of
 from tokencut.attention import AttentionInfo, TimmModule
 from tokencut.cost import Macs, ModelCost
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
+from tokencut.schedule import Keep, Layers, Schedule, TokensOut, make_schedule
 from tokencut.tokens import Tokens
 
 
@@ -66,10 +67,15 @@ class Adapter(ABC):
     Attributes:
         family: What users call it, for messages.
         timm_modules: The timm modules whose registered architectures this adapter takes.
+        hierarchical: Whether the grid of tokens gets smaller between stages of blocks, so that only one of these can be
+            reduced, and only to a smaller grid.
+        default_method: The method where nothing else is said.
     """
 
     family: ClassVar[str]
     timm_modules: ClassVar[tuple[str, ...]]
+    hierarchical: ClassVar[bool] = False
+    default_method: ClassVar[str] = "bat"
 
     @abstractmethod
     def accepts(self, model: nn.Module) -> bool:
@@ -86,6 +92,40 @@ class Adapter(ABC):
         Raises:
             ModelError: With the class name of the block or attention layer.
         """
+
+    def check_method(self, method: Any) -> None:
+        """Refuses a method that cannot reduce such a model.
+
+        Args:
+            method: A `Method`.
+
+        Raises:
+            UsageError: Saying why, and which can.
+        """
+        if method.keeps_grid:
+            raise UsageError(f"method {method.name} makes a grid smaller inside windows, for hierarchical models, and "
+                             f"{self.family} is none; type another, such as `method={self.default_method!r}`"
+                             )  # fmt: skip
+
+    def schedule(self, model: TimmModule, keep: Keep | None, layers: Layers | None, reduce_by: int | None) -> Schedule:
+        """What a user wrote, checked against the model; arguments as in `make_schedule`.
+
+        Raises:
+            UsageError: It does not fit the model.
+        """
+        return make_schedule(len(self.blocks(model)), keep, layers, reduce_by)
+
+    def tokens_out(self, model: TimmModule, grid: tuple[int, int]) -> TokensOut | None:
+        """How many image tokens can leave a stage, for images whose tokens stand in such a grid; None where any can."""
+        return None
+
+    def keep_note(self, model: TimmModule, keep: float) -> str | None:
+        """What a user should know of a keep rate of which the family has only the nearest; None where it has all."""
+        return None
+
+    def feature_maps(self, model: TimmModule) -> int:
+        """How many maps `forward_intermediates` of timm's model can give."""
+        return len(self.blocks(model))
 
     @abstractmethod
     def num_prefix_tokens(self, model: TimmModule) -> int:
@@ -193,6 +233,15 @@ class Adapter(ABC):
     def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
         """The modules of a block whose `forward` the two halves take the place of: the block, its attention layers."""
         return [block]
+
+    def stood_in(self, model: TimmModule, layers: tuple[int, ...]) -> list[tuple[int, nn.Module]]:
+        """All modules of a model whose `forward` stages in these blocks (1-based) take the place of; each beside the
+        block that has to be left out for it to run, 0 where there is none.
+        """
+        blocks = self.blocks(model)
+        return [
+            (layer, part) for layer in layers if layer <= len(blocks) for part in self.stood_in_for(blocks[layer - 1])
+        ]
 
     @abstractmethod
     def attention_half(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DEFAULT_MODEL = "deit_tiny"
-DEFAULT_KEEP, DEFAULT_METHOD = 0.7, "bat"
+DEFAULT_KEEP = 0.7
 
 MODEL_HELP = (
     "A tokencut file, digits (bundled), a timm name such as deit_small, a folder that transformers or timm saved, "
@@ -139,7 +139,7 @@ class ReductionOptions:
         return {
             "keep": DEFAULT_KEEP if keep is None and self.reduce_by is None else keep,
             "layers": None if self.layers is None else read_layers(self.layers),
-            "method": self.method or DEFAULT_METHOD,
+            "method": self.method,
             "reduce_by": self.reduce_by,
             "prop_attn": self.prop_attn,
             "method_options": read_pairs("--method-option", self.method_option or (), "clusters=0.25"),

@@ -16,7 +16,8 @@ from torch import nn
 
 from tokencut.cli import render
 from tokencut.cli.observer import CommandObserver, watched
-from tokencut.cli.options import DEFAULT_KEEP, DEFAULT_METHOD, DataOptions, ModelOptions, ReductionOptions, RunOptions
+from tokencut.cli.options import DEFAULT_KEEP, DataOptions, ModelOptions, ReductionOptions, RunOptions
+from tokencut.cli.wording import typed
 from tokencut.data.sources import DIGITS, Source
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport
@@ -96,7 +97,8 @@ def prepare(
         raise UsageError(f"--dense is the untouched model, to which {' and '.join(given)} cannot apply; leave one out")
     # Until the search has found them: with nothing reduced, `all` is no schedule to warn of.
     arguments = (reduction if search is None else replace(reduction, keep="1")).arguments()
-    make_method(arguments["method"], arguments["method_options"])
+    if arguments["method"] is not None:  # else the model's family says which
+        make_method(arguments["method"], arguments["method_options"])
     if not render.on_terminal():
         disable_progress_bars()
     loaded = load_model(
@@ -140,6 +142,10 @@ def _reduced(
     if search is not None:
         arguments = search(loaded, arguments)
     model = compress(loaded.dense, **arguments)
+    for rate in model.recipe.keeps:
+        told = model.adapter.keep_note(model.model, rate)
+        if told is not None:
+            render.note(typed(told))
     if methods()[model.recipe.method].needs_training and not to_be_trained:
         render.note(f"the stages of method {model.recipe.method} are untrained: its cost is true, its accuracy is not")
     if replaced:
@@ -148,7 +154,8 @@ def _reduced(
             f"({describe(replaced)}) by {describe(model.recipe)}"
         )
     elif not given:
-        render.note(f"no reduction options given: taking the default, --method {DEFAULT_METHOD} --keep {DEFAULT_KEEP}")
+        taken = f"--method {model.recipe.method} --keep {DEFAULT_KEEP}"
+        render.note(f"no reduction options given: taking the default, {taken}")
     return Subject(loaded.name, model, loaded.dense, loaded.new_head)
 
 

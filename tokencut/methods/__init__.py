@@ -29,6 +29,7 @@ from tokencut.ops.density_peaks import (
     windows,
 )
 from tokencut.ops.exporting import exporting, numbers, pick, put, running, whole
+from tokencut.ops.grid_clusters import ClusterRule, GridClusters, grid_clusters, grid_pool
 from tokencut.ops.grouping import (
     Decision,
     Grouping,
@@ -47,26 +48,30 @@ from tokencut.schedule import Split, split_budget
 from tokencut.tokens import Tokens
 
 __all__ = [
-    "FEATURE_KINDS",
-    "WEIGHT_KINDS",
-    "Decision",
     "AttentionInfo",
+    "ClusterRule",
+    "Decision",
+    "FEATURE_KINDS",
+    "GridClusters",
     "Grouping",
-    "QueryKey",
-    "PeakRule",
     "Method",
-    "StageInput",
+    "PeakRule",
+    "QueryKey",
     "Selection",
     "Split",
+    "StageInput",
     "StageShape",
     "Tokens",
     "are_highest",
+    "WEIGHT_KINDS",
     "as_recorded",
     "ascending",
     "by_attention",
     "density_average",
     "density_clusters",
     "exporting",
+    "grid_clusters",
+    "grid_pool",
     "group_average",
     "group_sum",
     "highest",
@@ -110,10 +115,15 @@ def _load_all() -> None:
                                 f"update it, or type: pip uninstall {package}") from error  # fmt: skip
 
 
-def methods() -> dict[str, type[Method]]:
-    """All methods by name, in alphabetical order."""
+def methods(*, keeps_grid: bool | None = None) -> dict[str, type[Method]]:
+    """The methods by name, in alphabetical order.
+
+    Args:
+        keeps_grid: Only those for hierarchical models, or only those for all others; all where None.
+    """
     _load_all()
-    return dict(sorted(base.methods().items()))
+    found = sorted(base.methods().items())
+    return {name: method for name, method in found if keeps_grid in (None, method.keeps_grid)}
 
 
 def as_recorded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

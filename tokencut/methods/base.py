@@ -56,12 +56,15 @@ FEATURE_KINDS = ("tokens", "unit", "normed", "keys")
 
 @dataclasses.dataclass(frozen=True)
 class StageShape:
-    """Sizes of a stage, for its closed-form cost: image tokens entering and leaving, feature and key width."""
+    """Sizes of a stage, for its closed-form cost: image tokens entering and leaving, feature and key width; and, where
+    tokens stand in windows, the pairs of a place before and one behind the stage that are in one window.
+    """
 
     tokens: int
     budget: int
     width: int
     key_width: int
+    pairs: int = 0
 
     def feature_width(self, kind: str) -> int:
         """Width of `StageInput.features(kind)`."""
@@ -96,6 +99,9 @@ class Method(ABC):
         source: The paper.
         prop_attn: Whether proportional attention is on where the user says nothing.
         needs_training: Whether its stages hold weights that mean nothing before they are fine-tuned.
+        keeps_grid: Whether the tokens that leave stand in a regular grid, which models with windows, pooling or
+            convolutions between their blocks need. Its stages stand before a block then, and each token is given back
+            behind the last.
         presets: Named sets of settings, chosen by the setting `preset`; single settings beside it win.
     """
 
@@ -103,6 +109,7 @@ class Method(ABC):
     source: ClassVar[str]
     prop_attn: ClassVar[bool]
     needs_training: ClassVar[bool] = False
+    keeps_grid: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod

@@ -16,8 +16,8 @@ from tokencut.adapters import supported_modules
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import nearest_known
 
-# What an alias leaves out.
-ALIAS_SUFFIX = "_patch16_224"
+# What an alias leaves out: the most usual patches, windows and images of a family.
+ALIAS_SUFFIXES = ("_patch16_224", "_patch4_window7_224")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ def architectures() -> dict[str, str]:
 @cache
 def aliases() -> dict[str, str]:
     """timm's name by alias."""
-    short = {name.removesuffix(ALIAS_SUFFIX): name for name in architectures() if name.endswith(ALIAS_SUFFIX)}
+    short = {
+        name.removesuffix(suffix): name
+        for suffix in ALIAS_SUFFIXES for name in architectures() if name.endswith(suffix)
+    }  # fmt: skip
     return {alias: name for alias, name in short.items() if not is_model(alias)}
 
 

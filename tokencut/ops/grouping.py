@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokencut.ops import kernels
 from tokencut.ops.exporting import exporting, numbers, pick, running
+from tokencut.ops.grid_clusters import GridClusters
 
 # Members that cancel out leave a sum of rounding errors: it is not scaled up beyond this.
 LONGEST = 10.0
@@ -51,7 +52,7 @@ class Grouping:
     keep_norm: bool = False
 
 
-Decision = Selection | Grouping
+Decision = Selection | Grouping | GridClusters
 
 
 def membership(group: Tensor, count: int) -> Tensor:

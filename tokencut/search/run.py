@@ -51,7 +51,7 @@ def find_schedule(
     target: Target,
     *,
     layers: Layers | None = None,
-    method: str = "bat",
+    method: str | None = None,
     prop_attn: bool | None = None,
     method_options: Mapping[str, Any] | None = None,
     settings: SearchSettings | None = None,
@@ -64,7 +64,7 @@ def find_schedule(
         calibration: Images as `open_source` takes them: never those that accuracy is told of.
         target: What is asked for.
         layers: 1-based numbers of the blocks that may reduce; all where None.
-        method: A method's name.
+        method: A method's name; the family's default where None.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.
         settings: How the search runs.
@@ -92,7 +92,7 @@ def find_schedule(
     """
     chosen, started = settings or SearchSettings(), time.perf_counter()
     target.check()
-    if methods().get(method) is not None and methods()[method].needs_training:
+    if method in methods() and methods()[method].needs_training:
         raise UsageError(f"the stages of method {method} mean nothing before they are trained, so there is nothing to "
                          "search by; type `keep=0.7` instead of a target, or `method='bat'`")  # fmt: skip
     check_number("effort", chosen.effort)

@@ -107,20 +107,23 @@ def mean_keep(keep: Keep) -> float:
     return sum(rates) / len(rates)
 
 
-def read_variants(labels: Sequence[str], *, parameter: str = "methods") -> tuple[Variant, ...]:
+def read_variants(
+    labels: Sequence[str], *, parameter: str = "methods", keeps_grid: bool = False
+) -> tuple[Variant, ...]:
     """Reads the methods of a sweep, or of another comparison.
 
     Args:
         labels: Method names, each with settings behind colons where wanted; or `all`, for every method that needs no
             training.
         parameter: What they were given by.
+        keeps_grid: Whether `all` are those for hierarchical models.
 
     Raises:
         UsageError: There is none, one stands twice, is unknown, or needs training first.
     """
     named = [label.strip() for label in labels]
     if named == [ALL]:
-        ready = [name for name, method in methods().items() if not method.needs_training]
+        ready = [name for name, method in methods(keeps_grid=keeps_grid).items() if not method.needs_training]
         named = sorted(ready, key=lambda name: name != FIRST)
     if not any(named):
         raise UsageError(f"no method given; type `{parameter}=['bat', 'evit', 'tome']`, or `{parameter}=['all']`")

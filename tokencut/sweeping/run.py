@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokencut.adapters import plain_model
+from tokencut.adapters import Adapter, adapter_for, plain_model
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_images
 from tokencut.data.sources import Source, check_apart
 from tokencut.errors import ArtifactError, UsageError
@@ -44,6 +44,7 @@ from tokencut.sweeping.writing import check_folder, write_report
 DENSE_KEY: Key = (DENSE, 1.0)
 # A model's share of the timing: some 20 rounds of what takes a fifth of a second; fewer of what takes longer.
 TIMING_SECONDS = 4.0
+COMPARED = ("bat", "evit", "tome")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SweepPlan:
 
     Attributes:
         methods: Method names, each with settings behind colons where wanted (`bat:preset=paper`); or `("all",)`. The
-            first is compared with each of the others.
+            first is compared with each of the others. `bat`, `evit` and `tome` where None, or that of the family.
         keeps: Fractions of the image tokens entering a stage that leave it: numbers, or sequences with one a layer.
         layers: As in `compress`.
         prop_attn: As in `compress`, for every method.
@@ -65,7 +66,7 @@ class SweepPlan:
         held_bytes: Decoded images are held in memory up to this size, in bytes; beyond, every model decodes them anew.
     """
 
-    methods: Sequence[str] = ("bat", "evit", "tome")
+    methods: Sequence[str] | None = None
     keeps: Sequence[KeepRate] = (0.9, 0.7, 0.5)
     layers: Layers | None = None
     prop_attn: bool | None = None
@@ -77,13 +78,18 @@ class SweepPlan:
     latency: bool = True
     held_bytes: int = HELD_BYTES
 
-    def pairs(self) -> list[tuple[Variant, Keep]]:
+    def pairs(self, adapter: Adapter | None = None) -> list[tuple[Variant, Keep]]:
         """The rows beside the dense one, keep by keep.
+
+        Args:
+            adapter: That of the model; where None it is taken for no hierarchical one.
 
         Raises:
             UsageError: A method or keep rate stands twice, there is none, or a method is unknown or needs training.
         """
-        variants = read_variants(self.methods)
+        hierarchical = adapter is not None and adapter.hierarchical
+        usual = (adapter.default_method,) if adapter is not None and hierarchical else COMPARED
+        variants = read_variants(usual if self.methods is None else self.methods, keeps_grid=hierarchical)
         keeps = [float(keep) if isinstance(keep, (int, float)) else tuple(map(float, keep)) for keep in self.keeps]
         if not keeps:
             raise UsageError("no keep rate given; type `keeps=[0.9, 0.7, 0.5]`")
@@ -182,7 +188,7 @@ def _recipes(model: nn.Module, plan: SweepPlan) -> dict[Key, Recipe]:
             model, keep=keep, layers=plan.layers, method=variant.method, prop_attn=plan.prop_attn,
             method_options=variant.options,
         ).recipe
-        for variant, keep in plan.pairs()
+        for variant, keep in plan.pairs(adapter_for(model))
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = timm.create_model("deit_tiny_distilled_patch16_224", img_size=160)

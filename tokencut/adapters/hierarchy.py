@@ -1,0 +1,340 @@
+"""What families have in common that make their grid of tokens smaller from stage to stage, and need it whole for that.
+
+Of such a model the third stage is reduced, in which most blocks are: its tokens are clustered to a smaller grid before
+one of its blocks, and each token of the grid is had back behind the last. All else is timm's own forward, which is run
+with another `blocks` in that one stage (`calling.StandIn`); no module is changed.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tokencut.adapters.base import Adapter, BareContext, Context
+from tokencut.adapters.subclasses import known_class, why_unknown
+from tokencut.attention import AttentionInfo, TimmModule
+from tokencut.calling import StandIn, StandInSequence
+from tokencut.cost import BlockCost, Macs, ModelCost, TabledMacs
+from tokencut.errors import ModelError, UsageError
+from tokencut.ops.grid_clusters import Windows
+from tokencut.schedule import Keep, Layers, Schedule, TokensOut, kept_tokens, make_schedule
+from tokencut.tokens import Tokens, unclustered
+
+# The place of the stage that is reduced. In most models it has more blocks than all others together.
+STAGE = 2
+
+Run = Callable[[Tokens], Tokens]
+
+
+class _ReachedError(Exception):
+    """A forward has come to the blocks that may be reduced."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+class HierarchicalAdapter(Adapter):
+    """A model that runs one part, its stages, after another, each with `downsample` and `blocks`.
+
+    A family says where these are, in which windows tokens are clustered, how a block runs on a smaller grid, and what
+    blocks and stages cost.
+
+    Attributes:
+        classes: timm's classes of such models; those derived from them are taken where they run as these do.
+        block_classes: timm's classes of their blocks.
+        stages_name: The attribute that holds the stages, a `Sequential`.
+        before_stages: The attributes of what the model runs before the stages.
+    """
+
+    classes: ClassVar[tuple[type[nn.Module], ...]]
+    block_classes: ClassVar[tuple[type[nn.Module], ...]]
+    stages_name: ClassVar[str]
+    before_stages: ClassVar[tuple[str, ...]] = ("patch_embed",)
+    hierarchical = True
+    default_method = "window"
+
+    @abstractmethod
+    def windows(self, model: TimmModule, rows: int, columns: int) -> Windows:
+        """The grid of the stage, and the windows in which its tokens are clustered."""
+
+    @abstractmethod
+    def stage_grid(self, model: TimmModule, stage: int, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens in a stage (from 0 on), for an image of `height` x `width` px."""
+
+    @abstractmethod
+    def run_smaller(self, block: TimmModule, features: Tensor, tokens: Tokens) -> Tensor:
+        """A block on a smaller grid, by its own parts.
+
+        Args:
+            block: The block.
+            features: `(B, rows, columns, D)` of the smaller grid.
+            tokens: The same tokens with their `windows`, and what `prepare` has made for all blocks.
+        """
+
+    @abstractmethod
+    def block_macs(self, block: TimmModule, windows: Windows, *, smaller: bool) -> int:
+        """Multiply-adds of a block on a grid with such windows.
+
+        Args:
+            block: The block.
+            windows: The grid. In its own windows attention looks where `smaller`, and in the model's own else.
+            smaller: Whether the grid is one that a stage has left.
+        """
+
+    @abstractmethod
+    def other_macs(self, model: TimmModule, stage: int, height: int, width: int) -> int:
+        """Multiply-adds of what leads into a stage (from 0 on), for an image of `height` x `width` px: the patch
+        embedding for the first, the merging of patches for the others.
+        """
+
+    @abstractmethod
+    def head_macs(self, model: TimmModule, tokens: int) -> int:
+        """Multiply-adds of pooling and classifier, on so many tokens of the last stage."""
+
+    def accepts(self, model: nn.Module) -> bool:
+        return known_class(model, self.classes) is not None
+
+    def why_not(self, model: nn.Module) -> str | None:
+        return why_unknown(model, self.classes)
+
+    def check(self, model: TimmModule) -> None:
+        stages: Any = self.stages(model)
+        for block in (block for stage in stages for block in stage.blocks):
+            if known_class(block, self.block_classes) is None:
+                why = why_unknown(block, self.block_classes) or f"the block {type(block).__name__} is not known"
+                raise ModelError(f"{why}, so it cannot run on a smaller grid; use a model built from "
+                                 f"{', '.join(known.__name__ for known in self.block_classes)}")  # fmt: skip
+
+    def check_method(self, method: Any) -> None:
+        if not method.keeps_grid:
+            raise UsageError(
+                f"method {method.name} leaves tokens in no grid, and {self.family} needs one between its stages; type "
+                f"`method={self.default_method!r}`, or leave it out"
+            )
+
+    def stages(self, model: TimmModule) -> nn.Sequential:
+        """The model's stages."""
+        stages: nn.Sequential = getattr(model, self.stages_name)
+        return stages
+
+    def blocks(self, model: TimmModule) -> nn.ModuleList | nn.Sequential:
+        """The blocks that may be reduced, those of the third stage; none of a model that has lost it."""
+        stages: Any = self.stages(model)
+        return stages[STAGE].blocks if len(stages) > STAGE else nn.Sequential()
+
+    def feature_maps(self, model: TimmModule) -> int:
+        return len(self.stages(model))
+
+    def num_prefix_tokens(self, model: TimmModule) -> int:
+        return 0
+
+    def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
+        return self.stage_grid(model, STAGE, height, width)
+
+    def recomputes(self, model: TimmModule) -> bool:
+        return bool(self.stages(model)[STAGE].grad_checkpointing)
+
+    def schedule(self, model: TimmModule, keep: Keep | None, layers: Layers | None, reduce_by: int | None) -> Schedule:
+        depth = len(self.blocks(model))
+        usual = default_beginning(depth)
+        example = f"`layers=[{usual}]`"
+        if reduce_by is not None:
+            raise UsageError(f"{self.family} keeps a regular grid, from which not any {reduce_by} tokens can go; type "
+                             "a share that stays, such as `keep=0.5`, instead of `reduce_by`")  # fmt: skip
+        if isinstance(layers, str):
+            raise UsageError(f"layers {layers!r} are several, and {self.family} is reduced once; type the block of its "
+                             f"third stage where that begins, such as {example}")  # fmt: skip
+        schedule = make_schedule(depth, keep, (usual,) if layers is None else layers, None)
+        if len(schedule.layers) > 1:
+            raise UsageError(f"layers {','.join(map(str, schedule.layers))} are several, and {self.family} is reduced "
+                             f"once; type the block of its third stage where that begins, such as {example}"
+                             )  # fmt: skip
+        return schedule
+
+    def tokens_out(self, model: TimmModule, grid: tuple[int, int]) -> TokensOut | None:
+        return nearest_count(self.windows(model, *grid))
+
+    def keep_note(self, model: TimmModule, keep: float) -> str | None:
+        size = self.input_size(model)
+        assert size is not None
+        windows = self.windows(model, *self.grid(model, *size))
+        left = nearest_count(windows)(windows.count, kept_tokens(keep, windows.count))
+        sides = f"{windows.height} x {windows.width}"
+        if keep == 1 or not windows.smaller():
+            return None
+        if left == windows.count:
+            next_best = windows.smaller()[-1]
+            return (f"at `keep={keep:g}` the nearest to that share of {sides} tokens is all of them, so nothing is "
+                    f"reduced; the next smaller is {next_best.height} x {next_best.width}, "
+                    f"`keep={next_best.count / windows.count:.2f}`")  # fmt: skip
+        smaller = windows.with_count(left)
+        return (f"of each {sides} tokens {smaller.height} x {smaller.width} stay, {left / windows.count:.3g} of them, "
+                f"the nearest to `keep={keep:g}`")  # fmt: skip
+
+    def stood_in(self, model: TimmModule, layers: tuple[int, ...]) -> list[tuple[int, nn.Module]]:
+        if not len(self.blocks(model)):
+            return []
+        stages = self.stages(model)
+        around = [stages, stages[STAGE], self.blocks(model)]
+        inside = [
+            part for block in self.blocks(model)[min(layers) - 1 :] for part in self.stood_in_for(block)
+        ]  # fmt: skip
+        return [*((0, part) for part in around), *((min(layers), part) for part in inside)]
+
+    def called_as_one(self, model: TimmModule) -> None:
+        return None  # `all_blocks` calls them as timm does
+
+    def inside(self, model: TimmModule, run: Run) -> StandIn:
+        """timm's model with other code for the blocks of its third stage; its own methods run all the rest.
+
+        Args:
+            model: The model.
+            run: Takes the tokens entering them, in windows, and gives those behind the last, in the same grid.
+        """
+        stages: Any = self.stages(model)
+        third = StandIn(stages[STAGE], blocks=self.all_blocks(model, run), grad_checkpointing=False)
+        parts = [third if number == STAGE else stage for number, stage in enumerate(stages)]
+        return StandIn(model, **{self.stages_name: StandInSequence(stages, parts)})
+
+    @abstractmethod
+    def all_blocks(self, model: TimmModule, run: Run) -> Any:
+        """What takes the place of the stage's `blocks` where timm's own code calls them.
+
+        Args:
+            model: The model.
+            run: As in `inside`.
+        """
+
+    def on_grid(self, model: TimmModule, run: Run, x: Tensor) -> Tensor:
+        """Runs all blocks of the stage on a grid.
+
+        Args:
+            model: The model.
+            run: As in `inside`.
+            x: `(B, rows, columns, D)`.
+        """
+        rows, columns = int(x.shape[1]), int(x.shape[2])
+        tokens = Tokens(x.flatten(1, 2), 0, windows=self.windows(model, rows, columns))
+        return run(tokens).features.unflatten(1, (rows, columns))
+
+    def embed(self, model: TimmModule, images: Tensor) -> Tokens:
+        def reached(tokens: Tokens) -> Tokens:
+            raise _ReachedError(tokens)
+
+        try:
+            self.inside(model, reached).forward(images)
+        except _ReachedError as end:
+            return end.tokens
+        raise AssertionError("the model has run without its third stage")
+
+    def leaving(self, model: TimmModule, tokens: Tokens) -> Tokens:
+        return unclustered(tokens)
+
+    def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
+        """All that follows the blocks of the third stage: logits `(B, classes)`."""
+        stages: Any = self.stages(model)
+        end = StandIn(
+            stages[STAGE], downsample=_unchanged, grad_checkpointing=False,
+            blocks=self.all_blocks(model, lambda entering: tokens),
+        )  # fmt: skip
+        parts = [*[_unchanged] * STAGE, end, *stages[STAGE + 1 :]]
+        skipped: dict[str, Any] = dict.fromkeys(self.before_stages, _unchanged)
+        rest = StandIn(model, **skipped, **{self.stages_name: StandInSequence(stages, parts)})
+        assert tokens.windows is not None
+        logits: Tensor = rest.forward(tokens.features.unflatten(1, (tokens.windows.rows, tokens.windows.columns)))
+        return logits
+
+    def pools_by_size(self, model: TimmModule) -> bool:
+        return False
+
+    def context(self, model: TimmModule, number: int, tokens: Tokens) -> Context:
+        return BareContext()
+
+    def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
+        windows = tokens.windows
+        assert windows is not None
+        features = tokens.features.unflatten(1, (windows.rows, windows.columns))
+        if tokens.clustered is None:
+            features = self.run_block(block, features)
+        else:
+            features = self.run_smaller(block, features, tokens)
+        return tokens.with_features(features.flatten(1, 2))
+
+    def run_block(self, block: TimmModule, features: Tensor) -> Tensor:
+        """A block as timm runs it, `(B, rows, columns, D)` to the same."""
+        done: Tensor = block(features)
+        return done
+
+    def attention_half(
+        self, model: TimmModule, block: TimmModule, tokens: Tokens, context: Context
+    ) -> tuple[Tokens, AttentionInfo]:
+        """What a stage sees, which stands before the block: the tokens as they are, and no attention."""
+        return tokens, AttentionInfo((), 0, (), None)
+
+    def mlp_half(self, block: TimmModule, tokens: Tokens) -> Tokens:
+        """The whole block, behind its stage."""
+        return self.run(block, tokens, BareContext())
+
+    def pre_mlp_norm(self, block: TimmModule, features: Tensor) -> Tensor:
+        return features
+
+    def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
+        normed: Tensor = model.norm(features)
+        return normed
+
+    def cost(self, model: TimmModule) -> ModelCost:
+        size = self.input_size(model)
+        assert size is not None
+        before = after = rows = columns = 0
+        stages: Any = self.stages(model)
+        for number, stage in enumerate(stages):
+            rows, columns = self.stage_grid(model, number, *size)
+            macs = self.other_macs(model, number, *size)
+            if number != STAGE:
+                macs += sum(self.block_macs(block, _plain(rows, columns), smaller=False) for block in stage.blocks)
+            before, after = (before + macs, after) if number <= STAGE else (before, after + macs)
+        windows = self.windows(model, *self.grid(model, *size))
+        return ModelCost(
+            embed=before,
+            blocks=tuple(self._block_cost(block, windows) for block in self.blocks(model)),
+            head=Macs(fixed=after + self.head_macs(model, rows * columns)),
+            num_prefix_tokens=0,
+            patches=windows.count,
+            head_prefix_tokens=0,
+        )
+
+    def _block_cost(self, block: TimmModule, windows: Windows) -> BlockCost:
+        smaller = windows.smaller()
+        known = {each.count: self.block_macs(block, each, smaller=True) for each in smaller}
+        known[windows.count] = self.block_macs(block, windows, smaller=False)
+        pairs = tuple((each.count, windows.number * windows.places * each.places) for each in smaller)
+        width = self.width(block)
+        return BlockCost(Macs(), TabledMacs(known=tuple(known.items())), Macs(), width, width, pairs)
+
+    @abstractmethod
+    def width(self, block: TimmModule) -> int:
+        """Numbers in a token's features, in this block."""
+
+
+def default_beginning(depth: int) -> int:
+    """The block before which tokens are clustered where nothing else is said: 2 of 6, 3 of 18, 5 of 40."""
+    return min(depth, 1 + max(1, round(depth / 9)))
+
+
+def nearest_count(windows: Windows) -> TokensOut:
+    """How many tokens leave a stage: as many as a smaller window leaves, the nearest to the budget; of two the more."""
+    counts = (*(each.count for each in windows.smaller()), windows.count)
+    return lambda tokens, budget: min(counts, key=lambda count: (abs(count - budget), -count))
+
+
+def _unchanged(x: Any) -> Any:
+    return x
+
+
+def _plain(rows: int, columns: int) -> Windows:
+    """A grid whose own windows nobody asks for."""
+    return Windows(rows, columns, rows, columns)

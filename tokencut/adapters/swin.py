@@ -1,0 +1,287 @@
+"""Every architecture that timm builds of its classes `SwinTransformer` and `SwinTransformerV2`: attention in windows,
+which are shifted in every other block.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, get_relative_position_index
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
+
+from tokencut.adapters.base import counted_macs, linear_macs, register_adapter
+from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run
+from tokencut.attention import TimmModule
+from tokencut.calling import StandIn, call, unwrapped
+from tokencut.errors import ModelError
+from tokencut.ops.grid_clusters import Windows
+from tokencut.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class SmallerWindows:
+    """What all blocks on a smaller grid share.
+
+    Attributes:
+        shift: By how many rows and columns windows are shifted in every other block.
+        mask: What is added to the attention of shifted windows, `(W, n, n)`; None where windows are not shifted.
+        positions: What the family's attention needs of the relative positions in such windows.
+    """
+
+    shift: tuple[int, int]
+    mask: Tensor | None
+    positions: Any
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """How a table of relative positions is looked up for smaller windows.
+
+    Attributes:
+        index: Which relative position each pair of a window's places has, int64 `(n, n)`.
+        rows: What the rows of a smaller table are of those of the model's own, `(2h' - 1, 2h - 1)`.
+        columns: The same for columns.
+    """
+
+    index: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+class ShiftedWindowAdapter(HierarchicalAdapter):
+    """What the two versions of Swin have in common."""
+
+    stages_name = "layers"
+
+    def check(self, model: TimmModule) -> None:
+        super().check(model)
+        if not len(self.blocks(model)):
+            raise ModelError(f"the model has {len(self.stages(model))} stages with blocks, and it is the third that is "
+                             "reduced; build one with more `depths`")  # fmt: skip
+
+    def input_size(self, model: TimmModule) -> tuple[int, int] | None:
+        size: tuple[int, int] | None = model.patch_embed.img_size
+        return size
+
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        height, width = model.patch_embed.patch_size
+        return int(height) << STAGE, int(width) << STAGE
+
+    def stage_grid(self, model: TimmModule, stage: int, height: int, width: int) -> tuple[int, int]:
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        for _ in range(stage):
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        return int(rows), int(columns)
+
+    def classifier(self, model: TimmModule) -> nn.Module:
+        classifier: nn.Module = model.head.fc
+        return classifier
+
+    def windows(self, model: TimmModule, rows: int, columns: int) -> Windows:
+        height, width = plain(self.blocks(model)[0]).window_size
+        return Windows(rows, columns, int(height), int(width))
+
+    def width(self, block: TimmModule) -> int:
+        return int(block.dim)
+
+    def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
+        return [block, block.attn]
+
+    def prepare(self, model: TimmModule, tokens: Tokens) -> Tokens:
+        if tokens.clustered is None:
+            return tokens
+        before, windows = tokens.clustered.clusters.windows, tokens.windows
+        assert windows is not None
+        blocks = [plain(block) for block in self.blocks(model)]
+        shifted = next((block for block in blocks if any(block.shift_size)), None)
+        down, across = (0, 0) if shifted is None else shifted.shift_size
+        shift = windows.height // 2 if down else 0, windows.width // 2 if across else 0
+        mask, features = None, tokens.features
+        if shifted is not None and any(shift):
+            size = (1, windows.down * windows.height, windows.across * windows.width, 1)
+            own = StandIn(shifted, window_size=(windows.height, windows.width), window_area=windows.places,
+                          shift_size=shift)  # fmt: skip
+            mask = own.get_attn_mask(features.new_empty(size))
+        layer = plain(plain(self.blocks(model)[0]).attn)
+        return replace(tokens, shared=SmallerWindows(shift, mask, self.positions(layer, before, windows, features)))
+
+    def run_smaller(self, block: TimmModule, features: Tensor, tokens: Tokens) -> Tensor:
+        windows, shared = tokens.windows, tokens.shared
+        assert windows is not None
+        shifts = any(plain(block).shift_size) and any(shared.shift)
+        done: Tensor = StandIn(
+            block,
+            window_size=(windows.height, windows.width),
+            window_area=windows.places,
+            shift_size=shared.shift if shifts else (0, 0),
+            dynamic_mask=False,
+            attn_mask=shared.mask if shifts else None,
+            attn=self.attention(block.attn, windows, shared.positions),
+        )(features)
+        return done
+
+    @abstractmethod
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Any:
+        """What attention needs of the relative positions in smaller windows.
+
+        Args:
+            layer: The attention of any of the blocks.
+            before: The grid in the model's own windows.
+            windows: The smaller grid.
+            like: A tensor of the features' device and dtype.
+        """
+
+    @abstractmethod
+    def attention(self, layer: TimmModule, windows: Windows, positions: Any) -> StandIn:
+        """The attention of a block in smaller windows, with what it adds for relative positions."""
+
+    @abstractmethod
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        """Multiply-adds of what attention adds for relative positions.
+
+        Args:
+            layer: The attention.
+            own: The grid in the model's own windows.
+            windows: The smaller grid where attention is on one, else None.
+        """
+
+    def block_macs(self, block: TimmModule, windows: Windows, *, smaller: bool) -> int:
+        layer = plain(block.attn)
+        own = Windows(windows.rows, windows.columns, *layer.window_size)
+        inside = windows if smaller else own
+        padded = inside.number * inside.places
+        width = linear_out(layer.qkv) // 3
+        macs: int = padded * (linear_macs(layer.qkv) + linear_macs(layer.proj) + 2 * width * inside.places)
+        return (
+            macs + windows.count * linear_macs(block.mlp) + self.position_macs(layer, own, windows if smaller else None)
+        )
+
+    def other_macs(self, model: TimmModule, stage: int, height: int, width: int) -> int:
+        rows, columns = self.stage_grid(model, stage, height, width)
+        if stage:
+            stages: Any = self.stages(model)
+            return rows * columns * linear_macs(stages[stage].downsample)
+        embed = model.patch_embed
+        proj = plain(embed.proj)
+        if type(embed) is PatchEmbed and isinstance(proj, nn.Conv2d):
+            return rows * columns * proj.weight.numel()
+        return counted_macs(embed, (model.in_chans, height, width))
+
+    def head_macs(self, model: TimmModule, tokens: int) -> int:
+        return linear_macs(model.head.fc) * (1 if model.head.global_pool.pool_type else tokens)
+
+
+@register_adapter
+class SwinAdapter(ShiftedWindowAdapter):
+    """Windows with a table of relative positions.
+
+    Clusters lie `w / w'` tokens apart: so the table is looked up between its own offsets, linearly, at `w / w'` times
+    the offset in the smaller window.
+    """
+
+    family = "Swin"
+    timm_modules = ("swin_transformer",)
+    classes = (SwinTransformer,)
+    block_classes = (SwinTransformerBlock,)
+
+    def all_blocks(self, model: TimmModule, run: Run) -> Any:
+        return partial(call, self.blocks(model), partial(self.on_grid, model, run))
+
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Offsets:
+        return Offsets(
+            get_relative_position_index(windows.height, windows.width, device=like.device),
+            _offsets(before.height, windows.height, like),
+            _offsets(before.width, windows.width, like),
+        )
+
+    def attention(self, layer: TimmModule, windows: Windows, positions: Offsets) -> StandIn:
+        return StandIn(
+            layer,
+            window_size=(windows.height, windows.width),
+            window_area=windows.places,
+            # Made where it is asked for, inside the layer's own call: its table may be gathered only then (FSDP).
+            _get_rel_pos_bias=partial(_position_bias, layer, positions),
+        )
+
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        if windows is None:
+            return 0
+        (high, wide), (new_high, new_wide) = ((2 * w.height - 1, 2 * w.width - 1) for w in (own, windows))
+        return int(layer.num_heads * (new_high * high * wide + new_high * new_wide * wide))
+
+
+@register_adapter
+class SwinV2Adapter(ShiftedWindowAdapter):
+    """Windows with a small network for relative positions, which takes any offset: those between clusters as well."""
+
+    family = "Swin V2"
+    timm_modules = ("swin_transformer_v2",)
+    classes = (SwinTransformerV2,)
+    block_classes = (SwinTransformerV2Block,)
+
+    def all_blocks(self, model: TimmModule, run: Run) -> Any:
+        return [partial(self.on_grid, model, run)]
+
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> tuple[Tensor, Tensor]:
+        # Offsets are divided by those of a window's ends. In a window of fewer clusters, `w / w'` tokens apart, the
+        # same ends are so many clusters away.
+        ends = layer.pretrained_window_size if layer.pretrained_window_size[0] > 0 else (before.height, before.width)
+        shares = windows.height / before.height, windows.width / before.width
+        scaled = StandIn(
+            layer,
+            window_size=(windows.height, windows.width),
+            pretrained_window_size=tuple(1 + (end - 1) * share for end, share in zip(ends, shares, strict=True)),
+        )
+        made: tuple[Tensor, Tensor] = scaled._make_pair_wise_relative_positions(device=like.device, dtype=like.dtype)
+        return made
+
+    def attention(self, layer: TimmModule, windows: Windows, positions: tuple[Tensor, Tensor]) -> StandIn:
+        table, index = positions
+        return StandIn(
+            layer,
+            window_size=(windows.height, windows.width),
+            relative_coords_table=table,
+            relative_position_index=index,
+        )
+
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        asked = own if windows is None else windows
+        return (2 * asked.height - 1) * (2 * asked.width - 1) * linear_macs(layer.cpb_mlp)
+
+
+def linear_out(layer: nn.Module) -> int:
+    """How many numbers a linear layer gives, also one that peft has put something around."""
+    inner: Any = getattr(layer, "base_layer", layer)
+    return int(inner.out_features)
+
+
+def plain(module: nn.Module) -> TimmModule:
+    """A module out of wrappers that change no numbers."""
+    inner: TimmModule = unwrapped(module)
+    return inner
+
+
+def _offsets(size: int, smaller: int, like: Tensor) -> Tensor:
+    """Between which of the offsets `1 - size .. size - 1` those of a smaller window lie, by how much of each:
+    `(2 * smaller - 1, 2 * size - 1)`.
+    """
+    sought = torch.arange(1 - smaller, smaller, device=like.device) * (size / smaller)
+    own = torch.arange(1 - size, size, device=like.device)
+    return (1 - (sought.unsqueeze(1) - own).abs()).clamp(min=0).to(like.dtype)
+
+
+def _position_bias(layer: TimmModule, positions: Offsets) -> Tensor:
+    """What attention adds in a smaller window, `(1, H, n, n)`."""
+    layer = plain(layer)
+    table = layer.relative_position_bias_table
+    by_rows = positions.rows @ table.view(positions.rows.shape[1], -1)
+    by_rows = by_rows.view(positions.rows.shape[0], -1, layer.num_heads)
+    resized = torch.matmul(positions.columns, by_rows).flatten(0, 1)
+    places = positions.index.shape[0]
+    return resized[positions.index.flatten()].view(places, places, -1).permute(2, 0, 1).contiguous().unsqueeze(0)

@@ -1,0 +1,64 @@
+"""Clusters of each window that keep the grid, for hierarchical models: Expedit, arXiv 2210.01035."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencut.methods.base import Method, StageInput, StageShape, option, register
+from tokencut.ops.grid_clusters import ClusterRule, GridClusters, grid_clusters, grid_pool
+
+
+@register
+@dataclass(frozen=True)
+class Window(Method):
+    """The tokens of each window are clustered softly into a smaller window; behind the blocks each gets its share back.
+
+    The clusters stand in a regular grid, on which the model's own windows, shifts and convolutions go on. As in all
+    methods the decision (which token goes into which cluster by how much, and what it takes back) is made in fp32 and
+    has no gradient; what is averaged by it has one. Distances are compared with each image's own, so that the scale of
+    the features changes nothing.
+    """
+
+    name = "window"
+    source = "arXiv 2210.01035"
+    prop_attn = False
+    keeps_grid = True
+
+    clustering: str = option(
+        "soft", "by features, or plain averages of cells (pool), for comparison", choices=("soft", "pool")
+    )
+    reconstruct: str = option(
+        "change",
+        "what a token gets back: the nearest cluster's features (copy), a mixture of the nearest (softmax), or its own "
+        "and what the mixture has changed by (change)",
+        choices=("softmax", "copy", "change"),
+    )
+    nearest: int = option(10, "from how many clusters a token takes", low=1, high=1_000)
+    rounds: int = option(5, "how often clusters move to the mean of their tokens", low=0, high=100)
+    reach: int = option(2, "a token may join clusters so many cells away", low=0, high=1_000)
+    sharpness: float = option(1.0, "how much less a cluster that is further away counts", low=1e-3, high=1e6)
+    least: float = option(
+        0.0, "the squared distance to compare with, as measured on calibration images; each image's own where 0", low=0
+    )
+
+    def decide(self, stage_input: StageInput, budget: int) -> GridClusters:
+        windows = stage_input.tokens.windows
+        assert windows is not None
+        smaller = windows.with_count(budget)
+        change, nearest = self.reconstruct == "change", 1 if self.reconstruct == "copy" else self.nearest
+        features = stage_input.tokens.image.float()
+        if self.clustering == "pool":
+            return grid_pool(features, windows, smaller, nearest, change)
+        rule = ClusterRule(self.rounds, self.reach, self.sharpness, self.least, nearest)
+        return grid_clusters(features, windows, smaller, rule, change)
+
+    def macs(self, shape: StageShape) -> int:
+        # Each round measures distances and averages, and so do the end and what is given back.
+        products = 2 if self.clustering == "pool" else 2 * self.rounds + 4
+        return products * shape.pairs * shape.width
+
+    def reads_attention(self) -> bool:
+        return False
+
+    def merges(self) -> bool:
+        return True
