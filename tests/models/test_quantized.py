@@ -175,6 +175,24 @@ def test_a_model_is_left_as_it_was_and_may_be_cast_copied_and_counted(kind: str)
     assert torch.equal(compress(model.model, keep=0.5, layers=[2])(images()), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_zeros_and_of_next_to_nothing_are_numbers(kind: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(32, 16, generator=torch.Generator().manual_seed(3))
+    weight[3], weight[5] = 0, weight[5] * 1e-8
+    layer = nn.Linear(16, 32, dtype=torch.float32)
+    layer.weight.data = weight
+    model = compressed()
+    model.model.blocks[0].attn.proj = layer
+    quantized = tokencut.quantize(model, kind).model.blocks[0].attn.proj
+    tokens = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(4))
+    tokens[1, 2] = 0
+    found = quantized.to(dtype)(tokens.to(dtype)).detach().float()
+    wanted = layer(tokens).detach()
+    assert float((found - wanted).abs().max()) < 0.1 * float(wanted.std()) * (4 if kind == "fp8" else 1)
+    assert float((found[..., 3] - layer.bias.detach()[3]).abs().max()) < 1e-2
+    assert torch.equal(found[1, 2], layer.bias.detach().to(dtype).float())
+
+
 @torch.no_grad()
 def test_a_bias_given_by_name_counts(kind: str) -> None:
     model = compressed("beit_base_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3)
@@ -191,13 +209,34 @@ def test_a_bias_given_by_name_counts(kind: str) -> None:
 
 
 def test_others_quantisation_is_told_from_ours(tmp_path: Path) -> None:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import (
+        Float8Tensor,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+        quantize_,
+    )
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
     theirs, ours = compressed(), tokencut.quantize(compressed(), "int8")
     config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     quantize_(theirs, config, filter_fn=lambda part, name: isinstance(part, nn.Linear) and ".blocks." in name)
     assert tokencut.save(theirs, tmp_path / "theirs.safetensors").quantized == "int8"
     tokencut.save(ours, tmp_path / "ours.safetensors")
+    assert (tmp_path / "theirs.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
+
+    # What torchao's configuration for fp8 makes, which asks for a GPU.
+    rows, config = PerRow(), Float8MMConfig(use_fast_accum=True)
+    for name, part in (theirs := compressed()).named_modules():
+        if isinstance(part, nn.Linear) and ".blocks." in name:
+            weight = Float8Tensor.from_hp(
+                part.weight.detach(), granularity=rows, mm_config=config,
+                act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=rows),
+            )  # fmt: skip
+            part.weight = nn.Parameter(weight, requires_grad=False)
+    tokencut.save(theirs, tmp_path / "theirs.safetensors", force=True)
+    tokencut.save(tokencut.quantize(compressed(), "fp8"), tmp_path / "ours.safetensors", force=True)
     assert (tmp_path / "theirs.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
 
     other = compressed()

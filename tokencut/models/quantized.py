@@ -12,6 +12,7 @@ than what kind they are.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import logging
@@ -31,6 +32,8 @@ from tokencut.runtime import extras
 
 KINDS: Mapping[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CLASSES = {"int8": "Int8Tensor", "fp8": "Float8Tensor"}
+# The least number that the largest of a row counts for: torchao's fp8 would make NaN of a row of zeros.
+LEAST_WEIGHT, LEAST_TOKEN = 1e-12, 1e-6
 # What the products of a GPU take: torch._int_mm multiples of 8, torch._scaled_mm of 16.
 MULTIPLE = 16
 
@@ -168,7 +171,8 @@ def put_together(kind: str, numbers: Tensor, scale: Tensor, dtype: torch.dtype =
 
 def _from_weight(kind: str, weight: Tensor) -> Tensor:
     ao = _torchao()
-    made = getattr(ao, _CLASSES[kind]).from_hp(weight.detach(), granularity=ao.PerRow())
+    least = {"hp_value_lb": LEAST_WEIGHT} if kind == "fp8" else {}
+    made = getattr(ao, _CLASSES[kind]).from_hp(weight.detach(), granularity=ao.PerRow(), **least)
     return put_together(kind, made.qdata, made.scale, weight.dtype)
 
 
@@ -177,27 +181,44 @@ def _weight_class(kind: str) -> Any:
     """torchao's class, which also knows linear layers that are called by the names of their arguments.
 
     torchao 0.18 looks for them by their places alone: of `F.linear(x, weight, bias=b)`, as timm's EVA and BEiT call it,
-    it would leave out the bias without a word.
+    it would leave out the bias without a word. Where nothing multiplies fp8, the same is computed of what was rounded.
     """
     theirs: Any = getattr(_torchao(), _CLASSES[kind])
 
     class Weight(theirs):
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is F.linear and kwargs:
-                given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-                args, kwargs = (given["input"], given["weight"], given.get("bias")), {}
-            return super().__torch_function__(function, types, args, kwargs)
+            if function is not F.linear:
+                return super().__torch_function__(function, types, args, kwargs)
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            tokens, weight, bias = given["input"], given["weight"], given.get("bias")
+            if kind == "fp8" and not _multiplies_fp8(tokens):
+                return F.linear(_rounded(tokens), weight.dequantize(tokens.dtype), bias)
+            return super().__torch_function__(function, types, (tokens, weight, bias), {})
 
     Weight.__name__ = Weight.__qualname__ = f"{_CLASSES[kind]}ByRow"
     return Weight
 
 
+def _multiplies_fp8(tokens: Tensor) -> bool:
+    """Whether torch multiplies fp8 by rows where these are: on a CPU some builds do, others fail in oneDNN."""
+    return tokens.is_cuda and torch.cuda.get_device_capability(tokens.device) >= (8, 9)
+
+
+def _rounded(tokens: Tensor) -> Tensor:
+    """What is left of tokens in fp8, each with a scale of its own."""
+    most = torch.finfo(KINDS["fp8"]).max
+    scale = tokens.abs().amax(-1, keepdim=True).float().clamp(min=LEAST_TOKEN) / most
+    left = (tokens.float() / scale).clamp(-most, most).to(KINDS["fp8"])
+    return (left.float() * scale).to(tokens.dtype)
+
+
 def _activations(kind: str) -> Any:
     """How what comes in is quantised: each token by its largest number."""
     ao = _torchao()
-    settings = ao.QuantizeTensorToInt8Kwargs if kind == "int8" else ao.QuantizeTensorToFloat8Kwargs
-    return settings(granularity=ao.PerRow())
+    if kind == "int8":
+        return ao.QuantizeTensorToInt8Kwargs(granularity=ao.PerRow())
+    return ao.QuantizeTensorToFloat8Kwargs(granularity=ao.PerRow(), hp_value_lb=LEAST_TOKEN)
 
 
 def _products() -> Any:
@@ -231,5 +252,8 @@ def _torchao() -> SimpleNamespace:
 def _description(tensor: Any) -> tuple[Any, ...]:
     """What a quantised weight is, without its numbers, for a comparison."""
     parts, settings = tensor.__tensor_flatten__()
+    activations = settings["act_quant_kwargs"]
+    if getattr(activations, "hp_value_lb", ...) is None:  # torchao's default, which ours differs from for zeros alone
+        settings["act_quant_kwargs"] = dataclasses.replace(activations, hp_value_lb=LEAST_TOKEN)
     zero = getattr(tensor, "zero_point", None)
     return parts, settings, zero is None or not bool(zero.any())
