@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tokencut"
 # A folder, or a module beside the folders, imports only what stands in lines above its own. Inside a folder modules may
 # import each other, without cycles.
 LAYERS = (
-    "errors messages cost observers calling version",
+    "errors messages cost observers calling composite version",
     "limits",
     "files schedule schema ops",
     "tokens",
@@ -24,7 +24,8 @@ LAYERS = (
     "blocks",
     "timm_protocol",
     "model",
-    "backbone models runtime",
+    "backbone runtime",
+    "models",
     "data",
     "evaluation profiling",
     "search training export visualization",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokencut.export.run import export_model
     from tokencut.model import CompressedModel, compress
     from tokencut.models.artifact import load, save
+    from tokencut.models.quantized import quantize
     from tokencut.observers import Observer
     from tokencut.profiling.measuring import ProfileReport, profile
     from tokencut.runtime.capturing import capture
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "predict",
     "profile",
+    "quantize",
     "save",
     "sweep",
 ]
@@ -88,6 +90,7 @@ _HOME = {
     "load": "models.artifact",
     "predict": "evaluation.prediction",
     "profile": "profiling.measuring",
+    "quantize": "models.quantized",
     "save": "models.artifact",
     "sweep": "sweeping.run",
 }

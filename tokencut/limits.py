@@ -68,6 +68,8 @@ LIMITS: Mapping[str, Limits] = {
     "seed": _whole(-(2**63), 2**63 - 1, 0),
     "top": _whole(1, 10**6, 5),
     "workers": _whole(0, 1_024, 0),
+    # Points of top-1 that quantised weights may cost.
+    "allow_drop": Limits(0, 100, 2.0),
     # What a search is to reach.
     "gmacs": Limits(0, 10**6, 2.6, open=True),
     "max_drop": Limits(0, 100, 0.5, open=True),

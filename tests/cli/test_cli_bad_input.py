@@ -35,6 +35,12 @@ WRONG = [
      "such as 64; type tokencut profile --help"),
     (("profile", "--precision", "fp8"), 2,
      "invalid value for '--precision': 'fp8' is not one of fp32, bf16, fp16; type tokencut profile --help"),
+    ((*COMPRESS, "--quantize", "int4"), 2,
+     "unknown kind of quantised weights 'int4', expected int8 or fp8; type --quantize int8"),
+    ((*COMPRESS, "--allow-drop", "2"), 2,
+     "--allow-drop says what --quantize may cost; type --quantize int8 as well, or leave it out"),
+    ((*COMPRESS, "--quantize", "int8", "--allow-drop", "-1"), 2,
+     "invalid value for '--allow-drop': -1 is not a number from 0 to 100, such as 2.0; type tokencut compress --help"),
     # Keep rates.
     ((*DEIT, "--keep", "0"), 2,
      "keep 0 is not a number in (0, 1]; it is the fraction of the image tokens that stay, such as --keep 0.7"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import timm
+from image_files import greys
 from outcome import TINY, Run
 
 from tokencut.models import artifact
@@ -49,6 +50,26 @@ def test_every_reduction_option_reaches_the_recipe(run: Run, tmp_path: Path) -> 
     assert recipe.schedule.reduce_by == 2
     assert recipe.prop_attn is True
     assert recipe.method_options["normalized"] is True
+
+
+def test_quantised_weights_are_judged_and_stored(run: Run, tmp_path: Path) -> None:
+    images = greys(tmp_path / "set", {"a": [0, 51], "b": [102, 153], "c": [204, 255]})
+    output, words = tmp_path / "out.safetensors", ("--keep", "0.5", "--quantize", "int8")
+    done = run("compress", *TINY, *words, "--data", images, "-j", "0", "-o", output, "--json")
+    assert done.code == 0
+    assert set(done.json) == WRITTEN | {
+        "quantize", "dense_top1", "top1", "dense_top5", "top5", "images", "top1_before_quantizing", "agreement",
+        "quantize_difference", "quantize_standard_error",
+    }  # fmt: skip
+    assert done.json["top1"] - done.json["top1_before_quantizing"] == pytest.approx(done.json["quantize_difference"])
+    info = artifact.read_info(output)
+    assert (info.quantized, info.measured["top1"]) == ("int8", done.json["top1"])
+    judged = run("eval", output, "--data", images, "-j", "0", "--json")
+    assert judged.json["top1"] == done.json["top1"]
+    assert "fp32+int8" in run("info", output).out
+    again = run("compress", *TINY, *words, "-o", output, "--force")
+    assert again.notes[-2] == "nothing was judged: what int8 costs is not known; type --data DIR to measure it"
+    assert "int8 in the blocks" in again.out
 
 
 def test_people_get_lines_with_what_changed(run: Run, tmp_path: Path) -> None:

@@ -20,17 +20,28 @@ from tokencut.cli.options import (
     Precision,
     ReductionOptions,
     RunOptions,
+    bounded,
     with_groups,
 )
 from tokencut.cli.search_options import TargetOptions
+from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
     from tokencut.cli.finetune_run import FinetuneRun
     from tokencut.evaluation.accuracy import EvaluationReport
+    from tokencut.model import CompressedModel
     from tokencut.training.setup import FinetuneReport
 
 
-DRY_HELP = "Tell what a fine-tune or a search would take here and write, by a few steps; nothing is written."
+QUANTIZE_HELP = "Weights of the blocks in eight bits, for torch."
+ALLOW_HELP = "With --quantize: so many points of top-1 on --data it may cost; else no file is written."
+DRY_HELP = "Tell what a fine-tune or a search takes and writes. It is tried by a few steps, and nothing is written."
+
+
+# Measured and told, but not kept in a file.
+ONLY_TOLD = (
+    "top1_before_finetuning", "top1_before_quantizing", "agreement", "quantize_difference", "quantize_standard_error",
+)  # fmt: skip
 
 
 @with_groups
@@ -41,6 +52,10 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_HELP)] = False,
     dtype: Annotated[Precision, typer.Option("--dtype", **PRECISION, help="How to store the weights.")] = "fp32",
+    quantize: Annotated[str | None, typer.Option("--quantize", metavar="int8|fp8", help=QUANTIZE_HELP)] = None,
+    allow_drop: Annotated[
+        float | None, typer.Option("--allow-drop", **bounded("allow_drop", "P"), help=ALLOW_HELP)
+    ] = None,
     reduction: ReductionOptions,
     target: TargetOptions,
     tuning: FinetuneOptions,
@@ -63,6 +78,7 @@ def compress(
       tokencut compress deit_small --keep 0.7 --finetune-epochs 5 \\
           --train-data /imagenet/train --data /imagenet/val -o out.safetensors
     """
+    _check_quantize(quantize, allow_drop)
     from tokencut.cli.finetune_run import FinetuneRun, check_run, curves_for, fit_classes, refuse_finished
     from tokencut.cli.subject import gmacs, note_same_images, prepare
     from tokencut.data.sources import check_apart
@@ -112,35 +128,94 @@ def compress(
             tell_plan(work, search, as_json=as_json)
             return
         measured: dict[str, Any] = {"dense_gmacs": gmacs(subject.dense), "gmacs": gmacs(subject.model)}
-        report, accuracies = _train_and_measure(work)
+        report, after, accuracies = _train_and_measure(work)
         measured |= accuracies
+        final = subject.model
+        if quantize is not None:
+            final, accuracies = _quantized(work, quantize, after, allow_drop)
+            measured |= accuracies
         if search is not None and images is None and train is None and search.labelled:
             calibrated = replace(work, val=search.source, data=replace(data, limit=search.images))
             _warn_of_loss(calibrated, calibrated.measure(subject.dense, "dense"),
                           calibrated.measure(subject.model, "compressed"))  # fmt: skip
         if group.main:
-            stored = {name: value for name, value in measured.items() if name != "top1_before_finetuning"}
-            save(subject.model, output, force=force, dtype=dtype, measured=stored)
+            stored = {name: value for name, value in measured.items() if name not in ONLY_TOLD}
+            save(final, output, force=force, dtype=dtype, measured=stored)
             if trained:
                 work.done()
     recipe = subject.model.recipe
     made = {"output": str(output), "model": subject.name, "method": recipe.method, "keep": recipe.keep}
+    made |= {} if quantize is None else {"quantize": quantize}
     if as_json:
         told = {} if report is None else {"finetune": work.summary(report)}
         told |= {} if search is None else {"search": search.summary()}
         render.write_json({**made, "layers": recipe.layers, **measured, **told})
         return
     found = [] if search is None else search.facts()
-    render.show(render.facts(_facts(str(output), subject.name, subject.describe(), measured, report) + found))
+    rows = _facts(str(output), subject.name, subject.describe(), measured, report)
+    render.show(render.facts(rows + _quantized_facts(quantize, measured) + found))
     judge = f", or tokencut eval {output} --data DIR" if subject.model.num_classes else ""
     render.note(f"next: tokencut profile {output}{judge}")
 
 
-def _train_and_measure(work: FinetuneRun) -> tuple[FinetuneReport | None, dict[str, Any]]:
+def _check_quantize(kind: str | None, allow_drop: float | None) -> None:
+    """Refuses a kind of weights that there is not, before anything is loaded or trained."""
+    if kind is not None:
+        from tokencut.models.quantized import check_kind
+
+        check_kind(kind)
+    elif allow_drop is not None:
+        raise UsageError("--allow-drop says what --quantize may cost; type --quantize int8 as well, or leave it out")
+
+
+def _quantized(
+    work: FinetuneRun, kind: str, plain: EvaluationReport | None, allow_drop: float | None
+) -> tuple[CompressedModel, dict[str, Any]]:
+    """The model with weights of eight bits, and what they cost where there are images to judge by."""
+    from tokencut.evaluation.quantized import ALLOWED_DROP, quantized_beside
+    from tokencut.evaluation.statistics import if_known
+    from tokencut.model import CompressedModel
+    from tokencut.models.quantized import quantize
+
+    assert isinstance(work.subject.model, CompressedModel)
+    made = quantize(work.subject.model, kind)
+    if plain is None:
+        render.note(f"nothing was judged: what {kind} costs is not known; type --data DIR to measure it")
+        return made, {}
+    judged = work.measure(made, kind)
+    allowed = ALLOWED_DROP if allow_drop is None else allow_drop
+    found = quantized_beside(plain, judged, kind=kind, allowed=allowed, target=work.output)
+    return made, {
+        "top1": judged.top1,
+        "top5": judged.top5,
+        "top1_before_quantizing": plain.top1,
+        "agreement": found.agreement,
+        "quantize_difference": found.difference.points,
+        "quantize_standard_error": if_known(found.difference.standard_error),
+    }
+
+
+def _quantized_facts(kind: str | None, measured: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is told of weights of eight bits."""
+    if kind is None:
+        return []
+    rows = [("weights", f"{kind} in the blocks")]
+    if "agreement" in measured:
+        points, error = measured["quantize_difference"], measured["quantize_standard_error"]
+        change = f"{points:+.2f} ± {'unknown' if error is None else f'{error:.2f}'} points"
+        before = f"{measured['top1_before_quantizing']:.2f} %"
+        rows.append((f"top-1 before {kind}", f"{before}; {change} by it, the same class for "
+                                             f"{measured['agreement']:.1f} % of the images"))  # fmt: skip
+    return rows
+
+
+def _train_and_measure(
+    work: FinetuneRun,
+) -> tuple[FinetuneReport | None, EvaluationReport | None, dict[str, Any]]:
     """Fine-tunes where that was asked for; the accuracies before and after, where there are images to judge by."""
     subject = work.subject
     if work.val is None:
-        return (None if work.train is None else work.train_model()), {}
+        return (None if work.train is None else work.train_model()), None, {}
     before = work.measure(subject.dense, "dense")
     after = work.measure(subject.model, "compressed")
     report, cut = None, after
@@ -153,7 +228,7 @@ def _train_and_measure(work: FinetuneRun) -> tuple[FinetuneReport | None, dict[s
     _warn_of_loss(work, before, after)
     measured = {"dense_top1": before.top1, "top1": after.top1, "dense_top5": before.top5, "top5": after.top5}
     untrained = {} if report is None else {"top1_before_finetuning": cut.top1}
-    return report, {**measured, **untrained, "images": after.images}
+    return report, after, {**measured, **untrained, "images": after.images}
 
 
 def _warn_of_loss(work: FinetuneRun, before: EvaluationReport, after: EvaluationReport) -> None:

@@ -19,7 +19,7 @@ RARE = frozenset((
     "--lr-scaling", "--min-lr", "--warmup-epochs", "--keep-warmup", "--weight-decay", "--layer-decay", "--clip-grad",
     "--ema-decay", "--label-smoothing", "--mixup", "--cutmix", "--crop-scale", "--hflip", "--color-jitter",
     "--auto-augment", "--random-erasing", "--mean", "--std", "--crop-pct", "--interpolation", "--image-root",
-    "--calibration-limit", "--search-effort", "--front", "--select", "compress --compile",
+    "--calibration-limit", "--search-effort", "--front", "--select", "compress --compile", "compress --allow-drop",
 ))  # fmt: skip
 
 NONE = "none"
@@ -29,6 +29,7 @@ DEFAULTS: Mapping[str, str] = {
     "--layers": "4,7,10 of 12", "--method": "bat", "--method-option": "the method's own", "--reduce-by": NONE,
     "--prop-attn": "by method", "sweep --methods": "bat,evit,tome", "compare --methods": NONE, "--compare": NONE,
     "--target-gmacs": NONE, "--target-speedup": NONE, "--max-drop": NONE, "--calibration": NONE,
+    "--quantize": NONE, "--allow-drop": "1",
     "--calibration-limit": "512", "--search-effort": "40", "compress --front": "beside the output", "--front": NONE,
     "--finetune-epochs": "the recipe's", "--train-data": NONE, "--recipe": "short", "--select": "last",
     "--accumulate": "1", "--tensorboard": NONE, "--distill": "soft", "--distill-weight": "0.5", "--temperature": "1",

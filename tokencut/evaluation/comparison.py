@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,28 +142,44 @@ def compare(
     ]  # fmt: skip
     # By folder, since the same class may have another number in another model.
     folders = [{target: folder for folder, target in enumerate(one.targets)} for one in maps]
+    return paired(reports[0], reports[1], (folders[0], folders[1]))
+
+
+def paired(
+    first: EvaluationReport, second: EvaluationReport, folders: tuple[Mapping[int, int], Mapping[int, int]] = ({}, {})
+) -> ComparisonReport:
+    """Compares two evaluations on the same images, image by image.
+
+    Args:
+        first: What was found of the first model.
+        second: Of the second.
+        folders: For each model the folder of each of its classes, where their numbers differ.
+
+    Raises:
+        DataError: There is no image that both have judged.
+    """
     said = [
         {number: (right, folder.get(label, (label,)))
          for number, right, label in zip(report.numbers, report.correct, report.predicted, strict=True)}
-        for report, folder in zip(reports, folders, strict=True)
+        for report, folder in zip((first, second), folders, strict=True)
     ]  # fmt: skip
     common = [number for number in said[0] if number in said[1]]
     if not common:
-        raise DataError(f"no image in {source.name!r} could be judged by both models; give other images")
+        raise DataError(f"no image in {first.data!r} could be judged by both models; give other images")
     right = [[one[number][0] for number in common] for one in said]
     same = sum(said[0][number][1] == said[1][number][1] for number in common)
     pairs = list(zip(*right, strict=True))
     return ComparisonReport(
-        data=source.name,
+        data=first.data,
         images=len(common),
-        first=reports[0],
-        second=reports[1],
+        first=first,
+        second=second,
         difference=paired_difference(*right),
         agreement=100 * same / len(common),
         both_right=pairs.count((True, True)),
         only_first_right=pairs.count((True, False)),
         only_second_right=pairs.count((False, True)),
-        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+        notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
     )
 
 

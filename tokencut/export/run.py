@@ -22,6 +22,7 @@ from tokencut.export.timm_folder import check_folder, read_folder, write_folder
 from tokencut.files import atomic_folder, atomic_write, check_writable, user_path, with_ending
 from tokencut.limits import check_number
 from tokencut.models.checkpoints import require_finite
+from tokencut.models.quantized import refuse_quantized
 from tokencut.observers import Observer
 from tokencut.runtime import extras
 from tokencut.runtime.devices import inference_state
@@ -197,6 +198,7 @@ def export_model(
         with_preprocessing=with_preprocessing,
     )
     model = plain_model(model)
+    refuse_quantized(model, "exported")
     require_finite(model)
     _check_model(model, target, batch_size)
     if kind == "timm":

@@ -1,7 +1,8 @@
 """Saves a compressed model in one safetensors file, and loads it again without running anything from the file.
 
-The tensors carry timm's own names, so that `timm.create_model(name, checkpoint_path=FILE)` takes them; what a stage has
-learned is stored under `tokencut.`; the metadata is one key, see `metadata.py`.
+The tensors carry timm's own names, so that `timm.create_model(name, checkpoint_path=FILE)` takes them. What timm's
+model does not have is stored under `tokencut.`: what a stage has learned, and quantised weights, as numbers of eight
+bits and the scale of each row, in place of timm's own. The metadata is one key, see `metadata.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tokencut.adapters import refuse_sharded
 from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable, user_path, with_ending
-from tokencut.messages import one_line
+from tokencut.messages import listed, one_line
 from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.alterations import alter, alterations_of
 from tokencut.models.checkpoints import differences, not_finite, wrong_types
@@ -32,9 +33,14 @@ from tokencut.models.header import KEY, SUFFIX, info_of, open_artifact, open_saf
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
 from tokencut.models.pretrained_cfg import data_config, description_of, label_names
+from tokencut.models.quantized import put_together, require_torchao, stored_as
 
 # The prefix of tensors that timm's model does not have.
 PREFIX = f"{KEY}."
+# Those of a quantised weight, before its own name.
+NUMBERS, SCALES = f"{PREFIX}quantized.", f"{PREFIX}scale."
+# How safetensors calls the types of `quantized.KINDS`.
+_EIGHT_BITS = {"I8": "int8", "F8_E4M3": "fp8"}
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,25 +110,37 @@ def save(
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}; type dtype='bf16'")
     target = check_output(path, force=force)
+    tensors = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
+    _refuse_wrapped_weights(tensors)
+    kinds = {name: stored_as(name, tensor) for name, tensor in tensors.items()}
+    found = {kind for kind in kinds.values() if kind is not None}
+    if len(found) > 1:
+        raise ArtifactError(f"the model has weights in {' and '.join(sorted(found))}, and a file holds one kind; "
+                            "quantise all in one, by `tokencut.quantize(model, 'int8')` or 'fp8'")  # fmt: skip
+    stored_in = dtype or "fp32"
     info = dataclasses.replace(
         _describe(model),
         measured=check_measured(measured or {}),
         origin=origin or origin_of(model.model),
-        dtype=dtype or "fp32",
+        quantized=next(iter(found), None),
+        dtype="+".join(sorted({stored_in, *found})),
     )
     text = info.to_text()
     try:
         info_from_text(text)
     except ArtifactError as error:  # timm checks little of what a description holds
         raise ArtifactError(f"{target} would not load again: {error}") from error
-    tensors = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
-    _refuse_wrapped_weights(tensors)
     rebuilt = {_stored_name(name): tensor for name, tensor in _skeleton(info).state_dict().items()}
-    problem = differences(_shapes(rebuilt), _shapes(tensors))
+    types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    problem = differences(_shapes(rebuilt), _shapes(tensors)) or wrong_types(rebuilt, types)
     if problem:
         raise ArtifactError(f"{target} would not load again: the model was changed after timm.create_model built it "
                             f"({problem}); make the change with timm's own arguments")  # fmt: skip
-    ready = _apart({name: _for_storage(name, tensor, _DTYPES[info.dtype]) for name, tensor in tensors.items()})
+    ready = _apart({
+        name: _for_storage(name, part, _DTYPES[stored_in], cast=kinds[whole] is None)
+        for whole, tensor in tensors.items()
+        for name, part in _parts(whole, tensor, kinds[whole]).items()
+    })  # fmt: skip
     with atomic_write(target, force=force) as temporary:
         try:
             save_file(ready, temporary, metadata={KEY: text})
@@ -173,27 +191,35 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
         try:
             model = _skeleton(info)
             expected = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            problem = differences(_shapes(expected), stored, named=None)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            stored = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            eight = {name.removeprefix(NUMBERS) for name in stored if name.startswith(NUMBERS)} & _linear_weights(model)
+            problem = differences(_with_quantized(_shapes(expected), eight), stored, named=None)
             if problem:
                 raise ArtifactError(f"its tensors are not those of its model: {problem}; compress the model again")
-            kinds = {name: file.get_slice(name).get_dtype() for name in stored}
-            problem = wrong_types(expected, kinds)
+            problem = wrong_types(expected, kinds) or _wrong_eight_bits(eight, kinds, info.quantized)
             if problem:
                 raise ArtifactError(f"its tensors are not as they were written: {problem}; compress the model again")
+            if eight:
+                require_torchao("its weights are quantised, and need")
             # Buffers that no file holds are lost without storage: a model with such is built again, with memory.
             if set(dict(model.named_buffers())) - set(model.state_dict()):
                 model = _skeleton(info, device="cpu")
             tensors = {
-                name: file.get_tensor(_stored_name(name)).to(tensor.dtype, copy=True)
+                name: _quantized_weight(file, _stored_name(name), info) if _stored_name(name) in eight
+                else file.get_tensor(_stored_name(name)).to(tensor.dtype, copy=True)
                 for name, tensor in model.state_dict().items()
-            }
+            }  # fmt: skip
             problem = not_finite({_stored_name(name): tensor for name, tensor in tensors.items()})
             if problem:
                 raise ArtifactError(f"its weights cannot be used: {problem}; compress a model with other weights")
         except TokencutError as error:
             raise ArtifactError(f"cannot load {source}: {error}") from error
     model.load_state_dict(tensors, strict=True, assign=True)
+    for name, weight in model.named_parameters():
+        if _stored_name(name) in eight:
+            weight.requires_grad_(False)
     mark_origin(model.model, info.origin)
     return model.eval()
 
@@ -293,6 +319,43 @@ def _refuse_wrapped_weights(tensors: Mapping[str, Tensor]) -> None:
                                 f"{how}, then save it")  # fmt: skip
 
 
+def _parts(name: str, tensor: Tensor, kind: str | None) -> dict[str, Tensor]:
+    """The tensors that a file holds of one."""
+    if kind is None:
+        return {name: tensor}
+    numbers, scale = (part.detach().cpu() for part in (tensor.qdata, tensor.scale))  # type: ignore[attr-defined]
+    return {NUMBERS + name: numbers, SCALES + name: scale}
+
+
+def _with_quantized(shapes: Mapping[str, tuple[int, ...]], quantized: set[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes that a file has of a model's tensors, where it has quantised some."""
+    expected = {name: shape for name, shape in shapes.items() if name not in quantized}
+    for name in quantized:
+        expected |= {NUMBERS + name: shapes[name], SCALES + name: (*shapes[name][:1], 1)}
+    return expected
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
+    """The weights that may be quantised, by their names in a file."""
+    return {_stored_name(f"{name}.weight") for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+
+
+def _wrong_eight_bits(quantized: set[str], types: Mapping[str, str], kind: str | None) -> str | None:
+    """What of a file's quantised weights is not of the type that its description says; None where all is."""
+    wrong = [name for name in sorted(quantized)
+             if _EIGHT_BITS.get(types[NUMBERS + name]) != kind or types[SCALES + name] != "F32"]  # fmt: skip
+    if wrong or bool(quantized) != (kind is not None):
+        others = f", and {len(wrong)} are of another type: {listed(wrong)}" if wrong else ""
+        return f"{len(quantized)} weights are quantised where its description says {kind or 'none'}{others}"
+    return None
+
+
+def _quantized_weight(file: Any, name: str, info: ArtifactInfo) -> Tensor:
+    """A quantised weight out of a file."""
+    assert info.quantized is not None
+    return put_together(info.quantized, file.get_tensor(NUMBERS + name).clone(), file.get_tensor(SCALES + name).clone())
+
+
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors that share memory, as tied weights do: a file holds one for each name."""
     seen: set[int] = set()
@@ -308,9 +371,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _for_storage(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _for_storage(name: str, tensor: Tensor, dtype: torch.dtype, *, cast: bool) -> Tensor:
     ready = tensor.detach().cpu()
-    if ready.is_floating_point():
+    if ready.is_floating_point() and cast:
         ready = ready.to(dtype)
         if dtype == torch.float16 and torch.isinf(ready).any() and not torch.isinf(tensor).any():
             raise ArtifactError(f"{name} holds values beyond fp16's largest, 65504; type `dtype='bf16'` instead")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokencut.composite import all_finite
 from tokencut.errors import ModelError
 from tokencut.files import unlike_a_file
 from tokencut.messages import listed, one_line, shorten
@@ -242,7 +243,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     wrong = [
         name
         for name, tensor in tensors.items()
-        if not bool(torch.isfinite(tensor).all()) and not (tensor.dim() == 0 and bool(torch.isinf(tensor)))
+        if not all_finite(tensor) and not (tensor.dim() == 0 and bool(torch.isinf(tensor)))
     ]
     return f"{len(wrong)} with numbers that are not finite: {listed(wrong, NAMED)}" if wrong else None
 

@@ -120,6 +120,8 @@ ALTERATIONS = Fields({
     "norm_eps": POSITIVE,
     "pool": Rule(lambda value: value in POOLS, f"one of {', '.join(POOLS)}"),
 }, partial=True)  # fmt: skip
+# Read without torch, so named here: `quantized.KINDS` tells what they are.
+QUANTIZED = Rule(lambda value: value in ("int8", "fp8"), "int8 or fp8")
 ORIGIN = Fields({
     "kind": Rule(lambda value: value in ORIGINS, f"one of {', '.join(ORIGINS)}"),
     "name": optional(TEXT),

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-# By type: how a number's bits are read, and the bits of its exponent, which are all set in NaN and in infinity alone.
+# By type: how a number's bits are read, and those that are all set in NaN and in infinity alone: its exponent's, and of
+# fp8 (e4m3), which has no infinity, all but the sign.
 EXPONENTS = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000), "F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
+    "BF16": (np.uint16, 0x7F80), "F8_E4M3": (np.uint8, 0x7F),
 }  # fmt: skip
 # So many numbers at a time: what they are compared with then stays in the processor's cache.
 PART = 1 << 18

@@ -21,7 +21,7 @@ SUFFIX = ".safetensors"
 # The one metadata key.
 KEY = "tokencut"
 
-_STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16", "I8": "int8", "F8_E4M3": "fp8"}
 
 
 def read_header(path: str | os.PathLike[str]) -> ArtifactInfo:

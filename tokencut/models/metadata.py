@@ -16,6 +16,7 @@ from tokencut.models.fields import (
     ORIGIN,
     PREPROCESSING,
     PRETRAINED_CFG,
+    QUANTIZED,
     LabelNames,
     as_tuples,
     labels_from_json,
@@ -33,6 +34,7 @@ FORM = Form(
         "architecture": TEXT,
         "model_args": OBJECT,
         "alterations": ALTERATIONS,
+        "quantized": QUANTIZED,
         "recipe": OBJECT,
         "keep_per_block": per_block(float),
         "tokens_per_block": per_block(int),
@@ -41,7 +43,7 @@ FORM = Form(
         "label_names": LABEL_NAMES,
         "origin": ORIGIN,
         "measured": MEASURED,
-    }, partial=frozenset({"alterations"})),
+    }, partial=frozenset({"alterations", "quantized"})),
     called="metadata",
     otherwise="compress the model again",
     most=MAX_LENGTH,
@@ -87,6 +89,7 @@ class ArtifactInfo:
         label_names: The classes' names, in the order of the logits or by index, if known.
         origin: Where the weights came from, and their licence.
         alterations: What was changed after timm had built the model.
+        quantized: What the weights of its blocks are quantised to, `int8` or `fp8`; None where they are not.
         measured: What was measured: `gmacs` and `dense_gmacs` per image; `top1`, `top5` and the same of the dense model
             in percent, on how many `images`.
         dtype: The type the weights are stored in; read from the tensors.
@@ -102,6 +105,7 @@ class ArtifactInfo:
     label_names: LabelNames | None = None
     origin: Origin = Origin("unverified")
     alterations: Alterations = Alterations()
+    quantized: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     dtype: str = "fp32"
     parameters: int = 0
@@ -142,6 +146,7 @@ class ArtifactInfo:
             "architecture": self.architecture,
             "model_args": dict(self.model_args),
             **({"alterations": altered} if altered else {}),
+            **({"quantized": self.quantized} if self.quantized else {}),
             "recipe": self.recipe.to_json(),
             "keep_per_block": self.keep_per_block,
             "tokens_per_block": self.tokens_per_block,
@@ -187,6 +192,7 @@ def info_from_text(text: str, *, as_written: bool = False) -> ArtifactInfo:
         label_names=names,
         origin=Origin(**data["origin"]),
         alterations=Alterations(**data.get("alterations", {})),
+        quantized=data.get("quantized"),
         measured=check_measured(data["measured"]),
     )
     if list(info.keep_per_block) != data["keep_per_block"] or list(info.tokens_per_block) != data["tokens_per_block"]:

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tokencut.composite import plain_parts
 from tokencut.runtime.capturing import CapturedModel
 
 
@@ -60,7 +61,8 @@ class _Held(TorchDispatchMode):
             before: Tensors that live throughout.
         """
         super().__init__()
-        self._always = {storage.data_ptr(): storage.nbytes() for storage in map(_storage, before)}
+        parts = (part for tensor in before for part in plain_parts(tensor))
+        self._always = {storage.data_ptr(): storage.nbytes() for storage in map(_storage, parts)}
         self._held: list[tuple[StorageWeakRef, int]] = []
         self.peak = sum(self._always.values())
 
@@ -81,7 +83,7 @@ class _Held(TorchDispatchMode):
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    return (part for leaf in tree_leaves(result) if isinstance(leaf, Tensor) for part in plain_parts(leaf))
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import nn
 
+from tokencut.composite import is_composite
 from tokencut.errors import TokencutError, UsageError
 from tokencut.version import __version__
 
@@ -169,13 +170,18 @@ def inference_state(model: nn.Module, device: torch.device, dtype: torch.dtype |
         for name, tensor in named
     ]
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    values = [(tensor, tensor.data) for tensor in (*model.parameters(), *gradients)]
+    weights = [*model.parameters(), *gradients]
+    values = [(tensor, tensor.data) for tensor in weights if not is_composite(tensor)]
+    composite = [(tensor, nn.Parameter(tensor.detach(), tensor.requires_grad)) for tensor in weights
+                 if is_composite(tensor)]  # fmt: skip
     try:
         yield model.to(device, dtype).eval()
     finally:
         # Moving or casting a module gives some of its tensors other data, and puts others in the place of the rest.
         for tensor, value in values:
             tensor.data = value
+        for tensor, kept in composite:  # which `Module.to` swaps for others, since they have no data to set
+            torch.utils.swap_tensors(tensor, kept)
         for module, name, tensor in held:
             setattr(module, name, tensor)
         for module, training in modes:

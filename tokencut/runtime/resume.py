@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from tokencut.composite import plain_parts
 from tokencut.errors import ArtifactError
 
 # Longer values, such as digests, say nothing to people.
@@ -46,5 +48,7 @@ def weights_digest(module: nn.Module, *beside: object) -> str:
     digest = hashlib.sha256(repr(beside).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in plain_parts(tensor.detach()):
+            numbers: Any = part.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(numbers)
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel, predicted_macs, require_compressed
 from tokencut.models.pretrained_cfg import require_head
+from tokencut.models.quantized import refuse_quantized
 from tokencut.observers import Observer, TrainingProgress
 from tokencut.runtime.devices import resolve_device
 from tokencut.runtime.distributed import Group, single_process
@@ -104,6 +105,7 @@ def finetune(
     group = group or single_process(resolve_device("auto"))
     model = require_compressed(model, "finetune")
     require_head(model)
+    refuse_quantized(model, "trained")
     home = next(model.parameters()).device
     model.to(group.device)
     try:
