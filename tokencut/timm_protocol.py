@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -254,13 +255,12 @@ class AroundTimm(nn.Module):
             raise ModelError(why)
         return self._plans(images)
 
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return self.adapter.grid(self.model, images.shape[-2], images.shape[-1])
+    def _grid(self, images: Tensor) -> tuple[int, ...]:
+        return self.adapter.grid_of(self.model, images)
 
     def _plans(self, images: Tensor) -> tuple[StagePlan, ...]:
         """The stages for images of this size."""
-        rows, columns = self._grid(images)
-        return self.recipe.stages_for(rows * columns)
+        return self.recipe.stages_for(prod(self._grid(images)))
 
     def _run(
         self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], observer: BlockObserver | None = None

@@ -95,6 +95,14 @@ class Adapter(ABC):
     def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of `height` x `width` px."""
 
+    def frames(self, model: TimmModule) -> int | None:
+        """Frames of the clips that the model takes, `(B, C, frames, H, W)`; None for images."""
+        return None
+
+    def grid_of(self, model: TimmModule, images: Tensor) -> tuple[int, ...]:
+        """What images are cut into: rows and columns of patches, and before them tubelets along the frames of clips."""
+        return self.grid(model, images.shape[-2], images.shape[-1])
+
     @abstractmethod
     def input_size(self, model: TimmModule) -> tuple[int, int] | None:
         """Height and width in px of the images that the model was built for; None where it does not tell."""
