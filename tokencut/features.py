@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -210,23 +211,23 @@ class Form:
             shown = getattr(self.output_fmt, "value", self.output_fmt)
             raise UsageError(f"output_fmt {shown!r} is not known; give {' or '.join(map(repr, FORMATS))}")
 
-    def arranged(self, found: Sequence[Tensor], final: Tensor | None, grid: tuple[int, int]) -> Any:
+    def arranged(self, found: Sequence[Tensor], final: Tensor | None, grid: tuple[int, ...]) -> Any:
         """Puts features into this form.
 
         Args:
             found: The chosen blocks' features on the full grid, each `(B, P + patches, D)`.
             final: The same behind the last block and the final norm; None where only `found` are wanted.
-            grid: Rows and columns of patches.
+            grid: Rows and columns of patches, of clips with tubelets along their frames before them.
 
         Returns:
             As timm: `(final, intermediates)`, the intermediates alone, or a dictionary. Intermediates are
-            `(B, D, rows, columns)` or `(B, patches, D)`; each beside its prefix tokens `(B, P, D)` if those are asked
+            `(B, D, *grid)` or `(B, patches, D)`; each beside its prefix tokens `(B, P, D)` if those are asked
             for and there are any.
         """
-        patches = grid[0] * grid[1]
+        patches = prod(grid)
         spatial = [each[:, each.shape[1] - patches :] for each in found]
         if self.output_fmt == "NCHW":
-            spatial = [each.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for each in spatial]
+            spatial = [each.unflatten(1, grid).movedim(-1, 1).contiguous() for each in spatial]
         prefixes = None
         if self.return_prefix_tokens and any(each.shape[1] > patches for each in found):
             prefixes = [each[:, : each.shape[1] - patches] for each in found]
@@ -265,7 +266,7 @@ class Intermediates:
             self.found.append(self._unmerging.full(tokens))
 
     def handed_out(self, form: Form, tokens: Tokens, norm: Callable[[Tensor], Tensor], every: bool,
-                   grid: tuple[int, int]) -> Any:  # fmt: skip
+                   grid: tuple[int, ...]) -> Any:  # fmt: skip
         """What was taken, in a form.
 
         Args:
@@ -273,7 +274,7 @@ class Intermediates:
             tokens: The tokens behind the last block that ran.
             norm: The model's final norm.
             every: Whether it applies to the intermediates too.
-            grid: Rows and columns of patches.
+            grid: As `Form.arranged` takes it.
         """
         found = [norm(each) for each in self.found] if every else self.found
         final = None if form.intermediates_only else norm(self._unmerging.full(tokens))

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,7 +115,8 @@ class CompressedModel(AroundTimm):
             return_prefix_tokens: Whether each output is a pair with the prefix tokens, `(B, P, D)`, if there are any.
             norm: Whether the model's final norm applies to each output.
             stop_early: Whether blocks behind the last one asked for are left out.
-            output_fmt: `"NCHW"` for `(B, D, rows, columns)`, `"NLC"` for `(B, patches, D)`.
+            output_fmt: `"NCHW"` for `(B, D, rows, columns)`, of clips `(B, D, tubelets, rows, columns)`; `"NLC"` for
+                `(B, patches, D)`.
             intermediates_only: Whether to leave out the final features.
             output_dict: Whether to return timm's dictionary.
             unmerge: How patches get their features, `"change"` or `"copy"`; the model's attribute `unmerge` where None.
@@ -152,8 +154,8 @@ class CompressedModel(AroundTimm):
                 x, indices=taken, **{name: value for name, value in given.items() if name in as_timm}
             )
         grid, tokens = self._grid(x), loop.embed(x, source=True)
-        if tokens.count != grid[0] * grid[1]:
-            raise ModelError(f"patch dropout left {tokens.count} of {grid[0] * grid[1]} patches, and no full grid; "
+        if tokens.count != prod(grid):
+            raise ModelError(f"patch dropout left {tokens.count} of {prod(grid)} patches, and no full grid; "
                              "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
         observer = Intermediates(taken, unmerging)
         tokens = loop.run(tokens, plans, observer, max(taken) + 1 if stop_early else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -194,9 +195,9 @@ class AroundTimm(nn.Module):
         assert size is not None
         return self._stages_on(self.adapter.grid(self.model, *size))
 
-    def _stages_on(self, grid: tuple[int, int]) -> tuple[StagePlan, ...]:
+    def _stages_on(self, grid: tuple[int, ...]) -> tuple[StagePlan, ...]:
         """The stages for images whose tokens stand in such a grid."""
-        return self.recipe.stages_for(grid[0] * grid[1], self.adapter.tokens_out(self.model, grid))
+        return self.recipe.stages_for(prod(grid), self.adapter.tokens_out(self.model, grid))
 
     def forward_features(self, x: Tensor) -> Any:
         """The tokens that are left behind the last block, normed: `(B, P + M, D)` for images `(B, C, H, W)`.
@@ -264,8 +265,8 @@ class AroundTimm(nn.Module):
             raise ModelError(why)
         return self._plans(images)
 
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return self.adapter.grid(self.model, images.shape[-2], images.shape[-1])
+    def _grid(self, images: Tensor) -> tuple[int, ...]:
+        return self.adapter.grid_of(self.model, images)
 
     def _plans(self, images: Tensor) -> tuple[StagePlan, ...]:
         """The stages for images of this size."""

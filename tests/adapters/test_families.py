@@ -18,6 +18,7 @@ import tokencut
 from tokencut.adapters import adapter_for, supported_modules
 from tokencut.attention import attention_bias
 from tokencut.blocks import BlockLoop
+from tokencut.data.preprocessing import preprocessing_of
 from tokencut.export.run import export_model
 from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.profiling.counting import count_macs
@@ -195,6 +196,14 @@ FAMILIES = {
         14,
         {"vit_tiny_r_s16_p8_224": {"img_size": 128, "depth": 3, "embed_dim": 48, "num_heads": 3}},
     ),
+    "video": Family(
+        ("space_time",),
+        5,
+        {
+            "videomae_small_patch16_224": {"img_size": (48, 64), "num_frames": 6, **TINY},
+            "vivit_base_patch16x2_224": {"img_size": 32, "num_frames": 8, **TINY},
+        },
+    ),
     "vitamin": Family(("vitamin",), 13, {"vitamin_small_224": {"img_size": 64, "depth": 2, "mlp_ratio": 1}}, slow=True),
 }
 SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in family.small.items()}
@@ -203,7 +212,7 @@ SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in 
 TABLES = ("vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb")
 CAPTURED = (*TABLES, "eva02_tiny_patch14_224", "beitv2_base_patch16_224", "vit_relpos_small_patch16_224", "convit_tiny",
             "cait_xxs24_224", "deepseek_vit_412m_align", "qwen3_vit_88m_merge", "naflexvit_base_patch16_siglip",
-            "vit_tiny_r_s16_p8_224")  # fmt: skip
+            "vit_tiny_r_s16_p8_224", "videomae_small_patch16_224")  # fmt: skip
 # What follows the blocks, or what they share, is another in each of these.
 SEARCHED = ("vit_small_patch16_rope_mixed_ape_224", "beitv2_base_patch16_224", "convit_tiny", "cait_xxs24_224",
             "qwen3_vit_88m_merge", "gemma4_vit_570m")  # fmt: skip
@@ -239,14 +248,9 @@ def small_model(name: str) -> Any:
     return model
 
 
-def size_of(model: Any) -> tuple[int, int]:
-    size = adapter_for(model).input_size(model)
-    assert size is not None
-    return size
-
-
 def images(model: Any, batch: int = 3) -> Tensor:
-    return torch.randn(batch, 3, *size_of(model), generator=torch.Generator().manual_seed(1))
+    shape = preprocessing_of(model).input_shape
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1))
 
 
 def reducing(model: nn.Module, method: str = "bat", keep: float = 0.6) -> CompressedModel:
@@ -337,7 +341,7 @@ def test_an_image_has_the_same_logits_alone_and_in_any_batch(name: str, method: 
 def test_the_closed_form_is_what_fvcore_counts(name: str) -> None:
     model = small_model(name)
     for compressed in (reducing(model, "tome"), model):
-        counted = count_macs(compressed, (3, *size_of(model)))
+        counted = count_macs(compressed, preprocessing_of(model).input_shape)
         assert sum(row.macs for row in predicted_macs(compressed)) == counted.total
         assert not counted.uncounted
 
@@ -346,13 +350,13 @@ def test_the_closed_form_is_what_fvcore_counts(name: str) -> None:
 def test_features_and_pictures(name: str) -> None:
     model = small_model(name)
     compressed, pixels = reducing(model).eval(), images(model)
-    rows, columns = compressed.adapter.grid(model, *pixels.shape[-2:])
+    grid = compressed.adapter.grid_of(model, pixels)
     with torch.no_grad():
         maps = tokencut.features_only(compressed, out_indices=2)(pixels)
         dense = tokencut.features_only(compress(model, keep=1.0), out_indices=2)(pixels)
         expected = model.forward_intermediates(pixels, indices=2, intermediates_only=True)
     width = compressed.adapter.cost(model).blocks[0].width
-    assert [tuple(each.shape) for each in maps] == [(3, width, rows, columns)] * 2
+    assert [tuple(each.shape) for each in maps] == [(3, width, *grid)] * 2
     assert all(torch.equal(one, other) for one, other in zip(dense, expected, strict=True))
     assert draw(compressed, pixels.clamp(0, 1).mul(255).byte(), device="cpu").views
 
@@ -439,7 +443,7 @@ def test_every_name_compresses_and_runs(name: str) -> None:
             arguments["num_kv_heads"] = 4
         model = timm.create_model(name, pretrained=False, **arguments)
     compressed = compress(model, keep=0.5).eval()
-    pixels = torch.empty(2, 3, *size_of(model), device="meta")
+    pixels = torch.empty(2, *preprocessing_of(model).input_shape, device="meta")
     logits, traces = compressed.trace(pixels)
     assert traces[-1].tokens.count == compressed.recipe.stages[-1].tokens_out < compressed.recipe.tokens
     assert logits.shape == model(pixels).shape

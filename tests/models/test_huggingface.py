@@ -12,6 +12,7 @@ import torch
 from model_files import shaken
 from torch import Tensor, nn
 
+from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ModelError
 from tokencut.model import compress
 from tokencut.models import artifact
@@ -69,6 +70,22 @@ def tower(name: str, kind: str, **fields: Any) -> Any:
         config = getattr(transformers, f"{kind}Config")
         made = config(text_config={**TEXT, **more}, vision_config={**vision, **more}, id2label=LABELS, **more)
     return shaken(getattr(transformers, name)(made))
+
+
+def video(name: str, config: str, **fields: Any) -> Any:
+    """A model of clips, of 6 frames in tubelets of 2."""
+    sizes = {**ODD, "num_frames": 6, "tubelet_size": [2, 8, 8] if config == "VivitConfig" else 2}
+    return vit(name, config, **{**sizes, **fields})
+
+
+def clip_logits(model: Any, clips: Tensor) -> Tensor:
+    return model(clips.transpose(1, 2)).logits
+
+
+def clip_features(model: Any, clips: Tensor) -> Tensor:
+    """As timm's head makes them: the first token of ViViT, the mean of VideoMAE's."""
+    features = getattr(model, "videomae", model)(clips.transpose(1, 2)).last_hidden_state
+    return features.mean(1) if "VideoMAE" in type(model).__name__ else features[:, 0]
 
 
 def clip_image(model: Any, images: Tensor) -> Tensor:
@@ -141,13 +158,25 @@ CASES: dict[str, tuple[Callable[[], Any], Output, str]] = {
     "siglip's tower": (lambda: tower("SiglipVisionModel", "Siglip"), pooled, "vit_base_patch16_siglip_224"),
     "siglip classifier": (
         lambda: tower("SiglipForImageClassification", "Siglip"), logits, "vit_base_patch16_siglip_gap_224"),
+    "videomae": (lambda: video("VideoMAEForVideoClassification", "VideoMAEConfig"), clip_logits,
+                 "videomae_base_patch16_224"),
+    "videomae, not square, no bias, long tubelets": (
+        lambda: video("VideoMAEForVideoClassification", "VideoMAEConfig", image_size=[24, 40], qv_bias=False,
+                      tubelet_size=3), clip_logits, "videomae_base_patch16_224"),
+    "videomae without a head": (
+        lambda: video("VideoMAEModel", "VideoMAEConfig"), clip_features, "videomae_base_patch16_224"),
+    "videomae without a head, normed": (
+        lambda: video("VideoMAEModel", "VideoMAEConfig", use_mean_pooling=False), clip_features,
+        "videomae_base_patch16_224"),
+    "vivit": (lambda: video("VivitForVideoClassification", "VivitConfig"), clip_logits, "vivit_base_patch16x2_224"),
+    "vivit without a head, gelu": (lambda: video("VivitModel", "VivitConfig", hidden_act="gelu"), clip_features,
+                                   "vivit_base_patch16x2_224"),
     "siglip2's tower": (lambda: siglip2("Siglip2VisionModel"), siglip2_image, "vit_base_patch16_siglip_224"),
 }  # fmt: skip
 
 
 def noise(model: nn.Module) -> Tensor:
-    size = model.patch_embed.img_size
-    return torch.randn(3, model.patch_embed.proj.in_channels, *size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(3, *preprocessing_of(model).input_shape, generator=torch.Generator().manual_seed(1))
 
 
 def written(source: Any, folder: Path, **options: Any) -> Path:
@@ -208,6 +237,66 @@ def test_the_encoder_of_a_masked_autoencoder(tmp_path: Path) -> None:
     with torch.no_grad():  # which shuffles the patches, so that sums are in another order
         expected = source.vit(images).last_hidden_state[:, 0]
         torch.testing.assert_close(loaded.model(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_of_a_masked_video_autoencoder(tmp_path: Path) -> None:
+    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    fields = {f"decoder_{name}": value for name, value in decoder.items()}
+    source = video("VideoMAEForPreTraining", "VideoMAEConfig", **fields)
+    loaded = load_model(str(written(source, tmp_path / "saved")))
+    assert "the decoder and the mask token of VideoMAEForPreTraining are left out" in loaded.notes
+    with torch.no_grad():
+        expected = clip_features(source, noise(loaded.model))
+        torch.testing.assert_close(loaded.model(noise(loaded.model)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["VideoMAE", "Vivit"])
+def test_clips_of_another_size(name: str, tmp_path: Path) -> None:
+    source = video(f"{name}ForVideoClassification", f"{name}Config")
+    loaded = load_model(str(written(source, tmp_path / "saved")), img_size=40)
+    assert loaded.model.patch_embed.grid_size == (3, 5, 5)
+    resized = "positions are resized from 24x24 px, frame by frame"
+    assert (resized in loaded.notes) == (name == "Vivit")
+    if name == "VideoMAE":  # whose table transformers makes for any size that a config has
+        larger = video(f"{name}ForVideoClassification", f"{name}Config", image_size=40)
+        larger.load_state_dict(source.state_dict())
+        with torch.no_grad():
+            expected = clip_logits(larger, noise(loaded.model))
+            torch.testing.assert_close(loaded.model(noise(loaded.model)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_names_of_videomae_before_version_five(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = video("VideoMAEForVideoClassification", "VideoMAEConfig")
+    folder = written(source, tmp_path / "saved")
+    old = {name.replace("attention.query.bias", "attention.q_bias").replace("attention.value.bias", "attention.v_bias"):
+           tensor for name, tensor in load_file(folder / "model.safetensors").items()}  # fmt: skip
+    assert any(name.endswith("attention.attention.q_bias") for name in old)
+    save_file(old, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["qkv_bias"] = config.pop("qv_bias")
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(str(folder))
+    with torch.no_grad():
+        expected = clip_logits(source, noise(loaded.model))
+        torch.testing.assert_close(loaded.model(noise(loaded.model)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "told"),
+    [
+        ("VideoMAE", {"use_mean_pooling": False}, "use_mean_pooling False, which is not what a model without a class"),
+        ("Vivit", {"num_frames": 1}, "num_frames 1, which is not one of its tubelets, of 2 frames"),
+        ("VideoMAE", {"tubelet_size": 0}, "tubelet_size 0, which is not a number of frames"),
+    ],
+)
+def test_clips_that_cannot_be_taken(name: str, fields: dict[str, Any], told: str, tmp_path: Path) -> None:
+    folder = written(video(f"{name}ForVideoClassification", f"{name}Config"), tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ModelError, match=told):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("how", ["bin", "sharded", "sharded bin", "half", "new names"])

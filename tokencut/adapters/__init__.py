@@ -3,7 +3,19 @@
 All that an adapter of your own needs is imported from here.
 """
 
-from tokencut.adapters import beit, cait, convit, eva, gemma, naflex, projected, relpos, swin, vit  # noqa: F401  (they register themselves)
+from tokencut.adapters import (  # noqa: F401  (they register themselves)
+    beit,
+    cait,
+    convit,
+    eva,
+    gemma,
+    naflex,
+    projected,
+    relpos,
+    swin,
+    video,
+    vit,
+)
 from tokencut.adapters.base import (
     Adapter,
     BareContext,
@@ -29,6 +41,7 @@ from tokencut.adapters.rotary import (
     project_qkv,
     rotary_attention,
 )
+from tokencut.adapters.space_time import SpaceTimeTransformer
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.adapters.vit_blocks import AttentionRun, BlockHandler, Layers, ResPostBlockHandler
 from tokencut.adapters.wrappers import instead_of, plain_model, refuse_sharded
@@ -82,6 +95,7 @@ __all__ = [
     "StandIn",
     "StandInSequence",
     "TabledMacs",
+    "SpaceTimeTransformer",
     "TimmModule",
     "Tokens",
     "TokensOut",

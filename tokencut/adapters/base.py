@@ -115,7 +115,7 @@ class Adapter(ABC):
         """
         return make_schedule(len(self.blocks(model)), keep, layers, reduce_by)
 
-    def tokens_out(self, model: TimmModule, grid: tuple[int, int]) -> TokensOut | None:
+    def tokens_out(self, model: TimmModule, grid: tuple[int, ...]) -> TokensOut | None:
         """How many image tokens can leave a stage, for images whose tokens stand in such a grid; None where any can."""
         return None
 
@@ -134,6 +134,14 @@ class Adapter(ABC):
     @abstractmethod
     def grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches for an image of `height` x `width` px."""
+
+    def frames(self, model: TimmModule) -> int | None:
+        """Frames of the clips that the model takes, `(B, C, frames, H, W)`; None for images."""
+        return None
+
+    def grid_of(self, model: TimmModule, images: Tensor) -> tuple[int, ...]:
+        """What images are cut into: rows and columns of patches, and before them tubelets along the frames of clips."""
+        return self.grid(model, images.shape[-2], images.shape[-1])
 
     @abstractmethod
     def input_size(self, model: TimmModule) -> tuple[int, int] | None:

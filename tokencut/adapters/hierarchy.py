@@ -155,7 +155,7 @@ class HierarchicalAdapter(Adapter):
                              )  # fmt: skip
         return schedule
 
-    def tokens_out(self, model: TimmModule, grid: tuple[int, int]) -> TokensOut | None:
+    def tokens_out(self, model: TimmModule, grid: tuple[int, ...]) -> TokensOut | None:
         return nearest_count(self.windows(model, *grid))
 
     def keep_note(self, model: TimmModule, keep: float) -> str | None:

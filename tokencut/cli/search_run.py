@@ -17,11 +17,11 @@ from tokencut.cli.options import RunOptions
 from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
+from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.files import atomic_write, check_writable, with_ending
 from tokencut.model import predicted_macs
 from tokencut.models.loading import Loaded
-from tokencut.models.pretrained_cfg import data_config
 from tokencut.profiling.latency import measure
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
@@ -139,7 +139,7 @@ class SearchRun:
         settings, device = self._settings, resolve_device(self._settings.device)
         images = min(settings.images, len(self.source))
         with inference_state(loaded.dense, device, precision_dtype(settings.precision)):
-            size = data_config(loaded.dense)["input_size"]
+            size = preprocessing_of(loaded.dense).input_shape
             batch = random_images(loaded.dense, (min(settings.batch_size, images), *size), device)
             timing = measure({"dense": loaded.dense}, batch, rounds=3, min_seconds=0.0)["dense"]
         forwards, macs = images * settings.effort, cost.total(predicted_macs(loaded.dense))

@@ -84,7 +84,7 @@ class ImageSet:
         Raises:
             UsageError: The batch size or the number of workers is out of range.
         """
-        hold = len(self) * prod(self.prepared.config["input_size"]) <= held_bytes
+        hold = len(self) * prod(self.prepared.input_shape) <= held_bytes
         # Page-locked memory is scarce, and held batches would all lie in it.
         pin = device is not None and device.type == "cuda" and not hold
         loader = make_loader(self.dataset(), batch_size=batch_size, workers=workers, pin_memory=pin)

@@ -14,7 +14,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from tokencut.errors import ModelError
-from tokencut.models.pretrained_cfg import data_config
+from tokencut.models.pretrained_cfg import data_config, frames_of
 
 # Tried whatever a file is called, and no others: for PostScript, Pillow would run Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -46,9 +46,17 @@ class Preprocessing:
 
     Attributes:
         config: timm's data config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        frames: Frames of the clips that the model takes; None for images.
     """
 
     config: dict[str, Any]
+    frames: int | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """What the model takes one of: `(C, H, W)`, or `(C, frames, H, W)`."""
+        channels, *size = self.config["input_size"]
+        return (channels, *size) if self.frames is None else (channels, self.frames, *size)
 
     @property
     def mode(self) -> str:
@@ -87,7 +95,7 @@ class Preprocessing:
         """Moves a batch of bytes to a device and normalises it there, by the arithmetic of timm's `PrefetchLoader`.
 
         Args:
-            images: Bytes of shape `(B, C, H, W)`.
+            images: Bytes of shape `(B, C, H, W)`, or of clips `(B, C, frames, H, W)`.
             device: Where the model is.
             dtype: What the model computes in.
 
@@ -95,12 +103,14 @@ class Preprocessing:
             The model's input, of the same shape.
         """
         moved = images.to(device, non_blocking=True).to(torch.float32)
-        return moved.sub_(self._bytes("mean", device)).div_(self._bytes("std", device)).to(dtype)
+        mean, std = (self._bytes(statistic, device, images.ndim) for statistic in ("mean", "std"))
+        return moved.sub_(mean).div_(std).to(dtype)
 
-    def _bytes(self, statistic: str, device: torch.device) -> Tensor:
+    def _bytes(self, statistic: str, device: torch.device, dimensions: int) -> Tensor:
         channels = self.config["input_size"][0]
         values = [value * 255 for value in per_channel(self.config[statistic], channels)]
-        return torch.tensor(values, device=device, dtype=torch.float32).view(1, channels, 1, 1)
+        ones = (1,) * (dimensions - 2)
+        return torch.tensor(values, device=device, dtype=torch.float32).view(1, channels, *ones)
 
 
 def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -110,7 +120,7 @@ def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The preprocessing that a model was trained with, for the input that it was built for."""
-    return Preprocessing(data_config(model))
+    return Preprocessing(data_config(model), frames_of(model))
 
 
 def decode(file: BinaryIO, mode: str = "RGB", *, upright: bool = False) -> Image.Image:

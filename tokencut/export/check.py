@@ -59,7 +59,7 @@ class CheckImages:
             DataError: None of them could be decoded.
         """
         if self.real is None:
-            shape = (self.count, *self.prepared.config["input_size"])
+            shape = (self.count, *self.prepared.input_shape)
             noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
             yield from noise.split(size)
             return

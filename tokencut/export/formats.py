@@ -34,7 +34,7 @@ class Normalised(nn.Module):
         channels = prepared.config["input_size"][0]
         for name in ("mean", "std"):
             values = torch.tensor(per_channel(prepared.config[name], channels), dtype=torch.float32)
-            self.register_buffer(name, values.view(1, channels, 1, 1))
+            self.register_buffer(name, values.view(1, channels, *(1,) * (len(prepared.input_shape) - 1)))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model((images - self.mean) / self.std)
@@ -52,7 +52,7 @@ def captured(model: nn.Module, info: ExportInfo) -> Any:
         ModelError: It cannot be had as one graph.
     """
     # A batch of 1 would be taken for a size that is always 1.
-    example = torch.zeros(info.batch_size or 2, *info.preprocessing["input_size"])
+    example = torch.zeros(info.batch_size or 2, *info.input_shape)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if info.batch_size is None else None
     try:
         with _quiet():

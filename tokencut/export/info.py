@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tokencut.adapters import adapter_for
-from tokencut.data.preprocessing import preprocessing_of
+from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.model import CompressedModel, predicted_gmacs
 from tokencut.models.artifact import origin_of
 from tokencut.models.fields import (
@@ -47,7 +47,8 @@ FORM = Form(
         "dense_gmacs": POSITIVE,
         "params": COUNT,
         "dense_params": COUNT,
-    }),
+        "frames": Rule(lambda value: is_whole(value, 1, 65535), "a positive number"),
+    }, partial=frozenset({"frames"})),
     called="metadata",
     otherwise="export the model again",
     most=MAX_LENGTH,
@@ -72,6 +73,7 @@ class ExportInfo:
         dense_gmacs: The same of the model without its recipe.
         params: Number of parameters.
         dense_params: The same of the model without its recipe.
+        frames: Frames of the clips that the file takes, `(B, C, frames, H, W)`; None for images.
     """
 
     model: str
@@ -87,6 +89,12 @@ class ExportInfo:
     dense_gmacs: float
     params: int
     dense_params: int
+    frames: int | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """What the file takes one of: `(C, H, W)`, or `(C, frames, H, W)`."""
+        return Preprocessing(dict(self.preprocessing), self.frames).input_shape
 
     def timm_description(self) -> dict[str, Any]:
         """A `pretrained_cfg` for what the file takes, from which `preprocessing_of` finds how to make it."""
@@ -99,12 +107,16 @@ class ExportInfo:
             "num_classes": self.num_classes,
             "label_names": self.label_names,
             "license": self.origin.licence,
+            "frames": self.frames,
         }
 
     def to_text(self) -> str:
         """Sorted JSON on one line: the same for the same model."""
         recipe = self.recipe and self.recipe.to_json()
-        return FORM.write({**asdict(self), "recipe": recipe, "label_names": labels_to_json(self.label_names)})
+        told = {**asdict(self), "recipe": recipe, "label_names": labels_to_json(self.label_names)}
+        if self.frames is None:
+            del told["frames"]
+        return FORM.write(told)
 
 
 def describe_export(
@@ -124,12 +136,12 @@ def describe_export(
     compressed = model if isinstance(model, CompressedModel) else None
     inner = compressed.model if compressed else model
     adapter = adapter_for(inner)
-    prepared = preprocessing_of(model).config
+    prepared = preprocessing_of(model)
     return ExportInfo(
         model=name or name_of(inner),
         recipe=compressed.recipe if compressed else None,
         depth=len(adapter.blocks(inner)),
-        preprocessing={key: prepared[key] for key in PREPROCESSING.checks},
+        preprocessing={key: prepared.config[key] for key in PREPROCESSING.checks},
         normalises=normalises,
         batch_size=batch_size,
         num_classes=class_count(inner),
@@ -139,6 +151,7 @@ def describe_export(
         dense_gmacs=predicted_gmacs(inner),
         params=_parameters(model),
         dense_params=_parameters(inner),
+        frames=prepared.frames,
     )
 
 

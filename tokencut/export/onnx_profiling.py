@@ -50,7 +50,7 @@ def profile_onnx(
     timings = {}
     if latency:
         cpu = torch.device("cpu")
-        images = random_images(model, (size, *info.preprocessing["input_size"]), cpu)
+        images = random_images(model, (size, *info.input_shape), cpu)
         timings = measure(sides, images, rounds=rounds, observer=observer, task=f"timing {called}")
     before, after = timings.get("dense"), timings.get("compressed")
     ratio, spread = speedup(before, after) if before and after else (None, None)

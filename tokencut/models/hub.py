@@ -32,7 +32,7 @@ CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # Where transformers says how images are prepared; the second holds a processor of text and images.
-PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 OTHER_WAYS = "give `checkpoint='FILE'`, `pretrained=False` for random weights, or the bundled model 'digits'"
 

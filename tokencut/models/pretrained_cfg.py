@@ -62,6 +62,13 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def frames_of(model: nn.Module) -> int | None:
+    """Frames of the clips that a model takes, `(B, C, frames, H, W)`; None for one of images."""
+    inner = _inner(model)
+    adapter = known_adapter(inner)
+    return description_of(model).get("frames") if adapter is None else adapter.frames(inner)
+
+
 def _inner(model: nn.Module) -> nn.Module:
     """The timm model inside others, such as a compressed one."""
     inside = getattr(model, "model", None)

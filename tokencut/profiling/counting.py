@@ -152,7 +152,7 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> MacCount:
 
     Args:
         model: Any model that takes one batch of images.
-        input_size: `(C, H, W)` of an image.
+        input_size: `(C, H, W)` of an image, or `(C, frames, H, W)` of a clip.
 
     Returns:
         The count, as in evaluation mode.

@@ -106,7 +106,7 @@ def profile(
         raise UsageError("profile times a captured model beside the captured dense one, so it captures both; pass "
                          "`model.model` and `capture=True`")  # fmt: skip
     model = plain_model(model)
-    target, size = resolve_device(device), preprocessing_of(model).config["input_size"]
+    target, size = resolve_device(device), preprocessing_of(model).input_shape
     dtype = precision_dtype(precision)
     check_form(compile_mode, capture)
     recipe = model.recipe if isinstance(model, CompressedModel) else None

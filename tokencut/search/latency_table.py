@@ -105,7 +105,7 @@ def latency_table(
         observer: Told rounds done and rounds in all.
     """
     loop = any_block_reduces(model)
-    images = random_images(model, (batch_size, *preprocessing_of(model).config["input_size"]), device)
+    images = random_images(model, (batch_size, *preprocessing_of(model).input_shape), device)
     kinds = model.adapter.cost(model.model).blocks
     with torch.no_grad():
         entering = [loop.embed(images)]

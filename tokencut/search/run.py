@@ -195,7 +195,7 @@ class _Run:
         recipe = self.model.recipe
         made = compress(self.model.model, keep=keep, layers=layers, method=recipe.method, prop_attn=recipe.prop_attn,
                         method_options=recipe.method_options).eval()  # fmt: skip
-        size = preprocessing_of(self.model).config["input_size"]
+        size = preprocessing_of(self.model).input_shape
         images = random_images(self.model, (self.settings.timing_batch_size, *size), self.device)
         with torch.no_grad():
             times = measure({"dense": self.model.model, "compressed": made}, images, observer=self.observer,

@@ -272,7 +272,7 @@ class _Run:
         return (busy,) if spread > BUSY else ()
 
     def _measure(self, models: Mapping[Key, nn.Module]) -> dict[str, Timing]:
-        size = self.images.prepared.config["input_size"]
+        size = self.images.prepared.input_shape
         noise = torch.randn((self.plan.batch_size, *size), generator=torch.Generator().manual_seed(0))
         return measure(
             {pair_name(*key): model for key, model in models.items()},

@@ -21,7 +21,7 @@ from tokencut.model import CompressedModel, require_compressed
 from tokencut.models.checkpoints import require_finite
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
-from tokencut.visualization.grid import PANEL, Canvas, Layout, Panel, Strip, fit, swatch_side
+from tokencut.visualization.grid import PANEL, PANELS_A_LINE, Canvas, Layout, Panel, Strip, fit, swatch_side
 from tokencut.visualization.images import DrawnImages, read_images, short_names
 from tokencut.visualization.legend import legend_of
 from tokencut.visualization.regions import Grid, Pixels, draw_tokens
@@ -120,12 +120,14 @@ def draw(
     """Draws what models still see of images: what of the image the model sees, then a panel a stage, and a legend.
 
     Merged patches are outlined regions in their mean colour, tokens of one patch stay as they are, dropped ones are
-    dark and hatched. Regions that are one token without touching have one number. Photos are turned upright, and drawn
+    dark and hatched. Regions that are one token without touching have one number. A clip is a strip of frames, one of
+    each tubelet. Photos are turned upright, and drawn
     with their own detail where that is more than a model takes. Each row says what the model takes the image for.
 
     Args:
         models: A compressed model; or several that take the same images, by the names that their rows get.
-        images: A path or several, the word `digits`; or bytes `(B, C, H, W)` as the models' preprocessing leaves them.
+        images: A path or several, the word `digits`; or bytes `(B, C, H, W)`, of clips `(B, C, frames, H, W)`, as the
+            models' preprocessing leaves them.
         attention: Lay the class attention on the tokens that entered a stage over its panel, each token's spread
             evenly over its patches; colours go by the square root of its ratio to the panel's highest.
         batch_size: Images a forward.
@@ -188,15 +190,16 @@ def _compose(images: DrawnImages, traced: Mapping[str, DrawnModel]) -> Picture:
     strips = len(traced) if several else 1
     groups = count * len(traced) // strips
     sizes = {images.seen_size(grid, scaled): scaled for scaled in map(grid.scaled, _sides(grid, max(images.detail)))}
+    a_line = PANELS_A_LINE if grid.frames == 1 else 1  # a clip is a row of frames already
     layout = fit(
-        list(sizes), groups, lambda tall, wide, across: Layout(groups, strips, len(blocks), tall, wide, across)
+        list(sizes), groups, lambda tall, wide, across: Layout(groups, strips, len(blocks), tall, wide, across, a_line)
     )
     drawn_grid = sizes[layout.height, layout.width]
     legend = legend_of(list(traced.values()), drawn_grid, swatch_side(layout))
     canvas, views = Canvas(layout, legend), []
     for image, (name, called) in enumerate(zip(images.names, short_names(images.names), strict=True)):
         photo = images.seen(image, grid, drawn_grid)
-        shown = Panel(photo, f"image: {grid.patches} patches")
+        shown = Panel(photo, f"image: {grid.patches} patches" if grid.frames == 1 else f"clip: {grid.patches} tubelets")
         if several:
             canvas.add_group(image, called)
         for row, (model, one) in enumerate(traced.items()):
@@ -222,7 +225,7 @@ def _sides(grid: Grid, detail: float) -> Iterator[int]:
     """The sides that patches may have in px, the best first: as large as the photo's own detail is worth."""
     patches = max(grid.rows, grid.columns)
     own = detail * patches * max(grid.height, grid.width)
-    best = max(SMALLEST_PATCH, int(min(max(own, PANEL), LARGEST_PANEL) / patches))
+    best = max(SMALLEST_PATCH, int(min(max(own, PANEL * grid.frames), LARGEST_PANEL * grid.frames) / patches))
     yield from range(best, max(SMALLEST_PATCH, min(best, SMALLEST_PANEL // patches)) - 1, -1)
 
 

@@ -59,6 +59,7 @@ class Layout:
         height: A panel's height in px.
         width: A panel's width in px.
         across: Groups that stand side by side.
+        a_line: Panels in a line at most, the image among them.
     """
 
     groups: int
@@ -67,6 +68,7 @@ class Layout:
     height: int
     width: int
     across: int = 1
+    a_line: int = PANELS_A_LINE
 
     @property
     def text(self) -> int:
@@ -86,7 +88,7 @@ class Layout:
     @property
     def lines(self) -> int:
         """The lines of panels that a strip takes."""
-        return -(-(1 + self.stages) // PANELS_A_LINE)
+        return -(-(1 + self.stages) // self.a_line)
 
     @property
     def columns(self) -> int:

@@ -24,7 +24,7 @@ class DrawnImages:
 
     Attributes:
         names: What their rows are called.
-        pixels: Bytes `(B, C, H, W)`.
+        pixels: Bytes `(B, C, H, W)`; of clips `(B, C, frames, H, W)`, drawn as the first frames of tubelets in a row.
         detail: How many pixels of each photo a pixel of `pixels` is across; 1 where there is no photo.
         photos: Where they come from; empty where they are given as bytes.
         prepared: The models' preprocessing.
@@ -38,7 +38,8 @@ class DrawnImages:
 
     def whole_size(self, grid: Grid, scaled: Grid) -> tuple[int, int]:
         """Height and width in px of a whole image, of which `grid` has the patches, where they are as in `scaled`."""
-        height, width = self.pixels.shape[-2:]
+        height, width = self.pixels.shape[-2:] if self.pixels.ndim == 4 else (
+            grid.rows * grid.height, grid.columns * grid.width)  # fmt: skip
         return round(height * scaled.height / grid.height), round(width * scaled.width / grid.width)
 
     def seen_size(self, grid: Grid, scaled: Grid) -> tuple[int, int]:
@@ -50,27 +51,39 @@ class DrawnImages:
         """What models see of an image, as large as in `scaled`, `(H, W, 3)`: with the photo's detail if it has more."""
         height, width = self.whole_size(grid, scaled)
         if self.detail[image] <= 1:
-            small = Image.fromarray(_in_colour(self.pixels[image]))
+            small = Image.fromarray(_in_colour(self._in_a_row(image, grid)))
             return scaled.seen(np.asarray(small.resize((width, height), Image.Resampling.NEAREST)))
         transform = self.prepared.at_size(height, width).transform()
         [made] = read_photos([self.photos[image]], self.prepared.mode, lambda photo: _as_bytes(transform(photo)))
         return scaled.seen(_in_colour(made))
+
+    def _in_a_row(self, image: int, grid: Grid) -> Tensor:
+        """An image `(C, H, W)`; of a clip the first frame of each tubelet, cut to its patches, one beside the other."""
+        pixels = self.pixels[image]
+        if pixels.ndim == 3:
+            return pixels
+        shown = pixels[:, :: pixels.shape[1] // grid.frames][:, : grid.frames]
+        shown = shown[..., : grid.rows * grid.height, : grid.columns // grid.frames * grid.width]
+        return shown.transpose(1, 2).flatten(2)
 
 
 def read_images(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Preprocessing) -> DrawnImages:
     """Reads images to be drawn, once; those from files are opened again when they are drawn.
 
     Args:
-        images: Paths, photos, the word `digits`, or bytes `(B, C, H, W)` as the preprocessing leaves them.
+        images: Paths, photos, the word `digits`, or bytes `(B, C, H, W)` as the preprocessing leaves them; of clips
+            `(B, C, frames, H, W)`.
         prepared: The preprocessing of the models that they are drawn with.
 
     Raises:
         TokencutError: There is none, or some cannot be read.
     """
     if isinstance(images, Tensor):
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise UsageError(f"a tensor of images is of bytes (B, C, H, W), not {images.dtype} of {images.ndim} "
-                             "dimensions; give the files' paths instead, or images.to(torch.uint8)")  # fmt: skip
+        dimensions, form = (4, "images is of bytes (B, C, H, W)") if prepared.frames is None else (
+            5, "clips is of bytes (B, C, frames, H, W)")  # fmt: skip
+        if images.dtype != torch.uint8 or images.ndim != dimensions:
+            raise UsageError(f"a tensor of {form}, not {images.dtype} of {images.ndim} dimensions; give the files' "
+                             "paths instead, or images.to(torch.uint8)")  # fmt: skip
         photos, made = [], [(image, 1.0) for image in images]
         names = list(map(str, range(len(images))))
     else:

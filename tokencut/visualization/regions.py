@@ -49,12 +49,14 @@ class Grid:
         columns: Patches from left to right; a patch's number counts along the rows.
         height: A patch's height in px.
         width: A patch's width in px.
+        frames: How many images stand side by side in it: the tubelets of a clip along its frames, one behind the other.
     """
 
     rows: int
     columns: int
     height: int
     width: int
+    frames: int = 1
 
     @property
     def patches(self) -> int:
@@ -65,6 +67,13 @@ class Grid:
         """The same patches, `side` px at their longer side."""
         longer = max(self.height, self.width)
         return replace(self, height=round(self.height * side / longer), width=round(self.width * side / longer))
+
+    def apart(self, source: Tokens) -> Tokens:
+        """The same with another token in each frame, `(patches,)`: frames side by side touch in the picture alone."""
+        if self.frames == 1:
+            return source
+        frame = np.arange(self.patches) % self.columns // (self.columns // self.frames)
+        return np.where(source >= 0, source * self.frames + frame, source)
 
     def seen(self, photo: Pixels) -> Pixels:
         """The part of an image `(H, W, 3)` that lies in patches: models do not see a rest that fills none."""
@@ -91,9 +100,9 @@ def parts_of(source: Tokens, grid: Grid) -> Tokens:
 
     Args:
         source: For each patch the token it went into, `(patches,)`.
-        grid: The patches.
+        grid: The patches; those of different frames do not touch.
     """
-    token = source.reshape(grid.rows, grid.columns)
+    token = grid.apart(source).reshape(grid.rows, grid.columns)
     part = np.arange(grid.patches).reshape(grid.rows, grid.columns)
     while True:
         before = part.copy()
@@ -140,6 +149,7 @@ def draw_tokens(photo: Pixels, source: Tokens, grid: Grid, heat: Pixels | None =
     """
     height, width = photo.shape[:2]
     token = grid.spread(source, height, width)
+    drawn = token if grid.frames == 1 else grid.spread(grid.apart(source), height, width)
     merged = grid.spread(patches_held(source), height, width) > 1
     part = parts_of(source, grid)
     number = numbered(source, part)
@@ -150,7 +160,7 @@ def draw_tokens(photo: Pixels, source: Tokens, grid: Grid, heat: Pixels | None =
         borders = np.where(number[:, None] > 0, PART_COLOURS[(number - 1) % len(PART_COLOURS)], CORE)
     line = max(1, round(min(grid.height, grid.width) / PATCH_A_LINE))
     colours = np.stack([grid.spread(channel, height, width) for channel in borders.T], 2)
-    _outline(picture, token, merged, colours, line)
+    _outline(picture, drawn, merged, colours, line)
     return _with_numbers(picture, number, part, grid, borders)
 
 

@@ -84,7 +84,7 @@ def trace_images(
 
     Args:
         model: The model.
-        pixels: Bytes `(B, C, H, W)`, as its preprocessing leaves them.
+        pixels: Bytes `(B, C, H, W)` or, of clips, `(B, C, frames, H, W)`, as its preprocessing leaves them.
         prepared: Its preprocessing.
         device: Where it runs.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
@@ -96,8 +96,9 @@ def trace_images(
         ModelError: The model gives logits that are not finite.
     """
     check_number("batch_size", batch_size)
-    rows, columns = model.adapter.grid(model.model, *pixels.shape[-2:])
-    grid = Grid(rows, columns, *model.adapter.patch_size(model.model))
+    *frames, rows, columns = model.adapter.grid_of(model.model, pixels)
+    tubelets = frames[0] if frames else 1
+    grid = Grid(rows, tubelets * columns, *model.adapter.patch_size(model.model), frames=tubelets)
     names = names_for_people(model)[0] if class_count(model) else ()
     parts, predicted = list[list[DrawnStage]](), list[Guess]()
     with inference_state(model, device, precision_dtype(precision)), torch.no_grad():
@@ -107,21 +108,28 @@ def trace_images(
             check_finite(logits, precision)
             if names:
                 predicted += (best for (best,) in guesses(logits.float(), names))
-            parts.append(_stages(traces[:-1], grid.patches))  # the last is no stage, but the end
+            parts.append(_stages(traces[:-1], grid))  # the last is no stage, but the end
     return DrawnModel(grid, tuple(_joined(stage) for stage in zip(*parts, strict=True)), tuple(predicted))
 
 
-def _stages(traces: Sequence[Trace], patches: int) -> list[DrawnStage]:
+def _stages(traces: Sequence[Trace], grid: Grid) -> list[DrawnStage]:
     """The stages of a batch."""
     made: list[DrawnStage] = []
+    first = side_by_side(np.arange(grid.patches)[None], grid)
     for trace in traces:
         assert trace.tokens.source is not None
-        source = trace.tokens.source.cpu().numpy()
-        before = made[-1].source if made else np.broadcast_to(np.arange(patches), source.shape)
-        entering = made[-1].tokens_out if made else patches
+        source = side_by_side(trace.tokens.source.cpu().numpy(), grid)
+        before = made[-1].source if made else np.broadcast_to(first, source.shape)
+        entering = made[-1].tokens_out if made else grid.patches
         heat = None if trace.attention is None else _on_patches(trace.attention.float().cpu().numpy(), before)
         made.append(DrawnStage(trace.block, entering, trace.tokens.count, source, heat))
     return made
+
+
+def side_by_side(values: Tokens, grid: Grid) -> Tokens:
+    """Values of patches `(B, patches)`, frame by frame, in the order of a picture that has the frames side by side."""
+    batch, frames = len(values), grid.frames
+    return values.reshape(batch, frames, grid.rows, -1).transpose(0, 2, 1, 3).reshape(batch, -1)
 
 
 def _on_patches(attention: NDArray[np.floating], source: Tokens) -> NDArray[np.float64]:

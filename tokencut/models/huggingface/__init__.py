@@ -12,6 +12,7 @@ from typing import Any
 from timm.models import split_model_name_tag
 from torch import Tensor
 
+from tokencut.adapters.space_time import sines
 from tokencut.errors import ModelError
 from tokencut.messages import index_in, shorten
 from tokencut.models.alterations import Alterations
@@ -119,9 +120,9 @@ def convert(
         if "img_size" not in wanted:
             notes.append(f"images are of {high}x{wide} px, as preprocessor_config.json has it")
         wanted["img_size"] = high if high == wide else size
-        if found.names != "eva":  # which makes its tables of sines anew
-            notes.append(f"positions are resized from {found.image_size[0]}x{found.image_size[1]} px, as transformers "
-                         "does it")  # fmt: skip
+        if found.names not in ("eva", "videomae"):  # which make their tables of sines anew
+            how = ", as transformers does it" if found.tubelets is None else ", frame by frame"
+            notes.append(f"positions are resized from {found.image_size[0]}x{found.image_size[1]} px{how}")
     names = _label_names(config) if head.kind in ("classes", "teacher") else None
     if names is not None and len(names) != head.classes:
         notes.append(f"config.json names {len(names)} classes and the head has {head.classes}: the names are left out")
@@ -159,8 +160,11 @@ def _settled(
         prefix = 0
     old, new = ((side[0] // patch[0], side[1] // patch[1]) for side in (found.image_size, size))
     resized_biases(kept, old, new)
-    if "pos_embed" in kept:
-        kept["pos_embed"] = resized_positions(kept["pos_embed"], old, new, prefix, found.antialias)
+    tubelets = found.tubelets or 1
+    if found.names == "videomae":  # no file holds its table, which is made for any size
+        kept["pos_embed"] = sines(tubelets * new[0] * new[1], kept["patch_embed.proj.weight"].shape[0])
+    elif "pos_embed" in kept:
+        kept["pos_embed"] = resized_positions(kept["pos_embed"], old, new, prefix, found.antialias, tubelets)
     return kept
 
 

@@ -54,6 +54,10 @@ _BEIT = {
     "use_shared_relative_position_bias": False, "layer_scale_init_value": 0.1, "use_mean_pooling": True,
 }  # fmt: skip
 _CLIP = {**_VIT, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}
+_VIDEOMAE = {**_VIT, "qkv_bias": None, "num_frames": 16, "tubelet_size": 2, "qv_bias": True, "use_mean_pooling": True}
+_VIVIT = {
+    **_VIT, "num_frames": 32, "tubelet_size": (2, 16, 16), "hidden_act": "gelu_fast", "layer_norm_eps": 1e-6,
+}  # fmt: skip
 _SIGLIP = {**_VIT, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 
@@ -83,7 +87,8 @@ class Architecture:
         antialias: Whether transformers resizes positions with antialiasing.
         folded: Whether timm's model adds the class token's position to the token itself.
         unused: How timm's names of tensors begin that transformers keeps and never uses.
-        names: How timm calls what its families name differently: `vit`, `eva` or `beit`.
+        names: How timm calls what its families name differently: `vit`, `eva`, `beit` or `videomae`.
+        tubelets: Tubelets along the frames of a clip; None for images.
     """
 
     name: str
@@ -95,6 +100,7 @@ class Architecture:
     folded: bool = False
     unused: tuple[str, ...] = ()
     names: str = "vit"
+    tubelets: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
     tower = {**kind.defaults, **_given(config)}
     for name in ("vision_config", "vision_config_dict"):  # the second, in old files, is the one that counts
         tower |= _given(config.get(name))
+    if "tubelet_size" in tower:
+        _split_tubelets(tower)
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
         if not is_whole(tower[name], 1, 1 << 16):
             raise _wrong(name, tower[name], "a whole number")
@@ -156,7 +164,7 @@ def head_of(config: Mapping[str, Any], tensors: Mapping[str, Any] | None) -> Hea
     name = class_name(config)
     if name.endswith("ForImageClassificationWithTeacher"):
         return Head("teacher", classes_of(config))
-    if name.endswith("ForImageClassification"):
+    if name.endswith(("ForImageClassification", "ForVideoClassification")):
         return Head("classes", classes_of(config))
     if name in ("CLIPModel", "CLIPVisionModelWithProjection", "MetaClip2Model", "MetaClip2VisionModelWithProjection"):
         return Head("projection", int(config.get("projection_dim") or 512))
@@ -271,6 +279,45 @@ def _clip(config: Mapping[str, Any], head: Head) -> Architecture:
     return replace(found, unused=("norm.",) if pool else ())
 
 
+def _split_tubelets(tower: dict[str, Any]) -> None:
+    """Has `tubelet_size` be a number of frames, and `patch_size` the rest of it where one holds both, in place."""
+    size = tower["tubelet_size"]
+    if isinstance(size, (list, tuple)) and len(size) == 3:
+        tower["tubelet_size"], tower["patch_size"] = size[0], list(size[1:])
+    for name in ("tubelet_size", "num_frames"):
+        if not is_whole(tower[name], 1, 1 << 16):
+            raise _wrong(name, tower[name], "a number of frames")
+    if tower["num_frames"] < tower["tubelet_size"]:
+        raise _wrong("num_frames", tower["num_frames"], f"one of its tubelets, of {tower['tubelet_size']} frames")
+
+
+def _videomae(config: Mapping[str, Any], head: Head) -> Architecture:
+    mean = bool(config["use_mean_pooling"])
+    if head.kind == "classes" and not mean:
+        raise _wrong("use_mean_pooling", False, "what a model without a class token can be classified by")
+    # Without a classifier there is no norm behind the pooling, and one behind the blocks where nothing is pooled.
+    args = {} if head.kind == "classes" else {"final_norm": False} if mean else {"fc_norm": False}
+    biased = config["qv_bias"] if config["qkv_bias"] is None else config["qkv_bias"]  # its name before version 5
+    return _of_clips({**config, "qkv_bias": bool(biased)}, head, "videomae_{size}_patch{patch}_224", args)
+
+
+def _vivit(config: Mapping[str, Any], head: Head) -> Architecture:
+    return _of_clips(config, head, "vivit_{size}_patch{patch}x2_224", {}, usual_act="gelu_tanh")
+
+
+def _of_clips(config: Mapping[str, Any], head: Head, name: str, args: Mapping[str, Any], **usual: Any) -> Architecture:
+    """A model of clips; its norms' epsilon is an argument, since the one behind the pooling may have another."""
+    frames, tubelet, eps = config["num_frames"], config["tubelet_size"], float(config["layer_norm_eps"])
+    defaults = _VIDEOMAE if "use_mean_pooling" in config else _VIVIT
+    args = dict(args)
+    args |= {} if frames == defaults["num_frames"] else {"num_frames": frames}
+    args |= {} if tubelet == 2 else {"tubelet_size": tubelet}
+    args |= {} if eps == defaults["layer_norm_eps"] else {"norm_eps": eps}
+    found = _built(config, head, (name,), args=args, **usual)
+    names = "videomae" if "use_mean_pooling" in config else "vit"
+    return replace(found, alterations=Alterations(), names=names, tubelets=frames // tubelet)
+
+
 def _siglip(config: Mapping[str, Any], head: Head) -> Architecture:
     pooled = head.kind == "none" and config.get("vision_use_head", True)
     gap = "" if pooled else "_gap"
@@ -366,6 +413,9 @@ _KINDS: dict[str, Kind] = {
                     Kind(_beit, _BEIT, _processor("half", {"height": 256, "width": 256}, 3, **_CROPPED))),
     **dict.fromkeys(("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model"),
                     Kind(_clip, _CLIP, _processor("clip", {"shortest_edge": 224}, 3, **_CROPPED))),
+    "videomae": Kind(_videomae, _VIDEOMAE, _processor("half", {"shortest_edge": 224}, 2, **_CROPPED)),
+    "vivit": Kind(_vivit, _VIVIT, _processor("half", {"shortest_edge": 256}, 2, rescale_factor=1 / 127.5, offset=True,
+                                             **_CROPPED)),
     **dict.fromkeys(("siglip", "siglip_vision_model"), Kind(_siglip, _SIGLIP, _processor("half", None, 3))),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), Kind(_siglip2, _SIGLIP, _processor("half", None, 2))),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from tokencut.models.huggingface.architectures import class_name, read_config
 from tokencut.models.huggingface.tensors import split_extras
 
 # The first part of an image tower, and what transformers calls the tower.
-_TOWERS = "vit|deit|beit|data2vec_vision|dinov2_with_registers|dinov2|vision_model"
+_TOWERS = "vit|vivit|videomae|deit|beit|data2vec_vision|dinov2_with_registers|dinov2|vision_model"
 _EMBEDDING = re.compile(
     rf"^(?P<before>(?:.*?\.)??)(?P<tower>(?:{_TOWERS})\.)?embeddings\.(?:cls_token|class_embedding|patch_embedding)"
 )

@@ -52,6 +52,9 @@ def preprocessing_from(
     scale = fields.get("rescale_factor", _PLAIN) if fields.get("do_rescale", True) else 1.0
     if not is_number(scale) or scale <= 0:
         raise _wrong("rescale_factor", scale, "a positive number")
+    # ViViT's takes 1 from what it has scaled, before it normalises that.
+    if fields.get("offset") and fields.get("do_rescale", True):
+        mean = tuple(value + 1 for value in mean)
     if not math.isclose(scale, _PLAIN, rel_tol=1e-4):  # timm's pixels go from 0 to 1
         mean, std = (tuple(value / (255 * scale) for value in values) for values in (mean, std))
     resample = fields.get("resample", 3)

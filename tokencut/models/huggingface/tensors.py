@@ -14,7 +14,7 @@ from tokencut.messages import listed
 
 # What a model is made of beside its image tower, or what nothing but its training needs.
 _EXTRAS = (
-    ("the decoder", r"^(decoder|.*\bdecoder_pos_embed)"),
+    ("the decoder", r"^(decoder|encoder_to_decoder|.*\bdecoder_pos_embed)"),
     ("the text model", r"^(text_model|text_projection|logit_scale|logit_bias)"),
     ("the mask token", r"mask_token$"),
     ("the pooler", r"(^|\.)pooler\.(?!layernorm)"),  # BEiT's holds the norm behind its pooling
@@ -26,6 +26,7 @@ _EXTRAS = (
 _BLOCK = (
     (r"(layernorm_before|layer_norm1|norm1)\.", "norm1."),
     (r"(layernorm_after|layer_norm2|norm2)\.", "norm2."),
+    (r"attention\.attention\.([qv])_bias$", r"attn.\1_bias"),  # of VideoMAE, before version 5
     (r"(attention\.attention\.query|attention\.q_proj|self_attn\.q_proj)\.", "attn.query."),
     (r"(attention\.attention\.key|attention\.k_proj|self_attn\.k_proj)\.", "attn.key."),
     (r"(attention\.attention\.value|attention\.v_proj|self_attn\.v_proj)\.", "attn.value."),
@@ -51,7 +52,7 @@ _AROUND = (
         r"(encoder\.relative_position_bias|shared_position_bias)\.relative_position_bias_table$",
         "rel_pos_bias.relative_position_bias_table",
     ),
-    (r"pooler\.layernorm\.", "fc_norm."),
+    (r"(pooler\.layernorm|fc_norm)\.", "fc_norm."),
     (r"pre_layrnorm\.", "norm_pre."),  # transformers' spelling
     (r"(layernorm|post_layernorm|norm)\.", "norm."),
     (r"(cls_classifier|classifier|visual_projection)\.", "head."),
@@ -64,7 +65,7 @@ _AROUND = (
 )
 # What transformers puts before the names of an image tower.
 _TOWER = re.compile(
-    r"^(?:vit|deit|dinov2|dinov2_with_registers|beit|data2vec_vision|vision_model(?:\.vision_model)?)\."
+    r"^(?:vit|vivit|videomae|deit|dinov2|dinov2_with_registers|beit|data2vec_vision|vision_model(?:\.vision_model)?)\."
 )
 _LAYER = re.compile(r"^(?:encoder\.|model\.)?layers?\.(\d+)\.")
 # What timm's modules call differently: both halves of a gated MLP are one tensor in a Vision Transformer, two in eva.
@@ -77,6 +78,7 @@ _DIALECTS = {
     ("eva", False): (*_BIASES, *_SCALES, *_UP),
     ("eva", True): (*_BIASES, *_SCALES, (r"\.mlp\.gate\.", ".mlp.fc1_g."), (r"\.mlp\.up\.", ".mlp.fc1_x.")),
     ("beit", False): _BIASES,
+    ("videomae", False): ((r"\.attn\.q_bias$", ".attn.query.bias"), (r"\.attn\.v_bias$", ".attn.value.bias")),
 }
 
 
@@ -130,6 +132,9 @@ def to_timm(
     gated = any(".mlp.gate." in name for name in named)
     for pattern, ours in _DIALECTS.get((names, gated), ()):
         named = {re.sub(pattern, ours, name): tensor for name, tensor in named.items()}
+    if names == "videomae":  # whose keys have no bias
+        for name in [name for name in named if name.endswith(".attn.query.bias")]:
+            named[name.replace(".query.", ".key.")] = torch.zeros_like(named[name])
     _join(named)
     if names == "eva":
         _complete_biases(named)
@@ -209,9 +214,14 @@ def resized_biases(tensors: dict[str, Tensor], old: tuple[int, int], new: tuple[
 
 
 def resized_positions(
-    positions: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int, antialias: bool
+    positions: Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    num_prefix_tokens: int,
+    antialias: bool,
+    tubelets: int = 1,
 ) -> Tensor:
-    """Positions for another grid, as transformers makes them in `interpolate_pos_encoding`.
+    """Positions for another grid, as transformers makes them in `interpolate_pos_encoding`; of clips frame by frame.
 
     Args:
         positions: `(1, P + N, D)`.
@@ -219,10 +229,11 @@ def resized_positions(
         new: Rows and columns wanted.
         num_prefix_tokens: `P`, how many of them belong to no patch.
         antialias: Whether transformers resizes this type's with antialiasing.
+        tubelets: How many such grids there are, one for each step along the frames of a clip.
     """
-    if old == new or positions.shape[1] != num_prefix_tokens + old[0] * old[1]:
+    if old == new or positions.shape[1] != num_prefix_tokens + tubelets * old[0] * old[1]:
         return positions
     prefix, grid = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
-    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    grid = grid.reshape(tubelets, *old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False, antialias=antialias)
-    return torch.cat((prefix, grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1)), 1)
+    return torch.cat((prefix, grid.permute(0, 2, 3, 1).reshape(1, tubelets * new[0] * new[1], -1)), 1)
