@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.export import run as export
+from tokencut.export.graph import Graph
+from tokencut.export.runtimes import Runtime
+from tokencut.export.runtimes.torch_export import TorchExport
 from tokencut.model import CompressedModel, compress
 
 
@@ -36,6 +39,10 @@ def normalised(model: nn.Module, images: Tensor) -> Tensor:
 def skip_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the capture, which takes a second, where a test is about what comes before and behind it."""
     models: list[nn.Module] = []
-    monkeypatch.setattr(export, "captured", lambda model, info: models.append(model))
-    monkeypatch.setattr(export, "write_pt2", lambda program, info, path: path.write_bytes(b"graph"))
-    monkeypatch.setattr(export, "read_pt2", lambda path, info: models[-1])
+
+    def write(self: Runtime, graph: Graph, path: Path) -> None:
+        models.append(graph.model)
+        path.write_bytes(b"graph")
+
+    monkeypatch.setattr(TorchExport, "write", write)
+    monkeypatch.setattr(TorchExport, "open", lambda self, path: models[-1])

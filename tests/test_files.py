@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokencut.errors import ArtifactError
-from tokencut.files import atomic_write, check_writable, check_writable_folder, open_plain, remove_folder
+from tokencut.files import atomic_files, atomic_write, check_writable, check_writable_folder, open_plain, remove_folder
 
 
 def fail_halfway(target: Path, failure: BaseException) -> None:
@@ -213,3 +213,41 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         open_plain(tmp_path)
     with pytest.raises(OSError, match="it is a device, not a file"):
         open_plain(Path(os.devnull))
+
+
+def written(path: Path, *beside: Path) -> None:
+    with atomic_files(path, *beside) as temporary:
+        for file in (temporary, *(temporary.with_name(each.name) for each in beside)):
+            file.write_text("new")
+        temporary.with_name("scratch").write_text("of no use")
+
+
+def test_several_files_take_their_places_together(tmp_path: Path) -> None:
+    main, other, third = (tmp_path / name for name in ("m.xml", "m.bin", "m.txt"))
+    written(main, other)
+    assert names(tmp_path) == ["m.bin", "m.xml"]
+    main.write_text("old")
+    other.write_text("old")
+    other.chmod(0o600)
+    with pytest.raises(ArtifactError, match="m.bin exists; add `force=True`"), atomic_files(third, other, force=False):
+        pytest.fail("began")
+    written(main, other)
+    assert (main.read_text(), other.read_text(), other.stat().st_mode & 0o777) == ("new", "new", 0o600)
+
+
+def test_where_one_of_several_files_cannot_be_placed_none_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, other, third = (tmp_path / name for name in ("m.xml", "m.bin", "m.txt"))
+    main.write_text("old")
+    other.write_text("old")
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "m.xml":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(ArtifactError, match="m.xml: Input/output error; nothing was written$"):
+        written(main, other, third)
+    assert names(tmp_path) == ["m.bin", "m.xml"]
+    assert (main.read_text(), other.read_text()) == ("old", "old")

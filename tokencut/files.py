@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -185,14 +186,78 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = True, argument: 
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         # mkstemp makes files private; the result gets those of the file it replaces, or of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask)
+        temporary.chmod(_mode_of(target))
         temporary.replace(target)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was written") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode_of(target: Path) -> int:
+    """Who may do what with a file: as with the one that it replaces, or as with any new one."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~mask
+
+
+@contextlib.contextmanager
+def atomic_files(path: str | os.PathLike[str], *beside: Path, force: bool = True) -> Iterator[Path]:
+    """Gives a path in a temporary folder, for what tells a file by its name or writes several at once.
+
+    Args:
+        path: The file to be written.
+        beside: Others to be written with it, in the same folder.
+        force: Whether files of these names may be replaced.
+
+    Yields:
+        A path of the same name in an empty folder beside `path`. What is written there under the names asked for is
+        flushed to disk and takes their places if the block ends without an exception, the file itself last; if one of
+        them cannot, none does. Whatever else was written is removed.
+
+    Raises:
+        ArtifactError: A file cannot be written, with the system's reason.
+    """
+    target = check_writable(path, force=force)
+    targets = [check_writable(file, force=force) for file in beside] + [target]
+    try:
+        folder = Path(tempfile.mkdtemp(dir=target.resolve().parent, prefix=f"{part_prefix(target)}.", suffix=PART))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from error
+    try:
+        yield folder / target.name
+        pairs = [(folder / file.name, file.resolve()) for file in targets]
+        for written, place in pairs:
+            with written.open("rb+") as content:
+                os.fsync(content.fileno())
+            written.chmod(_mode_of(place))
+        _replace_all(pairs, folder)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was written") from error
+    finally:
+        remove_folder(folder)
+
+
+def _replace_all(pairs: Sequence[tuple[Path, Path]], folder: Path) -> None:
+    """Puts each file in its place; where one cannot be, those before it are put back."""
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for number, (written, place) in enumerate(pairs):
+            before = folder / f"{number}.before" if place.exists() and len(pairs) > 1 else None
+            if before is not None:
+                try:
+                    before.hardlink_to(place)
+                except OSError:  # a file system without links
+                    shutil.copy2(place, before)
+            written.replace(place)
+            done.append((place, before))
+    except BaseException:
+        for place, before in reversed(done):
+            if before is None:
+                place.unlink()
+            else:
+                before.replace(place)
+        raise
 
 
 @contextlib.contextmanager

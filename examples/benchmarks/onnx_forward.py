@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokencut.errors import TokencutError
-from tokencut.export.onnx_model import INPUT, OUTPUT, OnnxModel
+from tokencut.export.graph import INPUT, OUTPUT
+from tokencut.export.runtimes import open_exported
 from tokencut.profiling.latency import Forward
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -25,7 +26,7 @@ def onnx_forward(path: Path, device: torch.device) -> Forward:
     Raises:
         TokencutError: This onnxruntime has no provider for the device.
     """
-    return OnnxModel(path) if device.type == "cpu" else BoundSession(path, device)
+    return open_exported(path) if device.type == "cpu" else BoundSession(path, device)
 
 
 class BoundSession:

@@ -13,6 +13,10 @@ import torch
 from outcome import TINY, Outcome, Run
 
 from tokencut.cli.app import main
+from tokencut.export.runtimes import runtimes
+from tokencut.export.runtimes.torch_export import TorchExport
+
+ENDINGS = ", ".join(sorted(kind.suffix for kind in runtimes().values()))
 
 KEYS = {
     "output", "model", "method", "keep", "opset", "dynamic_batch", "batch_size", "with_preprocessing", "gmacs", "bytes",
@@ -115,7 +119,7 @@ def test_profile_of_the_file(run: Run, artifact: Path, exported: Path, tmp_path:
     assert "topk, keep 0.5, layers 1" in printed.out
     dense = tmp_path / "dense.onnx"
     assert run("export", artifact, "--dense", "-o", dense, "--limit", "2", "--no-dynamic-batch", "-b", "1").code == 0
-    beside = run("profile", exported, "--dense-onnx", dense, "-b", "1")
+    beside = run("profile", exported, "--dense-file", dense, "-b", "1")
     assert "x as fast" in beside.out
     assert "onnxruntime" in beside.out
 
@@ -145,23 +149,25 @@ def test_what_is_fixed_in_the_file(run: Run, exported: Path, words: tuple[str, .
     )
 
 
-def test_dense_onnx_is_for_onnx(run: Run, artifact: Path, exported: Path) -> None:
-    done = run("profile", artifact, "--dense-onnx", exported)
+def test_a_dense_file_is_for_a_file(run: Run, artifact: Path, exported: Path) -> None:
+    done = run("profile", artifact, "--dense-file", exported)
     assert (done.code, done.err) == (
         2,
-        f"error: --dense-onnx is for a MODEL that is an .onnx file, and {artifact} is none; leave it out\n",
+        f"error: --dense-file is for a MODEL that is an exported file, and {artifact} is none; leave it out\n",
     )
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("-o", "m.bin"), 2, "m.bin ends neither in .onnx nor in .pt2, which says what to write; type -o m.onnx, or "
+        (("-o", "m.bin"), 2, f"m.bin ends in none of {ENDINGS}, which say what to write; type -o m.onnx, or "
          "--format timm for a folder"),
         (("-o", "m", "--format", "timm", "--with-preprocessing"), 2,
-         "--with-preprocessing is for .onnx and .pt2 files, and a folder of timm's holds no graph; leave it out"),
+         "--with-preprocessing is for files of one graph, such as .onnx, and a folder of timm's holds none; leave it "
+         "out"),
         (("-o", "m", "--format", "timm", "--no-dynamic-batch"), 2,
-         "--no-dynamic-batch is for .onnx and .pt2 files, and a folder of timm's holds no graph; leave it out"),
+         "--no-dynamic-batch is for files of one graph, such as .onnx, and a folder of timm's holds none; leave it "
+         "out"),
         (("-o", "m.onnx", "--opset", "9"), 2,
          "invalid value for '--opset': 9 is not a whole number from 18 to 22, such as 18; type tokencut export --help"),
         (("-o", "m.pt2", "--opset", "18"), 2, "--opset is for .onnx files, and m.pt2 is none; leave it out"),
@@ -195,9 +201,8 @@ def test_missing_packages_are_one_line(run: Run, tmp_path: Path, monkeypatch: py
 
 
 def test_a_file_that_differs_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencut.export.run.captured", lambda *_: None)
-    monkeypatch.setattr("tokencut.export.run.write_pt2", lambda program, info, path: path.write_bytes(b"graph"))
-    monkeypatch.setattr("tokencut.export.run.read_pt2", lambda *_: lambda images: torch.zeros(images.shape[0], 3) + 9)
+    monkeypatch.setattr(TorchExport, "write", lambda self, graph, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(TorchExport, "open", lambda *_: lambda images: torch.zeros(images.shape[0], 3) + 9)
     done = run("export", *REDUCED, "-o", tmp_path / "m.pt2", "--limit", "2")
     assert (done.code, done.out) == (1, "")
     assert "would not give the model's logits: 2 of 2 images differ" in done.err.splitlines()[-1]

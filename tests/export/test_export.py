@@ -18,9 +18,10 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from tokencut.export import run as export
+from tokencut.export.graph import INPUT
 from tokencut.export.info import KEY, export_info_from_text
-from tokencut.export.onnx_model import INPUT
 from tokencut.export.run import ExportReport, export_model
+from tokencut.export.runtimes import open_exported
 from tokencut.methods import methods
 from tokencut.model import CompressedModel
 
@@ -90,6 +91,12 @@ def test_a_pt2_file(packed: ExportReport) -> None:
         with torch.no_grad():
             torch.testing.assert_close(forward(images), model(images), rtol=1e-5, atol=1e-5)
     assert packed.to_dict()["opset"] is None
+    opened = open_exported(packed.output)
+    assert opened.runtime == ("torch", torch.__version__)
+    assert opened.notes == (
+        f"{packed.output} may hold code, which opening it runs: open only files whose author you trust",
+    )
+    assert torch.equal(opened(images), forward(images))
 
 
 def test_preprocessing_and_batch_size_can_be_baked_in(tmp_path: Path) -> None:

@@ -14,8 +14,12 @@ from export_models import skip_capture, small
 from model_files import names_in
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
-from tokencut.export import run as export
 from tokencut.export.run import export_model
+from tokencut.export.runtimes import runtimes
+from tokencut.export.runtimes.onnxruntime import OnnxRuntime
+from tokencut.export.runtimes.torch_export import TorchExport
+
+ENDINGS = ", ".join(sorted(kind.suffix for kind in runtimes().values()))
 
 
 @pytest.fixture
@@ -27,8 +31,8 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     ("path", "options", "error", "message"),
     [
         ("m.bin", {}, UsageError,
-         "m.bin ends neither in .onnx nor in .pt2, which says what to write; type `path='m.onnx'`, or `format='timm'` "
-         "for a folder"),
+         f"m.bin ends in none of {ENDINGS}, which say what to write; type `path='m.onnx'`, or "
+         "`format='timm'` for a folder"),
         ("m.onnx", {"opset": 17}, UsageError,
          "`opset=17` is not a whole number from 18 to 22; type `opset=18`"),
         ("m.onnx", {"opset": 23}, UsageError,
@@ -73,10 +77,10 @@ def test_weights_of_another_type_or_too_many(tmp_path: Path, monkeypatch: pytest
         match="^export takes a model in fp32, and this one has weights in bfloat16; call model.float\\(\\) first$",
     ):
         export_model(small().bfloat16(), tmp_path / "m.pt2")
-    monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
+    monkeypatch.setattr(OnnxRuntime, "most_weights", 1000)
     with pytest.raises(
         ArtifactError,
-        match=r"^the model has 0\.0 GiB of weights, and an \.onnx file holds less than 2; type `path='.*m\.pt2'`$",
+        match=r"^the model has 0\.0 GiB of weights, which is more than one \.onnx file holds; type `path='.*m\.pt2'`$",
     ):
         export_model(small(), tmp_path / "m.onnx")
 
@@ -111,10 +115,9 @@ def test_an_operator_that_onnx_does_not_have(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "captured", lambda model, info: None)
-    for form in ("write_onnx", "write_pt2"):
-        monkeypatch.setattr(export, form, raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        path = tmp_path / f"m.{form.removeprefix('write_')}"
+    for kind in (OnnxRuntime, TorchExport):
+        monkeypatch.setattr(kind, "write", raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        path = tmp_path / f"m{kind.suffix}"
         with pytest.raises(ArtifactError, match=f"{path}: No space left on device; nothing was written$"):
             export_model(small("topk"), path, limit=2)
     assert names_in(tmp_path) == []
@@ -123,8 +126,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("instant")
 def test_another_models_logits_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = (tmp_path / "m.pt2").write_text("before")
-    read = export.read_pt2
-    monkeypatch.setattr(export, "read_pt2", lambda *given: lambda images: read(*given)(images) + 0.5)
+    read = TorchExport.open
+    monkeypatch.setattr(TorchExport, "open", lambda *given: lambda images: read(*given)(images) + 0.5)
     with pytest.raises(
         ArtifactError,
         match=r"m\.pt2 would not give the model's logits: 4 of 4 images differ by more than 1\.0e-03, at most by "

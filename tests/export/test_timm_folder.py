@@ -110,7 +110,7 @@ def test_what_timm_cannot_hold(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", img_size=64, num_classes=5)
     alter(model, Alterations(pool="class+mean"))
     assert "the head reads the class token beside the mean of the" in refusal(UsageError, model, tmp_path / "new")
-    assert "is for .onnx and .pt2 files, and a folder of timm's holds no graph; leave it out" in refusal(
+    assert "is for files of one graph, such as .onnx, and a folder of timm's holds none; leave it out" in refusal(
         UsageError, model, tmp_path / "new", with_preprocessing=True
     )
     assert names_in(tmp_path) == []

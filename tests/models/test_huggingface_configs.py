@@ -194,7 +194,7 @@ def test_preprocessing_that_is_none(given: dict[str, Any], message: str) -> None
         ("__0_0.distcp", "a checkpoint of torch.distributed; make one file of it with python -m torch.distributed."),
         ("tf_model.h5", "weights of TensorFlow or Keras; load them with from_pretrained(FOLDER, from_tf=True), in a"),
         ("flax_model.msgpack", "weights of Flax; load them with"),
-        ("model.onnx", "an exported model, which profile and eval take"),
+        ("model.onnx", "an exported model, which profile and eval run"),
     ],
 )  # fmt: skip
 def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def compare(
         values, facts = report.to_dict(), [run_facts(subject, device, run.precision) for subject in (first, second)]
         for name, of_model in zip(("first", "second"), facts, strict=True):
             values[name] |= {key: of_model[key] for key in ("method", "keep", "layers")}
-        shared = {key: facts[0][key] for key in ("device", "precision", "versions")}
-        render.write_json({**values, **shared})
+        shared = {key: facts[0][key] for key in ("device", "precision")}
+        render.write_json({**values, **shared, "versions": {**facts[0]["versions"], **facts[1]["versions"]}})
         return
     _show(report, first, second)
 
@@ -111,12 +111,11 @@ def _open(
     *,
     dense: bool,
 ) -> Subject:
-    from tokencut.cli.onnx_subject import is_onnx, open_onnx
+    from tokencut.cli.exported_subject import open_subject
     from tokencut.cli.subject import prepare
 
-    if is_onnx(spec):
-        return open_onnx(spec, source, reduction, run, compiling, dense=dense)
-    return prepare(spec, source, reduction, seed=run.seed, dense=dense)
+    exported = open_subject(spec, source, reduction, run, compiling, dense=dense)
+    return exported or prepare(spec, source, reduction, seed=run.seed, dense=dense)
 
 
 def _with_dense(subject: Subject) -> tuple[Subject, Subject]:

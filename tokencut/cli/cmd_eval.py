@@ -47,7 +47,7 @@ def evaluate(
     """Measures a model's accuracy: top-1, top-5 and loss on a folder of images.
 
     A model that is not a tokencut file is compressed on the fly; --dense leaves
-    it as it is. An exported .onnx runs by onnxruntime, on the CPU.
+    it as it is. An exported file, such as an .onnx, is run by its own runtime.
 
     Examples:
       tokencut eval out.safetensors --data /imagenet/val
@@ -60,15 +60,14 @@ def evaluate(
             f"eval needs images; type tokencut eval {model} --data DIR, a folder with one sub-folder a class or a .tar "
             "of one, or try it with tokencut eval digits --data digits"
         )
-    from tokencut.cli.onnx_subject import is_onnx, open_onnx
+    from tokencut.cli.exported_subject import device_of, open_subject
     from tokencut.cli.subject import measure_accuracy, prepare, run_facts
     from tokencut.evaluation.tables import check_csv
-    from tokencut.runtime.devices import resolve_device
 
     if predictions is not None:
         check_csv(predictions, force=force)
-    exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
-    device = resolve_device("cpu" if exported else run.device)
+    exported = open_subject(model, source, reduction, run, compiling, dense=dense)
+    device = device_of(exported, run.device)
     images = opened(data.data, **data.reading())
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     report = measure_accuracy(

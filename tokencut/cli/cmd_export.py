@@ -1,4 +1,4 @@
-"""`tokencut export`: writes a model for deployment, as .onnx or for torch.export.load, and checks what was written."""
+"""`tokencut export`: writes a model for deployment, for one of several runtimes, and checks what was written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokencut.export.run import ExportReport
 
 OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load; with --format timm a folder."
-FORMAT_HELP = "onnx, pt2, or timm for a folder as timm's hub has them."
+FORMAT_HELP = "timm for a folder as timm's hub has them; otherwise the file's name says it."
 OPSET_HELP = "ONNX opset, 18 to 22."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
 NORMALISE_HELP = "Bake the normalisation in: the file then takes RGB from 0 to 1."
@@ -76,7 +76,7 @@ def export_file(
         output,
         force=force,
         opset=opset,
-        format=format_,  # type: ignore[arg-type]
+        format=format_,
         dynamic_batch=dynamic_batch,
         with_preprocessing=with_preprocessing,
     )
@@ -109,7 +109,7 @@ def export_file(
     if report.format == "timm":
         render.note(f'next: tokencut eval {output} --data DIR, or timm.create_model("local-dir:{output}", '
                     "pretrained=True)")  # fmt: skip
-    if report.format == "onnx":
+    else:
         render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
 
 
@@ -130,12 +130,15 @@ def _measured(spec: str, subject: Subject) -> dict[str, float]:
 
 
 def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
+    from tokencut.export.run import TIMM
+    from tokencut.export.runtimes import runtimes
+
     info, agreement = report.info, report.agreement
     size = "x".join(map(str, info.preprocessing["input_size"]))
     pixels = "RGB from 0 to 1" if info.normalises else "normalised"
-    forms = {"onnx": f"ONNX opset {report.opset}", "pt2": "torch.export", "timm": "timm's folder"}
+    form = "timm's folder" if report.format == TIMM else runtimes()[report.format].form(report.opset)
     rows = [
-        ("wrote", f"{report.output} ({report.bytes / 1e6:.1f} MB, {forms[report.format]})"),
+        ("wrote", f"{report.output} ({report.bytes / 1e6:.1f} MB, {form})"),
         ("model", subject.name),
         ("reduction", subject.describe()),
         ("GMACs per image", render.gmacs_text(info.gmacs)),

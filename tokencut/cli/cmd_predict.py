@@ -60,17 +60,16 @@ def predict(
       tokencut predict digits digits
       tokencut predict model.onnx photo.jpg --json
     """
-    from tokencut.cli.onnx_subject import is_onnx, open_onnx
+    from tokencut.cli.exported_subject import device_of, open_subject
     from tokencut.cli.subject import prepare, run_facts
     from tokencut.data.image_files import PhotoSource
     from tokencut.evaluation.prediction import predict as predict_images
     from tokencut.evaluation.tables import check_csv
-    from tokencut.runtime.devices import resolve_device
 
     if output is not None:
         check_csv(output, force=force, parameter="path")
-    exported = open_onnx(model, source, reduction, run, compiling, dense=dense) if is_onnx(model) else None
-    device = resolve_device("cpu" if exported else run.device)
+    exported = open_subject(model, source, reduction, run, compiling, dense=dense)
+    device = device_of(exported, run.device)
     photos = PhotoSource(images)
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     with watched(f"predicting by {subject.name}") as observer:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
     from tokencut.profiling.report import Figures, ProfileReport
 
-DENSE_ONNX_HELP = "The same model exported with --dense: timed in turns with MODEL, where that is an .onnx."
+DENSE_FILE_HELP = "The same model exported with --dense: timed in turns with MODEL, where that is exported."
 
 
 @with_groups
@@ -49,9 +49,7 @@ def profile(
     source: ModelOptions,
     run: TimingOptions,
     compiling: CompileOptions,
-    dense_onnx: Annotated[
-        Path | None, running_option("--dense-onnx", metavar="FILE.onnx", help=DENSE_ONNX_HELP)
-    ] = None,
+    dense_file: Annotated[Path | None, running_option("--dense-file", metavar="FILE", help=DENSE_FILE_HELP)] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="Count only: nothing is timed.")] = False,
     by_block: Annotated[
         bool, typer.Option("--by-block", help="Count block by block; list what is not counted.")
@@ -63,16 +61,16 @@ def profile(
     The dense and the compressed model take turns in one process, so that the
     speed-up is true on this machine. Nothing is downloaded, since costs do not
     depend on weights; but where a target is given, the search needs them. An
-    exported .onnx is timed by onnxruntime, on the CPU.
+    exported file, such as an .onnx, is timed in its own runtime.
 
     Examples:
       tokencut profile deit_small --keep 0.5
       tokencut profile out.safetensors --batch-size 1
       tokencut profile deit_tiny --no-latency --by-block
       tokencut profile deit_small --target-speedup 1.6 --calibration DIR
-      tokencut profile model.onnx --dense-onnx dense.onnx
+      tokencut profile model.onnx --dense-file dense.onnx
     """
-    from tokencut.cli.onnx_subject import is_onnx, open_onnx
+    from tokencut.cli.exported_subject import is_exported, open_subject
     from tokencut.cli.subject import prepare
     from tokencut.runtime.devices import resolve_device
 
@@ -84,7 +82,7 @@ def profile(
             raise UsageError(f"{' and '.join(unused)} would say how calibration images are read, and none are; leave "
                              "that out, or add a target and --calibration DIR")  # fmt: skip
     else:
-        if is_onnx(model):
+        if is_exported(model):
             raise UsageError(f"{model} is exported, and its schedule fixed; find one for the model it was made of, "
                              "such as tokencut profile deit_small --target-gmacs 2.6 --calibration DIR")  # fmt: skip
         from tokencut.cli.search_run import requested_search
@@ -92,11 +90,11 @@ def profile(
         search = requested_search(target, run, front=target.front, force=force, workers=workers,
                                   timing_batch_size=run.batch_size,
                                   reading={"class_map": class_map, "image_root": image_root})  # fmt: skip
-    if is_onnx(model):
-        subject = open_onnx(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
-        report = _measure_onnx(subject, run, dense_onnx, latency=not no_latency)
-    elif dense_onnx is not None:
-        raise UsageError(f"--dense-onnx is for a MODEL that is an .onnx file, and {model} is none; leave it out")
+    exported = open_subject(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
+    if exported is not None:
+        subject, report = exported, _measure_file(exported, run, dense_file, latency=not no_latency)
+    elif dense_file is not None:
+        raise UsageError(f"--dense-file is for a MODEL that is an exported file, and {model} is none; leave it out")
     else:
         resolve_device(run.device)
         subject = prepare(
@@ -137,15 +135,17 @@ def _measure(subject: Subject, run: TimingOptions, compiling: CompileOptions, *,
         )
 
 
-def _measure_onnx(subject: Subject, run: TimingOptions, dense: Path | None, *, latency: bool) -> ProfileReport:
-    from tokencut.export.onnx_model import OnnxModel
-    from tokencut.export.onnx_profiling import profile_onnx
+def _measure_file(subject: Subject, run: TimingOptions, dense: Path | None, *, latency: bool) -> ProfileReport:
+    from tokencut.cli.exported_subject import open_file
+    from tokencut.export.runtimes import ExportedModel
+    from tokencut.export.timing import profile_exported
 
-    assert isinstance(subject.model, OnnxModel)
+    assert isinstance(subject.model, ExportedModel)
+    beside = None if dense is None else open_file(dense)
     with watched(f"timing {subject.name}") as observer:
-        return profile_onnx(
+        return profile_exported(
             subject.model,
-            dense=None if dense is None else OnnxModel(dense),
+            dense=beside,
             latency=latency,
             batch_size=run.batch_size,
             name=subject.name,

@@ -41,7 +41,7 @@ DEFAULTS: Mapping[str, str] = {
     "--auto-augment": "none; paper: rand-m9-mmax9-mstd0.5-inc1", "--random-erasing": "0; paper: 0.25",
     "--checkpoint": NONE, "--model-kwargs": NONE, "--num-classes": "the weights'", "--img-size": "the weights'",
     "--mean": "the weights'", "--std": "the weights'", "--crop-pct": "the weights'", "--interpolation": "the weights'",
-    "--compile-mode": "default", "--dense-onnx": NONE,
+    "--compile-mode": "default", "--dense-file": NONE,
     "--data": NONE, "--limit": "all", "export --limit": "64", "--workers": "one a core, up to 4",
     "--class-map": "by name", "--image-root": "the list's own folder", "--predictions": NONE, "predict --output": NONE,
     "--opset": "18", "--format": "as -o ends", "--install-completion": NONE, "--show-completion": NONE,

@@ -22,11 +22,12 @@ from tokencut.data.sources import DIGITS, Source
 from tokencut.errors import UsageError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.distributed import evaluate_spread
-from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.export.runtimes import ExportedModel
 from tokencut.files import user_path
 from tokencut.methods import make_method, methods
 from tokencut.model import CompressedModel, compress, predicted_gmacs
 from tokencut.models.artifact import read_info
+from tokencut.models.exported import is_exported
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
 from tokencut.models.pretrained_cfg import data_config
@@ -57,7 +58,7 @@ class Subject:
     @property
     def recipe(self) -> Recipe | None:
         """What is done to the model; None for the dense one."""
-        if isinstance(self.model, OnnxModel):
+        if isinstance(self.model, ExportedModel):
             return self.model.info.recipe
         return self.model.recipe if isinstance(self.model, CompressedModel) else None
 
@@ -171,7 +172,7 @@ def warn_recipe_ignored(spec: str, *, taken_by: str, instead: str) -> None:
         UsageError: The weights were trained for the recipe.
     """
     file = artifact_of(spec)
-    if file is None or file.suffix.lower() == ONNX_SUFFIX:  # refused where it is opened
+    if file is None or is_exported(file):  # refused where it is opened
         return
     recipe = read_info(file).recipe
     if methods()[recipe.method].needs_training:
@@ -213,13 +214,18 @@ def run_facts(subject: Subject, device: torch.device, precision: str) -> dict[st
         "layers": list(recipe.layers) if recipe else [],
         "device": describe_device(device),
         "precision": precision,
-        "versions": versions(),
+        "versions": {**versions(), **runtime_version(subject.model)},
     }
+
+
+def runtime_version(model: nn.Module) -> dict[str, str]:
+    """What runs an exported file, by name; nothing for other models."""
+    return dict([model.runtime]) if isinstance(model, ExportedModel) else {}
 
 
 def gmacs(model: nn.Module) -> float:
     """Multiply-adds per image by the closed form, in units of 1e9; as it was exported, for a file."""
-    if isinstance(model, OnnxModel):
+    if isinstance(model, ExportedModel):
         return model.info.gmacs
     return predicted_gmacs(model)
 

@@ -1,4 +1,4 @@
-"""Writes a model as .onnx, .pt2 (torch.export) or timm's folder, and checks it on images before it is kept."""
+"""Writes a model as a file of a runtime or as timm's folder, and checks it on images before it is kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,27 +15,20 @@ from tokencut.adapters import plain_model
 from tokencut.data.sources import Source
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.export.check import Agreement, check_images, compare
-from tokencut.export.formats import Normalised, captured, read_pt2, write_onnx, write_pt2
+from tokencut.export.graph import Graph, Normalised
 from tokencut.export.info import ExportInfo, describe_export
-from tokencut.export.onnx_model import ONNX_SUFFIX, OnnxModel
+from tokencut.export.runtimes import Runtime, exported_kind, runtimes
 from tokencut.export.timm_folder import check_folder, read_folder, write_folder
-from tokencut.files import atomic_folder, atomic_write, check_writable, user_path, with_ending
+from tokencut.files import atomic_files, atomic_folder, check_writable, user_path, with_ending
 from tokencut.limits import check_number
 from tokencut.models.checkpoints import require_finite
 from tokencut.models.quantized import refuse_quantized
 from tokencut.observers import Observer
-from tokencut.runtime import extras
 from tokencut.runtime.devices import inference_state
 
-PT2_SUFFIX = ".pt2"
-Format = Literal["onnx", "pt2", "timm"]
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# 18 is the first with the minimum and maximum among scatters. From 23 on attention is one operator, which onnxruntime
-# 1.32 runs only with a mask for every query: proportional attention has one for all.
-DEFAULT_OPSET = 18
+# timm's folder, which is no file of a runtime.
+TIMM = "timm"
 DEFAULT_BATCH_SIZE = 16
-# A message of protobuf, and so an .onnx file in one piece, holds less than 2 GiB; the graph takes a few MB of it.
-ONNX_LIMIT = 2_100_000_000
 
 
 @dataclass(frozen=True)
@@ -44,16 +37,16 @@ class ExportReport:
 
     Attributes:
         output: The file or folder.
-        format: `onnx`, `pt2` or `timm`.
+        format: The runtime's name, such as `onnx`, or `timm`.
         info: What the file says about its model.
         opset: ONNX opset; None for the others.
-        bytes: Its size.
+        bytes: Its size, files beside it included.
         agreement: The file against the model, on images.
         notes: What a user should know.
     """
 
     output: Path
-    format: Format
+    format: str
     info: ExportInfo
     opset: int | None
     bytes: int
@@ -86,10 +79,10 @@ def check_export(
     *,
     force: bool = False,
     opset: int | None = None,
-    format: Format | None = None,  # noqa: A002 (as the option is called)
+    format: str | None = None,  # noqa: A002 (as the option is called)
     dynamic_batch: bool = True,
     with_preprocessing: bool = False,
-) -> tuple[Path, Format]:
+) -> tuple[Path, str]:
     """Refuses an export that could not end well, before any work is done for it.
 
     Args:
@@ -104,35 +97,55 @@ def check_export(
         The path, and what to write.
 
     Raises:
-        UsageError: The name ends neither in `.onnx` nor in `.pt2`, or the opset is out of range.
+        UsageError: The name ends like no kind of file, or the opset is out of range.
         TokencutError: A package is missing, or the file cannot be written.
     """
     target = user_path(path)
-    if format is not None and format not in get_args(Format):
-        raise UsageError(f"format {format!r} is none of {', '.join(get_args(Format))}; type `format='timm'`, or leave "
-                         "it out")  # fmt: skip
-    by_name: dict[str, Format] = {ONNX_SUFFIX: "onnx", PT2_SUFFIX: "pt2"}
-    chosen = format or by_name.get(target.suffix)
-    if chosen is None:
-        raise UsageError(f"{target} ends neither in {ONNX_SUFFIX} nor in {PT2_SUFFIX}, which says what to write; type "
-                         f"`path={str(with_ending(target, ONNX_SUFFIX, 'model'))!r}`, or `format='timm'` for a folder"
-                         )  # fmt: skip
-    if chosen != "timm" and by_name.get(target.suffix) != chosen:
-        raise UsageError(f"{target} does not end in .{chosen}, as a file of the format {chosen} does; type "
-                         f"`path={str(with_ending(target, '.' + chosen, 'model'))!r}`")  # fmt: skip
-    if chosen != "onnx" and opset is not None:
-        raise UsageError(f"`opset` is for {ONNX_SUFFIX} files, and {target} is none; leave it out")
+    if format == TIMM:
+        _refuse_graph_options(opset, dynamic_batch, with_preprocessing)
+        return check_folder(target, force=force), TIMM
+    kind = _chosen(target, format)
     if opset is not None:
+        takes = sorted(each.suffix for each in runtimes().values() if each.default_opset)
+        if kind.default_opset is None:
+            raise UsageError(f"`opset` is for {' and '.join(takes)} files, and {target} is none; leave it out")
         check_number("opset", opset)
-    if chosen == "timm":
-        if with_preprocessing or not dynamic_batch:
-            given = "`with_preprocessing=True`" if with_preprocessing else "`dynamic_batch=False`"
-            raise UsageError(f"{given} is for {ONNX_SUFFIX} and {PT2_SUFFIX} files, and a folder of timm's holds no "
-                             "graph; leave it out")  # fmt: skip
-        return check_folder(target, force=force), chosen
-    if chosen == "onnx":
-        extras.require(f"writing {target} needs", *PACKAGES, extra="onnx")
-    return check_writable(target, force=force), chosen
+    kind.check_writable(target)
+    for file in kind.files(target):
+        check_writable(file, force=force)
+    return target, kind.name
+
+
+def _chosen(target: Path, format: str | None) -> Runtime:  # noqa: A002 (as the option is called)
+    """The kind of file to write, by its name or as it was asked for."""
+    known = runtimes()
+    if format is not None and format not in known:
+        raise UsageError(f"format {format!r} is none of {', '.join((*known, TIMM))}; type `format='timm'`, or leave "
+                         "it out")  # fmt: skip
+    by_name = exported_kind(target)
+    kind = by_name if format is None else known[format]
+    if kind is None:
+        endings = ", ".join(sorted(each.suffix for each in known.values()))
+        raise UsageError(f"{target} ends in none of {endings}, which say what to write; type "
+                         f"`path={str(with_ending(target, '.onnx', 'model'))!r}`, or `format='timm'` for a folder"
+                         )  # fmt: skip
+    if kind is not by_name:
+        raise UsageError(f"{target} does not end in {kind.suffix}, as a file of the format {kind.name} does; type "
+                         f"`path={str(with_ending(target, kind.suffix, 'model'))!r}`")  # fmt: skip
+    return kind
+
+
+def _refuse_graph_options(opset: int | None, dynamic_batch: bool, with_preprocessing: bool) -> None:
+    """Refuses for a folder of timm's what says how a graph is written."""
+    given = {
+        "`opset`": opset is not None,
+        "`with_preprocessing=True`": with_preprocessing,
+        "`dynamic_batch=False`": not dynamic_batch,
+    }
+    option = next((name for name, typed in given.items() if typed), None)
+    if option is not None:
+        raise UsageError(f"{option} is for files of one graph, such as .onnx, and a folder of timm's holds none; leave "
+                         "it out")  # fmt: skip
 
 
 def export_model(
@@ -147,19 +160,19 @@ def export_model(
     data: str | os.PathLike[str] | Source | None = None,
     limit: int | None = None,
     name: str | None = None,
-    format: Format | None = None,  # noqa: A002 (as the option is called)
+    format: str | None = None,  # noqa: A002 (as the option is called)
     measured: Mapping[str, float] | None = None,
     observer: Observer | None = None,
 ) -> ExportReport:
-    """Writes a model to one file, or a folder of timm's, and compares the two: all of it is there, or nothing.
+    """Writes a model as a file of a runtime, or timm's folder, and compares the two: all of it is there, or nothing.
 
-    The file computes in fp32; it takes `images`, `(B, C, H, W)`, and gives `logits`. A .pt2 is made for the CPU:
-    `torch.export.passes.move_to_device_pass` takes it to a GPU. A folder is as timm's hub has them, with a README: timm
-    loads it as the dense model, tokencut as the compressed one.
+    A file computes in fp32; it takes `images`, `(B, C, H, W)`, and gives `logits`. It is run by the runtime that it is
+    for. A .pt2 is made for the CPU: `torch.export.passes.move_to_device_pass` takes it to a GPU. A folder is as timm's
+    hub has them, with a README: timm loads it as the dense model, tokencut as the compressed one.
 
     Args:
         model: Dense or compressed, in fp32; it stays as it was.
-        path: A file `*.onnx`, or `*.pt2` for `torch.export.load`; for timm a folder.
+        path: A file that ends like its kind, such as `*.onnx`, or `*.pt2` for `torch.export.load`; for timm a folder.
         opset: ONNX opset, 18 to 22; 18 where None.
         dynamic_batch: Whether the file takes any number of images; otherwise `batch_size` of them.
         batch_size: Images in a forward.
@@ -168,7 +181,7 @@ def export_model(
         data: Images to compare on, as `evaluate` takes them; where None the digits for the bundled model, or noise.
         limit: How many of them, evenly spread; 64 where None.
         name: What the file calls the model; by default its architecture and tag.
-        format: `onnx`, `pt2` or `timm`; where None as the name ends.
+        format: The kind's name, such as `onnx`, or `timm`; where None as the name ends.
         measured: For timm's folder: what was measured, as `tokencut.save` takes it.
         observer: Told what takes long before the first batch: the unpacking of an archive.
 
@@ -200,25 +213,28 @@ def export_model(
     model = plain_model(model)
     refuse_quantized(model, "exported")
     require_finite(model)
-    _check_model(model, target, batch_size)
-    if kind == "timm":
+    _check_model(model, batch_size)
+    if kind == TIMM:
         return _export_folder(model, target, name, batch_size, data, limit, measured, observer)
-    chosen = opset or DEFAULT_OPSET if kind == "onnx" else None
+    runtime = runtimes()[kind]
+    _check_size(model, target, runtime)
+    chosen = opset or runtime.default_opset
     info = describe_export(
         model, name=name, normalises=with_preprocessing, batch_size=None if dynamic_batch else batch_size
     )
     images = check_images(model, data, limit=limit, observer=observer)
-    with inference_state(model, torch.device("cpu")), torch.no_grad(), atomic_write(target, force=force) as temporary:
+    beside = runtime.files(target)[1:]
+    with (
+        inference_state(model, torch.device("cpu")),
+        torch.no_grad(),
+        atomic_files(target, *beside, force=force) as temporary,
+    ):
         served = Normalised(model, images.prepared) if with_preprocessing else model
-        program = captured(served, info)
-        if chosen is None:
-            write_pt2(program, info, temporary)
-        else:
-            write_onnx(program, info, chosen, temporary)
-        written = read_pt2(temporary, info) if chosen is None else OnnxModel(temporary)
+        runtime.write(Graph(served, info, chosen, runtime.largest_batch), temporary)
+        written = runtime.open(temporary)
         agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
         agreement.require(target)
-        size = temporary.stat().st_size
+        size = sum(file.stat().st_size for file in runtime.files(temporary))
     return ExportReport(target, kind, info, chosen, size, agreement, (*images.notes, *agreement.notes()))
 
 
@@ -239,17 +255,20 @@ def _export_folder(
         agreement = compare(model, read_folder(temporary, info), images, batch_size, normalises=False)
         agreement.require(target)
         size = sum(file.stat().st_size for file in temporary.iterdir())
-    return ExportReport(target, "timm", info, None, size, agreement, (*notes, *images.notes, *agreement.notes()))
+    return ExportReport(target, TIMM, info, None, size, agreement, (*notes, *images.notes, *agreement.notes()))
 
 
-def _check_model(model: nn.Module, target: Path, batch_size: int) -> None:
+def _check_model(model: nn.Module, batch_size: int) -> None:
     check_number("batch_size", batch_size)
-    weights = [*model.parameters(), *model.buffers()]
+    weights = (*model.parameters(), *model.buffers())
     other = next((w.dtype for w in weights if w.is_floating_point() and w.dtype != torch.float32), None)
     if other is not None:
         raise UsageError(f"export takes a model in fp32, and this one has weights in {str(other).partition('.')[2]}; "
                          "call model.float() first")  # fmt: skip
-    size = sum(weight.nbytes for weight in weights)
-    if target.suffix == ONNX_SUFFIX and size > ONNX_LIMIT:
-        raise ArtifactError(f"the model has {size / 2**30:.1f} GiB of weights, and an {ONNX_SUFFIX} file holds less "
-                            f"than 2; type `path={str(target.with_suffix(PT2_SUFFIX))!r}`")  # fmt: skip
+
+
+def _check_size(model: nn.Module, target: Path, runtime: Runtime) -> None:
+    size = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+    if runtime.most_weights is not None and size > runtime.most_weights:
+        raise ArtifactError(f"the model has {size / 2**30:.1f} GiB of weights, which is more than one {runtime.suffix} "
+                            f"file holds; type `path={str(target.with_suffix('.pt2'))!r}`")  # fmt: skip

@@ -20,6 +20,7 @@ from tokencut.composite import all_finite
 from tokencut.errors import ModelError
 from tokencut.files import unlike_a_file
 from tokencut.messages import listed, one_line, shorten
+from tokencut.models.exported import ENDINGS, WHAT
 from tokencut.models.header import file_kind, open_safetensors
 from tokencut.models.pickles import TorchScriptError, read_pickle
 from tokencut.models.state_dicts import find_weights, refuse_others, without_wrappers
@@ -37,14 +38,12 @@ _BEGINNINGS = (
     (b"GGUF", "a quantised model for llama.cpp; give the weights it was made of"),
 )
 _ENDINGS = (
-    (".onnx", "an exported model, which profile and eval take as it is; give the weights it came from"),
-    (".pt2", "an exported model, for torch.export.load; give the weights it came from"),
+    *((ending, WHAT.format("give the weights")) for ending in ENDINGS),
     (".pb", _KERAS),
     (".ckpt.index", _KERAS),
     (".data-00000-of-00001", _KERAS),
     (".msgpack", "a file of Flax, whose names are no timm model's; give weights of PyTorch, or JAX's .npz"),
     (".gguf", "a quantised model for llama.cpp; give the weights it was made of"),
-    (".engine", "a TensorRT engine, made for one GPU; give the weights it came from"),
 )
 
 # As timm and transformers call them in a folder.

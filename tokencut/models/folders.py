@@ -10,6 +10,7 @@ from typing import Any
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.models.checkpoints import INDEX
+from tokencut.models.exported import ENDINGS, WHAT
 from tokencut.models.hub import CONFIG, PREPROCESSORS, WEIGHTS, read_object
 from tokencut.models.huggingface import is_transformers
 
@@ -26,7 +27,7 @@ _OTHERS = (
     (".msgpack", "weights of Flax; load them with from_pretrained(FOLDER, from_flax=True), in a transformers that "
                  "still can, and save them with save_pretrained"),
     ("saved_model.pb", "a SavedModel of TensorFlow, which holds no tensors of a timm model; name weights of PyTorch"),
-    (".onnx", "an exported model, which profile and eval take as it is; name the weights it came from"),
+    *((ending, WHAT.format("name the weights")) for ending in ENDINGS),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from tokencut.errors import UsageError
 from tokencut.files import unlike_a_file, user_path
 from tokencut.models import artifact, folders, hub, opening
 from tokencut.models.checkpoints import INDEX
+from tokencut.models.exported import WHAT, is_exported
 from tokencut.models.loaded import Loaded, Request
 from tokencut.models.model_args import check_model_args
 from tokencut.models.names import is_name, resolve_name
@@ -19,7 +20,7 @@ from tokencut.models.pretrained_cfg import check_preprocessing
 
 __all__ = ["BUNDLED", "Loaded", "artifact_of", "load_model"]
 
-_PATH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".onnx")
+_PATH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 
 def load_model(
@@ -129,7 +130,7 @@ def _refuse_path(spec: str) -> None:
         folders.read_config(path)  # there is none, and it says what there is
     if spec and path.exists() and not is_name(spec):
         raise UsageError(f"{spec} {unlike_a_file(path)}; give a file that `tokencut.save(model, 'FILE')` wrote")
-    if path.suffix.lower() in _PATH_SUFFIXES or any(separator in spec for separator in "/\\"):
+    if path.suffix.lower() in _PATH_SUFFIXES or is_exported(path) or any(separator in spec for separator in "/\\"):
         owned = re.fullmatch(r"\w[\w.-]*/\w[\w-]*", spec)
         other = f", or type hf-hub:{spec} for the hub's repository" if owned else ""
         raise UsageError(f"no such file: {spec}; give a file that `tokencut.save(model, 'FILE')` wrote{other}")
@@ -140,12 +141,8 @@ def _refuse_path(spec: str) -> None:
 
 def _refuse_exported(spec: str) -> None:
     """Says what an exported file is good for, where it is named as a MODEL to work on."""
-    if Path(spec).suffix.lower() == ".onnx":
-        raise UsageError(f"{spec} is an exported model, which profile and eval take, as it is; name the tokencut file "
-                         "that it came from")  # fmt: skip
-    if Path(spec).suffix.lower() == ".pt2":
-        raise UsageError(f"{spec} is an exported model, for torch.export.load; name the tokencut file that it came "
-                         "from, or export that to .onnx, which profile and eval take")  # fmt: skip
+    if is_exported(spec):
+        raise UsageError(f"{spec} is {WHAT.format('name the tokencut file that')}")
 
 
 def _refuse_weights_alone(path: Path) -> None:

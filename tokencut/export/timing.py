@@ -1,11 +1,9 @@
-"""What an exported .onnx costs where it is deployed: its time under onnxruntime, alone or beside the dense model's."""
+"""What an exported file costs where it is deployed: its time in its runtime, alone or beside the dense model's."""
 
 from __future__ import annotations
 
-import torch
-
 from tokencut.errors import UsageError
-from tokencut.export.onnx_model import OnnxModel
+from tokencut.export.runtimes import ExportedModel
 from tokencut.limits import check_number
 from tokencut.observers import Observer
 from tokencut.profiling.latency import measure, speedup
@@ -14,10 +12,10 @@ from tokencut.profiling.report import Figures, ProfileReport
 from tokencut.runtime.devices import describe_device, versions
 
 
-def profile_onnx(
-    model: OnnxModel,
+def profile_exported(
+    model: ExportedModel,
     *,
-    dense: OnnxModel | None = None,
+    dense: ExportedModel | None = None,
     latency: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
     rounds: int = 21,
@@ -28,7 +26,8 @@ def profile_onnx(
 
     Args:
         model: The file.
-        dense: The dense model, exported as well, to time in turns with it; where None there is no speed-up to tell.
+        dense: The dense model, exported to the same kind of file, to time in turns with it; where None there is no
+            speed-up to tell.
         latency: Whether to time it.
         batch_size: Images in a forward; a file made for one size is timed with that.
         rounds: How many samples to take, at least 3; fewer are taken of large models, that it may end.
@@ -46,17 +45,18 @@ def profile_onnx(
     if dense is not None:
         _check_dense(model, dense)
     size = info.batch_size or (dense.info.batch_size if dense else None) or batch_size
+    size = size if model.largest_batch is None or info.batch_size else min(size, model.largest_batch)
     sides = {"compressed": model} if dense is None else {"dense": dense, "compressed": model}
     timings = {}
     if latency:
-        cpu = torch.device("cpu")
-        images = random_images(model, (size, *info.input_shape), cpu)
+        images = random_images(model, (size, *info.input_shape), model.device)
         timings = measure(sides, images, rounds=rounds, observer=observer, task=f"timing {called}")
     before, after = timings.get("dense"), timings.get("compressed")
     ratio, spread = speedup(before, after) if before and after else (None, None)
     recipe = info.recipe
     other_size = latency and size != batch_size
-    fixed = (f"timed with batches of {size}, the only ones that the file takes",) if other_size else ()
+    which = "only" if info.batch_size or (dense and dense.info.batch_size) else "largest"
+    fixed = (f"timed with batches of {size}, the {which} ones that the file takes",) if other_size else ()
     return ProfileReport(
         model=called,
         method=recipe.method if recipe else None,
@@ -66,10 +66,10 @@ def profile_onnx(
         flops_reduction=1 - info.gmacs / info.dense_gmacs,
         speedup=ratio if recipe else (1.0 if latency else None),
         stages=recipe.stages if recipe else (),
-        device=describe_device(torch.device("cpu")),
+        device=describe_device(model.device),
         precision="fp32",
         batch_size=size,
-        versions={**versions(), "onnxruntime": model.runtime.partition(" ")[2]},
+        versions={**versions(), model.runtime[0]: model.runtime[1]},
         speedup_spread=spread,
         stage_share=None,
         uncounted={},
@@ -79,7 +79,11 @@ def profile_onnx(
     )
 
 
-def _check_dense(model: OnnxModel, dense: OnnxModel) -> None:
+def _check_dense(model: ExportedModel, dense: ExportedModel) -> None:
+    if dense.runtime[0] != model.runtime[0]:
+        raise UsageError(f"{dense.path} runs by {dense.runtime[0]} and {model.path} by {model.runtime[0]}, so times of "
+                         f"the two say nothing of the reduction; export the dense model to a file as {model.path.name}"
+                         )  # fmt: skip
     if dense.info.recipe is not None:
         raise UsageError(f"{dense.path} was exported with a reduction, so it is not the dense side; type "
                          f"`tokencut.export_model(dense, {str(dense.path)!r}, force=True)`")  # fmt: skip

@@ -1,0 +1,195 @@
+"""What a runtime is here, and an exported file as a module: written, opened and called alike, whatever runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokencut.errors import ArtifactError
+from tokencut.export.graph import Graph
+from tokencut.export.info import ExportInfo, export_info_from_text
+from tokencut.runtime import extras
+from tokencut.runtime.compiling import in_batches
+
+
+class ExportedModel(nn.Module):
+    """A file that `export_model` wrote; images in, logits out, with the attributes of a timm model that others read.
+
+    Attributes:
+        path: The file.
+        info: What it says about its model.
+        runtime: The runtime and its version.
+        device: Where it computes.
+        largest_batch: The most images that it takes at once; None where there is no such limit.
+        notes: What a user should know of running it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        text: str | None,
+        run: Callable[[Tensor], Tensor],
+        runtime: tuple[str, str],
+        *,
+        device: torch.device | str = "cpu",
+        largest_batch: int | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Wraps what a runtime has opened.
+
+        Args:
+            path: The file.
+            text: What it says about its model, as `ExportInfo.to_text` writes it; None where it says nothing.
+            run: From images `(B, C, H, W)` in fp32, contiguous and on `device`, to logits `(B, classes)`.
+            runtime: Name and version.
+            device: Where it computes.
+            largest_batch: The most images that it takes at once; None where there is no such limit.
+            notes: What a user should know of running it.
+
+        Raises:
+            ArtifactError: The file was not written by tokencut, or by a newer one.
+        """
+        super().__init__()
+        self.path, self.runtime, self.device, self.notes = path, runtime, torch.device(device), notes
+        self.info: ExportInfo = info_of(path, text)
+        self.largest_batch, self._call = largest_batch, run
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head, 0 for none."""
+        return self.info.num_classes
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """A description as timm has it, of the images that the file takes."""
+        return self.info.timm_description()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, classes)` for images `(B, C, H, W)`: any number, whatever the file was made for."""
+        size, given = self.info.batch_size, images.detach().to(self.device, torch.float32).contiguous()
+        if size is not None:
+            return in_batches(self._call, given, size)
+        if self.largest_batch is None or len(given) <= self.largest_batch:
+            return self._call(given)
+        return torch.cat([self._call(part) for part in given.split(self.largest_batch)])
+
+
+def info_of(path: Path, text: str | None) -> ExportInfo:
+    """What a file says about its model.
+
+    Raises:
+        ArtifactError: It says nothing, or what this tokencut cannot read.
+    """
+    if text is None:
+        raise ArtifactError(f"{path} was not written by tokencut, so nobody knows what images it takes; type "
+                            f"`tokencut.export_model(model, 'FILE{path.suffix}')`")  # fmt: skip
+    try:
+        return export_info_from_text(text)
+    except ArtifactError as error:
+        raise ArtifactError(f"cannot load {path}: {error}") from error
+
+
+class Runtime(ABC):
+    """One kind of exported file: how it is written, and how it is run.
+
+    A subclass in a module of this package, registered, is all that a new kind takes. Its packages are imported when it
+    writes or opens, not before.
+
+    Attributes:
+        name: What `format` calls it.
+        suffix: How its files' names end; of two that fit, the longer one counts.
+        label: What runs it, as messages call it.
+        extra: The extra of tokencut that installs it; None where it is there anyway.
+        to_write: Import names that writing needs.
+        to_run: Import names that running needs.
+        beside: How the names of files end that are written beside it, such as weights.
+        default_opset: ONNX opset; None where the kind has none.
+        largest_batch: The most images that a file for any number takes at once; None where there is no limit.
+        device: Where files compute: `cpu` or `cuda`.
+        most_weights: The most bytes of weights that a file holds; None where there is no limit.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    label: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    to_write: ClassVar[tuple[str, ...]] = ()
+    to_run: ClassVar[tuple[str, ...]] = ()
+    beside: ClassVar[tuple[str, ...]] = ()
+    default_opset: ClassVar[int | None] = None
+    largest_batch: ClassVar[int | None] = None
+    device: ClassVar[str] = "cpu"
+    most_weights: ClassVar[int | None] = None
+
+    def check_writable(self, target: Path) -> None:
+        """Refuses what could not be written here, before any work is done for it.
+
+        Args:
+            target: The file to be written.
+
+        Raises:
+            TokencutError: Something that writing or checking needs is missing.
+        """
+        if self.extra is not None:
+            packages = dict.fromkeys((*self.to_write, *self.to_run))
+            extras.require(f"writing {target} needs", *packages, extra=self.extra)
+
+    @abstractmethod
+    def write(self, graph: Graph, path: Path) -> None:
+        """Writes a model, with `graph.info` in the file.
+
+        Args:
+            graph: The model.
+            path: Where to; it ends in `suffix`, its folder is empty, and files beside it are named like it.
+
+        Raises:
+            ModelError: The runtime has no such operators.
+        """
+
+    def open(self, path: Path) -> ExportedModel:
+        """Opens a file, with as many threads as torch uses.
+
+        Args:
+            path: The file.
+
+        Raises:
+            TokencutError: The runtime is not installed.
+            ArtifactError: The file does not exist, is damaged, or was not written by tokencut.
+        """
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist; type `tokencut.export_model(model, {str(path)!r})` to make it")
+        if self.extra is not None:
+            extras.require(f"running {path} needs", *self.to_run, extra=self.extra)
+        return self._open(path)
+
+    @abstractmethod
+    def _open(self, path: Path) -> ExportedModel:
+        """Opens a file that is there, with packages that are there; see `open`."""
+
+    def files(self, target: Path) -> tuple[Path, ...]:
+        """All that is written for a file: itself, and what stands beside it under the same name."""
+        stem = target.name[: len(target.name) - len(self.suffix)]
+        return (target, *(target.with_name(stem + ending) for ending in self.beside))
+
+    def form(self, opset: int | None) -> str:
+        """What was written, in words; `opset` where the kind has one."""
+        return self.label
+
+
+_RUNTIMES: dict[str, Runtime] = {}
+
+
+def register(kind: type[Runtime]) -> type[Runtime]:
+    """Makes a kind of file known by its name; for use as a decorator."""
+    _RUNTIMES[kind.name] = kind()
+    return kind
+
+
+def registered() -> dict[str, Runtime]:
+    """What has been registered so far, by name."""
+    return _RUNTIMES
