@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
     from tokencut.export.run import ExportReport
 
-OUTPUT_HELP = "The file to write: *.onnx, *.xml for OpenVINO, *.pt2 for torch; with --format timm a folder."
+OUTPUT_HELP = "The file to write: *.onnx, *.xml (OpenVINO), *.pt2 (torch), *.aoti.pt2 (compiled); or a folder for timm."
 FORMAT_HELP = "timm for a folder as timm's hub has them; otherwise the file's name says it."
 OPSET_HELP = "ONNX opset, 18 to 22."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
