@@ -14,6 +14,7 @@ from torch import nn
 
 from tokencut.errors import ArtifactError, ModelError, TokencutError, UsageError
 from tokencut.export.run import ExportReport, export_model
+from tokencut.export.runtimes import runtimes
 from tokencut.export.timm_folder import FILES
 from tokencut.model import compress
 from tokencut.models import artifact
@@ -130,7 +131,8 @@ def test_an_epsilon_that_timm_has_no_argument_for_is_told(tmp_path: Path) -> Non
     [
         ("folder", None, "type `path='folder.onnx'`, or `format='timm'` for a folder"),
         ("model.onnx", "pt2", "model.onnx does not end in .pt2, as a file of the format pt2 does; type `path='mod"),
-        ("model", "tim", "format 'tim' is none of onnx, pt2, timm; type `format='timm'`, or leave it out"),
+        ("model", "tim", f"format 'tim' is none of {', '.join(runtimes())}, timm; type `format='timm'`, or leave "
+         "it out"),
     ],
 )  # fmt: skip
 def test_formats(path: str, format: Any, message: str) -> None:  # noqa: A002

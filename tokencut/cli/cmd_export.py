@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
     from tokencut.export.run import ExportReport
 
-OUTPUT_HELP = "The file to write: *.onnx, or *.pt2 for torch.export.load; with --format timm a folder."
+OUTPUT_HELP = "The file to write: *.onnx, *.xml (OpenVINO), *.pt2 (torch), *.aoti.pt2 (compiled); or a folder for timm."
 FORMAT_HELP = "timm for a folder as timm's hub has them; otherwise the file's name says it."
 OPSET_HELP = "ONNX opset, 18 to 22."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
@@ -57,17 +57,18 @@ def export_file(
     seed: Annotated[int, running_option("--seed", **bounded("seed"), help="Decides random weights.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Writes a model for deployment: .onnx, .pt2 for torch.export.load, or timm's.
+    """Writes a model for deployment: for a runtime, as its name ends, or timm's.
 
     What was written is run on images and compared with the model; a file that
-    gives other logits is not kept. Needs onnx, onnxruntime and onnxscript for
-    .onnx: pip install 'tokencut[onnx]'.
+    gives other logits is not kept. Runtimes come with extras, which an error
+    names; .onnx, for one, needs pip install 'tokencut[onnx]'.
 
     Examples:
       tokencut export out.safetensors -o model.onnx
       tokencut export out.safetensors -o model.onnx --with-preprocessing \\
           --data /imagenet/val
       tokencut export digits --keep 0.5 -o digits.pt2
+      tokencut export out.safetensors -o model.xml
       tokencut export out.safetensors -o folder/ --format timm
     """
     from tokencut.export.run import check_export, export_model

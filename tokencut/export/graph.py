@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokencut.blocks import Stage
 from tokencut.data.preprocessing import Preprocessing, per_channel
 from tokencut.errors import ModelError
+from tokencut.export.baking import bake_resampling
 from tokencut.export.info import ExportInfo
 from tokencut.messages import one_line
 
 # What a graph's input and output are called wherever they have names.
 INPUT, OUTPUT = "images", "logits"
+_STAGE = f"{Stage.__module__}.{Stage.__qualname__}"
 
 
 class Normalised(nn.Module):
@@ -75,10 +78,18 @@ class Graph:
         shapes = ({0: batch},) if self.info.batch_size is None else None
         try:
             with quiet():
-                return torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)
+                bake_resampling(program)
+                return program
         except Exception as error:  # whatever is in the model, and torch's dozen kinds of its own
             raise ModelError(f"torch.export cannot capture {self.info.model} as one graph ({one_line(error)}); "
                              "please report the model's name and options") from error  # fmt: skip
+
+
+def in_stage(node: Any) -> bool:
+    """Whether a node of a program belongs to a stage: to its scores, its decision, or what carries that out."""
+    around = node.meta.get("nn_module_stack") or {}
+    return any(kind == _STAGE for _, kind in around.values())
 
 
 def without_paths(program: Any) -> Any:

@@ -235,7 +235,8 @@ def export_model(
         agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
         agreement.require(target)
         size = sum(file.stat().st_size for file in runtime.files(temporary))
-    return ExportReport(target, kind, info, chosen, size, agreement, (*images.notes, *agreement.notes()))
+    notes = (*images.notes, *agreement.notes(), *runtime.advice)
+    return ExportReport(target, kind, info, chosen, size, agreement, notes)
 
 
 def _export_folder(

@@ -107,6 +107,7 @@ class Runtime(ABC):
         extra: The extra of tokencut that installs it; None where it is there anyway.
         to_write: Import names that writing needs.
         to_run: Import names that running needs.
+        advice: What a user should know who runs such files elsewhere.
         beside: How the names of files end that are written beside it, such as weights.
         default_opset: ONNX opset; None where the kind has none.
         largest_batch: The most images that a file for any number takes at once; None where there is no limit.
@@ -120,6 +121,7 @@ class Runtime(ABC):
     extra: ClassVar[str | None] = None
     to_write: ClassVar[tuple[str, ...]] = ()
     to_run: ClassVar[tuple[str, ...]] = ()
+    advice: ClassVar[tuple[str, ...]] = ()
     beside: ClassVar[tuple[str, ...]] = ()
     default_opset: ClassVar[int | None] = None
     largest_batch: ClassVar[int | None] = None
