@@ -127,7 +127,7 @@ class BlockLoop:
         if tokens_out is None or tokens_out == tokens.count:
             return self._whole(number, tokens)
         if self.adapter.hierarchical:
-            return self._whole(number, self._smaller(number, tokens, tokens_out, observer))
+            return self._whole(number, self.smaller(number, tokens, tokens_out, observer))
         context = self.adapter.context(self.model, number, tokens)
         left = tokens
 
@@ -147,8 +147,8 @@ class BlockLoop:
         self._check_gradient(number, left)
         return left.with_features(features)
 
-    def _smaller(self, number: int, tokens: Tokens, tokens_out: int, observer: BlockObserver | None) -> Tokens:
-        """Runs a stage that stands before its block."""
+    def smaller(self, number: int, tokens: Tokens, tokens_out: int, observer: BlockObserver | None = None) -> Tokens:
+        """Runs a stage that stands before its block, as those of hierarchical models do; arguments as in `step`."""
         stage_input = self.stage_input(number, tokens)
         left = self.weighed(self.stages[number](stage_input, tokens_out))
         if observer is not None:

@@ -77,6 +77,11 @@ class ModelCost:
     patches: int
     head_prefix_tokens: int
 
+    @property
+    def leaving(self) -> tuple[int, ...]:
+        """How many tokens can leave a stage of a hierarchical model, ascending."""
+        return tuple(count for count, _ in self.blocks[0].pairs)
+
 
 @dataclass(frozen=True)
 class StageCost:

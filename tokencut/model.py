@@ -77,7 +77,13 @@ class CompressedModel(AroundTimm):
         Returns:
             Logits `(B, classes)`, and a trace for each stage in order, ending with the tokens after the last block
             (`block` is then the number of blocks, and the features are those before the final norm).
+
+        Raises:
+            UsageError: Class attention is asked for, of a hierarchical model.
         """
+        if attention and self.adapter.hierarchical:
+            raise UsageError(f"{self.adapter.family} has no class attention over all its tokens; leave out "
+                             "`attention`, or `alpha` of a fine-tune")  # fmt: skip
         loop, tracer, plans = self.loop, Tracer(self.method, attention), self._ready(images)
 
         def traced(tokens: Tokens) -> Tokens:

@@ -19,7 +19,7 @@ from tokencut.errors import ModelError
 from tokencut.features import UNMERGE_RULES
 from tokencut.methods import make_method
 from tokencut.recipe import Recipe
-from tokencut.schedule import StagePlan
+from tokencut.schedule import StagePlan, TokensOut
 from tokencut.tokens import Tokens
 from tokencut.tracing import BlockObserver
 
@@ -191,9 +191,16 @@ class AroundTimm(nn.Module):
 
     def built_for(self) -> tuple[StagePlan, ...]:
         """The stages for images of the size that the model is built for."""
+        return self._stages_on(self._own_grid())
+
+    def possible_counts(self) -> TokensOut | None:
+        """How many tokens can leave a stage, for images of that size; None where any can."""
+        return self.adapter.tokens_out(self.model, self._own_grid())
+
+    def _own_grid(self) -> tuple[int, int]:
         size = self.adapter.input_size(self.model)
         assert size is not None
-        return self._stages_on(self.adapter.grid(self.model, *size))
+        return self.adapter.grid(self.model, *size)
 
     def _stages_on(self, grid: tuple[int, ...]) -> tuple[StagePlan, ...]:
         """The stages for images whose tokens stand in such a grid."""

@@ -25,11 +25,11 @@ SMALL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def small(case: str) -> Any:
-    """A model in eval mode whose every part does something, so that no error hides."""
+def small(case: str, **others: Any) -> Any:
+    """A model in eval mode whose every part does something, so that no error hides; with other arguments of timm's."""
     name, args = SMALL[case]
     torch.manual_seed(0)
-    model = timm.create_model(name, drop_path_rate=0.0, **args).eval()
+    model = timm.create_model(name, drop_path_rate=0.0, **{**args, **others}).eval()
     with torch.no_grad():
         for label, parameter in model.named_parameters():
             if label.endswith("weight") and parameter.dim() > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,22 @@ from hierarchies import SMALL, images, small
 from torch import nn
 
 import tokencut
-from tokencut.adapters import adapter_for
+from tokencut.adapters import BareContext, adapter_for
 from tokencut.errors import ModelError, UsageError
+from tokencut.export.onnx_model import OnnxModel
+from tokencut.export.run import export_model
 from tokencut.model import compress, predicted_gmacs, predicted_macs
+from tokencut.ops.grid_clusters import GridClusters
 from tokencut.profiling.counting import count_macs
+from tokencut.runtime.devices import inference_state
+from tokencut.search.latency_table import latency_table
+from tokencut.tokens import apply_decision
+from tokencut.visualization.drawing import draw
 
-EVERY = pytest.mark.parametrize("case", SMALL)
+QUICK = ("swin padded", "swin one window", "swin v2 padded")
+EVERY = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in SMALL]
+)
 FORMS: list[dict[str, Any]] = [
     {},
     {"reconstruct": "softmax", "rounds": 0},
@@ -117,28 +128,64 @@ def test_the_scale_of_features_changes_no_cluster() -> None:
         torch.testing.assert_close(other.clustered.clusters.spread, found[0].clustered.clusters.spread)
 
 
-def test_hooks_see_what_they_see_of_timms_model() -> None:
-    model = small("swin")
+@EVERY
+def test_the_modules_are_called_that_timm_calls(case: str) -> None:
+    """So a hook on any of them runs, on the module itself; and only inside the stage are there fewer tokens."""
+    model = small(case)
     compressed, pixels = compress(model, keep=0.5).eval(), images(model)
-    names = ("layers", "layers.1", "layers.2", "layers.2.blocks", "layers.2.blocks.3", "layers.2.blocks.3.attn", "norm")
-    seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
-    for name in names:
-        part = compressed.model.get_submodule(name)
+    model = compressed.model
+    names, seen = {id(part): name for name, part in model.named_modules()}, list[tuple[str, int]]()
 
-        def note(module: nn.Module, _: Any, output: Any, name: str = name, part: nn.Module = part) -> None:
-            assert module is part
-            seen[name].append(tuple(output.shape))
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        seen.append((names[id(module)], output.numel()))
 
+    for part in model.modules():
         part.register_forward_hook(note)
+    found = []
     with torch.no_grad():
-        compressed(pixels)
-        reduced = {name: list(found) for name, found in seen.items()}
-        compressed.model(pixels)
-    assert all(len(found) == 1 for found in reduced.values())
-    assert [name for name in names if reduced[name] != seen[name][1:]] == [
-        "layers.2.blocks.3",
-        "layers.2.blocks.3.attn",
-    ]
+        for run in (model, compressed, compressed.trace, model.forward_intermediates, compressed.forward_intermediates):
+            run(pixels)
+            found.append(seen.copy())
+            seen.clear()
+    dense, reduced, traced, maps, reduced_maps = found
+    assert traced == reduced
+    assert [name for name, _ in reduced] == [name for name, _ in dense]
+    fewer = {name for (name, size), (_, whole) in zip(reduced, dense, strict=True) if size < whole}
+    assert {"layers.2.blocks.1", "layers.2.blocks.3.attn"} <= fewer
+    assert all(name.startswith(("layers.2.blocks.1", "layers.2.blocks.2", "layers.2.blocks.3")) for name in fewer)
+    assert [name for name, _ in reduced_maps] == [name for name, _ in maps]
+
+
+def test_what_has_a_forward_of_its_own_is_refused() -> None:
+    for place in ("", "layers.2", "layers.2.blocks.2", "layers.2.blocks.3.attn"):
+        model = small("swin")
+        part = model.get_submodule(place)
+        part.forward = type(part).forward.__get__(part).__call__
+        with pytest.raises(ModelError, match="has a forward of its own"):
+            compress(model, keep=0.5)
+    compressed = compress(small("swin"))
+    with pytest.raises(UsageError, match="has no class attention over all its tokens; leave out `attention`"):
+        compressed.trace(torch.zeros(1, 3, 128, 128), attention=True)
+
+
+def test_a_block_on_a_grid_of_its_own_size_is_timms() -> None:
+    """So what is resized for smaller windows is right where it is not."""
+    for case in ("swin", "swin padded", "swin v2", "swin v2 padded"):
+        model = small(case)
+        adapter = adapter_for(model)
+        with torch.no_grad():
+            tokens = adapter.embed(model, images(model))
+            windows = tokens.windows
+            assert windows is not None
+            whole = torch.eye(windows.places).expand(3, windows.number, -1, -1)
+            same = apply_decision(tokens, GridClusters(windows, windows, whole, whole, change=False))
+            assert torch.equal(same.features, tokens.features)
+            same = adapter.prepare(model, same)
+            for block in adapter.blocks(model):
+                expected = adapter.run(block, tokens, BareContext()).features
+                torch.testing.assert_close(
+                    adapter.run(block, same, BareContext()).features, expected, rtol=1e-5, atol=1e-5
+                )
 
 
 def test_other_sizes_and_their_own_keep() -> None:
@@ -157,7 +204,7 @@ def test_other_sizes_and_their_own_keep() -> None:
     assert other.eval()(torch.randn(1, 3, 96, 96)).isfinite().all()
 
 
-def test_a_file_keeps_it(tmp_path: Any) -> None:
+def test_a_file_keeps_it(tmp_path: Path) -> None:
     model = small("swin padded")
     compressed, pixels = compress(model, keep=0.5, method_options={"reach": 1}).eval(), images(model)
     tokencut.save(compressed, tmp_path / "out.safetensors")
@@ -220,3 +267,64 @@ def test_windows_are_for_hierarchies_alone() -> None:
         adapter_for(short)
     with pytest.raises(UsageError, match="whose stage gives each token back"):
         compress(small("swin")).forward_intermediates(torch.zeros(1, 3, 128, 128), unmerge="copy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "case"), [(".onnx", "swin padded"), (".pt2", "swin v2")])
+def test_an_exported_file_gives_the_same_for_any_batch(case: str, ending: str, tmp_path: Path) -> None:
+    model = small(case, depths=(1, 1, 3, 1))
+    compressed, pixels = compress(model, keep=0.5).eval(), images(model, 5)
+    report = export_model(compressed, tmp_path / f"model{ending}")
+    assert report.agreement is not None and report.agreement.differing == 0
+    run = OnnxModel(report.output) if ending == ".onnx" else torch.export.load(report.output).module()
+    with torch.no_grad():
+        for batch in (1, 5):
+            torch.testing.assert_close(run(pixels[:batch]), compressed(pixels[:batch]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["swin", "swin v2 padded"])
+def test_it_compiles_without_a_break(case: str) -> None:
+    model = small(case, depths=(1, 1, 3, 1))
+    compressed, pixels = compress(model, keep=0.5).eval(), images(model)
+    compiled = torch.compile(compressed, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixels), compressed(pixels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [None, [3]])
+def test_a_search_tries_blocks_and_windows(layers: list[int] | None) -> None:
+    model = small("swin")
+    dense = predicted_gmacs(model)
+    settings = tokencut.SearchSettings(images=24, effort=4, workers=0, device="cpu")
+    report = tokencut.find_schedule(
+        model, "digits", tokencut.Target(gmacs=0.93 * dense), layers=layers, settings=settings
+    )
+    made = compress(model, keep=report.found.keep, layers=report.found.layers)
+    assert report.found.gmacs == pytest.approx(predicted_gmacs(made)) and predicted_gmacs(made) <= 0.93 * dense
+    assert len(report.found.layers) == 1 and (layers is None or list(report.found.layers) == layers)
+    assert {point.layers for point in report.front} <= {(), *((block,) for block in (layers or range(1, 5)))}
+
+
+@pytest.mark.slow
+def test_a_search_by_time_times_grids_that_there_are() -> None:
+    model = small("swin v2")
+    with inference_state(compressed := compress(model, keep=1.0), torch.device("cpu"), None):
+        table = latency_table(compressed, batch_size=1, device=torch.device("cpu"), rounds=3, max_seconds=1.0)
+    assert table.counts == (4, 16, 36, 64)
+    assert table.seconds((64, 16, 16, 16)) > 0
+
+
+def test_pictures_show_the_clusters_of_each_window() -> None:
+    model = small("swin")
+    compressed, pixels = compress(model, keep=0.5).eval(), images(model)
+    with torch.no_grad():
+        source = compressed.trace(pixels)[1][0].tokens.source
+    assert source is not None
+    places, clusters = (torch.arange(64).view(8, 8), torch.arange(36).view(6, 6))
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        inside = places[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
+        own = clusters[3 * row : 3 * row + 3, 3 * column : 3 * column + 3].flatten()
+        assert set(source[:, inside].flatten().tolist()) <= set(own.tolist())
+    ((stage,),) = (view.stages for view in draw(compressed, pixels[:1].clamp(0, 1).mul(255).byte(), device="cpu").views)
+    assert (stage.block, stage.tokens_in, stage.tokens_out) == (2, 64, 36)

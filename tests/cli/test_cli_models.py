@@ -24,7 +24,7 @@ def test_models_as_json(run: Run) -> None:
     assert len(every) >= 335
     some = run("models", "vit_*_dinov2", "--json").json["models"]
     assert {"vit_small_patch14_dinov2", "vit_base_patch14_dinov2"} <= {model["name"] for model in some}
-    assert set(some[0]) == {"name", "alias", "family", "tags", "input_size", "licence"}
+    assert set(some[0]) == {"name", "alias", "family", "tags", "input_size", "licence", "method"}
 
 
 def test_methods_come_with_source_settings_and_defaults(run: Run) -> None:

@@ -307,6 +307,11 @@ def supported_modules() -> dict[str, tuple[str, ...]]:
     return {adapter.family: adapter.timm_modules for adapter in _ADAPTERS}
 
 
+def default_methods() -> dict[str, str]:
+    """The method that is taken where none is named, by family."""
+    return {adapter.family: adapter.default_method for adapter in _ADAPTERS}
+
+
 def known_adapter(model: nn.Module) -> Adapter | None:
     """The adapter of a model's family; None where the family is not supported."""
     return next((adapter for adapter in _ADAPTERS if adapter.accepts(model)), None)

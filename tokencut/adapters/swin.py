@@ -158,9 +158,8 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         padded = inside.number * inside.places
         width = linear_out(layer.qkv) // 3
         macs: int = padded * (linear_macs(layer.qkv) + linear_macs(layer.proj) + 2 * width * inside.places)
-        return (
-            macs + windows.count * linear_macs(block.mlp) + self.position_macs(layer, own, windows if smaller else None)
-        )
+        macs += windows.count * linear_macs(block.mlp)
+        return macs + self.position_macs(layer, own, windows if smaller else None)
 
     def other_macs(self, model: TimmModule, stage: int, height: int, width: int) -> int:
         rows, columns = self.stage_grid(model, stage, height, width)

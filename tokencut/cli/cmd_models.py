@@ -50,12 +50,13 @@ def _list_models(pattern: str | None, as_json: bool) -> None:
             model.name,
             model.alias or "",
             "x".join(map(str, model.input_size)),
+            model.method,
             model.tags[0] if model.tags else "",
             model.licence or "",
         )
         for model in found
     ]
-    render.show(render.table(("model", "alias", "pixels", "weights", "licence"), rows, left=5))
+    render.show(render.table(("model", "alias", "pixels", "method", "weights", "licence"), rows, left=6))
     render.note(f"{len(found)} models; digits is bundled with tokencut")
 
 

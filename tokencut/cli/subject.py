@@ -143,7 +143,7 @@ def _reduced(
     if search is not None:
         arguments = search(loaded, arguments)
     model = compress(loaded.dense, **arguments)
-    for rate in model.recipe.keeps:
+    for rate in model.recipe.keeps if search is None else ():
         told = model.adapter.keep_note(model.model, rate)
         if told is not None:
             render.note(typed(told))

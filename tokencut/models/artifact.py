@@ -253,6 +253,9 @@ def _describe(compressed: CompressedModel) -> ArtifactInfo:
 
 def _by_name(compressed: CompressedModel) -> str:
     """What to give timm.create_model for a model like this one, as far as its parts tell."""
+    if compressed.adapter.hierarchical:
+        example = timm.list_models(module=list(compressed.adapter.timm_modules))[-1]
+        return f"{example!r}, img_size={compressed.adapter.input_size(compressed.model)}, depths=..., ..."
     model, blocks = compressed.model, compressed.adapter.blocks(compressed.model)
     size = compressed.adapter.input_size(model)
     heads = next((part.num_heads for part in blocks[0].modules() if hasattr(part, "num_heads")), None)

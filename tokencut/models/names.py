@@ -12,7 +12,7 @@ from functools import cache
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, get_pretrained_cfg, is_model, model_entrypoint
 
-from tokencut.adapters import supported_modules
+from tokencut.adapters import default_methods, supported_modules
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import nearest_known
 
@@ -31,6 +31,7 @@ class SupportedModel:
         tags: Tags of pretrained weights, the default first; empty where timm has no weights.
         input_size: Height and width of the image in px that the default weights were made for.
         licence: Licence of the default weights, if timm knows it.
+        method: The method that is taken where none is named.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SupportedModel:
     tags: tuple[str, ...]
     input_size: tuple[int, int]
     licence: str | None
+    method: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def list_supported(pattern: str | None = None) -> list[SupportedModel]:
             cfg = get_pretrained_cfg(name)
             _, height, width = cfg.input_size if cfg else (3, 224, 224)
             licence = cfg.license if cfg and cfg.has_weights else None
-            found.append(SupportedModel(name, alias, family, _tags(name, weights=True), (height, width), licence))
+            tags, method = _tags(name, weights=True), default_methods()[family]
+            found.append(SupportedModel(name, alias, family, tags, (height, width), licence, method))
     return found
 
 

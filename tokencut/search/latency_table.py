@@ -112,11 +112,16 @@ def latency_table(
         for number in range(1, loop.depth + 1):
             entering.append(loop.step(number, entering[-1]))
     whole, last = entering[0], entering[-1]
-    counts = sorted({max(2, math.ceil(share * whole.count)) for share in SHARES})
+    hierarchical = model.adapter.hierarchical
+    possible = {max(2, math.ceil(share * whole.count)) for share in SHARES}
+    counts = sorted({*model.adapter.cost(model.model).leaving, whole.count} if hierarchical else possible)
     timed: dict[str, Forward] = {"embed": loop.embed, "head": lambda _: loop.head(last)}
     for number in sorted({kinds.index(kind) + 1 for kind in kinds}):
         timed |= _fresh(loop, number, entering[number - 1])
         for count in counts:
+            if hierarchical:
+                timed |= _parts_before(loop, number, entering[number - 1], count)
+                continue
             timed |= _parts(loop, number, _some(loop, entering[number - 1], count, merged=model.method.merges()))
     times = {name: t.median_ms / 1000 for name, t in measure(
         timed, images, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, observer=observer,
@@ -144,6 +149,20 @@ def _parts(loop: BlockLoop, number: int, tokens: Tokens) -> dict[str, Forward]:
         f"attention_half {number} {count}": lambda _: loop.stage_input(number, tokens),
         f"stage {number} {count}": lambda _: loop.stages[number](loop.stage_input(number, tokens), after),
         f"mlp_half {number} {count}": lambda _: loop.mlp_half(number, tokens),
+    }
+
+
+def _parts_before(loop: BlockLoop, number: int, whole: Tokens, count: int) -> dict[str, Forward]:
+    """The parts of a block before which the stage of a hierarchical model stands, with so many tokens behind that; what
+    gives each token back is the stage's too.
+    """
+    tokens = whole if count == whole.count else loop.smaller(number, whole, count)
+    most = max(loop.adapter.cost(loop.model).leaving, default=whole.count)
+    return {
+        f"block {number} {count}": lambda _: loop.step(number, tokens),
+        f"attention_half {number} {count}": lambda _: whole,
+        f"stage {number} {count}": lambda _: loop.adapter.leaving(loop.model, loop.smaller(number, whole, most)),
+        f"mlp_half {number} {count}": lambda _: loop.step(number, tokens),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokencut.adapters import plain_model
+from tokencut.adapters import adapter_for, plain_model
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
@@ -34,7 +34,7 @@ from tokencut.search.latency_table import LatencyTable, latency_table
 from tokencut.search.local_search import LocalSearch
 from tokencut.search.probe import Costs, Outcome, Probe
 from tokencut.search.report import ParetoPoint, SearchReport, SearchSettings
-from tokencut.search.space import Counts, Space, keeps
+from tokencut.search.space import Counts, GridSpace, Price, Space, keeps
 from tokencut.search.targets import Target, cheapest, search_drop, search_gmacs, search_speedup, within
 
 # A measured speed-up that is further below its target is said to be missed.
@@ -63,7 +63,8 @@ def find_schedule(
         model: A timm model of a supported family, with its weights; it stays as it was.
         calibration: Images as `open_source` takes them: never those that accuracy is told of.
         target: What is asked for.
-        layers: 1-based numbers of the blocks that may reduce; all where None.
+        layers: 1-based numbers of the blocks that may reduce; all where None. Of a hierarchical model, the block of its
+            third stage where that begins; any where None.
         method: A method's name; the family's default where None.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.
@@ -100,13 +101,16 @@ def find_schedule(
     check_number("batch_size", chosen.timing_batch_size)
     device, model = resolve_device(chosen.device), plain_model(model)
     require_finite(model)
-    reduced = compress(model, keep=1.0, layers="all" if layers is None else layers, method=method, prop_attn=prop_attn,
+    adapter = adapter_for(model)
+    # Of a hierarchical model one block reduces, and any of them may be the one.
+    searched = () if adapter.hierarchical and layers is None else range(1, len(adapter.blocks(model)) + 1)
+    reduced = compress(model, keep=1.0, layers=layers or searched or None, method=method, prop_attn=prop_attn,
                        method_options=method_options)  # fmt: skip
     source = open_source(calibration, split="train", observer=observer)
     with inference_state(reduced, device, precision_dtype(chosen.precision)):
         images = calibration_images(reduced, source, limit=chosen.images, batch_size=chosen.batch_size, device=device,
                                     seed=chosen.seed, workers=chosen.workers, observer=observer)  # fmt: skip
-        run = _Run(reduced, target, chosen, device, observer or Observer())
+        run = _Run(reduced, target, chosen, device, observer or Observer(), layers)
         run.seek(images.batches, images.targets)
         return run.report(images.notes, time.perf_counter() - started)
 
@@ -129,9 +133,11 @@ class _Run:
 
     def __init__(
         self, model: CompressedModel, target: Target, settings: SearchSettings, device: torch.device,
-        observer: Observer,
+        observer: Observer, layers: Layers | None,
     ) -> None:  # fmt: skip
         self.model = model
+        self.layers = None if layers is None else tuple(model.recipe.layers)
+        self.tokens_out = model.possible_counts() or model.method.tokens_out
         self.target = target
         self.settings = settings
         self.device = device
@@ -153,15 +159,21 @@ class _Run:
             probe = Probe(self.model, batches, targets, self._on_batch)
             table = self.table
             price = self.costs.gmacs if table is None else table.seconds
-            shape, recipe = self.costs.shape, self.model.recipe
-            space = Space(shape.patches, len(shape.blocks), tuple(recipe.layers), price, self.model.method.tokens_out)
-            self.searcher = LocalSearch(probe, space, self.settings.seed, self._on_best)
+            self.searcher = LocalSearch(probe, self._space(price), self.settings.seed, self._on_best)
             self.counts = self._sought(self.searcher, self.settings.effort * probe.passes)
         except _StoppedError:
             self.interrupted = True
             self.counts = None if self.searcher is None else self._so_far(self.searcher)
             if self.counts is None:
                 raise KeyboardInterrupt from None
+
+    def _space(self, price: Price) -> Space:
+        shape = self.costs.shape
+        if not self.model.adapter.hierarchical:
+            blocks = tuple(self.model.recipe.layers)
+            return Space(shape.patches, len(shape.blocks), blocks, price, self.model.method.tokens_out)
+        blocks = self.layers or tuple(range(1, len(shape.blocks) + 1))
+        return GridSpace(shape.patches, len(shape.blocks), blocks, price, self.tokens_out, shape.leaving)
 
     def _sought(self, searcher: LocalSearch, effort: float) -> Counts:
         if self.target.gmacs is not None:
@@ -191,7 +203,7 @@ class _Run:
 
     def _timed(self, counts: Counts) -> float:
         """A schedule's speed-up, dense and compressed in turn."""
-        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.tokens_out)
+        layers, keep = keeps(self.costs.shape.patches, counts, self.tokens_out)
         recipe = self.model.recipe
         made = compress(self.model.model, keep=keep, layers=layers, method=recipe.method, prop_attn=recipe.prop_attn,
                         method_options=recipe.method_options).eval()  # fmt: skip
@@ -203,7 +215,7 @@ class _Run:
         return times["dense"].median_ms / times["compressed"].median_ms
 
     def _point(self, counts: Counts, outcome: Outcome) -> ParetoPoint:
-        layers, keep = keeps(self.costs.shape.patches, counts, self.model.method.tokens_out)
+        layers, keep = keeps(self.costs.shape.patches, counts, self.tokens_out)
         return ParetoPoint(
             layers=layers,
             keep=keep,

@@ -156,6 +156,49 @@ class Space:
         return tuple(dict.fromkeys(self.filled(counts, target) for counts in made if counts is not None))
 
 
+@dataclass(frozen=True)
+class GridSpace(Space):
+    """The schedules of a hierarchical model: tokens become fewer once, before one block, by one of a few numbers.
+
+    Attributes:
+        choices: The tokens that can be left, ascending.
+    """
+
+    choices: Counts = ()
+
+    @property
+    def every(self) -> tuple[Counts, ...]:
+        """All schedules that reduce."""
+        return tuple(self._beginning(block, count) for block in self.blocks for count in self.choices)
+
+    @property
+    def cheapest(self) -> Counts:
+        return min(self.every, key=self.price, default=self.dense)
+
+    def seeds(self, target: float) -> tuple[Counts, ...]:
+        """For each block the schedule that begins there and leaves the most tokens that `target` allows."""
+        found = (self._dearest(target, block) for block in self.blocks)
+        return tuple(counts for counts in found if counts is not None)
+
+    def scaled(self, counts: Counts, target: float) -> Counts | None:
+        """The dearest schedule within `target` that begins where this one does; else the dearest of all."""
+        begins = next((block for block, left in enumerate(counts, start=1) if left < self.tokens), self.blocks[0])
+        return self._dearest(target, begins) or max(self.seeds(target), key=self.price, default=None)
+
+    def exchanged(self, counts: Counts, block: int, by: float, other: int, target: float) -> Counts | None:
+        """The dearest schedule within `target` that begins before another block."""
+        return self._dearest(target, block)
+
+    def _dearest(self, target: float, block: int) -> Counts | None:
+        affordable = [
+            counts for left in self.choices if self.price(counts := self._beginning(block, left)) <= target
+        ]  # fmt: skip
+        return max(affordable, key=self.price, default=None)
+
+    def _beginning(self, block: int, count: int) -> Counts:
+        return (self.tokens,) * (block - 1) + (count,) * (self.depth - block + 1)
+
+
 def _times(removals: dict[int, float], factor: float) -> dict[int, float]:
     return {block: min(MOST, factor * removal) for block, removal in removals.items()}
 
