@@ -15,8 +15,8 @@ from torch import nn
 import tokencut
 from tokencut.adapters import BareContext, adapter_for
 from tokencut.errors import ModelError, UsageError
-from tokencut.export.onnx_model import OnnxModel
 from tokencut.export.run import export_model
+from tokencut.export.runtimes import open_exported
 from tokencut.model import compress, predicted_gmacs, predicted_macs
 from tokencut.ops.grid_clusters import GridClusters
 from tokencut.profiling.counting import count_macs
@@ -170,7 +170,7 @@ def test_what_has_a_forward_of_its_own_is_refused() -> None:
 
 def test_a_block_on_a_grid_of_its_own_size_is_timms() -> None:
     """So what is resized for smaller windows is right where it is not."""
-    for case in ("swin", "swin padded", "swin v2", "swin v2 padded"):
+    for case in ("swin", "swin padded", "swin oblong", "swin v2", "swin v2 padded"):
         model = small(case)
         adapter = adapter_for(model)
         with torch.no_grad():
@@ -276,7 +276,7 @@ def test_an_exported_file_gives_the_same_for_any_batch(case: str, ending: str, t
     compressed, pixels = compress(model, keep=0.5).eval(), images(model, 5)
     report = export_model(compressed, tmp_path / f"model{ending}")
     assert report.agreement is not None and report.agreement.differing == 0
-    run = OnnxModel(report.output) if ending == ".onnx" else torch.export.load(report.output).module()
+    run = open_exported(report.output)
     with torch.no_grad():
         for batch in (1, 5):
             torch.testing.assert_close(run(pixels[:batch]), compressed(pixels[:batch]), rtol=1e-4, atol=1e-4)

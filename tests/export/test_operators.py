@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokencut.attention import AttentionInfo, QueryKey
 from tokencut.blocks import Stage
 from tokencut.methods import StageInput, make_method, methods
+from tokencut.ops.grid_clusters import Windows
 from tokencut.tokens import Tokens
 
 # What stages use of torch's core operators. ONNX, OpenVINO (also from an ExportedProgram), ExecuTorch with XNNPACK and
@@ -47,6 +48,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("bat", {"clusters": 0.5, "pairs": 0.2, "inattentive": "drop"}),
     ("bat", {"window": 16, "neighbours": 4}),
     ("evit", {"normalized": True}),
+    ("window", {"clustering": "pool"}),
 ]
 METHODS = [(name, {"iterations": 1} if name == "kmedoids" else {}) for name in sorted(methods())] + OTHERS
 BATCH, TOKENS, HEADS, WIDTH = 2, 40, 2, 8
@@ -63,6 +65,10 @@ class OneStage(nn.Module):
 
     def forward(self, features: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
         attention = AttentionInfo(((QueryKey(query, key),),), 1, (0,))
+        if self.stage.method.keeps_grid:  # a grid whose last windows are padded
+            windows = Windows(5, TOKENS // 5, 4, 4)
+            grid = StageInput(Tokens(features[:, 1:], 0, windows=windows), attention, self.norm)
+            return self.stage(grid, windows.smaller()[-1].count).features, None
         left = self.stage(StageInput(Tokens(features, 1), attention, self.norm), TOKENS // 2)
         return left.features, left.sizes
 

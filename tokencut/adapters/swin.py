@@ -4,6 +4,7 @@ which are shifted in every other block.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, get_relative_position_index
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
@@ -44,12 +45,10 @@ class Offsets:
     """How a table of relative positions is looked up for smaller windows.
 
     Attributes:
-        index: Which relative position each pair of a window's places has, int64 `(n, n)`.
-        rows: What the rows of a smaller table are of those of the model's own, `(2h' - 1, 2h - 1)`.
+        rows: What each pair of rows of a window takes of the table's, `(h' * h', 2h - 1)`.
         columns: The same for columns.
     """
 
-    index: Tensor
     rows: Tensor
     columns: Tensor
 
@@ -102,14 +101,11 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         shifted = next((block for block in blocks if any(block.shift_size)), None)
         down, across = (0, 0) if shifted is None else shifted.shift_size
         shift = windows.height // 2 if down else 0, windows.width // 2 if across else 0
-        mask, features = None, tokens.features
-        if shifted is not None and any(shift):
-            size = (1, windows.down * windows.height, windows.across * windows.width, 1)
-            own = StandIn(shifted, window_size=(windows.height, windows.width), window_area=windows.places,
-                          shift_size=shift)  # fmt: skip
-            mask = own.get_attn_mask(features.new_empty(size))
+        mask = _shift_mask(windows, shift, tokens.features) if any(shift) else None
         layer = plain(plain(self.blocks(model)[0]).attn)
-        return replace(tokens, shared=SmallerWindows(shift, mask, self.positions(layer, before, windows, features)))
+        return replace(
+            tokens, shared=SmallerWindows(shift, mask, self.positions(layer, before, windows, tokens.features))
+        )
 
     def run_smaller(self, block: TimmModule, features: Tensor, tokens: Tokens) -> Tensor:
         windows, shared = tokens.windows, tokens.shared
@@ -193,11 +189,7 @@ class SwinAdapter(ShiftedWindowAdapter):
         return partial(call, self.blocks(model), partial(self.on_grid, model, run))
 
     def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Offsets:
-        return Offsets(
-            get_relative_position_index(windows.height, windows.width, device=like.device),
-            _offsets(before.height, windows.height, like),
-            _offsets(before.width, windows.width, like),
-        )
+        return Offsets(_offsets(before.height, windows.height, like), _offsets(before.width, windows.width, like))
 
     def attention(self, layer: TimmModule, windows: Windows, positions: Offsets) -> StandIn:
         return StandIn(
@@ -211,8 +203,8 @@ class SwinAdapter(ShiftedWindowAdapter):
     def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
         if windows is None:
             return 0
-        (high, wide), (new_high, new_wide) = ((2 * w.height - 1, 2 * w.width - 1) for w in (own, windows))
-        return int(layer.num_heads * (new_high * high * wide + new_high * new_wide * wide))
+        (high, wide), (rows, columns) = ((2 * own.height - 1, 2 * own.width - 1), (windows.height**2, windows.width**2))
+        return int(layer.num_heads * rows * wide * (high + columns))
 
 
 @register_adapter
@@ -267,20 +259,38 @@ def plain(module: nn.Module) -> TimmModule:
 
 
 def _offsets(size: int, smaller: int, like: Tensor) -> Tensor:
-    """Between which of the offsets `1 - size .. size - 1` those of a smaller window lie, by how much of each:
-    `(2 * smaller - 1, 2 * size - 1)`.
+    """Between which of the offsets `1 - size .. size - 1` those of each pair of a smaller window's places lie, by how
+    much of each: `(smaller * smaller, 2 * size - 1)`.
     """
-    sought = torch.arange(1 - smaller, smaller, device=like.device) * (size / smaller)
-    own = torch.arange(1 - size, size, device=like.device)
-    return (1 - (sought.unsqueeze(1) - own).abs()).clamp(min=0).to(like.dtype)
+    place = torch.arange(smaller, device=like.device, dtype=torch.float32) * (size / smaller)
+    sought = (place.unsqueeze(1) - place.unsqueeze(0)).flatten().unsqueeze(1)
+    own = torch.arange(1 - size, size, device=like.device, dtype=torch.float32)
+    return (1 - (sought - own).abs()).clamp(min=0).to(like.dtype)
+
+
+def _shift_mask(windows: Windows, shift: tuple[int, int], like: Tensor) -> Tensor:
+    """What keeps the attention of shifted windows among tokens that were neighbours, `(W, n, n)`: 0, or -100 as timm
+    has it.
+    """
+    parts = []
+    for size, window, by in (
+        (windows.down * windows.height, windows.height, shift[0]),
+        (windows.across * windows.width, windows.width, shift[1]),
+    ):
+        place = torch.arange(size, device=like.device, dtype=torch.float32)
+        part = (place >= size - window).float() + (place >= size - by).float()
+        parts.append(part if by else torch.zeros_like(part))
+    whole = Windows(len(parts[0]), len(parts[1]), windows.height, windows.width)
+    part = whole.cut((3 * parts[0].unsqueeze(1) + parts[1]).flatten().view(1, -1, 1))[0, ..., 0]
+    return ((part.unsqueeze(1) - part.unsqueeze(2)).abs().clamp(max=1) * -100.0).to(like.dtype)
 
 
 def _position_bias(layer: TimmModule, positions: Offsets) -> Tensor:
     """What attention adds in a smaller window, `(1, H, n, n)`."""
     layer = plain(layer)
-    table = layer.relative_position_bias_table
-    by_rows = positions.rows @ table.view(positions.rows.shape[1], -1)
-    by_rows = by_rows.view(positions.rows.shape[0], -1, layer.num_heads)
-    resized = torch.matmul(positions.columns, by_rows).flatten(0, 1)
-    places = positions.index.shape[0]
-    return resized[positions.index.flatten()].view(places, places, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
+    height, width = layer.window_size
+    table = layer.relative_position_bias_table.view(2 * height - 1, 2 * width - 1, -1).permute(2, 0, 1)
+    pairs = torch.matmul(torch.matmul(positions.rows, table), positions.columns.transpose(0, 1))
+    rows, columns = math.isqrt(positions.rows.shape[0]), math.isqrt(positions.columns.shape[0])
+    pairs = pairs.view(-1, rows, rows, columns, columns).transpose(2, 3)
+    return pairs.reshape(1, -1, rows * columns, rows * columns)

@@ -7,7 +7,9 @@ mean of the tokens around them, and keep their places, so that they are a grid a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,11 @@ from torch import Tensor
 
 # What a centre keeps of itself in each round, so that one that no token joins stays where it was.
 INERTIA = 1e-6
-# Squared distances below this are none: tokens that are all alike have no scale, and need none.
-SMALLEST = 1e-30
+# The unit of distances is no less than these shares of the mean over an image's tokens of that to the nearest centre,
+# and of the mean of all; and more than nothing, for tokens that are all alike.
+SHARE_OF_MEAN, SHARE_OF_ALL, SMALLEST = 1e-2, 1e-4, 1e-30
+# A centre that is further away by so many units has no share to speak of: e^-30 is 1e-13.
+FURTHEST = 30.0
 
 
 @dataclass(frozen=True)
@@ -192,22 +197,22 @@ def grid_clusters(x: Tensor, windows: Windows, smaller: Windows, rule: ClusterRu
     # Distances stay the same, and large values that all tokens share cost no digits.
     points = (points - points.sum(2, keepdim=True) / taken.sum(1).view(1, -1, 1, 1)) * taken.unsqueeze(2)
     near = cells.near(rule.reach)
-    average, scale = cells.pool().expand(x.shape[0], -1, -1, -1), None
+    average, unit = cells.pool().expand(x.shape[0], -1, -1, -1), None
     for _ in range(rule.rounds):
         distance = _distances(points, torch.matmul(average, points))
-        if scale is None:
-            scale = _scale(distance, near, windows, rule)
-        joins = _assigned(distance, near, scale) * taken.unsqueeze(2)
-        weight = joins.transpose(2, 3) + INERTIA * average
+        if unit is None:
+            unit = _unit(distance, near, windows, rule)
+        weight = (_assigned(distance, near, unit) * taken.unsqueeze(2)).transpose(2, 3) + INERTIA * average
         # A centre that is not there has nothing.
         average = weight / weight.sum(3, keepdim=True).clamp(min=INERTIA / 2)
     distance = _distances(points, torch.matmul(average, points))
-    if scale is None:
-        scale = _scale(distance, near, windows, rule)
-    reachable = cells.held.unsqueeze(1)
-    distance = distance.masked_fill(~reachable, math.inf)
-    nearest = distance.topk(min(rule.nearest, smaller.places), dim=3, largest=False).values[..., -1:]
-    return GridClusters(windows, smaller, average, _assigned(distance, distance <= nearest, scale), change)
+    if unit is None:
+        unit = _unit(distance, near, windows, rule)
+    there = cells.held.unsqueeze(1).expand_as(distance)
+    if rule.nearest < smaller.places:
+        last = _blocked(distance, there).topk(rule.nearest, dim=3, largest=False).values[..., -1:]
+        there = there * (distance <= last).to(distance.dtype)
+    return GridClusters(windows, smaller, average, _assigned(distance, there, unit), change)
 
 
 def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, change: bool) -> GridClusters:
@@ -221,20 +226,20 @@ def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, chang
         change: As in `GridClusters`.
     """
     cells = _cells(windows, smaller, x.device)
-    spread = cells.near(0).float() if nearest == 1 else cells.bilinear()
+    spread = cells.near(0) if nearest == 1 else cells.bilinear()
     alike = (x.shape[0], -1, -1, -1)
     return GridClusters(windows, smaller, cells.pool().expand(alike), spread.expand(alike), change)
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """Where the cells of the smaller windows lie in the larger ones.
+    """Where the cells of the smaller windows lie in the larger ones; masks are fp32, 1 or 0, and are multiplied.
 
     Attributes:
         windows: The grid entering.
         smaller: The grid leaving.
-        taken: Which places hold a token, fp32 `(W, n)`.
-        held: Which centres are there, bool `(W, m)`.
+        taken: Which places hold a token, `(W, n)`.
+        held: Which centres are there, `(W, m)`.
     """
 
     windows: Windows
@@ -243,63 +248,58 @@ class _Cells:
     held: Tensor
 
     def pool(self) -> Tensor:
-        """Adaptive average pooling over the tokens that are there, fp32 `(W, m, n)`."""
-        windows, smaller = self.windows, self.smaller
-        rows, columns = (
-            _pooled(large, small, self.taken.device)
-            for large, small in ((windows.height, smaller.height), (windows.width, smaller.width))
-        )
-        weight = _crossed(rows, columns) * self.taken.unsqueeze(1)
+        """Adaptive average pooling over the tokens that are there, `(W, m, n)`."""
+        weight = self._crossed(_pooled) * self.taken.unsqueeze(1)
         return weight / weight.sum(2, keepdim=True).clamp(min=1.0)
 
     def near(self, reach: int) -> Tensor:
-        """Which centres each place may join, bool `(W, n, m)`."""
-        windows, smaller = self.windows, self.smaller
-        rows, columns = (
-            _reached(large, small, reach, self.taken.device)
-            for large, small in ((windows.height, smaller.height), (windows.width, smaller.width))
-        )
+        """Which centres each place may join, `(W, n, m)`."""
+        joined = self._crossed(partial(_reached, reach)) * self.held.unsqueeze(1)
         # Padding joins none, and needs some for its shares to be numbers.
-        return (_crossed(rows, columns) > 0) & self.held.unsqueeze(1) | (self.taken == 0).unsqueeze(2)
+        return torch.maximum(joined, (1 - self.taken).unsqueeze(2))
 
     def bilinear(self) -> Tensor:
-        """What each place takes of the cells around it by its distance from their middles, fp32 `(W, n, m)`."""
-        windows, smaller = self.windows, self.smaller
-        rows, columns = (
-            _between(large, small, self.taken.device)
-            for large, small in ((windows.height, smaller.height), (windows.width, smaller.width))
-        )
-        weight = _crossed(rows, columns) * self.held.unsqueeze(1)
+        """What each place takes of the cells around it by its distance from their middles, `(W, n, m)`."""
+        weight = self._crossed(_between) * self.held.unsqueeze(1)
         # A token has half or more of its own cell, which is there; padding may have nothing.
         return weight / weight.sum(2, keepdim=True).clamp(min=0.25)
 
+    def _crossed(self, along: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What goes for rows and for columns, for places: of `(a, b)` and `(c, d)` `(1, a * c, b * d)`."""
+        windows, smaller = self.windows, self.smaller
+        rows, columns = (
+            along(_numbers(large, self.taken.device), _numbers(small, self.taken.device))
+            for large, small in ((windows.height, smaller.height), (windows.width, smaller.width))
+        )
+        both = rows.unsqueeze(1).unsqueeze(3) * columns.unsqueeze(1).unsqueeze(0)
+        return both.flatten(2, 3).flatten(0, 1).unsqueeze(0)
+
 
 def _cells(windows: Windows, smaller: Windows, device: torch.device) -> _Cells:
-    return _Cells(windows, smaller, windows.taken(device), smaller.taken(device) > 0)
+    return _Cells(windows, smaller, windows.taken(device), smaller.taken(device))
 
 
-def _reached(size: int, cells: int, reach: int, device: torch.device) -> Tensor:
-    """Which cells are near enough to that in which the middle of each place lies, fp32 `(size, cells)`."""
-    own = (2 * torch.arange(size, device=device) + 1) * cells // (2 * size)
-    return ((own.unsqueeze(1) - torch.arange(cells, device=device)).abs() <= reach).float()
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.float32)
 
 
-def _pooled(size: int, cells: int, device: torch.device) -> Tensor:
-    """Which places adaptive pooling averages for each cell, fp32 `(cells, size)`."""
-    cell, place = torch.arange(cells, device=device).unsqueeze(1), torch.arange(size, device=device)
-    return ((place >= cell * size // cells) & (place * cells < (cell + 1) * size)).float()
+def _pooled(places: Tensor, cells: Tensor) -> Tensor:
+    """Which places adaptive pooling averages for each cell, `(cells, places)`."""
+    size, count = places.shape[0], cells.shape[0]
+    place, cell = places * count, cells.unsqueeze(1) * size
+    return (place > cell - count).float() * (place < cell + size).float()
 
 
-def _between(size: int, cells: int, device: torch.device) -> Tensor:
-    """Linear interpolation between the middles of cells, fp32 `(size, cells)`."""
-    place = ((torch.arange(size, device=device) + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
-    return (1 - (place.unsqueeze(1) - torch.arange(cells, device=device)).abs()).clamp(min=0)
+def _reached(reach: int, places: Tensor, cells: Tensor) -> Tensor:
+    """Which cells are near enough to that in which the middle of each place lies, `(places, cells)`."""
+    middle, cell = ((2 * places + 1) * cells.shape[0]).unsqueeze(1), 2 * places.shape[0]
+    return (middle >= (cells - reach) * cell).float() * (middle < (cells + reach + 1) * cell).float()
 
 
-def _crossed(rows: Tensor, columns: Tensor) -> Tensor:
-    """What goes for rows and for columns, for places: `(a, b)` and `(c, d)` to `(1, a * c, b * d)`."""
-    both = rows.unsqueeze(1).unsqueeze(3) * columns.unsqueeze(1).unsqueeze(0)
-    return both.flatten(2, 3).flatten(0, 1).unsqueeze(0)
+def _between(places: Tensor, cells: Tensor) -> Tensor:
+    """Linear interpolation between the middles of cells, `(places, cells)`."""
+    place = ((places + 0.5) * (cells.shape[0] / places.shape[0]) - 0.5).clamp(0, cells.shape[0] - 1)
+    return (1 - (place.unsqueeze(1) - cells).abs()).clamp(min=0)
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:
@@ -308,17 +308,27 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
     return (lengths - 2 * torch.matmul(points, centres.transpose(2, 3))).clamp(min=0)
 
 
-def _scale(distance: Tensor, near: Tensor, windows: Windows, rule: ClusterRule) -> Tensor:
-    """The factor that makes squared distances comparable, fp32 `(B, 1, 1, 1)`."""
+def _blocked(distance: Tensor, allowed: Tensor) -> Tensor:
+    """Distances, where they are not allowed as large as the largest."""
+    return distance * allowed + distance.amax(3, keepdim=True) * (1 - allowed)
+
+
+def _unit(distance: Tensor, near: Tensor, windows: Windows, rule: ClusterRule) -> Tensor:
+    """What squared distances are measured in, fp32 `(B, 1, 1, 1)`."""
     if rule.least > 0:
-        return distance.new_full((distance.shape[0], 1, 1, 1), rule.sharpness / rule.least)
-    least = windows.joined(distance.masked_fill(~near, math.inf).amin(3, keepdim=True)).squeeze(2)
-    median = least.sort(dim=1).values[:, (windows.count - 1) // 2]
-    return rule.sharpness / median.clamp(min=SMALLEST).view(-1, 1, 1, 1)
+        return distance.new_full((distance.shape[0], 1, 1, 1), rule.least / rule.sharpness)
+    least = windows.joined(_blocked(distance, near).amin(3, keepdim=True)).squeeze(2)
+    median = least.topk((windows.count + 1) // 2, dim=1, largest=False).values[:, -1:]
+    # Where half of the tokens or more are on their centres to a rounding error, others tell.
+    floor = torch.maximum(
+        SHARE_OF_MEAN * least.mean(1, keepdim=True), SHARE_OF_ALL * distance.mean((1, 2, 3)).unsqueeze(1)
+    )
+    return torch.maximum(median, floor).clamp(min=SMALLEST).view(-1, 1, 1, 1) / rule.sharpness
 
 
-def _assigned(distance: Tensor, allowed: Tensor, scale: Tensor) -> Tensor:
+def _assigned(distance: Tensor, allowed: Tensor, unit: Tensor) -> Tensor:
     """The share of each centre in each token, by distance: `(B, W, n, m)`, 0 where it is not allowed."""
-    distance = distance.masked_fill(~allowed, math.inf)
-    # At the nearest one the exponent is 0, however large the factor is.
-    return (-scale * (distance - distance.amin(3, keepdim=True))).softmax(3)
+    distance = _blocked(distance, allowed)
+    further = ((distance - distance.amin(3, keepdim=True)) / unit).clamp(max=FURTHEST)
+    shares = (-further).softmax(3) * allowed
+    return shares / shares.sum(3, keepdim=True)
