@@ -15,7 +15,7 @@ def test_models_lists_names_by_pattern(run: Run) -> None:
     done = run("models", "deit_t")
     assert done.code == 0
     rows = [line.split() for line in done.out.splitlines() if "deit" in line]
-    assert ["deit_tiny_patch16_224", "deit_tiny", "224x224", "fb_in1k", "apache-2.0"] in rows
+    assert ["deit_tiny_patch16_224", "deit_tiny", "224x224", "bat", "fb_in1k", "apache-2.0"] in rows
     assert {row[0] for row in rows} == {"deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"}
 
 
