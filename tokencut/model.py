@@ -138,7 +138,7 @@ class CompressedModel(AroundTimm):
         if self.adapter.hierarchical:
             if unmerge is not None:
                 raise UsageError(f"unmerge {unmerge!r} is not chosen here for {self.adapter.family}, whose stage gives "
-                                 "each token back; type `method_options={'reconstruct': 'copy'}` where it is compressed"
+                                 "each token back; leave it out: its method's setting reconstruct says how"
                                  )  # fmt: skip
             return self._maps(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only,
                               output_dict)  # fmt: skip

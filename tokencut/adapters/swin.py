@@ -62,7 +62,7 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         super().check(model)
         if not len(self.blocks(model)):
             raise ModelError(f"the model has {len(self.stages(model))} stages with blocks, and it is the third that is "
-                             "reduced; build one with more `depths`")  # fmt: skip
+                             "reduced; build one with more stages")  # fmt: skip
 
     def input_size(self, model: TimmModule) -> tuple[int, int] | None:
         size: tuple[int, int] | None = model.patch_embed.img_size

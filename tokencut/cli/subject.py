@@ -30,6 +30,7 @@ from tokencut.models.artifact import read_info
 from tokencut.models.exported import is_exported
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
+from tokencut.models.names import usual_method
 from tokencut.models.pretrained_cfg import data_config
 from tokencut.recipe import Recipe
 from tokencut.runtime.devices import describe_device, versions
@@ -98,8 +99,9 @@ def prepare(
         raise UsageError(f"--dense is the untouched model, to which {' and '.join(given)} cannot apply; leave one out")
     # Until the search has found them: with nothing reduced, `all` is no schedule to warn of.
     arguments = (reduction if search is None else replace(reduction, keep="1")).arguments()
-    if arguments["method"] is not None:  # else the model's family says which
-        make_method(arguments["method"], arguments["method_options"])
+    method = arguments["method"] or usual_method(spec)
+    if method is not None:  # else the model's family says which
+        make_method(method, arguments["method_options"])
     if not render.on_terminal():
         disable_progress_bars()
     loaded = load_model(

@@ -79,6 +79,13 @@ def is_name(spec: str) -> bool:
     return spec.partition(".")[0] in aliases() or is_model(spec)
 
 
+def usual_method(spec: str) -> str | None:
+    """The method that is taken for a model where none is named, as far as its name tells; None for what is no name."""
+    written = spec.partition(".")[0]
+    family = architectures().get(aliases().get(written, written))
+    return None if family is None else default_methods()[family]
+
+
 def resolve_name(spec: str) -> ModelName:
     """Reads a timm name or alias, with or without a pretrained tag; names that timm has renamed are followed.
 
