@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules import module as everywhere
 
-from tokencut.calling import call, has_hooks, is_patched, unwrapped
+from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patched, unwrapped
 
 Log = list[tuple[Any, ...]]
 Run = Callable[[nn.Module, Tensor], Tensor]
@@ -153,3 +153,46 @@ def test_a_forward_put_on_one_module_is_seen_through_wrappers() -> None:
     assert is_patched(module)
     del module.forward
     assert not is_patched(module)
+
+
+class Twice(nn.Module):
+    """Two parts by its own method, which its forward calls."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(Scaled(), Scaled())
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.parts(x))
+
+
+def test_a_stand_in_answers_for_what_is_replaced_in_the_modules_own_code() -> None:
+    module, x, seen = Twice(), torch.ones(3), list[tuple[nn.Module, Tensor]]()
+    for part in module.modules():
+        part.register_forward_hook(lambda part, _, output: seen.append((part, output)))
+    parts = StandInSequence(module.parts, [module.parts[0], lambda x: x + 1])
+    other = StandIn(module, factor=3.0, parts=parts)
+    assert torch.equal(other(x), 3 * (x * module.parts[0].weight + 1))
+    assert [part for part, _ in seen] == [module.parts[0], module.parts, module]
+    seen.clear()
+    assert torch.equal(module(x), 2 * x * module.parts[0].weight ** 2), "the module itself is as it was"
+    assert [part for part, _ in seen] == [*module.parts, module.parts, module]
+    assert len(parts) == 2 and list(parts)[0] is module.parts[0] and len(parts[:1]) == 1
+    assert torch.equal(parts[:1](x), x * module.parts[0].weight)
+
+
+def test_a_stand_in_for_a_wrapped_module_runs_the_wrapper() -> None:
+    inner = Scaled()
+    ran: list[str] = []
+    outer = checkpoint_wrapper(inner, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    outer.register_forward_hook(lambda *_: ran.append("outer"))
+    inner.register_forward_hook(lambda *_: ran.append("inner"))
+    x = torch.ones(3, requires_grad=True)
+    StandIn(outer, weight=torch.tensor([5.0, 6.0, 7.0]))(x).sum().backward()
+    assert ran[:2] == ["inner", "outer"] and x.grad is not None
+    assert x.grad.tolist() == [5.0, 6.0, 7.0]

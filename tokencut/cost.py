@@ -68,6 +68,7 @@ class ModelCost:
 
     `num_prefix_tokens` and `patches` count the tokens entering the first block, `head_prefix_tokens` those prefix
     tokens that the head's `per_token` part sees. Blocks may differ; those that are equal cost the same in everything.
+    Where tokens are `given_back` behind the last block, the head sees as many as entered the first.
     """
 
     embed: int
@@ -76,6 +77,7 @@ class ModelCost:
     num_prefix_tokens: int
     patches: int
     head_prefix_tokens: int
+    given_back: bool = False
 
     @property
     def leaving(self) -> tuple[int, ...]:
@@ -132,6 +134,7 @@ def predict(model: ModelCost, stages: Mapping[int, StageCost]) -> tuple[BlockRow
         macs = block.before.at(before) + block.after.at(after) + own
         rows.append(BlockRow(number, entering, leaving, macs, own))
         tokens = leaving
+    tokens = model.patches if model.given_back else tokens
     rows.append(BlockRow(-1, tokens, tokens, model.head.at(model.head_prefix_tokens + tokens), 0))
     return tuple(rows)
 

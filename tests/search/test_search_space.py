@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencut.schedule import make_schedule
-from tokencut.search.space import Space, budget_for, keep_for, keeps
+from tokencut.search.space import GridSpace, Space, budget_for, keep_for, keeps
 
 # A price that can be added up by hand: a token costs 1 in each block, a stage 2.
 DEPTH, TOKENS = 6, 16
@@ -108,3 +108,19 @@ def test_a_method_that_lets_one_more_out() -> None:
     space = Space(TOKENS, DEPTH, (1, 2, 3), price, one_more)
     for counts in space.seeds(60):
         assert is_schedule(counts)
+
+
+# One stage, before any block from the second on, that leaves 4 or 9 of 16: (block - 1) * 16 + (7 - block) * left + 2.
+GRID = GridSpace(TOKENS, DEPTH, (2, 3, 4, 5, 6), price, choices=(4, 9))
+
+
+def test_a_grid_gets_smaller_once_and_by_what_there_is() -> None:
+    assert GRID.dense == (16,) * 6
+    assert GRID.cheapest == (16, 4, 4, 4, 4, 4) and len(GRID.every) == 10
+    # At most 63: before block 2 nine stay (16 + 45 + 2), before the others four while that is little enough.
+    assert GRID.seeds(63) == ((16, 9, 9, 9, 9, 9), (16, 16, 4, 4, 4, 4), (16, 16, 16, 4, 4, 4))
+    assert GRID.scaled((16, 16, 9, 9, 9, 9), 63) == (16, 16, 4, 4, 4, 4)
+    assert GRID.scaled((16, 16, 16, 16, 4, 4), 63) == (16, 9, 9, 9, 9, 9), "no such block is cheap enough"
+    assert GRID.exchanged((16, 9, 9, 9, 9, 9), 4, 0.1, 2, 63) == (16, 16, 16, 4, 4, 4)
+    assert GRID.seeds(37) == () and GRID.scaled(GRID.dense, 37) is None
+    assert GridSpace(TOKENS, DEPTH, (1, 2), price).cheapest == (16,) * 6, "where no smaller grid is"

@@ -305,6 +305,7 @@ class HierarchicalAdapter(Adapter):
             num_prefix_tokens=0,
             patches=windows.count,
             head_prefix_tokens=0,
+            given_back=True,
         )
 
     def _block_cost(self, block: TimmModule, windows: Windows) -> BlockCost:
