@@ -16,6 +16,7 @@ from model_files import names_in
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+from tensorrt_rules import assert_tensorrt_takes
 
 from tokencut.export import run as export
 from tokencut.export.graph import INPUT
@@ -132,6 +133,7 @@ def assert_it_can_be_prepared(model: CompressedModel, report: ExportReport) -> N
         value.name for value in (*inferred.value_info, *inferred.output) if value.type.tensor_type.HasField("shape")
     }
     assert not [node.op_type for node in inferred.node if not known.issuperset(filter(None, node.output))]
+    assert_tensorrt_takes(onnx.shape_inference.infer_shapes(onnx.load(path)))
     prepared, quantised = path.with_name("prepared.onnx"), path.with_name("quantised.onnx")
     quant_pre_process(path, prepared)
     quantize_static(prepared, quantised, Batches(model, batch))

@@ -33,6 +33,9 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
         ("m.bin", {}, UsageError,
          f"m.bin ends in none of {ENDINGS}, which say what to write; type `path='m.onnx'`, or "
          "`format='timm'` for a folder"),
+        ("m.engine", {}, UsageError,
+         "m.engine would be an engine, which TensorRT builds of an .onnx file on the GPU that runs it; type "
+         "`path='m.onnx'`, and give that to trtexec there"),
         ("m.onnx", {"opset": 17}, UsageError,
          "`opset=17` is not a whole number from 18 to 22; type `opset=18`"),
         ("m.onnx", {"opset": 23}, UsageError,

@@ -28,6 +28,8 @@ from tokencut.runtime.devices import inference_state
 
 # timm's folder, which is no file of a runtime.
 TIMM = "timm"
+# TensorRT's, for one GPU and one version of it; its wheel comes from an index of NVIDIA's own.
+ENGINES = (".engine", ".plan")
 DEFAULT_BATCH_SIZE = 16
 
 
@@ -122,6 +124,10 @@ def _chosen(target: Path, format: str | None) -> Runtime:  # noqa: A002 (as the 
     if format is not None and format not in known:
         raise UsageError(f"format {format!r} is none of {', '.join((*known, TIMM))}; type `format='timm'`, or leave "
                          "it out")  # fmt: skip
+    if target.suffix.lower() in ENGINES:
+        example = str(target.with_suffix(".onnx"))
+        raise UsageError(f"{target} would be an engine, which TensorRT builds of an .onnx file on the GPU that runs "
+                         f"it; type `path={example!r}`, and give that to trtexec there")  # fmt: skip
     by_name = exported_kind(target)
     kind = by_name if format is None else known[format]
     if kind is None:
