@@ -67,7 +67,7 @@ def test_the_bundled_model_is_checked_on_the_digits(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("differing", "allowed", "fine"), [(0, 0, True), (1, 0, False), (1, 1, True), (2, 1, False)])
 def test_near_ties_between_tokens_may_go_either_way(differing: int, allowed: int, fine: bool) -> None:
-    found = Agreement("noise", 64, 0.25, 0.001, differing, allowed, 100.0)
+    found = Agreement("noise", 64, 0.25, 0.001, differing, allowed, 100.0, 0.0)
     if not fine:
         with pytest.raises(ArtifactError, match=f"{differing} of 64 images differ"):
             found.require(Path("m.onnx"))

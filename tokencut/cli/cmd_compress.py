@@ -118,6 +118,7 @@ def compress(
             note_same_images("--calibration", search.source, "--data", images, why)
         subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
         assert isinstance(subject.model, CompressedModel)
+        _refuse_quantized(subject.model, trained=trained, quantize=quantize)
         work = FinetuneRun(subject, output, tuning, train, images, data, run, group, force)
         if train is not None:
             work.setup()
@@ -166,6 +167,16 @@ def _check_quantize(kind: str | None, allow_drop: float | None) -> None:
         check_kind(kind)
     elif allow_drop is not None:
         raise UsageError("--allow-drop says what --quantize may cost; type --quantize int8 as well, or leave it out")
+
+
+def _refuse_quantized(model: CompressedModel, *, trained: bool, quantize: str | None) -> None:
+    """Refuses what cannot be done with weights of eight bits before anything takes long."""
+    from tokencut.models.quantized import refuse_quantized
+
+    if trained:
+        refuse_quantized(model, "trained")
+    if quantize is not None:
+        refuse_quantized(model, "quantised again")
 
 
 def _quantized(

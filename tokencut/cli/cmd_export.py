@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +26,7 @@ from tokencut.cli.options import (
 
 if TYPE_CHECKING:
     from tokencut.cli.subject import Subject
+    from tokencut.export.quantizing import QuantizedReport
     from tokencut.export.run import ExportReport
 
 OUTPUT_HELP = "The file to write: *.onnx, *.xml (OpenVINO), *.pt2 (torch), *.aoti.pt2 (compiled); or a folder for timm."
@@ -33,6 +35,12 @@ OPSET_HELP = "ONNX opset, 18 to 22."
 DYNAMIC_HELP = "Whether the file takes any number of images, or only --batch-size of them."
 NORMALISE_HELP = "Bake the normalisation in: the file then takes RGB from 0 to 1."
 CHECK_LIMIT_HELP = "Check on an evenly spread sample of N images."
+QUANTIZE_HELP = "The weights of the blocks, and what they meet, in eight bits; the rest stays in fp32."
+CALIBRATION_HELP = "Training images to take the ranges of numbers from. Without, they are taken anew in each forward."
+CALIBRATION_LIMIT_HELP = "Take an evenly spread sample of N of them."
+ALLOW_HELP = "So many points of top-1 it may cost on --data, else on --calibration; otherwise no file is written."
+
+quantize_option = functools.partial(typer.Option, rich_help_panel="Eight bits")
 
 
 @with_groups
@@ -55,6 +63,14 @@ def export_file(
         int, running_option("-b", "--batch-size", **bounded("batch_size"), help="Images a forward.")
     ] = 16,
     seed: Annotated[int, running_option("--seed", **bounded("seed"), help="Decides random weights.")] = 0,
+    quantize: Annotated[str | None, quantize_option("--quantize", metavar="int8", help=QUANTIZE_HELP)] = None,
+    calibration: Annotated[str | None, quantize_option("--calibration", metavar="DIR", help=CALIBRATION_HELP)] = None,
+    calibration_limit: Annotated[
+        int | None, quantize_option("--calibration-limit", **bounded("images"), help=CALIBRATION_LIMIT_HELP)
+    ] = None,
+    allow_drop: Annotated[
+        float | None, quantize_option("--allow-drop", **bounded("allow_drop", "P"), help=ALLOW_HELP)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes a model for deployment: for a runtime, as its name ends, or timm's.
@@ -70,17 +86,17 @@ def export_file(
       tokencut export digits --keep 0.5 -o digits.pt2
       tokencut export out.safetensors -o model.xml
       tokencut export out.safetensors -o folder/ --format timm
+      tokencut export out.safetensors -o int8.onnx --quantize int8 \\
+          --calibration /imagenet/train --data /imagenet/val
     """
     from tokencut.export.run import check_export, export_model
 
-    _, kind = check_export(
-        output,
-        force=force,
-        opset=opset,
-        format=format_,
-        dynamic_batch=dynamic_batch,
-        with_preprocessing=with_preprocessing,
-    )
+    chosen: dict[str, Any] = {
+        "force": force, "opset": opset, "dynamic_batch": dynamic_batch, "with_preprocessing": with_preprocessing,
+        "quantize": quantize, "calibration_limit": calibration_limit, "allow_drop": allow_drop,
+    }  # fmt: skip
+    calibrating = None if calibration is None else opened(calibration, split="train", image_root=image_root)
+    _, kind, _ = check_export(output, format=format_, calibration=calibrating, **chosen)
     from tokencut.cli.subject import prepare
 
     images = None if data is None else opened(data, image_root=image_root)
@@ -89,17 +105,15 @@ def export_file(
         report = export_model(
             subject.model,
             output,
-            opset=opset,
-            dynamic_batch=dynamic_batch,
             batch_size=batch_size,
-            with_preprocessing=with_preprocessing,
-            force=force,
+            calibration=calibrating,
             data=images,
             limit=limit,
             name=_plain_name(subject),
             observer=observer,
             format=kind,
             measured=_measured(model, subject) if kind == "timm" else None,
+            **chosen,
         )
     for text in report.notes:
         render.note(text)
@@ -149,4 +163,22 @@ def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
     ]
     if agreement.equal_top1 is not None:
         rows.append(("equal top-1", f"{agreement.equal_top1:.1f} %"))
+    return rows if report.quantized is None else rows + _quantized_facts(report.quantized, report.bytes)
+
+
+def _quantized_facts(found: QuantizedReport, size: int) -> list[tuple[str, str]]:
+    """What is told of a quantised file, beside the one in fp32 that the rows above it are about."""
+    how = "ranges taken in each forward"
+    if found.calibration is not None:
+        how = f"ranges of {found.calibration_images} images ({found.calibration})"
+    rows = [(found.kind, f"{how}; {found.fp32_bytes / 1e6:.1f} MB in fp32, {size / 1e6:.1f} MB now")]
+    where = f"{found.images:,} images ({found.judged_on})"
+    if found.top1 is not None:
+        error = "unknown" if found.standard_error is None else f"{found.standard_error:.2f}"
+        rows.append((f"top-1 in {found.kind}", f"{found.fp32_top1:.2f} % -> {found.top1:.2f} % "
+                                               f"({found.difference:+.2f} ± {error} points) on {where}"))  # fmt: skip
+    elif found.relative_difference is not None:
+        rows.append((f"logits in {found.kind}", f"{100 * found.relative_difference:.1f} % off on {where}"))
+    if found.agreement is not None:
+        rows.append(("the same class", f"{found.agreement:.1f} % of them"))
     return rows

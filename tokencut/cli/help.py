@@ -29,7 +29,7 @@ DEFAULTS: Mapping[str, str] = {
     "--layers": "4,7,10 of 12", "--method": "bat", "--method-option": "the method's own", "--reduce-by": NONE,
     "--prop-attn": "by method", "sweep --methods": "bat,evit,tome", "compare --methods": NONE, "--compare": NONE,
     "--target-gmacs": NONE, "--target-speedup": NONE, "--max-drop": NONE, "--calibration": NONE,
-    "--quantize": NONE, "--allow-drop": "1",
+    "--quantize": NONE, "--allow-drop": "1", "export --calibration-limit": "128",
     "--calibration-limit": "512", "--search-effort": "40", "compress --front": "beside the output", "--front": NONE,
     "--finetune-epochs": "the recipe's", "--train-data": NONE, "--recipe": "short", "--select": "last",
     "--accumulate": "1", "--tensorboard": NONE, "--distill": "soft", "--distill-weight": "0.5", "--temperature": "1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokencut.errors import ArtifactError
 from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.comparison import ComparisonReport, paired
+from tokencut.evaluation.statistics import if_known
 
 # Points of top-1 below the same model unquantised. What int8 and fp8 cost where all is well is a few tenths.
 ALLOWED_DROP = 1.0
@@ -31,9 +32,11 @@ def quantized_beside(
     found = paired(quantized, plain)
     lost = -found.difference.points
     if lost > allowed:
+        error = if_known(found.difference.standard_error)
         raise ArtifactError(
-            f"{kind} costs {lost:.2f} ± {found.difference.standard_error:.2f} points of top-1 on {found.images:,} "
-            f"images ({plain.top1:.2f} to {quantized.top1:.2f} %), and {allowed:g} are allowed, so {target} was not "
-            f"written; type `allow_drop={lost + 0.05:.1f}` to have it all the same, or leave out `quantize`"
+            f"{kind} costs {lost:.2f} ± {'unknown' if error is None else f'{error:.2f}'} points of top-1 on "
+            f"{found.images:,} images ({plain.top1:.2f} to {quantized.top1:.2f} %), and {allowed:g} are allowed, so "
+            f"{target} was not written; type `allow_drop={lost + 0.05:.1f}` to have it all the same, or leave out "
+            "`quantize`"
         )
     return found

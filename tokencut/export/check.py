@@ -114,6 +114,7 @@ class Agreement:
         differing: Images with a larger one.
         allowed: How many of those near-ties between tokens explain.
         equal_top1: Percent of the images with the same most likely class; None for a model without a head.
+        relative_difference: How far all logits are apart, as a share of the model's, by the Euclidean norm.
     """
 
     data: str
@@ -123,6 +124,7 @@ class Agreement:
     differing: int
     allowed: int
     equal_top1: float | None
+    relative_difference: float
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison for JSON."""
@@ -190,4 +192,5 @@ def compare(
         differing=int((~(differences <= tolerance)).sum()),  # NaN is no agreement
         allowed=math.ceil(NEAR_TIES * count) if reduces else 0,
         equal_top1=None if headless else 100 * float((wanted.argmax(1) == given.argmax(1)).float().mean()),
+        relative_difference=float((wanted - given).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny)),
     )

@@ -18,6 +18,7 @@ from tokencut.models.fields import (
     MAX_LENGTH,
     ORIGIN,
     PREPROCESSING,
+    QUANTIZED,
     LabelNames,
     as_tuples,
     labels_from_json,
@@ -48,7 +49,8 @@ FORM = Form(
         "params": COUNT,
         "dense_params": COUNT,
         "frames": Rule(lambda value: is_whole(value, 1, 65535), "a positive number"),
-    }, partial=frozenset({"frames"})),
+        "quantized": QUANTIZED,
+    }, partial=frozenset({"frames", "quantized"})),
     called="metadata",
     otherwise="export the model again",
     most=MAX_LENGTH,
@@ -74,6 +76,7 @@ class ExportInfo:
         params: Number of parameters.
         dense_params: The same of the model without its recipe.
         frames: Frames of the clips that the file takes, `(B, C, frames, H, W)`; None for images.
+        quantized: What its weights are quantised to, such as `int8`; None where they are not.
     """
 
     model: str
@@ -90,6 +93,7 @@ class ExportInfo:
     params: int
     dense_params: int
     frames: int | None = None
+    quantized: str | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -114,8 +118,9 @@ class ExportInfo:
         """Sorted JSON on one line: the same for the same model."""
         recipe = self.recipe and self.recipe.to_json()
         told = {**asdict(self), "recipe": recipe, "label_names": labels_to_json(self.label_names)}
-        if self.frames is None:
-            del told["frames"]
+        for name in ("frames", "quantized"):
+            if told[name] is None:
+                del told[name]
         return FORM.write(told)
 
 

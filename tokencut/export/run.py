@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokencut.errors import ArtifactError, UsageError
 from tokencut.export.check import Agreement, check_images, compare
 from tokencut.export.graph import Graph, Normalised
 from tokencut.export.info import ExportInfo, describe_export
+from tokencut.export.quantizing import QuantizedReport, Quantizing, check_quantizing, quantized_file
 from tokencut.export.runtimes import Runtime, exported_kind, runtimes
 from tokencut.export.timm_folder import check_folder, read_folder, write_folder
 from tokencut.files import atomic_files, atomic_folder, check_writable, user_path, with_ending
@@ -43,7 +45,8 @@ class ExportReport:
         info: What the file says about its model.
         opset: ONNX opset; None for the others.
         bytes: Its size, files beside it included.
-        agreement: The file against the model, on images.
+        agreement: The file against the model, on images; of a quantised one, the file in fp32 that it was made from.
+        quantized: What quantising it gave; None for a file in fp32.
         notes: What a user should know.
     """
 
@@ -54,6 +57,7 @@ class ExportReport:
     bytes: int
     agreement: Agreement
     notes: tuple[str, ...]
+    quantized: QuantizedReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON."""
@@ -72,6 +76,7 @@ class ExportReport:
             "params": self.info.params,
             "bytes": self.bytes,
             **self.agreement.to_dict(),
+            **({} if self.quantized is None else self.quantized.to_dict()),
             "notes": list(self.notes),
         }
 
@@ -84,7 +89,12 @@ def check_export(
     format: str | None = None,  # noqa: A002 (as the option is called)
     dynamic_batch: bool = True,
     with_preprocessing: bool = False,
-) -> tuple[Path, str]:
+    quantize: str | None = None,
+    calibration: str | os.PathLike[str] | Source | None = None,
+    calibration_limit: int | None = None,
+    allow_drop: float | None = None,
+    observer: Observer | None = None,
+) -> tuple[Path, str, Quantizing | None]:
     """Refuses an export that could not end well, before any work is done for it.
 
     Args:
@@ -94,18 +104,28 @@ def check_export(
         format: What to write; where None as the name ends.
         dynamic_batch: As `export_model` takes it.
         with_preprocessing: As `export_model` takes it.
+        quantize: As `export_model` takes it.
+        calibration: As `export_model` takes it.
+        calibration_limit: As `export_model` takes it.
+        allow_drop: As `export_model` takes it.
+        observer: Told what takes long: the unpacking of an archive.
 
     Returns:
-        The path, and what to write.
+        The path, what to write, and how it is to be quantised, if at all.
 
     Raises:
         UsageError: The name ends like no kind of file, or the opset is out of range.
         TokencutError: A package is missing, or the file cannot be written.
     """
     target = user_path(path)
+    quantizing = partial(
+        check_quantizing, quantize, target=target, calibration=calibration, images=calibration_limit,
+        allow_drop=allow_drop, observer=observer,
+    )  # fmt: skip
     if format == TIMM:
         _refuse_graph_options(opset, dynamic_batch, with_preprocessing)
-        return check_folder(target, force=force), TIMM
+        quantizing(None)
+        return check_folder(target, force=force), TIMM, None
     kind = _chosen(target, format)
     if opset is not None:
         takes = sorted(each.suffix for each in runtimes().values() if each.default_opset)
@@ -115,7 +135,7 @@ def check_export(
     kind.check_writable(target)
     for file in kind.files(target):
         check_writable(file, force=force)
-    return target, kind.name
+    return target, kind.name, quantizing(kind)
 
 
 def _chosen(target: Path, format: str | None) -> Runtime:  # noqa: A002 (as the option is called)
@@ -168,6 +188,10 @@ def export_model(
     name: str | None = None,
     format: str | None = None,  # noqa: A002 (as the option is called)
     measured: Mapping[str, float] | None = None,
+    quantize: str | None = None,
+    calibration: str | os.PathLike[str] | Source | None = None,
+    calibration_limit: int | None = None,
+    allow_drop: float | None = None,
     observer: Observer | None = None,
 ) -> ExportReport:
     """Writes a model as a file of a runtime, or timm's folder, and compares the two: all of it is there, or nothing.
@@ -189,7 +213,14 @@ def export_model(
         name: What the file calls the model; by default its architecture and tag.
         format: The kind's name, such as `onnx`, or `timm`; where None as the name ends.
         measured: For timm's folder: what was measured, as `tokencut.save` takes it.
-        observer: Told what takes long before the first batch: the unpacking of an archive.
+        quantize: `int8` for the products of blocks with their weights in eight bits, where the kind of file has that; a
+            file in fp32 where None. It is made of one that gives the model's logits, and compared with that on `data`
+            (1,000 of them where `limit` is None), else on `calibration`.
+        calibration: Images to take the ranges of numbers from, as `evaluate` takes them, never those of `data`; where
+            None a file takes them anew in each forward, if its runtime does that.
+        calibration_limit: How many of them, evenly spread; 128 where None.
+        allow_drop: Points of top-1 that quantising may cost; 1 where None.
+        observer: Told what takes long: the unpacking of an archive, the judging of a quantised file.
 
     Returns:
         The report.
@@ -198,7 +229,8 @@ def export_model(
         UsageError: An argument is wrong.
         ModelError: The model cannot be captured as one graph.
         DataError: The images cannot be found or read.
-        ArtifactError: The file cannot be written, or does not give the model's logits.
+        ArtifactError: The file cannot be written, or does not give the model's logits, or quantising it costs more than
+            is allowed.
 
     Example:
         >>> import tokencut
@@ -208,13 +240,18 @@ def export_model(
         >>> report.output.name, report.agreement.images
         ('out.pt2', 16)
     """
-    target, kind = check_export(
+    target, kind, quantizing = check_export(
         path,
         force=force,
         opset=opset,
         format=format,
         dynamic_batch=dynamic_batch,
         with_preprocessing=with_preprocessing,
+        quantize=quantize,
+        calibration=calibration,
+        calibration_limit=calibration_limit,
+        allow_drop=allow_drop,
+        observer=observer,
     )
     model = plain_model(model)
     refuse_quantized(model, "exported")
@@ -236,13 +273,28 @@ def export_model(
         atomic_files(target, *beside, force=force) as temporary,
     ):
         served = Normalised(model, images.prepared) if with_preprocessing else model
-        runtime.write(Graph(served, info, chosen, runtime.largest_batch), temporary)
-        written = runtime.open(temporary)
+        graph, file = Graph(served, info, chosen, runtime.largest_batch), temporary
+        if quantizing is not None:
+            file = temporary.parent / "fp32" / temporary.name
+            file.parent.mkdir()
+        runtime.write(graph, file)
+        written = runtime.open(file)
         agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
         agreement.require(target)
-        size = sum(file.stat().st_size for file in runtime.files(temporary))
-    notes = (*images.notes, *agreement.notes(), *runtime.advice)
-    return ExportReport(target, kind, info, chosen, size, agreement, notes)
+        size, quantized, notes = _size(runtime, file), None, (*images.notes, *agreement.notes(), *runtime.advice)
+        if quantizing is not None:
+            judged_on = None if images.real is None else images.real.source
+            quantized = quantized_file(
+                graph, runtime, written, temporary, quantizing, target=target, data=judged_on, limit=limit,
+                batch_size=batch_size, fp32_bytes=size, observer=observer,
+            )  # fmt: skip
+            size, notes = _size(runtime, temporary), (*notes, *quantized.notes())
+            info = replace(info, quantized=quantizing.kind)
+    return ExportReport(target, kind, info, chosen, size, agreement, notes, quantized)
+
+
+def _size(runtime: Runtime, file: Path) -> int:
+    return sum(part.stat().st_size for part in runtime.files(file))
 
 
 def _export_folder(

@@ -67,7 +67,7 @@ def profile_exported(
         speedup=ratio if recipe else (1.0 if latency else None),
         stages=recipe.stages if recipe else (),
         device=describe_device(model.device),
-        precision="fp32",
+        precision=info.quantized or "fp32",
         batch_size=size,
         versions={**versions(), model.runtime[0]: model.runtime[1]},
         speedup_spread=spread,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,6 +113,8 @@ class Runtime(ABC):
         largest_batch: The most images that a file for any number takes at once; None where there is no limit.
         device: Where files compute: `cpu` or `cuda`.
         most_weights: The most bytes of weights that a file holds; None where there is no limit.
+        quantizes: What a file can be quantised to, such as `int8`, by `quantize`.
+        to_quantize: Import names that that needs, beside those for writing.
     """
 
     name: ClassVar[str]
@@ -127,6 +129,8 @@ class Runtime(ABC):
     largest_batch: ClassVar[int | None] = None
     device: ClassVar[str] = "cpu"
     most_weights: ClassVar[int | None] = None
+    quantizes: ClassVar[tuple[str, ...]] = ()
+    to_quantize: ClassVar[tuple[str, ...]] = ()
 
     def check_writable(self, target: Path) -> None:
         """Refuses what could not be written here, before any work is done for it.
@@ -152,6 +156,20 @@ class Runtime(ABC):
         Raises:
             ModelError: The runtime has no such operators.
         """
+
+    def quantize(self, graph: Graph, source: Path, target: Path, batches: Iterable[Tensor] | None) -> None:
+        """Writes another file, of whole numbers of eight bits, of one that `write` wrote; for kinds with `quantizes`.
+
+        Args:
+            graph: What the file was written of; its `info` says what the new one is quantised to.
+            source: The file in fp32.
+            target: Where to, named like `source`, in another folder.
+            batches: Images to take the ranges of numbers from, as the file takes them; None where there are none.
+
+        Raises:
+            UsageError: The runtime needs such images.
+        """
+        raise NotImplementedError
 
     def open(self, path: Path) -> ExportedModel:
         """Opens a file, with as many threads as torch uses.

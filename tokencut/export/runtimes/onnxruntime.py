@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from tokencut.errors import ArtifactError, ModelError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, quiet
 from tokencut.export.info import KEY
+from tokencut.export.node_names import name_nodes
+from tokencut.export.onnx_int8 import quantize_onnx
 from tokencut.export.runtimes.base import ExportedModel, Runtime, register
 from tokencut.export.translations import translations
 from tokencut.messages import one_line
@@ -32,6 +35,7 @@ class OnnxRuntime(Runtime):
     default_opset = 18
     # A message of protobuf, and so a file in one piece, holds less than 2 GiB; the graph takes a few MB of it.
     most_weights = 2_100_000_000
+    quantizes = ("int8",)
 
     def write(self, graph: Graph, path: Path) -> None:
         """Writes one file; see `Runtime.write`."""
@@ -39,6 +43,10 @@ class OnnxRuntime(Runtime):
         made = onnx_program(graph, graph.opset)
         made.model.metadata_props[KEY] = graph.info.to_text()
         made.save(str(path), external_data=False)
+
+    def quantize(self, graph: Graph, source: Path, target: Path, batches: Iterable[Tensor] | None) -> None:
+        """Static where there are images, else dynamic; see `Runtime.quantize`."""
+        quantize_onnx(source, target, graph, batches)
 
     def _open(self, path: Path) -> ExportedModel:
         runtime = importlib.import_module("onnxruntime")
@@ -80,6 +88,7 @@ def onnx_program(graph: Graph, opset: int) -> Any:
         raise ModelError(f"torch.onnx cannot translate {graph.info.model} ({one_line(error)}); type "
                          "`path='FILE.pt2'`, and please report the model's name and options") from error  # fmt: skip
     assert made is not None
+    name_nodes(made.model.graph, graph.model)
     for node in made.model.graph:
         node.metadata_props.clear()  # where in torch's and timm's code each came from
     made.model.metadata_props.clear()
