@@ -191,9 +191,7 @@ class AroundTimm(nn.Module):
 
     def built_for(self) -> tuple[StagePlan, ...]:
         """The stages for images of the size that the model is built for."""
-        size = self.adapter.input_size(self.model)
-        assert size is not None
-        return self._stages_on(self.adapter.grid(self.model, *size))
+        return self._stages_on(self.adapter.own_grid(self.model))
 
     def _stages_on(self, grid: tuple[int, ...]) -> tuple[StagePlan, ...]:
         """The stages for images whose tokens stand in such a grid."""
