@@ -24,7 +24,7 @@ LAYERS = (
     "blocks",
     "timm_protocol",
     "model",
-    "backbone runtime",
+    "backbone over_frames runtime",
     "models",
     "data",
     "evaluation profiling",

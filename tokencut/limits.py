@@ -57,6 +57,8 @@ LIMITS: Mapping[str, Limits] = {
     "batch_size": _whole(1, 65_536, 64),
     "depth": _whole(1, 128, 12),
     "effort": Limits(0, 10_000, 40, open=True),
+    "frame_stride": _whole(1, 10_000, 4),
+    "frames": _whole(1, 1_024, 16),
     "images": _whole(1, 10**9, 512),
     "img_size": _whole(1, 4_096, 224),
     "limit": _whole(1, 10**9, 1000),
@@ -67,6 +69,7 @@ LIMITS: Mapping[str, Limits] = {
     "rounds": _whole(3, 10_000, 21),
     "seed": _whole(-(2**63), 2**63 - 1, 0),
     "top": _whole(1, 10**6, 5),
+    "views": _whole(1, 100, 5),
     "workers": _whole(0, 1_024, 0),
     # Points of top-1 that quantised weights may cost.
     "allow_drop": Limits(0, 100, 2.0),

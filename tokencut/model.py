@@ -266,14 +266,13 @@ def compress(
     built = make_method(method or adapter.default_method, dict(method_options or {}))
     adapter.check_method(built)
     schedule = adapter.schedule(model, keep if reduce_by is None else None, layers, reduce_by)
-    tokens, size = adapter.cost(model).patches, adapter.input_size(model)
-    assert size is not None
+    tokens = adapter.cost(model).patches
     recipe = Recipe(
         method=built.name,
         schedule=schedule,
         prop_attn=built.prop_attn if prop_attn is None else prop_attn,
         tokens=tokens,
-        stages=schedule.resolve(tokens, adapter.tokens_out(model, adapter.grid(model, *size)) or built.tokens_out),
+        stages=schedule.resolve(tokens, adapter.tokens_out(model, adapter.own_grid(model)) or built.tokens_out),
         method_options=built.options(),
     )
     compressed = CompressedModel(copy.deepcopy(model), recipe)

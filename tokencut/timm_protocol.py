@@ -191,16 +191,11 @@ class AroundTimm(nn.Module):
 
     def built_for(self) -> tuple[StagePlan, ...]:
         """The stages for images of the size that the model is built for."""
-        return self._stages_on(self._own_grid())
+        return self._stages_on(self.adapter.own_grid(self.model))
 
     def possible_counts(self) -> TokensOut | None:
         """How many tokens can leave a stage, for images of that size; None where any can."""
-        return self.adapter.tokens_out(self.model, self._own_grid())
-
-    def _own_grid(self) -> tuple[int, int]:
-        size = self.adapter.input_size(self.model)
-        assert size is not None
-        return self.adapter.grid(self.model, *size)
+        return self.adapter.tokens_out(self.model, self.adapter.own_grid(self.model))
 
     def _stages_on(self, grid: tuple[int, ...]) -> tuple[StagePlan, ...]:
         """The stages for images whose tokens stand in such a grid."""

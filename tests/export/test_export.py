@@ -58,7 +58,8 @@ def test_the_file_is_checked_and_told_about(dynamic: ExportReport) -> None:
         "dynamic_batch": True, "batch_size": None, "with_preprocessing": False, "gmacs": dynamic.info.gmacs,
         "params": dynamic.info.params, "bytes": dynamic.output.stat().st_size, "data": "noise", "images": 5,
         "largest_difference": dynamic.agreement.largest_difference, "tolerance": 0.001, "differing": 0, "allowed": 1,
-        "equal_top1": 100.0, "relative_difference": pytest.approx(0, abs=1e-5), "notes": ["checked on 5 images of noise, since no `data` was given"],
+        "equal_top1": 100.0, "relative_difference": pytest.approx(0, abs=1e-5),
+        "notes": ["checked on 5 images of noise, since no `data` was given"],
     }  # fmt: skip
 
 

@@ -143,6 +143,12 @@ class Adapter(ABC):
         """What images are cut into: rows and columns of patches, and before them tubelets along the frames of clips."""
         return self.grid(model, images.shape[-2], images.shape[-1])
 
+    def own_grid(self, model: TimmModule) -> tuple[int, ...]:
+        """The same for images, or clips, of the size that the model is built for."""
+        size = self.input_size(model)
+        assert size is not None
+        return self.grid(model, *size)
+
     @abstractmethod
     def input_size(self, model: TimmModule) -> tuple[int, int] | None:
         """Height and width in px of the images that the model was built for; None where it does not tell."""

@@ -147,7 +147,7 @@ class SpaceTimeTransformer(VisionTransformer):
         embed: Any = self.patch_embed
         if patch_size is not None and to_2tuple(patch_size) != embed.patch_size:
             raise ModelError(f"tubelets of {embed.patch_size} px cannot be resampled to {patch_size}; leave "
-                             "`patch_size` out, or build the model with it")  # fmt: skip
+                             "that out, or build the model with it")  # fmt: skip
         before = embed.grid_size
         embed._resize(to_2tuple(img_size or embed.img_size), embed.num_frames)
         after = embed.grid_size[1:]

@@ -27,6 +27,10 @@ class VideoAdapter(ColumnarAdapter):
     def grid_of(self, model: TimmModule, images: Tensor) -> tuple[int, ...]:
         return (images.shape[-3] // model.patch_embed.tubelet_size, *super().grid_of(model, images))
 
+    def own_grid(self, model: TimmModule) -> tuple[int, ...]:
+        grid: tuple[int, ...] = model.patch_embed.grid_size
+        return grid
+
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         features = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return Tokens(features, self.num_prefix_tokens(model))

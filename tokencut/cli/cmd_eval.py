@@ -12,6 +12,7 @@ from tokencut.cli.options import (
     CompileOptions,
     DataOptions,
     DenseFlag,
+    Frames,
     JsonFlag,
     ModelArgument,
     ModelOptions,
@@ -41,10 +42,13 @@ def evaluate(
     dense: DenseFlag = False,
     source: ModelOptions,
     run: RunOptions,
+    frames: Frames = None,
     compiling: CompileOptions,
     as_json: JsonFlag = False,
 ) -> None:
     """Measures a model's accuracy: top-1, top-5 and loss on a folder of images.
+
+    A model of clips is judged on a folder of videos, one sub-folder a class.
 
     A model that is not a tokencut file is compressed on the fly; --dense leaves
     it as it is. An exported file, such as an .onnx, is run by its own runtime.
@@ -54,6 +58,7 @@ def evaluate(
       tokencut eval deit_small --keep 0.5 --data /imagenet/val --limit 5000
       tokencut eval digits --dense --data digits
       tokencut eval model.onnx --data /imagenet/val
+      tokencut eval ./videomae --data /kinetics/val --frame-stride 4 --views 5
     """
     if data.data is None:
         raise UsageError(
@@ -69,7 +74,7 @@ def evaluate(
     exported = open_subject(model, source, reduction, run, compiling, dense=dense)
     device = device_of(exported, run.device)
     images = opened(data.data, **data.reading())
-    subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
+    subject = (exported or prepare(model, source, reduction, seed=run.seed, dense=dense)).over_frames(frames)
     report = measure_accuracy(
         subject.model, subject.name, images, data, run, device, predictions=predictions, force=force,
         compile_mode=compiling.mode, capture=compiling.capture,

@@ -13,11 +13,13 @@ from tokencut.cli.options import (
     ClassMapFile,
     CompileOptions,
     DenseFlag,
+    FrameStride,
     JsonFlag,
     ModelArgument,
     ModelOptions,
     ReductionOptions,
     RunOptions,
+    Views,
     Workers,
     bounded,
     with_groups,
@@ -26,7 +28,7 @@ from tokencut.cli.options import (
 if TYPE_CHECKING:
     from tokencut.evaluation.prediction import PredictionReport
 
-IMAGES_HELP = "Image files, folders of them, or digits for the first of its test images."
+IMAGES_HELP = "Image files, videos for a model of clips, folders of them, or digits for the first of its test images."
 
 
 @with_groups
@@ -44,6 +46,8 @@ def predict(
     source: ModelOptions,
     workers: Workers = None,
     class_map: ClassMapFile = None,
+    frame_stride: FrameStride = None,
+    views: Views = None,
     run: RunOptions,
     compiling: CompileOptions,
     as_json: JsonFlag = False,
@@ -71,6 +75,7 @@ def predict(
     exported = open_subject(model, source, reduction, run, compiling, dense=dense)
     device = device_of(exported, run.device)
     photos = PhotoSource(images)
+    photos.sample(frame_stride, views)
     subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
     with watched(f"predicting by {subject.name}") as observer:
         report = predict_images(

@@ -14,6 +14,7 @@ from tokencut.cli.options import (
     ClassMapFile,
     CompileOptions,
     DenseFlag,
+    Frames,
     ImageRoot,
     JsonFlag,
     ModelArgument,
@@ -48,6 +49,7 @@ def profile(
     image_root: ImageRoot = None,
     source: ModelOptions,
     run: TimingOptions,
+    frames: Frames = None,
     compiling: CompileOptions,
     dense_file: Annotated[Path | None, running_option("--dense-file", metavar="FILE", help=DENSE_FILE_HELP)] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="Count only: nothing is timed.")] = False,
@@ -91,6 +93,10 @@ def profile(
                                   timing_batch_size=run.batch_size,
                                   reading={"class_map": class_map, "image_root": image_root})  # fmt: skip
     exported = open_subject(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
+    if frames is not None and (exported is not None or search is not None):
+        what = "a search" if exported is None else "an exported model"
+        raise UsageError(f"--frames {frames} is for a model that is counted and timed here, and {what} sees images "
+                         "alone; leave it out")  # fmt: skip
     if exported is not None:
         subject, report = exported, _measure_file(exported, run, dense_file, latency=not no_latency)
     elif dense_file is not None:
@@ -99,7 +105,7 @@ def profile(
         resolve_device(run.device)
         subject = prepare(
             model, source, reduction, seed=run.seed, dense=dense, weights_needed=search is not None, search=search
-        )
+        ).over_frames(frames)
         report = _measure(subject, run, compiling, latency=not no_latency)
     if as_json:
         found = {} if search is None else {"search": search.summary()}

@@ -11,6 +11,7 @@ import typer
 from tokencut.cli import render
 from tokencut.cli.observer import watched
 from tokencut.cli.options import (
+    FrameStride,
     JsonFlag,
     ModelArgument,
     ModelOptions,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from tokencut.model import CompressedModel
     from tokencut.visualization.drawing import Picture, View
 
-IMAGES_HELP = "Image files (JPEG, PNG, WebP, BMP, TIFF), or digits for the first of its test images."
+IMAGES_HELP = (
+    "Image files (JPEG, PNG, WebP, BMP, TIFF), videos for a model of clips, or digits for the first of its test images."
+)
 OUTPUT_HELP = "The file to write: *.png, *.pdf or *.svg."
 ATTENTION_HELP = "Overlay class attention as a heat map, on the tokens that entered each stage."
 COMPARE_HELP = (
@@ -47,6 +50,7 @@ def visualize(
     compare: Annotated[str | None, reduction_option("--compare", metavar="NAME,...", help=COMPARE_HELP)] = None,
     reduction: ReductionOptions,
     source: ModelOptions,
+    frame_stride: FrameStride = None,
     run: RunOptions,
     as_json: JsonFlag = False,
 ) -> None:
@@ -54,7 +58,8 @@ def visualize(
 
     Merged patches are outlined regions in their mean colour, tokens of one patch
     stay as they are, dropped patches are dark; a legend tells. Photos keep their
-    own resolution and are turned upright. Needs matplotlib.
+    own resolution and are turned upright; a video is a strip of frames, one of
+    each tubelet. Needs matplotlib.
 
     Examples:
       tokencut visualize out.safetensors photo.jpg -o photo-tokens.png
@@ -77,8 +82,9 @@ def visualize(
     name, models = _models(model, source, reduction, run, variants)
     with watched(f"drawing what {name} makes of {len(photos)} images"):
         picture = draw(
-            models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision
-        )
+            models, photos, attention=attention, batch_size=run.batch_size, device=device, precision=run.precision,
+            frame_stride=frame_stride or 4,
+        )  # fmt: skip
     picture.save(output, force=force)
     if as_json:
         render.write_json(_json(str(output), name, models, picture))

@@ -285,12 +285,18 @@ DATA_HELP = (
 LIMIT_HELP = "Judge an evenly spread sample of N images."
 CLASS_MAP_HELP = "The order of the model's classes: a text file, a class folder's name in each line."
 IMAGE_ROOT_HELP = "The folder that the paths of a list are relative to."
+FRAME_STRIDE_HELP = "Of videos: frames from one of a clip to the next; 4 by default."
+FRAMES_HELP = "A model of images on clips of N frames: it sees each by itself, and its logits are averaged."
+VIEWS_HELP = "Of videos: clips that are taken from each, whose probabilities are averaged; 1 by default."
 WORKERS_HELP = "Processes that load images."
 
 
 Workers = Annotated[int | None, data_option("-j", "--workers", **bounded("workers"), help=WORKERS_HELP)]
 ClassMapFile = Annotated[Path | None, data_option("--class-map", metavar="FILE", help=CLASS_MAP_HELP)]
 ImageRoot = Annotated[Path | None, data_option("--image-root", metavar="DIR", help=IMAGE_ROOT_HELP)]
+FrameStride = Annotated[int | None, data_option("--frame-stride", **bounded("frame_stride"), help=FRAME_STRIDE_HELP)]
+Frames = Annotated[int | None, data_option("--frames", **bounded("frames"), help=FRAMES_HELP)]
+Views = Annotated[int | None, data_option("--views", **bounded("views"), help=VIEWS_HELP)]
 
 
 @dataclass(frozen=True)
@@ -302,10 +308,13 @@ class DataOptions:
     workers: Workers = None
     class_map: ClassMapFile = None
     image_root: ImageRoot = None
+    frame_stride: FrameStride = None
+    views: Views = None
 
     def reading(self) -> dict[str, Any]:
         """How the images are to be read, for `open_source`."""
-        return {"class_map": self.class_map, "image_root": self.image_root}
+        return {"class_map": self.class_map, "image_root": self.image_root, "frame_stride": self.frame_stride,
+                "views": self.views}  # fmt: skip
 
 
 def read_keep(text: str) -> float | list[float]:

@@ -32,6 +32,7 @@ from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
 from tokencut.models.names import usual_method
 from tokencut.models.pretrained_cfg import data_config
+from tokencut.over_frames import OverFrames, of_images
 from tokencut.recipe import Recipe
 from tokencut.runtime.devices import describe_device, versions
 from tokencut.runtime.distributed import Group, single_process
@@ -61,7 +62,19 @@ class Subject:
         """What is done to the model; None for the dense one."""
         if isinstance(self.model, ExportedModel):
             return self.model.info.recipe
-        return self.model.recipe if isinstance(self.model, CompressedModel) else None
+        model = of_images(self.model)
+        return model.recipe if isinstance(model, CompressedModel) else None
+
+    def over_frames(self, frames: int | None) -> Subject:
+        """The same on clips of so many frames, seen one by one; as it is where None.
+
+        Raises:
+            UsageError: The model takes clips by itself.
+        """
+        if frames is None:
+            return self
+        model, dense = (OverFrames(model, frames).eval() for model in (self.model, self.dense))
+        return replace(self, model=model, dense=dense)
 
     def describe(self) -> str:
         """The reduction in words, such as `bat, keep 0.7, layers 4,7,10`."""
@@ -229,6 +242,8 @@ def gmacs(model: nn.Module) -> float:
     """Multiply-adds per image by the closed form, in units of 1e9; as it was exported, for a file."""
     if isinstance(model, ExportedModel):
         return model.info.gmacs
+    if isinstance(model, OverFrames):
+        return model.frames * gmacs(model.model)
     return predicted_gmacs(model)
 
 

@@ -13,10 +13,10 @@ import ast
 _SAME = """
     accumulate allow_drop alpha attention auto_augment batch_size beta calibration capture checkpoint class_map
     clip_grad color_jitter compare compile_mode crop_pct crop_scale cutmix data dense device distill distill_weight
-    dtype ema_decay force hflip img_size interpolation keep keep_warmup label_smoothing layer_decay layers limit lr
-    lr_scaling max_drop mean method methods min_lr mixup model_kwargs num_classes opset precision predictions
-    prop_attn quantize random_erasing recipe reduce_by seed select std temperature tensorboard top train_data
-    warmup_epochs weight_decay workers
+    dtype ema_decay force frame_stride frames hflip img_size interpolation keep keep_warmup label_smoothing
+    layer_decay layers limit lr lr_scaling max_drop mean method methods min_lr mixup model_kwargs num_classes opset
+    precision predictions prop_attn quantize random_erasing recipe reduce_by seed select std temperature tensorboard
+    top train_data views warmup_epochs weight_decay workers
 """
 OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "compiled": "--compile",
@@ -40,7 +40,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
 # Where the bare name means something else than the option that takes a value.
 BARE = OPTIONS | {"compile_mode": "--compile"}
 # timm's own arguments, which all stand behind one option.
-TIMM = ("depth", "dynamic_img_size", "global_pool", "in_chans")
+TIMM = ("depth", "dynamic_img_size", "global_pool", "in_chans", "num_frames")
 COMMANDS = {
     "compress": "compress", "evaluate": "eval FILE", "export_model": "export", "finetune": "compress",
     "predict": "predict", "profile": "profile", "save": "compress",

@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image
 
-from tokencut.data.listing import Layout, find_images, path_order, scan_folder
+from tokencut.data.listing import Layout, find_images, is_video, path_order, scan_folder
 from tokencut.data.own_pictures import set_apart, start_of_file
 from tokencut.data.preprocessing import FORMATS, UnreadableImageError, decode
 from tokencut.data.sources import DIGITS, DigitsSource, Source
@@ -135,13 +135,30 @@ def read_photos(photos: Sequence[Photo], mode: str, use: Callable[[Image.Image],
     Raises:
         DataError: Some cannot be read: each of them is named, with the reason.
     """
+
+    def read(photo: Photo) -> Made:
+        with photo.opened() as file:
+            # Whole first: a decoder that fails on a socket or a device says less than reading does.
+            content = io.BytesIO(file.read())
+        return use(decode(content, mode, upright=photo.upright))
+
+    return read_all(photos, read)
+
+
+def read_all(photos: Sequence[Photo], read: Callable[[Photo], Made]) -> list[Made]:
+    """Reads images, or videos, one after the other.
+
+    Args:
+        photos: What to read.
+        read: Reads one.
+
+    Raises:
+        DataError: Some cannot be read: each of them is named, with the reason.
+    """
     made, failures = [], []
     for photo in photos:
         try:
-            with photo.opened() as file:
-                # Whole first: a decoder that fails on a socket or a device says less than reading does.
-                content = io.BytesIO(file.read())
-            made.append(use(decode(content, mode, upright=photo.upright)))
+            made.append(read(photo))
         except IsADirectoryError:
             failures.append(f"{photo.name!r} (a folder; name the files in it, such as {Path(photo.name) / '*.jpg'})")
         except FileNotFoundError:
@@ -159,9 +176,9 @@ def read_photos(photos: Sequence[Photo], mode: str, use: Callable[[Image.Image],
 
 
 def check_photos(photos: Sequence[Photo]) -> None:
-    """Refuses images that cannot be read, before any work is done for them.
+    """Refuses images that cannot be read, before any work is done for them; videos are left to the model that asks.
 
     Raises:
         DataError: As `read_photos`.
     """
-    read_photos(photos, "RGB", lambda image: None)
+    read_photos([photo for photo in photos if not is_video(photo.name)], "RGB", lambda image: None)

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from tokencut.data.labels import ClassMap, classes_for
-from tokencut.data.loading import Batch, ImageDataset, Loader, Unreadable, make_loader
+from tokencut.data.loading import Batch, ClipDataset, ImageDataset, Loader, Unreadable, make_loader
 from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.data.sampling import strided_subset
 from tokencut.data.sources import Source, open_source
+from tokencut.data.videos import require_decoder
 from tokencut.errors import DataError
 from tokencut.messages import QUOTED, quoted
 from tokencut.models.checkpoints import require_finite
-from tokencut.models.pretrained_cfg import require_head
+from tokencut.models.pretrained_cfg import frames_of, require_head
 from tokencut.observers import Observer
 
 # Held in memory up to this size: 14,000 images of 224 px, or 5,000 of 378 px. More are decoded anew for every model.
@@ -65,10 +66,11 @@ class ImageSet:
             transform: As `Preprocessing.transform` takes it, for training; by default as the model is judged.
         """
         targets = self.class_map.targets if self.class_map else [0] * len(self.source.classes)
-        return ImageDataset(
-            self.source, self.prepared.transform(**transform), targets=targets, indices=self.indices,
-            mode=self.prepared.mode,
-        )  # fmt: skip
+        made = self.prepared.transform(**transform)
+        chosen: dict[str, Any] = {"targets": targets, "indices": self.indices, "mode": self.prepared.mode}
+        if self.prepared.frames is not None:
+            return ClipDataset(self.source, made, self.prepared.frames, **chosen)
+        return ImageDataset(self.source, made, **chosen)
 
     def batches(
         self, batch_size: int, *, workers: int | None = None, device: torch.device | None = None, held_bytes: int = 0
@@ -84,7 +86,7 @@ class ImageSet:
         Raises:
             UsageError: The batch size or the number of workers is out of range.
         """
-        hold = len(self) * prod(self.prepared.input_shape) <= held_bytes
+        hold = len(self) * self.source.views * prod(self.prepared.input_shape) <= held_bytes
         # Page-locked memory is scarce, and held batches would all lie in it.
         pin = device is not None and device.type == "cuda" and not hold
         loader = make_loader(self.dataset(), batch_size=batch_size, workers=workers, pin_memory=pin)
@@ -109,7 +111,7 @@ class ImageSet:
                 unreadable += batch.unreadable
                 yield batch
         if not found:
-            raise DataError(f"none of {len(self)} images in {self.name!r} can be decoded, such as "
+            raise DataError(f"none of {len(self)} {self.source.holds} in {self.name!r} can be decoded, such as "
                             f"{quoted(self.filenames(unreadable))}; {otherwise}")  # fmt: skip
 
     def filenames(self, images: Collection[Unreadable]) -> list[str]:
@@ -126,22 +128,26 @@ class ImageSet:
         Raises:
             DataError: More than 1 % are unreadable.
         """
-        check_unreadable(self.name, unreadable, of or len(self), self.told)
+        check_unreadable(self.name, unreadable, of or len(self), self.told, self.source.holds)
 
     def told(self, image: Unreadable) -> str:
         """An image that could not be decoded: its name, and why."""
         return f"{self.source.filename(image.index)!r} ({image.reason})"
 
-    def notes(self, unreadable: Collection[Unreadable] = (), lying: Collection[int] = ()) -> tuple[str, ...]:
+    def notes(
+        self, unreadable: Collection[Unreadable] = (), lying: Collection[int] = (), short: Collection[int] = ()
+    ) -> tuple[str, ...]:
         """What has to be said of them: their classes, a sample, those that could not be decoded or lie on their side.
 
         Args:
             unreadable: Images that could not be decoded.
             lying: The numbers of those that were seen as they are stored, though their EXIF says to turn them.
+            short: The numbers of the videos that were too short for a clip.
         """
-        sample = sample_note(len(self), len(self.source)) if len(self) < len(self.source) else ""
+        called = self.source.holds
+        sample = sample_note(len(self), len(self.source), called) if len(self) < len(self.source) else ""
         skipped = (
-            f"images skipped, since they could not be decoded: {len(unreadable)} of {len(self)} "
+            f"{called} skipped, since they could not be decoded: {len(unreadable)} of {len(self)} "
             f"({quoted(self.filenames(unreadable))})" if unreadable else ""
         )  # fmt: skip
         classes = self.class_map.notes if self.class_map else ()
@@ -150,7 +156,13 @@ class ImageSet:
             f"{len(self)} ({quoted([self.source.filename(index) for index in lying])}); turn the files themselves to "
             "have them seen upright" if lying else ""
         )  # fmt: skip
-        return tuple(note for note in (*self.source.notes, *classes, sample, skipped, turned) if note)
+        repeated = (
+            f"videos too short for a clip of {self.prepared.frames} frames at a stride of {self.source.stride}, whose "
+            f"last frame was repeated: {len(short)} of {len(self)} "
+            f"({quoted([self.source.filename(index) for index in short])}); a smaller `frame_stride` fits them"
+            if short else ""
+        )  # fmt: skip
+        return tuple(note for note in (*self.source.notes, *classes, sample, skipped, turned, repeated) if note)
 
     def digest(self, observer: Observer | None = None) -> str:
         """SHA-256 of the encoded images, in order, with the names and classes they go by.
@@ -227,12 +239,15 @@ def images_for(
 
     Raises:
         ModelError: The model takes neither colour nor grey images.
+        DataError: It takes clips and they are images, or the other way round.
+        TokencutError: They are videos, and nothing is installed that decodes them.
         UsageError: The limit is out of range.
     """
     indices = strided_subset(len(source), limit)
     if seed is not None:
         random.Random(seed).shuffle(indices)
     images = ImageSet(source, indices, preprocessing_of(model), class_map)
+    _check_kind(source, model)
     _ = images.prepared.mode  # a model that no image can be read for is refused before any work
     return images
 
@@ -261,10 +276,26 @@ def open_images(
     require_head(model)  # before anything is unpacked
     require_finite(model)
     source = open_source(data, observer=observer)
+    _check_kind(source, model)  # before anything is said of classes
     return images_for(model, source, classes_for(model, source), limit=limit)
 
 
-def check_unreadable(data: str, unreadable: Collection[Failed], total: int, told: Callable[[Failed], str]) -> None:
+def _check_kind(source: Source, model: nn.Module) -> None:
+    """Refuses images for a model of clips, and videos for one of images."""
+    frames = frames_of(model)
+    if frames is None and source.videos:
+        raise DataError(f"{source.name!r} holds videos, and the model takes images; give images, name a model of "
+                        "clips, such as VideoMAE, or have this one see frames: `frames=8`")  # fmt: skip
+    if frames is not None and not source.videos:
+        raise DataError(f"{source.name!r} holds images, and the model takes clips of {frames} frames; give a folder "
+                        "with one sub-folder a class, with .mp4, .webm or other videos in them")  # fmt: skip
+    if source.videos:
+        require_decoder(source.name)
+
+
+def check_unreadable(
+    data: str, unreadable: Collection[Failed], total: int, told: Callable[[Failed], str], holds: str = "images"
+) -> None:
     """Refuses images of which too many could not be read.
 
     Args:
@@ -272,6 +303,7 @@ def check_unreadable(data: str, unreadable: Collection[Failed], total: int, told
         unreadable: Those images.
         total: How many there are in all.
         told: What the message calls one of them.
+        holds: What they are, `images` or `videos`.
 
     Raises:
         DataError: More than 1 % are unreadable.
@@ -279,11 +311,11 @@ def check_unreadable(data: str, unreadable: Collection[Failed], total: int, told
     if len(unreadable) > UNREADABLE_SHARE * total:
         named = ", ".join(map(told, islice(unreadable, QUOTED)))
         raise DataError(
-            f"at least {len(unreadable)} of {total} images in {data!r} cannot be decoded, and at most 1 % may be: "
+            f"at least {len(unreadable)} of {total} {holds} in {data!r} cannot be decoded, and at most 1 % may be: "
             f"{named}; mend or remove them and run this again"
         )
 
 
-def sample_note(sampled: int, total: int) -> str:
+def sample_note(sampled: int, total: int, called: str = "images") -> str:
     """What is said where not all images are seen."""
-    return f"an evenly spread sample of {sampled} of {total} images"
+    return f"an evenly spread sample of {sampled} of {total} {called}"

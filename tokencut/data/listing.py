@@ -13,6 +13,8 @@ from tokencut.errors import DataError
 from tokencut.messages import one_line, quoted, shorten
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp",
+                    ".ts", ".gif")  # fmt: skip
 
 # Folders that operating systems and network storage make of themselves, some of them with thumbnails in them. Hidden
 # ones need not stand here.
@@ -75,34 +77,46 @@ class Layout:
 
 @dataclass(frozen=True)
 class Found:
-    """The images of a listing with the parts of their paths; the folders that count; what was passed over, in words."""
+    """The images of a listing with the parts of their paths, or its videos; what they are called; the folders that
+    count; what was passed over, in words.
+    """
 
     images: Mapping[str, tuple[str, ...]]
+    called: str
     folders: frozenset[str]
     notes: tuple[str, ...]
 
 
+def is_video(path: str) -> bool:
+    """Whether a file is a video by its extension."""
+    return path.lower().endswith(VIDEO_EXTENSIONS)
+
+
 def find_images(listing: Listing) -> Found:
-    """Finds the images in a listing: by extension; not those that are hidden or in what systems leave behind."""
+    """Finds the images in a listing, or the videos where these are more: by extension; not those that are hidden or in
+    what systems leave behind.
+    """
     folders = listing.folders | {path.rpartition("/")[0] for path in listing.files}
     leftovers = {part for folder in folders if (part := _leftover(folder))}
     counting = frozenset(folder for folder in folders if not (_is_hidden(folder) or _leftover(folder)))
     visible = [path for path in listing.files if path.rpartition("/")[0] in counting]
-    wanted = [path for path in visible if path.lower().endswith(EXTENSIONS)]
+    wanted, called = [path for path in visible if path.lower().endswith(EXTENSIONS)], "images"
+    if len(videos := [path for path in visible if is_video(path)]) > len(wanted):
+        wanted, called = videos, "videos"
     hidden = [path for path in wanted if _is_hidden(path)]
     images = {path: tuple(path.split("/")) for path in wanted if not _is_hidden(path)}
     notes = (
         told(set(visible) - set(wanted), "files passed over for their extension"),
-        told(hidden, "hidden images passed over"),
+        told(hidden, f"hidden {called} passed over"),
         told(leftovers, "folders that systems leave behind passed over"),
         told(listing.others, "links or special files passed over"),
         told(listing.own, "pictures that tokencut wrote passed over"),
     )
-    return Found(images, counting, tuple(filter(None, notes)))
+    return Found(images, called, counting, tuple(filter(None, notes)))
 
 
 def find_classes(name: str, listing: Listing) -> Layout:
-    """Finds classes and images in a listing.
+    """Finds classes and images, or videos, in a listing.
 
     The classes are the top folders; a folder that merely wraps them (`val/` in a tar of `val`) is stepped into, and
     images in folders below a class belong to it. Passed over are hidden files and folders (`.name`), what systems leave
@@ -122,7 +136,7 @@ def find_classes(name: str, listing: Listing) -> Layout:
     outside = [path for path, parts in images.items() if len(parts) == depth + 1]
     inside = sorted((path for path, parts in images.items() if len(parts) > depth + 1), key=path_order)
     if not inside:
-        raise DataError(_nothing_found(name, outside, len(listing.files)))
+        raise DataError(_nothing_found(name, outside, len(listing.files), found.called))
     classes = sorted({images[path][depth] for path in inside}, key=path_order)
     number = {folder: index for index, folder in enumerate(classes)}
     placed = tuple((path, number[images[path][depth]]) for path in inside)
@@ -131,8 +145,8 @@ def find_classes(name: str, listing: Listing) -> Layout:
     empty = ["/".join(parts) for parts in beside if parts not in with_images and parts != wrapper]
     notes = (
         *found.notes,
-        told(outside, "images passed over outside the class folders"),
-        told(empty, "folders without images passed over"),
+        told(outside, f"{found.called} passed over outside the class folders"),
+        told(empty, f"folders without {found.called} passed over"),
     )
     return Layout(tuple(classes), placed, tuple(note for note in notes if note), wrapper)
 
@@ -170,10 +184,10 @@ def _wrapper_depth(folders: Iterable[tuple[str, ...]], images: Iterable[tuple[st
     return depth
 
 
-def _nothing_found(name: str, outside: Sequence[str], files: int) -> str:
+def _nothing_found(name: str, outside: Sequence[str], files: int, called: str) -> str:
     if outside:
         return (
-            f"{name!r} holds images ({quoted(outside)}) but not in class folders: expected one sub-folder a class; "
+            f"{name!r} holds {called} ({quoted(outside)}) but not in class folders: expected one sub-folder a class; "
             "move them into folders named after their classes"
         )
     kinds = ", ".join(EXTENSIONS)

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from tokencut.data.preprocessing import Transform, UnreadableImageError, decode, turn_of
 from tokencut.data.sources import Source
+from tokencut.data.videos import Sampling, decode_clips
 from tokencut.errors import DataError
 from tokencut.limits import check_number
 
@@ -23,12 +24,16 @@ MOST_WORKERS = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: its tensor `(C, H, W)`, its class, its number in the source, and whether it lies as its EXIF tells."""
+    """One image: its tensor `(C, H, W)`, its class, its number in the source, and whether it lies as its EXIF tells.
+
+    Of a video `(views, C, frames, H, W)`, and whether it is too short for a clip.
+    """
 
     image: Tensor
     target: int
     index: int
     lies: bool = False
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,13 @@ class Batch:
     """The images of a batch that could be decoded, and those that could not.
 
     Attributes:
-        images: `(B, C, H, W)`, as the transform left them; B is smaller by the unreadable images, and may be 0.
+        images: `(B, C, H, W)`, as the transform left them; B is smaller by the unreadable images, and may be 0. Of
+            videos `(B, views, C, frames, H, W)`.
         targets: The class of each image, `(B,)`.
         indices: Its number in the source, `(B,)`.
         unreadable: What is missing.
         lying: The numbers of the images that are seen as they are stored, though their EXIF says to turn them.
+        short: The numbers of the videos too short for a clip, whose last frame is repeated.
     """
 
     images: Tensor
@@ -56,9 +63,14 @@ class Batch:
     indices: Tensor
     unreadable: tuple[Unreadable, ...]
     lying: tuple[int, ...] = ()
+    short: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def views(self) -> tuple[Tensor, ...]:
+        """What a model takes at a time, `(B, C, H, W)`; of videos `(B, C, frames, H, W)` for each of their clips."""
+        return tuple(self.images.unbind(1)) if self.images.ndim == 6 else (self.images,)
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, for a loader that feeds a GPU."""
@@ -104,13 +116,47 @@ class ImageDataset(Dataset[Sample | Unreadable]):
         try:
             file, folder = self.source[index]
             with file:
-                image = decode(file, self.mode, upright=self.source.upright)
+                return self.read(file, self.targets[folder], index)
         except OSError as error:
             return Unreadable(index, error.strerror or str(error))
         except UnreadableImageError as error:
             return Unreadable(index, str(error))
+
+    def read(self, file: BinaryIO, target: int, index: int) -> Sample:
+        """Decodes and transforms one.
+
+        Args:
+            file: The encoded image.
+            target: Its class.
+            index: Its number in the source.
+
+        Raises:
+            UnreadableImageError: It cannot be decoded.
+        """
+        image = decode(file, self.mode, upright=self.source.upright)
         lies = not self.source.upright and turn_of(image) is not None
-        return Sample(self.transform(image), self.targets[folder], index, lies)
+        return Sample(self.transform(image), target, index, lies)
+
+
+class ClipDataset(ImageDataset):
+    """The videos of a source, decoded to clips and transformed frame by frame."""
+
+    def __init__(self, source: Source, transform: Transform, frames: int, **more: Any) -> None:
+        """Makes a dataset.
+
+        Args:
+            source: Where the videos come from, and how clips are taken from them.
+            transform: From a decoded frame to bytes.
+            frames: Frames of a clip.
+            more: As `ImageDataset` takes them.
+        """
+        super().__init__(source, transform, **more)
+        self.sampling = Sampling(frames, source.stride, source.views)
+
+    def read(self, file: BinaryIO, target: int, index: int) -> Sample:
+        """As `ImageDataset.read`: `Sample.image` is `(views, C, frames, H, W)`."""
+        clips, short = decode_clips(file, self.sampling, self.transform, self.mode)
+        return Sample(clips, target, index, short=short)
 
 
 class Batches(Protocol):
@@ -210,6 +256,7 @@ def collate(items: Sequence[Sample | Unreadable]) -> Batch:
         indices=torch.tensor([sample.index for sample in samples], dtype=torch.long),
         unreadable=tuple(item for item in items if isinstance(item, Unreadable)),
         lying=tuple(sample.index for sample in samples if sample.lies),
+        short=tuple(sample.index for sample in samples if sample.short),
     )
 
 

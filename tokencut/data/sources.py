@@ -14,12 +14,13 @@ from timm.data.readers.reader import Reader
 
 from tokencut.data import archives
 from tokencut.data.image_lists import METADATA, is_list, labels_images, read_list
-from tokencut.data.listing import Layout, find_classes, scan_folder
+from tokencut.data.listing import Layout, find_classes, is_video, scan_folder
 from tokencut.data.own_pictures import START, set_apart, start_of_file
 from tokencut.data.sampling import stratified
 from tokencut.data.zips import is_zip, read_member, read_start, scan_zip
-from tokencut.errors import DataError
+from tokencut.errors import DataError, UsageError
 from tokencut.files import open_plain, unlike_a_file, user_path
+from tokencut.limits import check_number
 from tokencut.messages import quoted
 from tokencut.observers import Observer
 
@@ -44,11 +45,16 @@ class Source(Reader):
         wrapper: The names of the folders around the class folders, the outermost first.
         upright: Whether images are turned as their EXIF says. Single photos are; sets of images are read as timm reads
             them, which does not, so that an accuracy is timm's.
+        videos: Whether they are videos, and no images.
+        stride: Of videos, the frames from one of a clip to the next.
+        views: Of videos, the clips that are taken from each, whose probabilities are averaged.
     """
 
     upright = False
     # What messages call a class.
     called = "folder"
+    # Of videos, how a clip is taken from them: `Sampling.stride` and `Sampling.views`.
+    stride, views = 4, 1
 
     def __init__(self, name: str, layout: Layout) -> None:
         super().__init__()
@@ -58,12 +64,32 @@ class Source(Reader):
         self.wrapper = layout.wrapper
         self.class_order: tuple[str, ...] = ()
         self._images = layout.images
+        self.videos = bool(layout.images) and is_video(layout.images[0][0])
+
+    @property
+    def holds(self) -> str:
+        """What is in it, for messages."""
+        return "videos" if self.videos else "images"
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         return self.open(index), self._images[index][1]
+
+    def sample(self, frame_stride: int | None, views: int | None) -> None:
+        """Says how clips are taken from videos; as it is where None.
+
+        Raises:
+            UsageError: A number is out of range, or there are no videos.
+        """
+        for name, value in (("frame_stride", frame_stride), ("views", views)):
+            if value is not None:
+                check_number(name, value)
+                if not self.videos:
+                    raise UsageError(f"`{name}` says how clips are taken from videos, and {self.name!r} holds images; "
+                                     "leave it out")  # fmt: skip
+        self.stride, self.views = frame_stride or self.stride, views or self.views
 
     @abstractmethod
     def open(self, index: int) -> BinaryIO:
@@ -197,6 +223,8 @@ def open_source(
     observer: Observer | None = None,
     class_map: str | os.PathLike[str] | None = None,
     image_root: str | os.PathLike[str] | None = None,
+    frame_stride: int | None = None,
+    views: int | None = None,
 ) -> Source:
     """Finds the images to judge, train or search by.
 
@@ -208,9 +236,11 @@ def open_source(
         observer: Told what takes long: the unpacking of an archive.
         class_map: A text file with the folders' names in the order of the model's classes, see `read_class_map`.
         image_root: The folder that the paths of a list are relative to; the list's own where None.
+        frame_stride: Of videos, the frames from one of a clip to the next; 4 where None.
+        views: Of videos, the clips that are taken from each; 1 where None.
 
     Returns:
-        The images, with at least one among them.
+        The images, or videos, with at least one among them.
 
     Raises:
         DataError: There is no such folder or file, it is of another kind, or it holds no images in class folders.
@@ -219,8 +249,13 @@ def open_source(
         return data
     if class_map is not None:
         order = read_class_map(class_map)
-        source = open_source(data, split=split, observer=observer, image_root=image_root)
+        source = open_source(data, split=split, observer=observer, image_root=image_root, frame_stride=frame_stride,
+                             views=views)  # fmt: skip
         source.class_order = order
+        return source
+    if frame_stride is not None or views is not None:
+        source = open_source(data, split=split, observer=observer, image_root=image_root)
+        source.sample(frame_stride, views)
         return source
     if data == DIGITS:
         return DigitsSource(split)
@@ -274,6 +309,7 @@ class Subset(Source):
         super().__init__(whole.name, Layout(whole.classes, chosen, whole.notes, whole.wrapper))
         self.class_order = whole.class_order
         self.upright, self.called = whole.upright, whole.called
+        self.stride, self.views = whole.stride, whole.views
         self.whole = whole
         self.indices = tuple(indices)
 

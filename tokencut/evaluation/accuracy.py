@@ -151,6 +151,7 @@ class MetricAccumulator:
         self.precision = precision
         self.unreadable: list[Unreadable] = []
         self.lying: list[int] = []
+        self.short: list[int] = []
         self.indices: list[int] = []
         self.targets: list[int] = []
         self.ranked: list[list[int]] = []
@@ -162,6 +163,7 @@ class MetricAccumulator:
         """Counts a batch; the logits are `(B, classes)`, or None where no image of it could be read."""
         self.unreadable += batch.unreadable
         self.lying += batch.lying
+        self.short += batch.short
         self.images.check_unreadable(self.unreadable, self.of)
         if logits is None:
             return
@@ -201,7 +203,7 @@ class MetricAccumulator:
             seconds=seconds,
             images_per_second=images / seconds,
             unreadable=tuple(self.images.filenames(self.unreadable)),
-            notes=self.images.notes(self.unreadable, self.lying),
+            notes=self.images.notes(self.unreadable, self.lying, self.short),
             correct=tuple(ranked[0] == target for ranked, target in zip(self.ranked, self.targets, strict=True)),
             numbers=tuple(self.indices),
             predicted=tuple(best for best, *_ in self.ranked),

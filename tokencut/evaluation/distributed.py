@@ -51,8 +51,9 @@ def evaluate_spread(
             raise other
     report = _merged(reports)
     if len(indices) < len(source):
-        report = dataclasses.replace(report, notes=(*report.notes, sample_note(len(indices), len(source))))
-    check_unreadable(source.name, report.unreadable, len(indices), repr)
+        sample = sample_note(len(indices), len(source), source.holds)
+        report = dataclasses.replace(report, notes=(*report.notes, sample))
+    check_unreadable(source.name, report.unreadable, len(indices), repr, source.holds)
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import torch
@@ -84,6 +84,15 @@ def ranked(logits: Tensor, most: int = TOP) -> Tensor:
     return logits.sort(dim=1, descending=True, stable=True).indices[:, :most]
 
 
+def over_views(logits: Sequence[Tensor]) -> Tensor:
+    """What all views of some images say, `(B, classes)` of each: the mean of their probabilities, as VideoMAE tests.
+
+    Args:
+        logits: Of each view, `(B, classes)`; of one alone they stay as they are.
+    """
+    return logits[0] if len(logits) == 1 else torch.stack(tuple(logits)).softmax(2).mean(0).log()
+
+
 def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
     """What is called: the model, or what is made for batches of `size`, to which smaller ones are filled up."""
     if compile_mode is None and not isinstance(model, CapturedModel):
@@ -97,4 +106,4 @@ def _logits(
 ) -> Tensor | None:
     if not len(batch):
         return None
-    return forward(prepared.normalise(batch.images, device, dtype)).float()
+    return over_views([forward(prepared.normalise(view, device, dtype)).float() for view in batch.views()])

@@ -65,7 +65,7 @@ class CheckImages:
             return
         for batch in self.real.decoded(size, workers=0, otherwise="leave out `data` to check on noise"):
             if len(batch):
-                yield batch.images
+                yield batch.views()[0]
 
 
 def check_images(

@@ -64,9 +64,10 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 def frames_of(model: nn.Module) -> int | None:
     """Frames of the clips that a model takes, `(B, C, frames, H, W)`; None for one of images."""
+    told = description_of(model).get("frames")
     inner = _inner(model)
-    adapter = known_adapter(inner)
-    return description_of(model).get("frames") if adapter is None else adapter.frames(inner)
+    adapter = None if told else known_adapter(inner)
+    return told if adapter is None else adapter.frames(inner)
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from tokencut.limits import check_number
 from tokencut.model import CompressedModel, predicted_macs
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
+from tokencut.over_frames import OverFrames, of_images
 from tokencut.profiling.counting import MacCount, count_macs
 from tokencut.profiling.latency import Forward, Timing, measure, share_of_time, speedup
 from tokencut.profiling.report import Figures, ProfileReport
+from tokencut.recipe import Recipe
 from tokencut.runtime.capturing import CapturedModel
 from tokencut.runtime.compiling import check_form, compile_model
 from tokencut.runtime.devices import (
@@ -109,8 +111,7 @@ def profile(
     target, size = resolve_device(device), preprocessing_of(model).input_shape
     dtype = precision_dtype(precision)
     check_form(compile_mode, capture)
-    recipe = model.recipe if isinstance(model, CompressedModel) else None
-    inner = model.model if isinstance(model, CompressedModel) else model
+    recipe, inner = _without_stages(model)
     before, after = count_macs(inner, size), count_macs(model, size)
     timed, called = _Timed(), name or name_of(model)
     if latency:
@@ -144,7 +145,7 @@ def profile(
             *timed.notes,
             *time_notes(ratio if recipe and recipe.stages else None, timed.dense, timed.compressed, gmacs=dense.gmacs),
             *_bound_notes(dense, compressed, reduces=bool(recipe and recipe.stages), precision=precision),
-            *(attention_notes(inner, target) if latency else ()),
+            *(attention_notes(of_images(inner), target) if latency else ()),
             *_count_notes(after, blocks),
         ),
         compile_mode=compile_mode if latency else None,
@@ -199,7 +200,8 @@ def _time(
     timings = measure(forwards, images, rounds=rounds, observer=observer, task=task)
     eager, share = not graphs and compile_mode is None, None
     if eager:  # else stages are part of one graph, and have no beginning and no end
-        share = share_of_time(model, model.stages.values(), images) if isinstance(model, CompressedModel) else 0.0
+        seen = of_images(model)
+        share = share_of_time(model, seen.stages.values(), images) if isinstance(seen, CompressedModel) else 0.0
     replayed = {} if notes or not eager else _replayed(sides, images, observer, f"{task}, captured")
     return _Timed(timings["dense"], timings.get("compressed", timings["dense"]), share, bool(graphs), replayed, notes)
 
@@ -233,11 +235,23 @@ def is_launch_bound(figures: Figures) -> bool | None:
     return figures.captured_ms < (1 - LAUNCHES) * figures.latency_ms
 
 
+def _without_stages(model: nn.Module) -> tuple[Recipe | None, nn.Module]:
+    """What is done to a model, and the same without it."""
+    if isinstance(model, CompressedModel):
+        return model.recipe, model.model
+    if isinstance(model, OverFrames):
+        recipe, inner = _without_stages(model.model)
+        return recipe, model if recipe is None else OverFrames(inner, model.frames)
+    return None, model
+
+
 def _blocks(model: nn.Module) -> tuple[cost.BlockRow, ...]:
+    frames = model.frames if isinstance(model, OverFrames) else 1
     try:
-        return predicted_macs(model)
+        rows = predicted_macs(of_images(model))
     except ModelError:
         return ()
+    return tuple(replace(row, macs=row.macs * frames, stage_macs=row.stage_macs * frames) for row in rows)
 
 
 def time_notes(ratio: float | None, *timings: Timing | None, gmacs: float | None = None) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def _loaded(
         unreadable += batch.unreadable
         if len(batch):
             # Copies: what a worker process hands over lies in shared memory.
-            pixels.append(images.prepared.normalise(batch.images.clone(), device, dtype))
+            pixels.append(images.prepared.normalise(batch.views()[0].clone(), device, dtype))
             targets.append(batch.targets.clone())
         done += len(batch) + len(batch.unreadable)
         observer.progress("reading the images", done, len(images), {})

@@ -16,6 +16,7 @@ from tokencut.data.image_set import HELD_BYTES, HeldBatches, ImageSet, open_imag
 from tokencut.data.sources import Source, check_apart
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.evaluation.accuracy import EvaluationReport, MetricAccumulator
+from tokencut.evaluation.forwards import over_views
 from tokencut.evaluation.statistics import paired_difference
 from tokencut.model import CompressedModel, compress, predicted_gmacs
 from tokencut.models.pretrained_cfg import architecture_of
@@ -250,7 +251,8 @@ class _Run:
         with closing(iter(self.batches)) as batches:
             for batch in batches:
                 # A batch is empty where none of its images could be read.
-                tally.add(batch, self._logits(model, batch.images) if len(batch) else None)
+                logits = over_views([self._logits(model, view) for view in batch.views()]) if len(batch) else None
+                tally.add(batch, logits)
                 values = {**tally.values, "rows_left": rows - position}
                 self.observer.progress(name, position * count + tally.done, rows * count, values)
         return tally.report(name, None)

@@ -17,7 +17,7 @@ from tokencut.data.image_set import images_for
 from tokencut.data.labels import ClassMap, classes_for, what_classes_are
 from tokencut.data.loading import Batch, Loader, Unreadable
 from tokencut.data.sources import Source, Subset, hold_out, open_source
-from tokencut.errors import ArtifactError, DataError
+from tokencut.errors import ArtifactError, DataError, UsageError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
 from tokencut.model import CompressedModel, predicted_macs, require_compressed
@@ -183,6 +183,9 @@ class _Run:
         self.held: Subset | None = None
         self.source = source = self._hold_out(source)
         self.images = images_for(model, source, self.class_map)
+        if self.images.prepared.frames is not None:
+            raise UsageError("fine-tuning reads images, and this model takes clips; train what `tokencut.compress` "
+                             "returns in a loop of your own: it is a module with timm's parameters")  # fmt: skip
         self.order = Order(len(source), setup.batch_size, setup.accumulate, setup.seed, group.rank, group.size)
         self.epochs = recipe.epochs_for(self.order.steps)
         self.notes += self.images.notes()

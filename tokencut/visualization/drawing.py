@@ -116,6 +116,7 @@ def draw(
     batch_size: int = 64,
     device: str | torch.device = "auto",
     precision: str = "fp32",
+    frame_stride: int = 4,
 ) -> Picture:
     """Draws what models still see of images: what of the image the model sees, then a panel a stage, and a legend.
 
@@ -133,6 +134,7 @@ def draw(
         batch_size: Images a forward.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
+        frame_stride: Of videos, the frames from one of a clip to the next.
 
     Returns:
         The picture, with one row an image and model; where rows are many, several stand side by side.
@@ -155,7 +157,7 @@ def draw(
     for model in named.values():
         require_finite(model)
     target, prepared = resolve_device(device), shared_preprocessing(named)
-    shown = read_images(images, prepared)
+    shown = read_images(images, prepared, frame_stride)
     traced = {
         name: trace_images(model, shown.pixels, prepared, target, precision, batch_size, attention)
         for name, model in named.items()

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tokencut.data.image_files import Photo, PhotoLike, find_photos, read_photos
+from tokencut.data.image_files import Photo, PhotoLike, find_photos, read_all, read_photos
 from tokencut.data.preprocessing import Preprocessing
+from tokencut.data.videos import Sampling, decode_clips, require_decoder
 from tokencut.errors import UsageError
+from tokencut.messages import listed
 from tokencut.visualization.regions import Grid, Pixels
 
 
@@ -67,13 +69,16 @@ class DrawnImages:
         return shown.transpose(1, 2).flatten(2)
 
 
-def read_images(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Preprocessing) -> DrawnImages:
+def read_images(
+    images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Preprocessing, frame_stride: int = 4
+) -> DrawnImages:
     """Reads images to be drawn, once; those from files are opened again when they are drawn.
 
     Args:
         images: Paths, photos, the word `digits`, or bytes `(B, C, H, W)` as the preprocessing leaves them; of clips
             `(B, C, frames, H, W)`.
         prepared: The preprocessing of the models that they are drawn with.
+        frame_stride: Of videos, the frames from one of a clip to the next.
 
     Raises:
         TokencutError: There is none, or some cannot be read.
@@ -90,6 +95,9 @@ def read_images(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Prep
         several = [images] if isinstance(images, (str, os.PathLike, Photo)) else images
         photos, transform = find_photos(several), prepared.transform()
         names = [photo.name for photo in photos]
+        if prepared.frames is not None:
+            clips = read_clips(photos, Sampling(prepared.frames, frame_stride), prepared)
+            return DrawnImages(names, clips, [1.0] * len(names), (), prepared)
         kept = prepared.config["crop_pct"] / min(prepared.config["input_size"][1:])
         made = read_photos(
             photos, prepared.mode, lambda photo: (_as_bytes(transform(photo)), min(photo.size) * kept)
@@ -98,6 +106,22 @@ def read_images(images: PhotoLike | Sequence[PhotoLike] | Tensor, prepared: Prep
         raise UsageError("no image given to draw; name one, such as photo.jpg, or the word digits")
     pixels, detail = zip(*made, strict=True)
     return DrawnImages(names, torch.stack(pixels), detail, photos, prepared)
+
+
+def read_clips(photos: Sequence[Photo], sampling: Sampling, prepared: Preprocessing) -> Tensor:
+    """The first view of some videos, bytes `(B, C, frames, H, W)`.
+
+    Raises:
+        TokencutError: One cannot be read, or nothing is installed that could.
+    """
+    transform = prepared.transform()
+
+    def read(video: Photo) -> Tensor:
+        with video.opened() as file:
+            return decode_clips(file, sampling, transform, prepared.mode)[0][0]
+
+    require_decoder(listed([video.name for video in photos]))
+    return torch.stack(read_all(photos, read))
 
 
 def _as_bytes(image: Tensor | NDArray[np.uint8]) -> Tensor:

@@ -1,0 +1,62 @@
+"""The commands on models of clips and on video files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from outcome import Run
+from video_files import tiny_videomae, write_videos
+
+import tokencut
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    return write_videos(tmp_path / "clips", {"a": [8, 8], "b": [8]})
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tokencut.save(tokencut.compress(tiny_videomae(), keep=0.5, layers=[1, 2]), tmp_path / "out.safetensors")
+    return tmp_path / "out.safetensors"
+
+
+def test_eval_predict_and_visualize(run: Run, file: Path, clips: Path, tmp_path: Path) -> None:
+    done = run("eval", file, "--data", clips, "--frame-stride", "2", "--views", "2", "-j", "0", "--json")
+    assert (done.code, done.json["images"]) == (0, 3)
+    assert not [note for note in done.json["notes"] if "short" in note]
+    assert done.json["gmacs"] == run("profile", file, "--no-latency", "--json").json["compressed"]["gmacs"]
+    done = run("predict", file, clips / "a" / "1.mp4", "--frame-stride", "2", "-j", "0", "--json")
+    assert done.code == 0 and len(done.json["predictions"]) == 1
+    picture = tmp_path / "tokens.png"
+    done = run("visualize", file, clips / "a" / "1.mp4", "--frame-stride", "2", "-o", picture, "--json")
+    assert done.code == 0 and picture.exists()
+    assert [stage["tokens_out"] for stage in done.json["rows"][0]["stages"]] == [4, 2]
+
+
+def test_a_model_of_images_on_frames(run: Run, compressed: Path, clips: Path) -> None:
+    """Whose classes are three."""
+    for number in (1, 2):
+        (clips / "c").mkdir(exist_ok=True)
+        (clips / "c" / f"{number}.mp4").write_bytes((clips / "a" / f"{number}.mp4").read_bytes())
+    cost = run("profile", compressed, "--no-latency", "--json").json["compressed"]["gmacs"]
+    done = run("eval", compressed, "--data", clips, "--frames", "4", "--frame-stride", "2", "-j", "0", "--json")
+    assert (done.code, done.json["images"], done.json["keep"]) == (0, 5, 0.5)
+    assert done.json["gmacs"] == pytest.approx(4 * cost)
+    done = run("eval", compressed, "--data", clips, "-j", "0")
+    assert done.code == 1 and "or have this one see frames: --frames 8" in done.err
+    done = run("profile", compressed, "--frames", "3", "--no-latency", "--by-block", "--json")
+    assert done.json["compressed"]["gmacs"] == pytest.approx(3 * cost) and done.json["notes"] == []
+    assert sum(row["macs"] for row in done.json["blocks"]) == pytest.approx(3e9 * cost)
+
+
+def test_what_does_not_go_together(run: Run, file: Path, clips: Path, pictures: Path) -> None:
+    done = run("eval", file, "--data", pictures, "-j", "0")
+    assert done.code == 1 and "holds images, and the model takes clips of 4 frames" in done.err
+    done = run("eval", file, "--data", pictures, "--frame-stride", "2", "-j", "0")
+    assert done.code == 2 and "--frame-stride says how clips are taken from videos" in done.err
+    done = run("profile", file, "--frames", "4", "--no-latency")
+    assert done.code == 2 and "this model takes clips of 4 frames by itself; leave --frames out" in done.err
+    done = run("eval", file, "--data", clips, "--views", "0")
+    assert done.code == 2 and "0 is not a whole number from 1 to 100" in done.err
