@@ -6,6 +6,7 @@ Neither feeds a GPU that trains on 20,000 small images a second; a few dozen ker
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -106,30 +107,57 @@ def erase(images: Tensor, probability: float) -> Tensor:
     return torch.where(box, torch.randn_like(images), images)
 
 
-def augment(images: Tensor, size: int, mean: Tensor, std: Tensor, settings: Augmentation, small: int = 0) -> Tensor:
+@functools.lru_cache
+def _enlarging(side: int, times: int, device: torch.device) -> Tensor:
+    """What a column of pixels is multiplied by, `(side * times, side)`."""
+    columns = F.interpolate(torch.eye(side)[None, None], size=(side * times, side), mode="bicubic", antialias=True)
+    return columns[0, 0].to(device)
+
+
+def enlarge(images: Tensor, times: int) -> Tensor:
+    """Bicubic as Pillow's, by two matrix products: the kernels of torch's take longer than a step of a small model.
+
+    Args:
+        images: Pixels from 0 to 1, `(B, 3, S, S)`.
+        times: How many times as high and wide.
+
+    Returns:
+        `(B, 3, S * times, S * times)`.
+    """
+    if times == 1:
+        return images
+    columns = _enlarging(images.shape[-1], times, images.device)
+    return (columns @ images @ columns.T).clamp(0, 1)
+
+
+def augment(
+    images: Tensor, size: int, mean: Tensor, std: Tensor, settings: Augmentation, small: int = 0, times: int = 1
+) -> Tensor:
     """A training batch from decoded images.
 
     Args:
         images: Bytes, `(B, 3, S, S)`.
-        size: Height and width of the crops, px.
+        size: Height and width of what comes out, px.
         mean: Of each channel, of pixels from 0 to 1, `(3,)`.
         std: Likewise.
         settings: How much of what.
-        small: Height and width that crops are scaled down to; 0 for those of the crops.
+        small: Height and width that it is scaled down to; 0 for `size`.
+        times: How many times crops are enlarged, of `size / times` px.
 
     Returns:
         Normalised, `(B, 3, size, size)`, or `(B, 3, small, small)`.
     """
-    found = colour(crop(images.float() / 255, size, settings), settings)
+    found = enlarge(colour(crop(images.float() / 255, size // times, settings), settings), times)
     if small:
         found = F.interpolate(found, size=(small, small), mode="bilinear", antialias=True, align_corners=False)
     return erase(normalise(found, mean, std), settings.erasing)
 
 
-def centre(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """A batch to be judged: the middle of the images, as timm's centre crop takes it, normalised."""
-    start = round((images.shape[-1] - size) / 2)
-    return normalise(images[..., start : start + size, start : start + size].float() / 255, mean, std)
+def centre(images: Tensor, size: int, mean: Tensor, std: Tensor, times: int = 1) -> Tensor:
+    """A batch to be judged: the middle of the images, enlarged so many times, as timm's centre crop takes it."""
+    pixels = enlarge(images.float() / 255, times)
+    start = round((pixels.shape[-1] - size) / 2)
+    return normalise(pixels[..., start : start + size, start : start + size], mean, std)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ PLANNED_SHARE = 0.93
 JUDGED_AT_ONCE = 500
 
 
+def blocks_of(model: nn.Module) -> list[Any]:
+    """timm's blocks, through all stages of those that have some."""
+    return [module for module in model.modules() if hasattr(module, "drop_path1") and hasattr(module, "drop_path2")]
+
+
 def can_drop_patches(model: nn.Module) -> bool:
     """Whether image tokens can be left out: where a model turns or biases them by position, they lose their places."""
     return isinstance(model, VisionTransformer)
@@ -53,6 +58,7 @@ class Recipe:
         patch_drop_share: The share of the epochs that are of the first phase.
         small: Height and width of the images in the first epochs, px; 0 for the model's own throughout.
         small_share: The share of the epochs that take small images.
+        enlarge: How many times crops are enlarged for the model.
         mixup: Alpha of mixup.
         cutmix: Alpha of cutmix.
         smoothing: Share of a label that goes to all classes.
@@ -72,6 +78,7 @@ class Recipe:
     patch_drop_share: float
     small: int
     small_share: float
+    enlarge: int
     mixup: float
     cutmix: float
     smoothing: float
@@ -115,7 +122,7 @@ class Training:
         mixed = 1.0 if recipe.mixup or recipe.cutmix else 0.0
         self.mixup = Mixup(recipe.mixup, recipe.cutmix, prob=mixed, label_smoothing=recipe.smoothing,
                            num_classes=len(self.train.classes))  # fmt: skip
-        for block in self.model.blocks if recipe.drop_path else ():
+        for block in blocks_of(self.model) if recipe.drop_path else ():
             # timm's rate grows from block to block; DeiT III's is the same in all, so that one compiled block serves.
             block.drop_path1, block.drop_path2 = DropPath(recipe.drop_path), DropPath(recipe.drop_path)
         self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True)
@@ -152,8 +159,8 @@ class Training:
             self.model.patch_drop = PatchDropout(drop, self.model.num_prefix_tokens) if drop else nn.Identity()
 
     def compile(self) -> bool:
-        """Compiles the blocks, all of them by one piece of code; False where that does not work here."""
-        for block in self.model.blocks:
+        """Compiles the blocks, all of a shape by one piece of code; False where that does not work here."""
+        for block in blocks_of(self.model):
             block.compile(dynamic=False)
         try:
             self._time(*self.phase(0), steps=1)
@@ -161,7 +168,7 @@ class Training:
             self.note(
                 f"torch.compile does not work here ({type(error).__name__}), going on without: {str(error)[:300]}"
             )
-            for block in self.model.blocks:
+            for block in blocks_of(self.model):
                 block._compiled_call_impl = None
             return False
         return True
@@ -206,7 +213,8 @@ class Training:
 
     def _step(self, chosen: Tensor, small: int) -> Tensor:
         """One update, by the images of these numbers; returns the loss, still on the device."""
-        pixels = augment(self.train.images[chosen], self.size, self.mean, self.std, self.augmentation, small)
+        pixels = augment(self.train.images[chosen], self.size, self.mean, self.std, self.augmentation, small,
+                         self.recipe.enlarge)  # fmt: skip
         images, targets = self.mixup(pixels, self.train.labels[chosen])
         with autocast(self.device, "bf16"):
             logits = self.model(images)
@@ -267,7 +275,7 @@ class Training:
             self.val.images.split(JUDGED_AT_ONCE), self.val.labels.split(JUDGED_AT_ONCE), strict=True
         ):
             with autocast(self.device, precision):
-                logits = model(centre(images, self.size, self.mean, self.std))
+                logits = model(centre(images, self.size, self.mean, self.std, self.recipe.enlarge))
             right += int((logits.argmax(dim=1) == labels).sum())
         return 100 * right / len(self.val.labels)
 

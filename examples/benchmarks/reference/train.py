@@ -3,6 +3,7 @@
     python examples/benchmarks/run.py train deit_small --train tin100-train.tar.gz --val tin100-val.tar -o runs/small
     python examples/benchmarks/run.py train deit_tiny ... --time-limit 500 --fit      # as many epochs as fit
     python examples/benchmarks/run.py train deit_tiny ... --time-limit 500 --resume   # go on with a run that was cut
+    python examples/benchmarks/run.py train swin_small --size 224 --enlarge 4 ...     # crops of 56 px, enlarged to 224
 
 Images are decoded once and held on the GPU, which augments them in batches. timm gives the model, mixup and cutmix, the
 optimizer, the schedule and the running average of weights (which is what is judged and saved). Two things make the most
@@ -59,7 +60,7 @@ RESERVE = 15.0
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a timm name or alias of the ViT family, such as deit_tiny")
+    parser.add_argument("model", help="a timm name or alias, such as deit_tiny")
     parser.add_argument(
         "--train", required=True, help="training images: a folder with one sub-folder a class, or a tar"
     )
@@ -76,6 +77,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=56, help="px that the model takes")
     parser.add_argument("--stored", type=int, default=64, help="px of the images held, of which crops are made")
     parser.add_argument("--patch", type=int, default=4, help="px of a patch")
+    parser.add_argument("--enlarge", type=int, default=1, metavar="N", help="crops are of a N-th of --size, enlarged")
     parser.add_argument("--model-kwargs", action="append", default=[], metavar="KEY=VALUE")
     for name in ("epochs", "warmup"):
         parser.add_argument(f"--{name}", type=int, help="default: by model")
@@ -102,7 +104,9 @@ def recipe_of(args: argparse.Namespace, architecture: str) -> Recipe:
 
 def build(args: argparse.Namespace, architecture: str, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The model with random weights, and timm's arguments for it."""
-    model_args = {"img_size": args.size, "patch_size": args.patch, **parse_model_kwargs(args.model_kwargs)}
+    # The stem of a PVT is fixed, and it takes images of any size.
+    geometry = {} if architecture.startswith("pvt_v2") else {"img_size": args.size, "patch_size": args.patch}
+    model_args = {**geometry, **parse_model_kwargs(args.model_kwargs)}
     torch.manual_seed(args.seed)
     # dynamic_img_size lets it take smaller images too, its positions resampled; its weights are the same without.
     dynamic: dict[str, Any] = {"dynamic_img_size": True} if args.small else {}
@@ -113,11 +117,14 @@ class Run:
     """A run with its folder: what is written, and when it ends."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.architecture = args, resolve_name(args.model).architecture
+        self.args = args
+        # Whatever timm can build can be trained; an alias is of a family that tokencut knows.
+        self.architecture = args.model if timm.is_model(args.model) else resolve_name(args.model).architecture
         args.output.mkdir(parents=True, exist_ok=True)
         self.device = resolve_device(args.device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
         train, val = (self._read(data) for data in (args.train, args.val))
         if train.classes != val.classes:
             raise TokencutError(f"{args.train} and {args.val} have different class folders; give two with the same")
@@ -127,6 +134,9 @@ class Run:
             count = len(train.images)
             raise TokencutError(f"--batch {args.batch} is more than there are training images, {count}; type --batch "
                                 f"{count // 2 * 2}")  # fmt: skip
+        if args.size % args.enlarge:
+            raise TokencutError(f"--size {args.size} is no multiple of --enlarge {args.enlarge}; type --size "
+                                f"{args.size // args.enlarge * args.enlarge}")  # fmt: skip
         state = self._saved() if args.resume else None
         recipe = Recipe(**state["recipe"]) if state else recipe_of(args, self.architecture)
         model, self.model_args = build(args, self.architecture, len(train.classes))
@@ -190,8 +200,9 @@ class Run:
         training, output = self.training, self.args.output
         weights = training.ema.module.state_dict()
         config = shards.describe(
-            self.architecture, self.model_args, self.args.size, self.args.stored, training.mean.tolist(),
-            training.std.tolist(), training.train.classes,
+            self.architecture, self.model_args, self.args.size, self.args.stored * training.recipe.enlarge,
+            training.mean.tolist(), training.std.tolist(), training.train.classes,
+            classifier=training.model.pretrained_cfg.get("classifier", "head"),
         )  # fmt: skip
         config["pretrained_cfg"] |= {name: [round(value, 3) for value in config["pretrained_cfg"][name]]
                                      for name in ("mean", "std")}  # fmt: skip

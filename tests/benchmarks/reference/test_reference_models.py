@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 from image_files import greys, write_folder
+from PIL import Image
 from reference import augment, loop, pixels, shards, train
 from reference_runs import CLASSES, STILL, arguments
 
@@ -74,6 +77,23 @@ def test_small_images_and_whole_ones() -> None:
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     assert augment.augment(images, 16, mean, std, augment.Augmentation()).shape == (2, 3, 16, 16)
     assert augment.augment(images, 16, mean, std, augment.Augmentation(), small=8).shape == (2, 3, 8, 8)
+
+
+def test_enlarged_images_are_pillows() -> None:
+    torch.manual_seed(0)
+    # No contrast so hard that Pillow clips between its two passes.
+    pixels = (64 + 128 * torch.rand(12, 12, 3)).byte().numpy()
+    theirs = torch.from_numpy(np.array(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC)))
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    assert augment.enlarge(images / 255, 4) * 255 == pytest.approx(theirs.permute(2, 0, 1)[None].float(), abs=1.1)
+    still = augment.augment(images, 48, torch.zeros(3), torch.ones(3), STILL, times=4)
+    middle = augment.centre(images, 32, torch.zeros(3), torch.ones(3), times=4)
+    assert still[..., 8:40, 8:40] == pytest.approx(middle, abs=1e-5)
+
+
+def test_blocks_of_all_stages_are_trained_alike() -> None:
+    model = timm.create_model("pvt_v2_b0", depths=(1, 2, 1, 1), embed_dims=(8, 16, 16, 16), num_heads=1, num_classes=3)
+    assert loop.blocks_of(model) == [block for stage in model.stages for block in stage.blocks]
 
 
 # Models in files.
