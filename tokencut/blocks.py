@@ -65,17 +65,19 @@ class BlockLoop:
         model: timm's model.
         stages: The `Stage` of each block that may reduce, by 1-based block number.
         proportional: Whether merged tokens weigh by size in attention.
+        blocks: The model's blocks.
     """
 
     adapter: Adapter
     model: TimmModule
     stages: Mapping[int, nn.Module]
     proportional: bool
+    blocks: Sequence[TimmModule]
 
     @property
     def depth(self) -> int:
         """The number of blocks."""
-        return len(self.adapter.blocks(self.model))
+        return len(self.blocks)
 
     def embed(self, images: Tensor, *, source: bool = False) -> Tokens:
         """The tokens entering the first block.
@@ -200,7 +202,7 @@ class BlockLoop:
         return self.adapter.head(self.model, self.adapter.leaving(self.model, tokens))
 
     def _block(self, number: int) -> TimmModule:
-        return self.adapter.blocks(self.model)[number - 1]
+        return self.blocks[number - 1]
 
     def _check_gradient(self, number: int, left: Tokens) -> None:
         """Refuses a checkpoint that has cut off what a stage learns by."""
@@ -213,7 +215,7 @@ class BlockLoop:
     def _whole(self, number: int, tokens: Tokens) -> Tokens:
         """A block as timm runs it; activations are computed again in backward where timm would."""
         block, context = self._block(number), self.adapter.context(self.model, number, tokens)
-        if not (self.adapter.recomputes(self.model) and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and self.adapter.recomputes(self.model)):
             return self.adapter.run(block, tokens, context)
 
         # The features are an argument: by them `checkpoint` finds the device whose random state it has to restore.

@@ -72,7 +72,9 @@ class AroundTimm(nn.Module):
     def loop(self) -> BlockLoop:
         """The model as a loop over blocks, to be run block by block."""
         stages = {int(layer): stage for layer, stage in self.stages.items()}
-        return BlockLoop(self.adapter, self.model, stages, self.recipe.prop_attn)
+        return BlockLoop(
+            self.adapter, self.model, stages, self.recipe.prop_attn, tuple(self.adapter.blocks(self.model))
+        )
 
     @property
     def num_classes(self) -> int:

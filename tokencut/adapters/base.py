@@ -41,7 +41,7 @@ class Context:
 
     def given(self, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Context:
         """The same context with such arguments as hooks have left them."""
-        return replace(self, bias=attn_mask)
+        return self if attn_mask is self.bias else replace(self, bias=attn_mask)
 
 
 @dataclass(frozen=True)

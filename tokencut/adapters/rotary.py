@@ -46,7 +46,8 @@ class RotaryContext(Context):
         return self.block_arguments()
 
     def given(self, *, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Context:
-        return replace(self, table=rope, bias=attn_mask)
+        same = rope is self.table and attn_mask is self.bias
+        return self if same else replace(self, table=rope, bias=attn_mask)
 
 
 @dataclass(frozen=True)
