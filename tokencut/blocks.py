@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tokencut.attention import TimmModule, attention_bias
 from tokencut.calling import call
 from tokencut.errors import ModelError
 from tokencut.methods import Method, StageInput
+from tokencut.ops.static import without_static
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens, apply_decision, full_precision
 from tokencut.tracing import BlockObserver
@@ -66,6 +68,7 @@ class BlockLoop:
         stages: The `Stage` of each block that may reduce, by 1-based block number.
         proportional: Whether merged tokens weigh by size in attention.
         blocks: The model's blocks.
+        static: What leaves before the first block, where static tubelets of clips are removed there; None where not.
     """
 
     adapter: Adapter
@@ -73,20 +76,36 @@ class BlockLoop:
     stages: Mapping[int, nn.Module]
     proportional: bool
     blocks: Sequence[TimmModule]
+    static: StagePlan | None = None
 
     @property
     def depth(self) -> int:
         """The number of blocks."""
         return len(self.blocks)
 
-    def embed(self, images: Tensor, *, source: bool = False) -> Tokens:
+    def embed(self, images: Tensor, *, source: bool = False, observer: BlockObserver | None = None) -> Tokens:
         """The tokens entering the first block.
 
         Args:
             images: `(B, 3, H, W)`.
             source: Whether to follow from here on which patch goes into which token.
+            observer: Is told of static tubelets that were removed.
         """
-        return self.begun(self.adapter.embed(self.model, images), source=source)
+        tokens = self.begun(self.adapter.embed(self.model, images), source=source)
+        if self.static is None:
+            return tokens
+        with full_precision(images.device), torch.no_grad():
+            changed = self.adapter.changes(self.model, images)
+            if changed.shape[1] != tokens.count:
+                raise ModelError(f"patch dropout left {tokens.count} of {changed.shape[1]} tubelets, and static ones "
+                                 "cannot be told; type model.eval(), or build the model with patch_drop_rate=0"
+                                 )  # fmt: skip
+            places = prod(self.adapter.grid_of(self.model, images)[1:])
+            decision = without_static(changed, places, self.static.tokens_out)
+        left = self.weighed(apply_decision(tokens, decision))
+        if observer is not None:
+            observer.stage(self.static, tokens, left, None)
+        return left
 
     def begun(self, tokens: Tokens, *, source: bool = False) -> Tokens:
         """The tokens entering the first block, as `embed` gives them, of those that the family makes.

@@ -118,13 +118,15 @@ def predict(model: ModelCost, stages: Mapping[int, StageCost]) -> tuple[BlockRow
 
     Args:
         model: The model's pieces, as its adapter describes them.
-        stages: Stage of each reducing block, by 1-based block number; empty for the dense model.
+        stages: Stage of each reducing block, by 1-based block number, and by 0 what is removed before the first one;
+            empty for the dense model.
 
     Returns:
         A row for the embedding, one a block, one for the head. Their `macs` (stages included) add up to the total.
     """
-    tokens = model.patches
-    rows = [BlockRow(0, tokens, tokens, model.embed, 0)]
+    patches, static = model.patches, stages.get(0)
+    tokens = patches if static is None else static.tokens_out
+    rows = [BlockRow(0, patches, tokens, model.embed, 0)]
     for number, block in enumerate(model.blocks, start=1):
         stage = stages.get(number)
         entering, leaving = tokens, tokens if stage is None else stage.tokens_out

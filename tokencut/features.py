@@ -256,7 +256,7 @@ class Intermediates:
         self._taken = frozenset(taken)
         self._unmerging = unmerging
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo | None) -> None:
         """Keeps what every patch had before some are merged or dropped."""
         self._unmerging.stage(entering, leaving)
 

@@ -73,6 +73,7 @@ LIMITS: Mapping[str, Limits] = {
     "workers": _whole(0, 1_024, 0),
     # Points of top-1 that quantised weights may cost.
     "allow_drop": Limits(0, 100, 2.0),
+    "static_keep": Limits(0, 1, 0.5, open=True),
     # What a search is to reach.
     "gmacs": Limits(0, 10**6, 2.6, open=True),
     "max_drop": Limits(0, 100, 0.5, open=True),

@@ -17,12 +17,13 @@ from tokencut.blocks import BlockLoop
 from tokencut.calling import call
 from tokencut.errors import ModelError, UsageError
 from tokencut.features import Form, Indices, Intermediates, Unmerging, block_indices
+from tokencut.limits import check_number
 from tokencut.methods import Method, StageShape, make_method
-from tokencut.recipe import Recipe
+from tokencut.recipe import Recipe, resolve_stages
 from tokencut.schedule import Keep, Layers
 from tokencut.timm_protocol import AroundTimm
 from tokencut.tokens import Tokens
-from tokencut.tracing import Trace, Tracer
+from tokencut.tracing import BlockObserver, Trace, Tracer
 
 Run = Callable[[Tokens], Tokens]
 
@@ -52,19 +53,22 @@ class CompressedModel(AroundTimm):
         logits: Tensor = call(self.model, self._through(loop, lambda tokens: self._run(loop, tokens, plans)), images)
         return logits
 
-    def _through(self, loop: BlockLoop, run: Run, *, source: bool = False) -> Callable[[Tensor], Tensor]:
+    def _through(
+        self, loop: BlockLoop, run: Run, *, source: bool = False, observer: BlockObserver | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """The model's forward with other code for its blocks, from images to logits.
 
         Args:
             loop: The model as a loop.
             run: From the tokens entering the first block to those behind the last.
             source: Whether to follow which patch goes into which token.
+            observer: Is told of what is removed before the first block.
         """
         if self.adapter.hierarchical:
             inside = self._inside(lambda tokens: run(loop.begun(tokens, source=source)))
             forward: Callable[[Tensor], Tensor] = inside.forward
             return forward
-        return lambda images: loop.head(run(loop.embed(images, source=source)))
+        return lambda images: loop.head(run(loop.embed(images, source=source, observer=observer)))
 
     def trace(self, images: Tensor, *, source: bool = True, attention: bool = False) -> tuple[Tensor, list[Trace]]:
         """Logits, and the tokens behind each stage.
@@ -91,7 +95,7 @@ class CompressedModel(AroundTimm):
             tracer.traces.append(Trace(loop.depth, tokens))
             return tokens
 
-        logits: Tensor = call(self.model, self._through(loop, traced, source=source), images)
+        logits: Tensor = call(self.model, self._through(loop, traced, source=source, observer=tracer), images)
         return logits, tracer.traces
 
     def forward_intermediates(
@@ -159,11 +163,11 @@ class CompressedModel(AroundTimm):
             return self.model.forward_intermediates(
                 x, indices=taken, **{name: value for name, value in given.items() if name in as_timm}
             )
-        grid, tokens = self._grid(x), loop.embed(x, source=True)
-        if tokens.count != prod(grid):
+        grid, observer = self._grid(x), Intermediates(taken, unmerging)
+        tokens = loop.embed(x, source=True, observer=observer)
+        if loop.static is None and tokens.count != prod(grid):
             raise ModelError(f"patch dropout left {tokens.count} of {prod(grid)} patches, and no full grid; "
                              "type model.eval(), or build the model with patch_drop_rate=0")  # fmt: skip
-        observer = Intermediates(taken, unmerging)
         tokens = loop.run(tokens, plans, observer, max(taken) + 1 if stop_early else None)
         return observer.handed_out(form, tokens, partial(self.adapter.final_norm, self.model), norm, grid)
 
@@ -230,6 +234,7 @@ def compress(
     reduce_by: int | None = None,
     prop_attn: bool | None = None,
     method_options: Mapping[str, Any] | None = None,
+    static_keep: float | None = None,
 ) -> CompressedModel:
     """Makes a Vision Transformer cheaper by reducing its tokens (default method: arXiv 2211.11315).
 
@@ -246,6 +251,9 @@ def compress(
         reduce_by: Instead of `keep`: so many tokens fewer in each layer.
         prop_attn: Whether merged tokens weigh by size in later attention; the method's own default where None.
         method_options: Settings of the method, by name.
+        static_keep: Of a model of clips: the fraction of tubelets that enters the first block, those that differ most
+            from the one before at their place, in (0, 1]. The others go into the last such (RLT, arXiv 2411.05222).
+            Those of the first frames always stay. None for all.
 
     Returns:
         A module with the same input and output as `model`.
@@ -267,13 +275,21 @@ def compress(
     adapter.check_method(built)
     schedule = adapter.schedule(model, keep if reduce_by is None else None, layers, reduce_by)
     tokens = adapter.cost(model).patches
+    grid = adapter.own_grid(model)
+    if static_keep is not None:
+        check_number("static_keep", static_keep)
+        if adapter.frames(model) is None:
+            raise UsageError("`static_keep` is for models of clips, in which tubelets may stay as they were, and "
+                             f"{type(model).__name__} takes images; leave it out")  # fmt: skip
+    tokens_out = adapter.tokens_out(model, grid) or built.tokens_out
     recipe = Recipe(
         method=built.name,
         schedule=schedule,
         prop_attn=built.prop_attn if prop_attn is None else prop_attn,
         tokens=tokens,
-        stages=schedule.resolve(tokens, adapter.tokens_out(model, adapter.own_grid(model)) or built.tokens_out),
+        stages=resolve_stages(schedule, static_keep, tokens, prod(grid[1:]), tokens_out),
         method_options=built.options(),
+        static_keep=static_keep,
     )
     compressed = CompressedModel(copy.deepcopy(model), recipe)
     compressed.training = model.training  # the model's own parts may be in modes of their own
@@ -320,6 +336,8 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
     shape = model.adapter.cost(model.model)
     stages = {
         plan.block: stage_cost(model.method, shape.blocks[plan.block - 1], plan.tokens_in, plan.tokens_out)
+        if plan.block
+        else cost.StageCost(plan.tokens_in, plan.tokens_out, 0, reads_attention=False)
         for plan in model.built_for()
     }
     return cost.predict(shape, stages)

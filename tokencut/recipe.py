@@ -11,7 +11,7 @@ from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
-from tokencut.schedule import Schedule, StagePlan, TokensOut, make_schedule
+from tokencut.schedule import Schedule, StagePlan, TokensOut, kept_tokens, make_schedule
 from tokencut.schema import TEXT, TRUTH, WHOLE, Fields, Items, Rule, is_list_of, is_number, is_whole, optional
 
 Setting = bool | int | float | str
@@ -31,7 +31,8 @@ FIELDS = Fields({
     "prop_attn": TRUTH,
     "tokens": Rule(lambda value: is_whole(value, 1), "a whole number of at least 1"),
     "stages": Items(Fields(dict.fromkeys(("block", "tokens_in", "tokens_out"), WHOLE))),
-})  # fmt: skip
+    "static_keep": Rule(lambda value: is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
+}, partial=frozenset({"static_keep"}))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Recipe:
     Attributes:
         method: Name of the reduction method.
         method_options: All its settings, defaults included, so that a later change of defaults changes no old recipe.
+        static_keep: The fraction of a clip's tubelets that enters the first block; None where all do.
         schedule: The layers and keep rates as the user wrote them.
         prop_attn: Whether merged tokens weigh by their size in later attention.
         tokens: Image tokens at the recipe's input size.
@@ -53,6 +55,7 @@ class Recipe:
     tokens: int
     stages: tuple[StagePlan, ...]
     method_options: Mapping[str, Setting] = field(default_factory=dict)
+    static_keep: float | None = None
 
     @property
     def keep(self) -> float | list[float] | None:
@@ -71,12 +74,13 @@ class Recipe:
         """The reducing layers, 1-based."""
         return list(self.schedule.layers)
 
-    def stages_for(self, tokens: int, tokens_out: TokensOut | None = None) -> tuple[StagePlan, ...]:
+    def stages_for(self, tokens: int, tokens_out: TokensOut | None = None, places: int = 1) -> tuple[StagePlan, ...]:
         """The stages for an input of `tokens` image tokens; those stored where it is the recipe's own size.
 
         Args:
             tokens: The image tokens.
             tokens_out: How many can leave a stage, of a family that says so (`Adapter.tokens_out`).
+            places: Of clips, the tokens of a frame.
         """
         known = tokens_out is None or all(tokens_out(s.tokens_in, s.tokens_out) == s.tokens_out for s in self.stages)
         if tokens == self.tokens and known:
@@ -85,11 +89,13 @@ class Recipe:
             from tokencut.methods import make_method
 
             tokens_out = make_method(self.method, dict(self.method_options)).tokens_out
-        return self.schedule.resolve(tokens, tokens_out)
+        return resolve_stages(self.schedule, self.static_keep, tokens, places, tokens_out)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
+        told = {} if self.static_keep is None else {"static_keep": self.static_keep}
         return {
+            **told,
             "method": self.method,
             "method_options": dict(self.method_options),
             "keep": self.keep,
@@ -99,6 +105,23 @@ class Recipe:
             "tokens": self.tokens,
             "stages": [asdict(stage) for stage in self.stages],
         }
+
+
+def resolve_stages(
+    schedule: Schedule, static_keep: float | None, tokens: int, places: int, tokens_out: TokensOut | None
+) -> tuple[StagePlan, ...]:
+    """The stages for an input: those of a schedule, behind one in block 0 where static tubelets are removed.
+
+    Args:
+        schedule: The schedule.
+        static_keep: As in a recipe.
+        tokens: Image tokens of the input.
+        places: Of clips, the tokens of a frame, which is the least that stays.
+        tokens_out: As `Schedule.resolve` takes it.
+    """
+    left = tokens if static_keep is None else min(max(kept_tokens(static_keep, tokens), places), tokens)
+    first = () if left == tokens else (StagePlan(0, tokens, left),)
+    return (*first, *schedule.resolve(left, tokens_out))
 
 
 def recipe_from_json(data: Any, depth: int, *, as_written: bool = False) -> Recipe:
@@ -119,20 +142,22 @@ def recipe_from_json(data: Any, depth: int, *, as_written: bool = False) -> Reci
         schedule = make_schedule(depth, data["keep"], data["layers"], data["reduce_by"])
     except (UsageError, TypeError) as error:
         raise ArtifactError(f"the recipe in the file does not fit its model: {error}") from error
-    stages = _stages_from_json(data["stages"], schedule, data["tokens"])
+    static_keep = data.get("static_keep")
+    blocks = schedule.layers if static_keep is None else (0, *schedule.layers)
+    stages = _stages_from_json(data["stages"], blocks, data["tokens"])
     options = data["method_options"]
     if not as_written:
         from tokencut.methods import as_recorded
 
         options = as_recorded(data["method"], options)
-    return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, options)
+    return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, options, static_keep)
 
 
-def _stages_from_json(entries: list[dict[str, int]], schedule: Schedule, tokens: int) -> tuple[StagePlan, ...]:
+def _stages_from_json(entries: list[dict[str, int]], blocks: tuple[int, ...], tokens: int) -> tuple[StagePlan, ...]:
     stages: list[StagePlan] = []
     for entry in entries:
         fits = (
-            entry["block"] in schedule.layers
+            entry["block"] in blocks
             and entry["tokens_in"] == (stages[-1].tokens_out if stages else tokens)
             and 1 <= entry["tokens_out"] < entry["tokens_in"]
             and (not stages or entry["block"] > stages[-1].block)

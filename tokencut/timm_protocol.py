@@ -72,9 +72,9 @@ class AroundTimm(nn.Module):
     def loop(self) -> BlockLoop:
         """The model as a loop over blocks, to be run block by block."""
         stages = {int(layer): stage for layer, stage in self.stages.items()}
-        return BlockLoop(
-            self.adapter, self.model, stages, self.recipe.prop_attn, tuple(self.adapter.blocks(self.model))
-        )
+        static = next((plan for plan in self.recipe.stages if plan.block == 0), None)
+        blocks = tuple(self.adapter.blocks(self.model))
+        return BlockLoop(self.adapter, self.model, stages, self.recipe.prop_attn, blocks, static)
 
     @property
     def num_classes(self) -> int:
@@ -201,7 +201,7 @@ class AroundTimm(nn.Module):
 
     def _stages_on(self, grid: tuple[int, ...]) -> tuple[StagePlan, ...]:
         """The stages for images whose tokens stand in such a grid."""
-        return self.recipe.stages_for(prod(grid), self.adapter.tokens_out(self.model, grid))
+        return self.recipe.stages_for(prod(grid), self.adapter.tokens_out(self.model, grid), prod(grid[1:]))
 
     def forward_features(self, x: Tensor) -> Any:
         """The tokens that are left behind the last block, normed: `(B, P + M, D)` for images `(B, C, H, W)`.
@@ -287,7 +287,7 @@ class AroundTimm(nn.Module):
         self, loop: BlockLoop, tokens: Tokens, plans: tuple[StagePlan, ...], observer: BlockObserver | None = None
     ) -> Tokens:
         """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
-        if len(plans) > 0 and plans[0].tokens_in != tokens.count:
+        if len(plans) > 0 and (plans[0].tokens_in if plans[0].block else plans[0].tokens_out) != tokens.count:
             plans = self.recipe.stages_for(tokens.count)
         blocks, last = self.adapter.called_as_one(self.model), tokens
         if blocks is None:

@@ -18,7 +18,7 @@ class Trace:
     """What one stage did, for pictures, dense outputs and training.
 
     Attributes:
-        block: The stage's 1-based block.
+        block: The stage's 1-based block; 0 for static tubelets that were removed before the first.
         tokens: What left the stage.
         attention: Class attention of the `N` image tokens that entered it, fp32 `(B, N)` with a gradient; None where
             nobody asked for it.
@@ -34,8 +34,8 @@ class Trace:
 class BlockObserver(Protocol):
     """Is told of every stage and every block of a run, in order, and changes nothing."""
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
-        """A stage has run: the tokens before and behind it, and the attention that it saw."""
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo | None) -> None:
+        """A stage has run: the tokens before and behind it, and the attention that it saw, if it is in a block."""
 
     def block(self, number: int, tokens: Tokens) -> None:
         """The block of this 1-based number has run; these are its output."""
@@ -55,10 +55,10 @@ class Tracer:
         self._method = method
         self._attention = attention
 
-    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo) -> None:
+    def stage(self, plan: StagePlan, entering: Tokens, leaving: Tokens, attention: AttentionInfo | None) -> None:
         """Notes what left the stage."""
-        row = attention.class_attention() if self._attention else None
-        attentive = self._method.attentive(plan.tokens_in, plan.tokens_out)
+        row = attention.class_attention() if self._attention and attention is not None else None
+        attentive = self._method.attentive(plan.tokens_in, plan.tokens_out) if attention is not None else 0
         self.traces.append(Trace(plan.block, leaving, row, attentive))
 
     def block(self, number: int, tokens: Tokens) -> None:

@@ -51,6 +51,19 @@ def test_a_model_of_images_on_frames(run: Run, compressed: Path, clips: Path) ->
     assert sum(row["macs"] for row in done.json["blocks"]) == pytest.approx(3e9 * cost)
 
 
+def test_static_tubelets_are_left_out(run: Run, file: Path, clips: Path, tmp_path: Path) -> None:
+    done = run("eval", file, "--data", clips, "--static-keep", "0.75", "--keep", "0.5", "--layers", "2", "-j", "0",
+               "--json")  # fmt: skip
+    assert (done.code, done.json["static_keep"], done.json["keep"]) == (0, 0.75, 0.5)
+    out = tmp_path / "static.safetensors"
+    small = ("--model-kwargs", "img_size=16,patch_size=8,num_frames=4,embed_dim=16,depth=2,num_heads=2")
+    made = run("compress", "videomae_small_patch16_224", "--no-pretrained", *small, "--static-keep", "0.75", "-o", out)
+    assert made.code == 0
+    assert "static keep             0.75" in run("info", out).out
+    profiled = run("profile", out, "--no-latency", "--json").json
+    assert profiled["stages"][0] == {"block": 0, "tokens_in": 8, "tokens_out": 6} and profiled["notes"] == []
+
+
 def test_what_does_not_go_together(run: Run, file: Path, clips: Path, pictures: Path) -> None:
     done = run("eval", file, "--data", pictures, "-j", "0")
     assert done.code == 1 and "holds images, and the model takes clips of 4 frames" in done.err
@@ -58,5 +71,9 @@ def test_what_does_not_go_together(run: Run, file: Path, clips: Path, pictures: 
     assert done.code == 2 and "--frame-stride says how clips are taken from videos" in done.err
     done = run("profile", file, "--frames", "4", "--no-latency")
     assert done.code == 2 and "this model takes clips of 4 frames by itself; leave --frames out" in done.err
+    done = run("profile", "test_vit", "--static-keep", "0.5", "--no-latency")
+    assert done.code == 2 and "--static-keep is for models of clips" in done.err
+    done = run("profile", file, "--static-keep", "0.5", "--target-gmacs", "1", "--calibration", clips)
+    assert done.code == 2 and "--target-gmacs finds a schedule for all tubelets, and --static-keep" in done.err
     done = run("eval", file, "--data", clips, "--views", "0")
     assert done.code == 2 and "0 is not a whole number from 1 to 100" in done.err

@@ -149,6 +149,12 @@ class Adapter(ABC):
         assert size is not None
         return self.grid(model, *size)
 
+    def changes(self, model: TimmModule, images: Tensor) -> Tensor:
+        """How much each tubelet of clips differs from the one before at its place, fp32 `(B, N)` (`ops.static`); asked
+        for of families with `frames`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def input_size(self, model: TimmModule) -> tuple[int, int] | None:
         """Height and width in px of the images that the model was built for; None where it does not tell."""

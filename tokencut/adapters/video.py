@@ -9,6 +9,7 @@ from tokencut.adapters.base import register_adapter
 from tokencut.adapters.columnar import ColumnarAdapter
 from tokencut.adapters.space_time import SpaceTimeTransformer
 from tokencut.attention import TimmModule
+from tokencut.ops import static
 from tokencut.tokens import Tokens
 
 
@@ -30,6 +31,9 @@ class VideoAdapter(ColumnarAdapter):
     def own_grid(self, model: TimmModule) -> tuple[int, ...]:
         grid: tuple[int, ...] = model.patch_embed.grid_size
         return grid
+
+    def changes(self, model: TimmModule, images: Tensor) -> Tensor:
+        return static.changes(images, (model.patch_embed.tubelet_size, *model.patch_embed.patch_size))
 
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         features = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))

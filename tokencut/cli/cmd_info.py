@@ -54,6 +54,7 @@ def _facts(found: ArtifactInfo, size: int) -> list[tuple[str, str]]:
         ("method", " ".join((recipe.method, render.pairs(recipe.method_options)))),
         ("keep", render.keep_text(recipe.keep, recipe.schedule.reduce_by)),
         ("layers", ",".join(map(str, recipe.layers))),
+        *([] if recipe.static_keep is None else [("static keep", f"{recipe.static_keep:g}")]),
         ("proportional attention", "on" if recipe.prop_attn else "off"),
         ("preprocessing", render.pairs(found.preprocessing)),
         ("labels", _labels(found)),

@@ -20,7 +20,7 @@ RARE = frozenset((
     "--ema-decay", "--label-smoothing", "--mixup", "--cutmix", "--crop-scale", "--hflip", "--color-jitter",
     "--auto-augment", "--random-erasing", "--mean", "--std", "--crop-pct", "--interpolation", "--image-root",
     "--calibration-limit", "--search-effort", "--front", "--select", "compress --compile", "compress --allow-drop",
-    "--frame-stride", "--frames", "--views",
+    "--frame-stride", "--frames", "--static-keep", "--views",
 ))  # fmt: skip
 
 NONE = "none"
@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, str] = {
     "--compile-mode": "default", "--dense-file": NONE,
     "--data": NONE, "--limit": "all", "export --limit": "64", "--workers": "one a core, up to 4",
     "--class-map": "by name", "--image-root": "the list's own folder", "--predictions": NONE, "predict --output": NONE,
-    "--frame-stride": "4", "--frames": NONE, "--views": "1",
+    "--frame-stride": "4", "--frames": NONE, "--static-keep": "all", "--views": "1",
     "--opset": "18", "--format": "as -o ends", "--install-completion": NONE, "--show-completion": NONE,
     "PATTERN": "all", "OTHER": "the same, dense",
 }  # fmt: skip

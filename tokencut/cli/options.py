@@ -96,6 +96,7 @@ LAYERS_HELP = (
 METHOD_HELP = "How tokens are reduced: see tokencut models --methods."
 OPTION_HELP = "A setting of the method; may be repeated."
 REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer. --layers is then all."
+STATIC_KEEP_HELP = "Of clips: the share of tubelets, those that change most, that enters the first block."
 PROP_ATTN_HELP = "Whether merged tokens weigh by their size in later attention."
 
 
@@ -113,6 +114,9 @@ class ReductionOptions:
         None
     )
     prop_attn: Annotated[bool | None, reduction_option("--prop-attn/--no-prop-attn", help=PROP_ATTN_HELP)] = None
+    static_keep: Annotated[
+        float | None, reduction_option("--static-keep", **bounded("static_keep", "F"), help=STATIC_KEEP_HELP)
+    ] = None
 
     def given(self) -> tuple[str, ...]:
         """The options that were typed, such as `("--keep", "--layers")`."""
@@ -143,6 +147,7 @@ class ReductionOptions:
             "reduce_by": self.reduce_by,
             "prop_attn": self.prop_attn,
             "method_options": read_pairs("--method-option", self.method_option or (), "clusters=0.25"),
+            "static_keep": self.static_keep,
         }
 
 

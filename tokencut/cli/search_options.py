@@ -71,6 +71,9 @@ class TargetOptions:
         typed = [name for name in ("--keep", "--reduce-by") if name in reduction.given()]
         if typed:
             raise UsageError(f"{given[0]} finds the keep rates and {typed[0]} gives them; type one of them")
+        if reduction.static_keep is not None:
+            raise UsageError(f"{given[0]} finds a schedule for all tubelets, and --static-keep leaves some out; type "
+                             "one of them")  # fmt: skip
         if self.calibration is None:
             raise UsageError(f"{given[0]} needs images to search by; add --calibration DIR, a folder with one "
                              "sub-folder a class or a .tar of one, or --calibration digits")  # fmt: skip

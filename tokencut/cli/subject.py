@@ -217,7 +217,8 @@ def describe(recipe: Recipe) -> str:
     """A recipe in words."""
     keep = render.keep_text(recipe.keep, recipe.schedule.reduce_by)
     rate = keep if recipe.keep is None else f"keep {keep}"
-    return f"{recipe.method}, {rate}, layers {','.join(map(str, recipe.layers))}"
+    static = "" if recipe.static_keep is None else f", static keep {recipe.static_keep:g}"
+    return f"{recipe.method}, {rate}, layers {','.join(map(str, recipe.layers))}{static}"
 
 
 def run_facts(subject: Subject, device: torch.device, precision: str) -> dict[str, Any]:
@@ -227,6 +228,7 @@ def run_facts(subject: Subject, device: torch.device, precision: str) -> dict[st
         "method": recipe.method if recipe else None,
         "keep": recipe.keep if recipe else 1.0,
         "layers": list(recipe.layers) if recipe else [],
+        **({"static_keep": recipe.static_keep} if recipe and recipe.static_keep is not None else {}),
         "device": describe_device(device),
         "precision": precision,
         "versions": {**versions(), **runtime_version(subject.model)},

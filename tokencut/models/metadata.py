@@ -125,7 +125,8 @@ class ArtifactInfo:
     @property
     def tokens_per_block(self) -> tuple[int, ...]:
         """The image tokens that leave each block, at the recipe's input size."""
-        leaving, tokens = {stage.block: stage.tokens_out for stage in self.recipe.stages}, self.recipe.tokens
+        leaving = {stage.block: stage.tokens_out for stage in self.recipe.stages}
+        tokens = leaving.get(0, self.recipe.tokens)  # of clips less what is static
         return tuple((tokens := leaving.get(block, tokens)) for block in range(1, self.depth + 1))
 
     def timm_description(self) -> dict[str, Any]:
