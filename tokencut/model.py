@@ -273,6 +273,9 @@ def compress(
     adapter = adapter_for(model)
     built = make_method(method or adapter.default_method, dict(method_options or {}))
     adapter.check_method(built)
+    if prop_attn and built.keeps_grid:
+        raise UsageError(f"method {built.name} leaves clusters of equal weight, and no proportional attention; leave "
+                         "out `prop_attn`")  # fmt: skip
     schedule = adapter.schedule(model, keep if reduce_by is None else None, layers, reduce_by)
     tokens = adapter.cost(model).patches
     grid = adapter.own_grid(model)

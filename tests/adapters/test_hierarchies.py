@@ -15,6 +15,8 @@ from torch import nn
 import tokencut
 from tokencut.adapters import BareContext, adapter_for
 from tokencut.errors import ModelError, UsageError
+from tokencut.evaluation.accuracy import EvaluationReport
+from tokencut.evaluation.unusual_loss import unusual_loss
 from tokencut.export.run import export_model
 from tokencut.export.runtimes import open_exported
 from tokencut.model import compress, predicted_gmacs, predicted_macs
@@ -23,6 +25,8 @@ from tokencut.profiling.counting import count_macs
 from tokencut.runtime.devices import inference_state
 from tokencut.search.latency_table import latency_table
 from tokencut.tokens import apply_decision
+from tokencut.training.objective import Objective, ObjectiveSettings
+from tokencut.training.step import warmed
 from tokencut.visualization.drawing import draw
 
 QUICK = ("swin padded", "swin one window", "swin v2 padded")
@@ -245,6 +249,8 @@ def test_the_nearest_window_is_taken() -> None:
                            "such as `keep=0.5`, instead of `reduce_by`"),
         ({"layers": "all"}, "layers 'all' are several, and Swin is reduced once; type the block of its third stage "
                             "where that begins, such as `layers=[2]`"),
+        ({"prop_attn": True}, "method window leaves clusters of equal weight, and no proportional attention; leave out "
+                              "`prop_attn`"),
         ({"layers": [2, 3]}, "layers 2,3 are several, and Swin is reduced once; type the block of its third stage "
                              "where that begins, such as `layers=[2]`"),
     ],
@@ -328,3 +334,42 @@ def test_pictures_show_the_clusters_of_each_window() -> None:
         assert set(source[:, inside].flatten().tolist()) <= set(own.tolist())
     ((stage,),) = (view.stages for view in draw(compressed, pixels[:1].clamp(0, 1).mul(255).byte(), device="cpu").views)
     assert (stage.block, stage.tokens_in, stage.tokens_out) == (2, 64, 36)
+
+
+@pytest.mark.parametrize("distill", ["soft", "features"])
+def test_a_fine_tune_is_taught_by_the_whole_model(distill: str) -> None:
+    model = small("swin padded")
+    compressed = compress(model, keep=0.5).train()
+    objective = Objective(compressed, ObjectiveSettings(distill=distill, beta=0.1))
+    losses = objective(images(model), torch.tensor([0, 1, 2]))
+    losses.total.backward()
+    assert losses.terms["distillation"] > 0 and losses.terms["diversity"] > 0
+    assert objective.teacher is not None and objective.teacher.recipe.stages == ()
+
+
+def test_a_warm_up_of_the_keep_rate_takes_windows_that_there_are() -> None:
+    compressed = compress(small("swin padded"), keep=0.1)  # 6 x 9 in windows of 4 x 4: 6, 15 or 35 of 54
+    left = [
+        [plan.tokens_out for plan in warmed(compressed.recipe, share, compressed.possible_counts()).stages]
+        for share in (0.0, 0.3, 0.8, 1.0)
+    ]
+    assert left == [[], [35], [15], [6]]
+
+
+def test_what_is_unusual_is_judged_by_plain_averages() -> None:
+    compressed, asked = compress(small("swin"), keep=0.5), list[tuple[str, Any]]()
+
+    def report(wrong: int) -> EvaluationReport:
+        correct = tuple(index >= wrong for index in range(400))
+        return EvaluationReport("m", "d", 400, 100 - wrong / 4, 100.0, 0.1, None, 1.0, 1.0, correct=correct)
+
+    def judge(model: nn.Module, name: str) -> EvaluationReport:
+        asked.append((name, model))
+        return report(8)
+
+    told = unusual_loss(compressed, report(0), report(40), judge)
+    assert told is not None and told.endswith("on 400 images, where averages of cells lose 2.00")
+    ((name, plain),) = asked
+    assert name == "the same with window"
+    assert plain.recipe.method_options["clustering"] == "pool" and plain.recipe.stages == compressed.recipe.stages
+    assert unusual_loss(plain, report(0), report(8), judge) is None and len(asked) == 1

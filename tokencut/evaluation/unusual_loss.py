@@ -12,8 +12,9 @@ from tokencut.model import CompressedModel, compress
 
 # Points of top-1; no model that we measured loses as much at the default keep rate.
 ORDINARY_LOSS = 5.0
-# What loses more than this method, which merges nothing and drops what class attention passes over, does not fit.
-PLAIN_METHOD = "topk"
+# What loses more than this method, which merges nothing and drops what class attention passes over, does not fit; of a
+# hierarchical model, than plain averages.
+PLAIN_METHOD, PLAIN_GRID = "topk", {"clustering": "pool"}
 
 Judge = Callable[[nn.Module, str], EvaluationReport]
 
@@ -21,7 +22,8 @@ Judge = Callable[[nn.Module, str], EvaluationReport]
 def unusual_loss(
     model: CompressedModel, dense: EvaluationReport, compressed: EvaluationReport, judge: Judge | None = None
 ) -> str | None:
-    """What has to be said where more is lost than is ordinary: over `ORDINARY_LOSS` points, or more than by `topk`.
+    """What has to be said where more is lost than is ordinary: over `ORDINARY_LOSS` points, or more than by the
+    simplest method, `topk`.
 
     Args:
         model: The compressed model.
@@ -39,23 +41,32 @@ def unusual_loss(
     if not (lost.is_clear and lost.points > 0):
         return None
     plain = None
-    if judge is not None and model.recipe.method != PLAIN_METHOD and not model.method.needs_training:
-        plain = judge(_plain(model), f"the same with {PLAIN_METHOD}")
+    simpler = None if judge is None or model.method.needs_training else _plain(model)
+    if judge is not None and simpler is not None:
+        plain = judge(simpler, f"the same with {simpler.recipe.method}")
         more = paired_difference(plain.correct, compressed.correct)
         plain = plain if more.is_clear and more.points > 0 else None
     if plain is None and lost.points <= ORDINARY_LOSS:
         return None
     beside = ""
     if plain is not None:
-        beside = f", where {PLAIN_METHOD}, which merges nothing, loses {dense.top1 - plain.top1:.2f}"
+        named = (
+            "averages of cells lose" if model.adapter.hierarchical else f"{PLAIN_METHOD}, which merges nothing, loses"
+        )
+        beside = f", where {named} {dense.top1 - plain.top1:.2f}"
     return (
         f"the loss is out of the ordinary: {lost.points:.2f} ± {lost.standard_error:.2f} points of top-1 on "
         f"{compressed.images:,} images{beside}"
     )
 
 
-def _plain(model: CompressedModel) -> CompressedModel:
-    schedule = model.recipe.schedule
+def _plain(model: CompressedModel) -> CompressedModel | None:
+    """The same by the simplest method; None where that is the model's own."""
+    recipe, grid = model.recipe, model.adapter.hierarchical
+    if recipe.method == PLAIN_METHOD or (grid and PLAIN_GRID.items() <= recipe.method_options.items()):
+        return None
+    schedule = recipe.schedule
     return compress(
-        model.model, keep=schedule.keep, layers=schedule.layers, reduce_by=schedule.reduce_by, method=PLAIN_METHOD
-    )
+        model.model, keep=schedule.keep, layers=schedule.layers, reduce_by=schedule.reduce_by,
+        method=None if grid else PLAIN_METHOD, method_options=PLAIN_GRID if grid else None,
+    )  # fmt: skip

@@ -149,7 +149,7 @@ class Objective:
                              "type `distill='soft'`, or leave out `compiled`")  # fmt: skip
         self.teacher: CompressedModel | None = None
         if settings.distill != "none":
-            teacher = compress(model.model, keep=1.0, method="topk").eval()
+            teacher = compress(model.model, keep=1.0).eval()
             self.teacher = teacher.requires_grad_(requires_grad=False)
         self.two_heads = self._separate_heads(settings.distill in LOGIT_KINDS)
         self._traced = bool(self.own_losses or settings.alpha or settings.beta)

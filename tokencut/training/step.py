@@ -22,6 +22,7 @@ from tokencut.model import CompressedModel
 from tokencut.recipe import Recipe
 from tokencut.runtime.devices import autocast, enough_memory
 from tokencut.runtime.distributed import Group
+from tokencut.schedule import TokensOut
 from tokencut.training.objective import Losses, Objective, ObjectiveSettings
 from tokencut.training.order import Order, seed_all
 from tokencut.training.recipe import TrainingRecipe, make_optimizer, make_scheduler
@@ -185,7 +186,8 @@ class Trainer:
         if not self.recipe.keep_warmup or done >= 1:
             yield
             return
-        self.model.recipe = warmed(self.target, math.floor(done * WARMUP_LEVELS) / WARMUP_LEVELS)
+        share = math.floor(done * WARMUP_LEVELS) / WARMUP_LEVELS
+        self.model.recipe = warmed(self.target, share, self.model.possible_counts())
         try:
             yield
         finally:
@@ -197,13 +199,19 @@ class Trainer:
         return enough_memory(batch, self.group.device, f"type {advice}, which trains alike")
 
 
-def warmed(recipe: Recipe, share: float) -> Recipe:
-    """The recipe with only a share of its reduction: keep 1 at share 0, its own keep rates at share 1."""
+def warmed(recipe: Recipe, share: float, tokens_out: TokensOut | None = None) -> Recipe:
+    """The recipe with only a share of its reduction: keep 1 at share 0, its own keep rates at share 1.
+
+    Args:
+        recipe: The recipe.
+        share: From 0 to 1.
+        tokens_out: How many tokens can leave a stage, of a family that says so (`Adapter.tokens_out`).
+    """
     keep = recipe.schedule.keep
     rates = keep if isinstance(keep, tuple) else (keep or 1.0,) * len(recipe.schedule.layers)
     eased = tuple(round(1 - share * (1 - rate), 6) for rate in rates)
     schedule = replace(recipe.schedule, keep=eased)
-    tokens_out = make_method(recipe.method, dict(recipe.method_options)).tokens_out
+    tokens_out = tokens_out or make_method(recipe.method, dict(recipe.method_options)).tokens_out
     return replace(recipe, schedule=schedule, stages=schedule.resolve(recipe.tokens, tokens_out))
 
 
