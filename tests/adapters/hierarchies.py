@@ -22,6 +22,7 @@ SMALL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "swin any size": ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": 96, "dynamic_img_size": True}),
     "swin v2": ("swinv2_tiny_window8_256", {**SWIN, "img_size": 128}),
     "swin v2 padded": ("swinv2_tiny_window8_256", {**SWIN, "img_size": (96, 144), "pretrained_window_sizes": (3,) * 4}),
+    "swin v2 cr": ("swinv2_cr_tiny_224", {**SWIN, "img_size": (96, 144)}),
 }
 
 

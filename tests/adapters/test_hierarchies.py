@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def test_a_training_step_reaches_every_weight(case: str) -> None:
     for checkpoints in (False, True):
         compressed.zero_grad()
         compressed.set_grad_checkpointing(checkpoints)
+        torch.manual_seed(0)  # Swin V2 CR drops out
         compressed(images(model)).square().sum().backward()
         gradients.append({label: weight.grad for label, weight in compressed.model.named_parameters()})
     assert {label for label, gradient in gradients[0].items() if gradient is not None and gradient.any()} == reached
@@ -138,7 +140,8 @@ def test_the_modules_are_called_that_timm_calls(case: str) -> None:
     model = small(case)
     compressed, pixels = compress(model, keep=0.5).eval(), images(model)
     model = compressed.model
-    names, seen = {id(part): name for name, part in model.named_modules()}, list[tuple[str, int]]()
+    names = {id(part): re.sub("^stages", "layers", name) for name, part in model.named_modules()}
+    seen: list[tuple[str, int]] = []
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
         seen.append((names[id(module)], output.numel()))
@@ -174,7 +177,7 @@ def test_what_has_a_forward_of_its_own_is_refused() -> None:
 
 def test_a_block_on_a_grid_of_its_own_size_is_timms() -> None:
     """So what is resized for smaller windows is right where it is not."""
-    for case in ("swin", "swin padded", "swin oblong", "swin v2", "swin v2 padded"):
+    for case in ("swin", "swin padded", "swin oblong", "swin v2", "swin v2 padded", "swin v2 cr"):
         model = small(case)
         adapter = adapter_for(model)
         with torch.no_grad():

@@ -245,8 +245,13 @@ class HierarchicalAdapter(Adapter):
         skipped: dict[str, Any] = dict.fromkeys(self.before_stages, _unchanged)
         rest = StandIn(model, **skipped, **{self.stages_name: StandInSequence(stages, parts)})
         assert tokens.windows is not None
-        logits: Tensor = rest.forward(tokens.features.unflatten(1, (tokens.windows.rows, tokens.windows.columns)))
+        grid = tokens.features.unflatten(1, (tokens.windows.rows, tokens.windows.columns))
+        logits: Tensor = rest.forward(self.as_taken(grid))
         return logits
+
+    def as_taken(self, grid: Tensor) -> Tensor:
+        """A grid `(B, rows, columns, D)` in the form in which stages of this family take it."""
+        return grid
 
     def pools_by_size(self, model: TimmModule) -> bool:
         return False

@@ -1,5 +1,5 @@
-"""Every architecture that timm builds of its classes `SwinTransformer` and `SwinTransformerV2`: attention in windows,
-which are shifted in every other block.
+"""Every architecture that timm builds of its classes `SwinTransformer`, `SwinTransformerV2` and `SwinTransformerV2Cr`:
+attention in windows, which are shifted in every other block.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrBlock
 from torch import Tensor, nn
 
 from tokencut.adapters.base import counted_macs, linear_macs, register_adapter
@@ -73,10 +74,15 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         return int(height) << STAGE, int(width) << STAGE
 
     def stage_grid(self, model: TimmModule, stage: int, height: int, width: int) -> tuple[int, int]:
-        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        rows, columns = self.patch_grid(model, height, width)
         for _ in range(stage):
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
         return int(rows), int(columns)
+
+    def patch_grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches, before any are merged."""
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        return rows, columns
 
     def classifier(self, model: TimmModule) -> nn.Module:
         classifier: nn.Module = model.head.fc
@@ -244,6 +250,47 @@ class SwinV2Adapter(ShiftedWindowAdapter):
     def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
         asked = own if windows is None else windows
         return (2 * asked.height - 1) * (2 * asked.width - 1) * linear_macs(layer.cpb_mlp)
+
+
+@register_adapter
+class SwinV2CrAdapter(ShiftedWindowAdapter):
+    """timm's own form of Swin V2: a network for the offset of each pair, in tokens, and channels before rows."""
+
+    family = "Swin V2 CR"
+    timm_modules = ("swin_transformer_v2_cr",)
+    classes = (SwinTransformerV2Cr,)
+    block_classes = (SwinTransformerV2CrBlock,)
+    stages_name = "stages"
+
+    def all_blocks(self, model: TimmModule, run: Run) -> Any:
+        return [partial(self.on_grid, model, run)]
+
+    def as_taken(self, grid: Tensor) -> Tensor:
+        return grid.permute(0, 3, 1, 2)
+
+    def patch_grid(self, model: TimmModule, height: int, width: int) -> tuple[int, int]:
+        high, wide = model.patch_embed.patch_size
+        return height // high, width // wide
+
+    def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
+        return features  # the last block's own
+
+    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Tensor:
+        rows, columns = (
+            torch.arange(small, device=like.device, dtype=torch.float32) * (large / small)
+            for large, small in ((before.height, windows.height), (before.width, windows.width))
+        )
+        places = torch.stack((rows.unsqueeze(1).expand(-1, len(columns)), columns.expand(len(rows), -1)), 2).flatten(
+            0, 1
+        )
+        apart = (places.unsqueeze(1) - places.unsqueeze(0)).flatten(0, 1)
+        return (apart.sign() * (1 + apart.abs()).log()).to(like.dtype)
+
+    def attention(self, layer: TimmModule, windows: Windows, positions: Tensor) -> StandIn:
+        return StandIn(layer, window_size=(windows.height, windows.width), relative_coordinates_log=positions)
+
+    def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
+        return (own if windows is None else windows).places ** 2 * linear_macs(layer.meta_mlp)
 
 
 def linear_out(layer: nn.Module) -> int:
