@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,13 @@ class OnnxRuntime(Runtime):
         return f"ONNX opset {opset}"
 
 
-def onnx_program(graph: Graph, opset: int) -> Any:
+def onnx_program(graph: Graph, opset: int, outputs: Sequence[str] = (OUTPUT,)) -> Any:
     """A model as torch.onnx's program, without paths of this machine.
+
+    Args:
+        graph: The model.
+        opset: ONNX opset.
+        outputs: What its outputs are called.
 
     Raises:
         ModelError: It holds an operator that ONNX does not have.
@@ -78,7 +83,7 @@ def onnx_program(graph: Graph, opset: int) -> Any:
                 verbose=False,
                 opset_version=opset,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=list(outputs),
                 dynamic_shapes=names,
                 custom_translation_table=translations(),
             )

@@ -1,0 +1,105 @@
+"""The scripts that run exported files in their runtimes and in a browser, and the page that shows tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import browser
+import onnxruntime
+import pytest
+import runtimes
+import torch
+from export_models import normalised, pixels, small
+from image_files import write_folder
+
+from tokencut.errors import TokencutError
+
+EXAMPLES = Path(browser.__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_files_are_compared_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "val", ["ant", "bee"], images=2)
+    words = ["test_vit", "--no-pretrained", "--data", str(folder), "--methods", "topk", "--keep", "0.5",
+             "--batch-size", "3", "--kinds", "onnx", "openvino-onnx", "--rounds", "3"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["runtimes", *words, "-o", str(tmp_path / "table.md")])
+    runtimes.main()
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    compared = {(row[0].strip("| "), row[1]): row[-1].strip("| ") for row in rows if len(row) == 6}
+    assert compared[("onnx", "topk 0.5")] == compared[("openvino-onnx", "dense")] == "yes"
+    kept = {(row[0].strip("| "), row[1]): row[-1].strip("| ") for row in rows if len(row) == 7}
+    assert len(kept) == 1 + 2 * 2 and kept[("onnx", "dense")] == "1.00"
+    assert capsys.readouterr().out.startswith("test_vit, ")
+
+
+def test_unknown_kinds_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["runtimes", "digits", "--data", "digits", "--kinds", "onyx", "onnx"])
+    with pytest.raises(SystemExit):
+        runtimes.parse()
+    assert "unknown kinds onyx, expected some of aoti, " in capsys.readouterr().err
+
+
+def loaded(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_pages_file_tells_where_patches_went(tmp_path: Path) -> None:
+    model = small("bat")
+    with torch.no_grad():
+        loaded(EXAMPLES / "browser/make.py").make(model, tmp_path)
+        images = pixels(1)
+        expected, traces = model.trace(normalised(model, images))
+        dense = model.model(normalised(model, images))
+    told = json.loads((tmp_path / "model.json").read_text())
+    assert told["stages"] == [{"output": "stage1", "block": 1, "tokens": 8}]
+    given = {"images": (images / 255).numpy()}
+    logits, source = onnxruntime.InferenceSession(tmp_path / "compressed.onnx").run(["logits", "stage1"], given)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+    assert traces[0].tokens.source is not None
+    assert torch.equal(torch.from_numpy(source).long(), traces[0].tokens.source)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "dense.onnx").run(None, given)
+    torch.testing.assert_close(torch.from_numpy(logits), dense, rtol=1e-4, atol=1e-5)
+
+
+def stand_in(path: Path, posted: str) -> str:
+    """A program in place of the browser: it fetches the runner and answers as its page would."""
+    path.write_text(f"#!{sys.executable}\n"
+                    "import sys, time, urllib.request\n"
+                    "address = sys.argv[-1]\n"
+                    "assert b'index.html' in urllib.request.urlopen(address).read()\n"
+                    "found = address.replace('runner.html', 'found')\n"
+                    f"posted = {posted!r}\n"
+                    "if posted: urllib.request.urlopen(found, data=posted.encode())\n"
+                    "time.sleep(60)\n")  # fmt: skip
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_what_the_browser_found_is_had_and_it_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "runner.html").write_text(browser.RUNNER)
+    found = browser.browsed(tmp_path, stand_in(tmp_path / "browser", '{"files": {"a": 1}}'), 50)
+    assert found == {"files": {"a": 1}}
+    with pytest.raises(TokencutError, match="^the page failed: Error: no model$"):
+        browser.browsed(tmp_path, stand_in(tmp_path / "browser", '{"error": "Error: no model"}'), 50)
+    with pytest.raises(TokencutError, match=r"told nothing within 0\.5 s; type more --seconds"):
+        browser.browsed(tmp_path, stand_in(tmp_path / "browser", ""), 0.5)
+
+
+def test_a_page_that_shows_other_tokens_is_refused() -> None:
+    model = small()
+    page = {"captions": ["what the model sees", "behind block 1: 8 tokens"], "rows": 2}
+    browser._check_page(page, model)
+    with pytest.raises(TokencutError, match="expected .'behind block 1: 8 tokens'. under two rows"):
+        browser._check_page({**page, "captions": ["what the model sees", "behind block 1: 9 tokens"]}, model)
