@@ -132,14 +132,3 @@ def test_what_is_refused() -> None:
         tokencut.compress(timm.create_model("test_vit"), static_keep=0.5)
     with pytest.raises(UsageError, match="`static_keep=1.5` is not a number above 0 and up to 1"):
         removing(static_keep=1.5)
-
-
-@pytest.mark.slow
-def test_it_is_captured_in_one_graph(tmp_path: Path) -> None:
-    compressed = removing()
-    report = tokencut.export_model(compressed, tmp_path / "m.onnx", limit=3)
-    assert report.agreement.to_dict()["images"] == 3 and report.info.recipe == compressed.recipe
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(compressed, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(clips()), compressed(clips()), rtol=1e-4, atol=1e-4)

@@ -212,7 +212,7 @@ SMALL = {name: (family, args) for family in FAMILIES.values() for name, args in 
 TABLES = ("vit_small_patch16_rope_mixed_ape_224", "vit_small_patch16_dinov3_qkvb")
 CAPTURED = (*TABLES, "eva02_tiny_patch14_224", "beitv2_base_patch16_224", "vit_relpos_small_patch16_224", "convit_tiny",
             "cait_xxs24_224", "deepseek_vit_412m_align", "qwen3_vit_88m_merge", "naflexvit_base_patch16_siglip",
-            "vit_tiny_r_s16_p8_224", "videomae_small_patch16_224")  # fmt: skip
+            "vit_tiny_r_s16_p8_224")  # fmt: skip
 # What follows the blocks, or what they share, is another in each of these.
 SEARCHED = ("vit_small_patch16_rope_mixed_ape_224", "beitv2_base_patch16_224", "convit_tiny", "cait_xxs24_224",
             "qwen3_vit_88m_merge", "gemma4_vit_570m")  # fmt: skip

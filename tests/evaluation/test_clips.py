@@ -13,7 +13,9 @@ import tokencut
 from tokencut.data.image_set import images_for
 from tokencut.data.sources import open_source
 from tokencut.errors import DataError, UsageError
+from tokencut.export.runtimes import open_exported
 from tokencut.search.run import SearchSettings
+from tokencut.sweeping.picture import tiles_of
 
 
 @pytest.fixture
@@ -80,3 +82,28 @@ def test_a_search_on_clips(clips: Path) -> None:
     settings = SearchSettings(effort=3, images=3, workers=0, device="cpu")
     report = tokencut.find_schedule(model, clips, tokencut.Target(gmacs=0.8 * dense), settings=settings)
     assert report.found.gmacs <= 0.8 * dense and report.images == 3
+
+
+def test_a_sweep_draws_clips(clips: Path) -> None:
+    """Those that can be read, at its stride, which is a part of what it is resumed by."""
+    (clips / "a" / "0.mp4").write_bytes(b"no video")
+    model = tiny_videomae()
+    recipe = tokencut.compress(model, keep=0.5, layers=[1], method="tome").recipe
+    images = images_for(model, open_source(clips, frame_stride=2))
+    tiles = tiles_of(model, {("tome", 0.5): recipe}, images, device=torch.device("cpu"), precision="fp32")
+    assert tiles.names == ("a/1.mp4", "a/2.mp4", "b/1.mp4")
+    assert [[tile.tokens_out for tile in row] for row in tiles.models.values()] == [[4, 4, 4]]
+    digests = {images_for(model, open_source(clips, frame_stride=stride)).digest() for stride in (1, 2)}
+    assert len(digests) == 2
+
+
+@pytest.mark.slow
+def test_an_exported_model_of_clips(clips: Path, tmp_path: Path) -> None:
+    model = tokencut.compress(tiny_videomae(), keep=0.5, layers=[1], static_keep=0.75)
+    report = tokencut.export_model(model, tmp_path / "m.onnx", data=open_source(clips, frame_stride=2))
+    assert (report.info.frames, report.info.input_shape) == (4, (3, 4, 16, 16)) and report.agreement.images == 3
+    exported = open_exported(tmp_path / "m.onnx")
+    here, there = (tokencut.evaluate(each, clips, device="cpu", workers=0) for each in (model, exported))
+    assert there.loss == pytest.approx(here.loss, rel=1e-4) and there.top1 == here.top1
+    with pytest.raises(UsageError, match="timm has no models of clips"):
+        tokencut.export_model(model, tmp_path / "folder", format="timm")

@@ -149,7 +149,8 @@ def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
     from tokencut.export.runtimes import runtimes
 
     info, agreement = report.info, report.agreement
-    size = "x".join(map(str, info.preprocessing["input_size"]))
+    size = "x".join(map(str, info.input_shape))
+    taken = "images" if info.frames is None else "clips"
     pixels = "RGB from 0 to 1" if info.normalises else "normalised"
     form = "timm's folder" if report.format == TIMM else runtimes()[report.format].form(report.opset)
     rows = [
@@ -157,7 +158,7 @@ def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
         ("model", subject.name),
         ("reduction", subject.describe()),
         ("GMACs per image", render.gmacs_text(info.gmacs)),
-        ("takes", f"images of {size}, {pixels}, {info.batch_size or 'any number'} at a time"),
+        ("takes", f"{taken} of {size}, {pixels}, {info.batch_size or 'any number'} at a time"),
         ("checked on", f"{agreement.images} images ({agreement.data})"),
         ("largest difference", f"{agreement.largest_difference:.1e} (allowed {agreement.tolerance:.1e})"),
     ]

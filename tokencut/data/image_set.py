@@ -165,12 +165,14 @@ class ImageSet:
         return tuple(note for note in (*self.source.notes, *classes, sample, skipped, turned, repeated) if note)
 
     def digest(self, observer: Observer | None = None) -> str:
-        """SHA-256 of the encoded images, in order, with the names and classes they go by.
+        """SHA-256 of the encoded images, in order, with the names and classes they go by; how clips are taken counts.
 
         Args:
             observer: Told how many are read.
         """
         digest, told = hashlib.sha256(), observer or Observer()
+        if self.source.videos:
+            digest.update(b"%d %d\0" % (self.source.stride, self.source.views))
         for done, index in enumerate(self.indices, start=1):
             digest.update(self._content(index))
             told.progress("reading the images", done, len(self), {})

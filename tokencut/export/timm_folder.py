@@ -26,6 +26,7 @@ from tokencut.models import artifact
 from tokencut.models.alterations import alterations_of
 from tokencut.models.building import capture_timm_messages
 from tokencut.models.hub import CONFIG, WEIGHTS, read_object
+from tokencut.models.pretrained_cfg import frames_of
 
 README = "README.md"
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -104,6 +105,9 @@ def _check(model: nn.Module, inner: nn.Module) -> tuple[str, ...]:
     if isinstance(model, CompressedModel) and any(stage.learned is not None for stage in model.stages.values()):
         raise UsageError(f"the stages of method {model.recipe.method} have weights of their own, which timm would "
                          "refuse; pass on the one file that `tokencut.save(model, 'FILE')` writes")  # fmt: skip
+    if frames_of(inner) is not None:
+        raise UsageError("timm has no models of clips, so that it could not load the folder; pass on the one file that "
+                         "`tokencut.save(model, 'FILE')` writes")  # fmt: skip
     altered = alterations_of(inner)
     if altered.pool is not None:
         raise UsageError("the head reads the class token beside the mean of the patches, which no model of timm's "

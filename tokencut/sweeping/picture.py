@@ -11,12 +11,14 @@ from torch import nn
 from tokencut.data.image_files import Photo, check_photos, photo_of
 from tokencut.data.image_set import ImageSet
 from tokencut.data.sampling import strided_subset
+from tokencut.data.videos import Sampling
 from tokencut.errors import DataError, UsageError
 from tokencut.model import CompressedModel
 from tokencut.observers import Observer
 from tokencut.recipe import Recipe
 from tokencut.sweeping.rows import Keep, keep_text, mean_keep, pair_name
 from tokencut.visualization.drawing import Picture, draw
+from tokencut.visualization.images import read_clips
 from tokencut.visualization.tiles import Tiles, draw_tiles
 
 IMAGES = 3
@@ -50,7 +52,8 @@ def tiles_of(
     count = max(1, min(IMAGES, MOST_TILES // len(recipes)))
     models = {pair_name(*key): CompressedModel(model, recipe).eval() for key, recipe in recipes.items()}
     photos = _readable(images, count)
-    made = draw_tiles(models, list(photos.values()), device=device, precision=precision)
+    made = draw_tiles(models, list(photos.values()), device=device, precision=precision,
+                      frame_stride=images.source.stride)  # fmt: skip
     return replace(made, names=tuple(photos))
 
 
@@ -82,7 +85,8 @@ def picture_of(
     }
     photos = _readable(images, IMAGES)
     try:
-        picture = draw(models, list(photos.values()), device=device, precision=precision)
+        picture = draw(models, list(photos.values()), device=device, precision=precision,
+                       frame_stride=images.source.stride)  # fmt: skip
     except UsageError as error:  # a report without a picture is better than none
         (observer or Observer()).warning(f"the report has no picture of tokens: {error}")
         return None
@@ -95,15 +99,18 @@ def _readable(images: ImageSet, count: int) -> dict[str, Photo]:
     for position in strided_subset(len(images), count):
         for index in images.indices[position:]:
             name, photo = images.source.filename(index), photo_of(images.source, index)
-            if name not in found and _can_be_read(photo):
+            if name not in found and _can_be_read(photo, images):
                 found[name] = photo
                 break
     return found
 
 
-def _can_be_read(photo: Photo) -> bool:
+def _can_be_read(photo: Photo, images: ImageSet) -> bool:
     try:
-        check_photos([photo])
+        if images.prepared.frames is None:
+            check_photos([photo])
+        else:
+            read_clips([photo], Sampling(images.prepared.frames, images.source.stride), images.prepared)
     except DataError:
         return False
     return True

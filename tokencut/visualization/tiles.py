@@ -53,6 +53,7 @@ def draw_tiles(
     *,
     device: str | torch.device = "auto",
     precision: str = "fp32",
+    frame_stride: int = 4,
 ) -> Tiles:
     """Draws what is left of images behind the last stage of each model.
 
@@ -61,12 +62,13 @@ def draw_tiles(
         images: Paths, photos, or the word `digits`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
+        frame_stride: Of videos, the frames from one of a clip to the next.
 
     Raises:
         TokencutError: An image cannot be read, or the models take different images.
     """
     prepared = shared_preprocessing(models)
-    shown = read_images(images, prepared)
+    shown = read_images(images, prepared, frame_stride)
     target = resolve_device(device)
     traced = {
         name: trace_images(model, shown.pixels, prepared, target, precision, len(shown.names), attention=False)
