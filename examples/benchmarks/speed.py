@@ -4,6 +4,7 @@
     python examples/benchmarks/run.py speed --clock process --threads 1 --onnxruntime --no-naive --batch-size 1 16
     python examples/benchmarks/run.py speed --device cuda --precision bf16 --batch-size 256 1 \\
         --capture --compile --compile-mode default reduce-overhead
+    python examples/benchmarks/run.py speed --device cuda --precision bf16 --batch-size 256 --no-naive --train --compile
 
 The dense side is timm's own forward with fused attention, in the same form: eager beside eager, captured as a CUDA
 graph beside captured, compiled beside compiled, onnxruntime beside onnxruntime. `kept` is the speed-up divided by the
@@ -43,7 +44,7 @@ from tokencut.profiling.latency import Forward
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime.capturing import CapturedModel
 from tokencut.runtime.compiling import COMPILE_MODES, compile_model
-from tokencut.runtime.devices import resolve_device
+from tokencut.runtime.devices import PRECISIONS, resolve_device
 
 ONNX = "onnxruntime"
 COLUMNS: Columns = {
@@ -71,12 +72,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--capture", action="store_true", help="time CUDA graphs as well, on a GPU")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
     parser.add_argument("--compile-mode", nargs="+", default=["default"], choices=COMPILE_MODES)
+    parser.add_argument("--train", action="store_true", help="time training steps: forward and backward under autocast")
     parser.add_argument("--onnxruntime", action="store_true", help="export, and time onnxruntime as well, in fp32")
     parser.add_argument("--onnx-folder", type=Path, help=argparse.SUPPRESS)  # where several processes share files
     add_run_options(parser, rounds=15, max_seconds=60.0)
     args = parser.parse_args()
     if args.onnxruntime and args.precision != "fp32":
         parser.error(f"exported files compute in fp32, and --precision is {args.precision}; leave out --onnxruntime")
+    if args.train and (args.onnxruntime or args.capture or not args.no_naive):
+        parser.error("--train takes eager and --compile only; leave out --capture and --onnxruntime, give --no-naive")
     return args
 
 
@@ -128,9 +132,48 @@ def compiled(model: nn.Module, mode: str, images: Tensor, seconds: float) -> For
     return forward
 
 
+def training(model: nn.Module, precision: str, mode: str | None = None) -> Forward:
+    """A training step: forward by autocast, a loss, backward; the gradients are thrown away."""
+    forward = model if mode is None else compile_model(model, mode)
+
+    def step(images: Tensor) -> Tensor:
+        half = PRECISIONS[precision]
+        with torch.enable_grad():
+            with torch.autocast(images.device.type, half, enabled=half != torch.float32):
+                logits = forward(images)
+            loss = logits.float().square().mean()
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def trained(args: argparse.Namespace, device: torch.device, note: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of training steps: for each batch size each form, for each form each model."""
+    models = {name: model.to(device).train() for name, model in candidates(args).items()}
+    size = preprocessing_of(models["dense"]).config["input_size"]
+    for batch in args.batch_size:
+        images = random_images(models["dense"], (batch, *size), device)
+        for mode in (None, *(args.compile_mode if args.compile else ())):
+            if mode is None and args.no_eager:
+                continue
+            form = "training" if mode is None else f"training, compiled ({mode})"
+
+            def make(name: str, mode: str | None = mode) -> Forward:
+                return training(models[name], args.precision, mode)
+
+            torch._dynamo.reset()
+            yield from in_turns(f"{form}, batch {batch}", form, models, make, images, args, note)
+
+
 def measured(args: argparse.Namespace, folder: Path, note: Callable[[str], None]) -> Iterator[Row]:
     """All rows: for each batch size each form, for each form each model."""
-    device, models = resolve_device(args.device), candidates(args)
+    device = resolve_device(args.device)
+    if args.train:
+        yield from trained(args, device, note)
+        return
+    models = candidates(args)
     size = preprocessing_of(models["dense"]).config["input_size"]
     files = exported(models, folder) if args.onnxruntime else {}
     models = {name: prepared(model, args) for name, model in models.items()}
