@@ -171,7 +171,9 @@ class BlockLoop:
     def smaller(self, number: int, tokens: Tokens, tokens_out: int, observer: BlockObserver | None = None) -> Tokens:
         """Runs a stage that stands before its block, as those of hierarchical models do; arguments as in `step`."""
         stage_input = self.stage_input(number, tokens)
-        left = self.weighed(self.stages[number](stage_input, tokens_out))
+        left = self.stages[number](stage_input, tokens_out)
+        if left.clustered is not None:
+            left = self.weighed(replace(left, clustered=replace(left.clustered, block=number)))
         if observer is not None:
             observer.stage(StagePlan(number, tokens.count, tokens_out), tokens, left, stage_input.attention)
         return left

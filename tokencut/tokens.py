@@ -28,11 +28,13 @@ class Clustered:
         entering: Their features before it, `(B, N, D)`.
         leaving: Those behind it, `(B, M, D)`.
         clusters: What it did.
+        block: The 1-based block before which it stood.
     """
 
     entering: Tensor
     leaving: Tensor
     clusters: GridClusters
+    block: int = 1
 
 
 @dataclass(frozen=True)

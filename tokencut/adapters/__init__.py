@@ -60,6 +60,7 @@ from tokencut.attention import (
 from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patched, unwrapped, wrapped
 from tokencut.cost import BlockCost, Macs, ModelCost, TabledMacs
 from tokencut.errors import ModelError, UsageError
+from tokencut.ops.constants import constant
 from tokencut.ops.grid_clusters import Windows
 from tokencut.ops.ranking import take
 from tokencut.schedule import Keep, Schedule, TokensOut, kept_tokens, make_schedule
@@ -104,6 +105,7 @@ __all__ = [
     "Windows",
     "adapter_for",
     "call",
+    "constant",
     "counted_macs",
     "default_methods",
     "differential_attention",

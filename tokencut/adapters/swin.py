@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run
 from tokencut.attention import TimmModule
 from tokencut.calling import StandIn, call, unwrapped
 from tokencut.errors import ModelError
+from tokencut.ops.constants import constant
 from tokencut.ops.grid_clusters import Windows
 from tokencut.tokens import Tokens
 
@@ -43,15 +45,19 @@ class SmallerWindows:
 
 @dataclass(frozen=True)
 class Offsets:
-    """How a table of relative positions is looked up for smaller windows.
+    """How tables of relative positions are looked up for smaller windows.
 
     Attributes:
-        rows: What each pair of rows of a window takes of the table's, `(h' * h', 2h - 1)`.
-        columns: The same for columns.
+        rows: What each pair of rows of a window takes of a table's, `(h' * h', 2h - 1)`.
+        columns: The same for columns, transposed.
+        layers: The attention layers for which that is done already, since it takes as long for all as for one.
+        biases: What each of them adds for relative positions, `(1, H, n, n)`.
     """
 
     rows: Tensor
     columns: Tensor
+    layers: tuple[TimmModule, ...] = ()
+    biases: tuple[Tensor, ...] = ()
 
 
 class ShiftedWindowAdapter(HierarchicalAdapter):
@@ -107,11 +113,10 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         shifted = next((block for block in blocks if any(block.shift_size)), None)
         down, across = (0, 0) if shifted is None else shifted.shift_size
         shift = windows.height // 2 if down else 0, windows.width // 2 if across else 0
-        mask = _shift_mask(windows, shift, tokens.features) if any(shift) else None
-        layer = plain(plain(self.blocks(model)[0]).attn)
-        return replace(
-            tokens, shared=SmallerWindows(shift, mask, self.positions(layer, before, windows, tokens.features))
-        )
+        mask = constant(_shift_mask, windows, shift, like=tokens.features) if any(shift) else None
+        layers = [plain(block.attn) for block in blocks[tokens.clustered.block - 1 :]]
+        positions = self.positions(layers, before, windows, tokens.features)
+        return replace(tokens, shared=SmallerWindows(shift, mask, positions))
 
     def run_smaller(self, block: TimmModule, features: Tensor, tokens: Tokens) -> Tensor:
         windows, shared = tokens.windows, tokens.shared
@@ -129,11 +134,11 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         return done
 
     @abstractmethod
-    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Any:
+    def positions(self, layers: Sequence[TimmModule], before: Windows, windows: Windows, like: Tensor) -> Any:
         """What attention needs of the relative positions in smaller windows.
 
         Args:
-            layer: The attention of any of the blocks.
+            layers: The attention of each of the blocks that run on the smaller grid.
             before: The grid in the model's own windows.
             windows: The smaller grid.
             like: A tensor of the features' device and dtype.
@@ -194,15 +199,23 @@ class SwinAdapter(ShiftedWindowAdapter):
     def all_blocks(self, model: TimmModule, run: Run) -> Any:
         return partial(call, self.blocks(model), partial(self.on_grid, model, run))
 
-    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Offsets:
-        return Offsets(_offsets(before.height, windows.height, like), _offsets(before.width, windows.width, like))
+    def positions(self, layers: Sequence[TimmModule], before: Windows, windows: Windows, like: Tensor) -> Offsets:
+        offsets = Offsets(
+            constant(_offsets, before.height, windows.height, like=like),
+            constant(_offsets, before.width, windows.width, like=like).transpose(0, 1),
+        )
+        # What FSDP shards is there only inside a layer's own call.
+        if any(hasattr(layer.relative_position_bias_table, "placements") for layer in layers):
+            return offsets
+        tables = torch.stack([layer.relative_position_bias_table for layer in layers])
+        biases = _position_biases(tables, layers[0].window_size, offsets)
+        return replace(offsets, layers=tuple(layers), biases=biases.unsqueeze(1).unbind(0))
 
     def attention(self, layer: TimmModule, windows: Windows, positions: Offsets) -> StandIn:
         return StandIn(
             layer,
             window_size=(windows.height, windows.width),
             window_area=windows.places,
-            # Made where it is asked for, inside the layer's own call: its table may be gathered only then (FSDP).
             _get_rel_pos_bias=partial(_position_bias, layer, positions),
         )
 
@@ -225,9 +238,12 @@ class SwinV2Adapter(ShiftedWindowAdapter):
     def all_blocks(self, model: TimmModule, run: Run) -> Any:
         return [partial(self.on_grid, model, run)]
 
-    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(
+        self, layers: Sequence[TimmModule], before: Windows, windows: Windows, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
         # Offsets are divided by those of a window's ends. In a window of fewer clusters, `w / w'` tokens apart, the
         # same ends are so many clusters away.
+        layer = layers[0]
         ends = layer.pretrained_window_size if layer.pretrained_window_size[0] > 0 else (before.height, before.width)
         shares = windows.height / before.height, windows.width / before.width
         scaled = StandIn(
@@ -275,7 +291,7 @@ class SwinV2CrAdapter(ShiftedWindowAdapter):
     def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
         return features  # the last block's own
 
-    def positions(self, layer: TimmModule, before: Windows, windows: Windows, like: Tensor) -> Tensor:
+    def positions(self, layers: Sequence[TimmModule], before: Windows, windows: Windows, like: Tensor) -> Tensor:
         rows, columns = (
             torch.arange(small, device=like.device, dtype=torch.float32) * (large / small)
             for large, small in ((before.height, windows.height), (before.width, windows.width))
@@ -305,17 +321,17 @@ def plain(module: nn.Module) -> TimmModule:
     return inner
 
 
-def _offsets(size: int, smaller: int, like: Tensor) -> Tensor:
+def _offsets(size: int, smaller: int, device: torch.device) -> Tensor:
     """Between which of the offsets `1 - size .. size - 1` those of each pair of a smaller window's places lie, by how
     much of each: `(smaller * smaller, 2 * size - 1)`.
     """
-    place = torch.arange(smaller, device=like.device, dtype=torch.float32) * (size / smaller)
+    place = torch.arange(smaller, device=device, dtype=torch.float32) * (size / smaller)
     sought = (place.unsqueeze(1) - place.unsqueeze(0)).flatten().unsqueeze(1)
-    own = torch.arange(1 - size, size, device=like.device, dtype=torch.float32)
-    return (1 - (sought - own).abs()).clamp(min=0).to(like.dtype)
+    own = torch.arange(1 - size, size, device=device, dtype=torch.float32)
+    return (1 - (sought - own).abs()).clamp(min=0)
 
 
-def _shift_mask(windows: Windows, shift: tuple[int, int], like: Tensor) -> Tensor:
+def _shift_mask(windows: Windows, shift: tuple[int, int], device: torch.device) -> Tensor:
     """What keeps the attention of shifted windows among tokens that were neighbours, `(W, n, n)`: 0, or -100 as timm
     has it.
     """
@@ -324,20 +340,27 @@ def _shift_mask(windows: Windows, shift: tuple[int, int], like: Tensor) -> Tenso
         (windows.down * windows.height, windows.height, shift[0]),
         (windows.across * windows.width, windows.width, shift[1]),
     ):
-        place = torch.arange(size, device=like.device, dtype=torch.float32)
+        place = torch.arange(size, device=device, dtype=torch.float32)
         part = (place >= size - window).float() + (place >= size - by).float()
         parts.append(part if by else torch.zeros_like(part))
     whole = Windows(len(parts[0]), len(parts[1]), windows.height, windows.width)
     part = whole.cut((3 * parts[0].unsqueeze(1) + parts[1]).flatten().view(1, -1, 1))[0, ..., 0]
-    return ((part.unsqueeze(1) - part.unsqueeze(2)).abs().clamp(max=1) * -100.0).to(like.dtype)
+    return (part.unsqueeze(1) - part.unsqueeze(2)).abs().clamp(max=1) * -100.0
 
 
 def _position_bias(layer: TimmModule, positions: Offsets) -> Tensor:
     """What attention adds in a smaller window, `(1, H, n, n)`."""
     layer = plain(layer)
-    height, width = layer.window_size
-    table = layer.relative_position_bias_table.view(2 * height - 1, 2 * width - 1, -1).permute(2, 0, 1)
-    pairs = torch.matmul(torch.matmul(positions.rows, table), positions.columns.transpose(0, 1))
-    rows, columns = math.isqrt(positions.rows.shape[0]), math.isqrt(positions.columns.shape[0])
-    pairs = pairs.view(-1, rows, rows, columns, columns).transpose(2, 3)
-    return pairs.reshape(1, -1, rows * columns, rows * columns)
+    for known, bias in zip(positions.layers, positions.biases, strict=True):
+        if known is layer:
+            return bias
+    return _position_biases(layer.relative_position_bias_table.unsqueeze(0), layer.window_size, positions)
+
+
+def _position_biases(tables: Tensor, window: tuple[int, int], offsets: Offsets) -> Tensor:
+    """The same of tables of several layers `(L, relative positions, H)`, `(L, H, n, n)`."""
+    tables = tables.unflatten(1, (2 * window[0] - 1, 2 * window[1] - 1)).permute(0, 3, 1, 2)
+    pairs = torch.matmul(torch.matmul(offsets.rows, tables), offsets.columns)
+    rows, columns = math.isqrt(offsets.rows.shape[0]), math.isqrt(offsets.columns.shape[1])
+    pairs = pairs.unflatten(3, (columns, columns)).unflatten(2, (rows, rows)).transpose(3, 4)
+    return pairs.flatten(4, 5).flatten(2, 3)

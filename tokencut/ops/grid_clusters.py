@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokencut.ops.constants import constant
+
 # What a centre keeps of itself in each round, so that one that no token joins stays where it was.
 INERTIA = 1e-6
 # The unit of distances is no less than these shares of the mean over an image's tokens of that to the nearest centre,
 # and of the mean of all; and more than nothing, for tokens that are all alike.
 SHARE_OF_MEAN, SHARE_OF_ALL, SMALLEST = 1e-2, 1e-4, 1e-30
-# A centre that is further away by so many units has no share to speak of: e^-30 is 1e-13.
-FURTHEST = 30.0
+# A centre that is further away by so many units has no share to speak of, e^-30 or 1e-13; and one that may not be
+# joined is so much further than that.
+FURTHEST, BEYOND = 30.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Windows:
     def across(self) -> int:
         """Windows in a row of them."""
         return math.ceil(self.columns / self.width)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some places hold no token."""
+        return self.number * self.places > self.count
 
     @property
     def number(self) -> int:
@@ -108,10 +116,6 @@ class Windows:
         x = x.unflatten(1, (self.down, self.across)).unflatten(3, (self.height, self.width))
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return x[:, : self.rows, : self.columns].flatten(1, 2)
-
-    def taken(self, device: torch.device) -> Tensor:
-        """Which places hold a token, fp32 `(W, n)`, 1 or 0."""
-        return self.cut(torch.ones(1, self.count, 1, device=device))[0, ..., 0]
 
 
 def _nearest_multiple(size: int, parts: int, multiple: int) -> int:
@@ -191,28 +195,39 @@ def grid_clusters(x: Tensor, windows: Windows, smaller: Windows, rule: ClusterRu
         rule: How.
         change: As in `GridClusters`.
     """
-    cells = _cells(windows, smaller, x.device)
-    taken = cells.taken
+    batch, between = x.shape[0], (windows, smaller)
     points = windows.cut(x)
+    taken = constant(_taken, windows, like=x).unsqueeze(2) if windows.padded else None
     # Distances stay the same, and large values that all tokens share cost no digits.
-    points = (points - points.sum(2, keepdim=True) / taken.sum(1).view(1, -1, 1, 1)) * taken.unsqueeze(2)
-    near = cells.near(rule.reach)
-    average, unit = cells.pool().expand(x.shape[0], -1, -1, -1), None
+    if taken is None:
+        points = points - points.mean(2, keepdim=True)
+    else:
+        points = (points - points.sum(2, keepdim=True) / taken.sum(1, keepdim=True)) * taken
+    points = points.flatten(0, 1)
+    average = constant(_pool, *between, like=x).expand(batch, -1, -1, -1).flatten(0, 1)
+    beyond = constant(_beyond, *between, rule.reach, like=x)
+    unit = None
     for _ in range(rule.rounds):
-        distance = _distances(points, torch.matmul(average, points))
+        distance = _distances(points, average)
         if unit is None:
-            unit = _unit(distance, near, windows, rule)
-        weight = (_assigned(distance, near, unit) * taken.unsqueeze(2)).transpose(2, 3) + INERTIA * average
+            unit = _unit(points, distance, windows, beyond, rule)
+        joins = _assigned(distance, unit, beyond).transpose(2, 3)
+        joins = (joins if taken is None else joins * taken.transpose(1, 2)).flatten(0, 1)
+        weight = joins + INERTIA * average
         # A centre that is not there has nothing.
-        average = weight / weight.sum(3, keepdim=True).clamp(min=INERTIA / 2)
-    distance = _distances(points, torch.matmul(average, points))
+        average = weight / weight.sum(2, keepdim=True).clamp(min=INERTIA / 2)
+    distance = _distances(points, average)
     if unit is None:
-        unit = _unit(distance, near, windows, rule)
-    there = cells.held.unsqueeze(1).expand_as(distance)
+        unit = _unit(points, distance, windows, beyond, rule)
+    distance = distance.unflatten(0, (batch, -1))
+    missing = constant(_missing, smaller, like=x).unsqueeze(1)
     if rule.nearest < smaller.places:
-        last = _blocked(distance, there).topk(rule.nearest, dim=3, largest=False).values[..., -1:]
-        there = there * (distance <= last).to(distance.dtype)
-    return GridClusters(windows, smaller, average, _assigned(distance, there, unit), change)
+        # Those that are missing are further than all others, by what is not beyond the data.
+        known = distance + missing * (distance.amax(3, keepdim=True) - distance) if smaller.padded else distance
+        last = known.topk(rule.nearest, dim=3, largest=False).values[..., -1:]
+        missing = torch.maximum(missing, (distance > last).to(x.dtype))
+    spread = _assigned(distance.flatten(0, 1), unit, BEYOND * missing)
+    return GridClusters(windows, smaller, average.unflatten(0, (batch, -1)), spread, change)
 
 
 def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, change: bool) -> GridClusters:
@@ -225,62 +240,99 @@ def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, chang
         nearest: 1 where each token takes from its own cell; else it takes from those around it by its place (bilinear).
         change: As in `GridClusters`.
     """
-    cells = _cells(windows, smaller, x.device)
-    spread = cells.near(0) if nearest == 1 else cells.bilinear()
     alike = (x.shape[0], -1, -1, -1)
-    return GridClusters(windows, smaller, cells.pool().expand(alike), spread.expand(alike), change)
+    average = constant(_pool, windows, smaller, like=x).expand(alike)
+    spread = constant(_own if nearest == 1 else _bilinear, windows, smaller, like=x).expand(alike)
+    return GridClusters(windows, smaller, average, spread, change)
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Where the cells of the smaller windows lie in the larger ones; masks are fp32, 1 or 0, and are multiplied.
-
-    Attributes:
-        windows: The grid entering.
-        smaller: The grid leaving.
-        taken: Which places hold a token, `(W, n)`.
-        held: Which centres are there, `(W, m)`.
+def _distances(points: Tensor, average: Tensor) -> Tensor:
+    """Squared distances of points `(b, n, D)` and the centres that are averages of them `(b, m, n)`, less the squared
+    lengths of the points, which are the same for all centres: `(b, n, m)`.
     """
-
-    windows: Windows
-    smaller: Windows
-    taken: Tensor
-    held: Tensor
-
-    def pool(self) -> Tensor:
-        """Adaptive average pooling over the tokens that are there, `(W, m, n)`."""
-        weight = self._crossed(_pooled) * self.taken.unsqueeze(1)
-        return weight / weight.sum(2, keepdim=True).clamp(min=1.0)
-
-    def near(self, reach: int) -> Tensor:
-        """Which centres each place may join, `(W, n, m)`."""
-        joined = self._crossed(partial(_reached, reach)) * self.held.unsqueeze(1)
-        # Padding joins none, and needs some for its shares to be numbers.
-        return torch.maximum(joined, (1 - self.taken).unsqueeze(2))
-
-    def bilinear(self) -> Tensor:
-        """What each place takes of the cells around it by its distance from their middles, `(W, n, m)`."""
-        weight = self._crossed(_between) * self.held.unsqueeze(1)
-        # A token has half or more of its own cell, which is there; padding may have nothing.
-        return weight / weight.sum(2, keepdim=True).clamp(min=0.25)
-
-    def _crossed(self, along: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What goes for rows and for columns, for places: of `(a, b)` and `(c, d)` `(1, a * c, b * d)`."""
-        windows, smaller = self.windows, self.smaller
-        rows, columns = (
-            along(_numbers(large, self.taken.device), _numbers(small, self.taken.device))
-            for large, small in ((windows.height, smaller.height), (windows.width, smaller.width))
-        )
-        both = rows.unsqueeze(1).unsqueeze(3) * columns.unsqueeze(1).unsqueeze(0)
-        return both.flatten(2, 3).flatten(0, 1).unsqueeze(0)
+    centres = torch.bmm(average, points)
+    return torch.baddbmm(centres.square().sum(2).unsqueeze(1), points, centres.transpose(1, 2), alpha=-2)
 
 
-def _cells(windows: Windows, smaller: Windows, device: torch.device) -> _Cells:
-    return _Cells(windows, smaller, windows.taken(device), smaller.taken(device))
+def _unit(points: Tensor, distance: Tensor, windows: Windows, beyond: Tensor, rule: ClusterRule) -> Tensor:
+    """What squared distances are measured in, fp32 `(B, 1, 1, 1)`."""
+    distance = (distance + points.square().sum(2, keepdim=True)).clamp(min=0).unflatten(0, (-1, windows.number))
+    if rule.least > 0:
+        return distance.new_full((distance.shape[0], 1, 1, 1), rule.least / rule.sharpness)
+    blocked = (beyond > 0).to(distance.dtype)
+    nearest = (distance + blocked * (distance.amax(3, keepdim=True) - distance)).amin(3, keepdim=True)
+    least = windows.joined(nearest).squeeze(2)
+    median = least.topk((windows.count + 1) // 2, dim=1, largest=False).values[:, -1:]
+    # Where half of the tokens or more are on their centres to a rounding error, others tell.
+    floor = torch.maximum(
+        SHARE_OF_MEAN * least.mean(1, keepdim=True), SHARE_OF_ALL * distance.mean((1, 2, 3)).unsqueeze(1)
+    )
+    return torch.maximum(median, floor).clamp(min=SMALLEST).view(-1, 1, 1, 1) / rule.sharpness
 
 
-def _numbers(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device, dtype=torch.float32)
+def _assigned(distance: Tensor, unit: Tensor, beyond: Tensor) -> Tensor:
+    """The share of each centre in each token, by distance: `(B, W, n, m)`.
+
+    Args:
+        distance: `(B * W, n, m)`.
+        unit: What it is measured in, `(B, 1, 1, 1)`.
+        beyond: By how many units more a centre is away for being none to join: then it has no share to speak of.
+    """
+    distance = distance.unflatten(0, (unit.shape[0], -1))
+    nearer = ((distance.amin(3, keepdim=True) - distance) / unit).clamp(min=-FURTHEST)
+    return (nearer - beyond).softmax(3)
+
+
+def _taken(windows: Windows, device: torch.device) -> Tensor:
+    """Which places hold a token, `(W, n)`, 1 or 0; of a smaller grid, which centres are there."""
+    return windows.cut(torch.ones(1, windows.count, 1, device=device))[0, ..., 0]
+
+
+def _missing(smaller: Windows, device: torch.device) -> Tensor:
+    """Which centres are not there, `(W, m)`, 1 or 0."""
+    return 1 - _taken(smaller, device)
+
+
+def _pool(windows: Windows, smaller: Windows, device: torch.device) -> Tensor:
+    """Adaptive average pooling over the tokens that are there, `(W, m, n)`."""
+    weight = _crossed(_pooled, windows, smaller, device) * _taken(windows, device).unsqueeze(1)
+    return weight / weight.sum(2, keepdim=True).clamp(min=1.0)
+
+
+def _near(windows: Windows, smaller: Windows, reach: int, device: torch.device) -> Tensor:
+    """Which centres each place may join, `(W, n, m)`, 1 or 0."""
+    joined = _crossed(partial(_reached, reach), windows, smaller, device) * _taken(smaller, device).unsqueeze(1)
+    # Padding joins none, and needs some for its shares to be numbers.
+    return torch.maximum(joined, (1 - _taken(windows, device)).unsqueeze(2))
+
+
+def _beyond(windows: Windows, smaller: Windows, reach: int, device: torch.device) -> Tensor:
+    """`beyond` of `_assigned` for centres that a place may not join, `(W, n, m)`."""
+    return BEYOND * (1 - _near(windows, smaller, reach, device))
+
+
+def _own(windows: Windows, smaller: Windows, device: torch.device) -> Tensor:
+    """The cell in which the middle of each place lies, `(W, n, m)`, 1 or 0."""
+    return _near(windows, smaller, 0, device)
+
+
+def _bilinear(windows: Windows, smaller: Windows, device: torch.device) -> Tensor:
+    """What each place takes of the cells around it by its distance from their middles, `(W, n, m)`."""
+    weight = _crossed(_between, windows, smaller, device) * _taken(smaller, device).unsqueeze(1)
+    # A token has half or more of its own cell, which is there; padding may have nothing.
+    return weight / weight.sum(2, keepdim=True).clamp(min=0.25)
+
+
+def _crossed(
+    along: Callable[[Tensor, Tensor], Tensor], windows: Windows, smaller: Windows, device: torch.device
+) -> Tensor:
+    """What goes for rows and for columns, for places: of `(a, b)` and `(c, d)` `(1, a * c, b * d)`."""
+    rows, columns = (
+        along(*(torch.arange(count, device=device, dtype=torch.float32) for count in sides))
+        for sides in ((windows.height, smaller.height), (windows.width, smaller.width))
+    )
+    both = rows.unsqueeze(1).unsqueeze(3) * columns.unsqueeze(1).unsqueeze(0)
+    return both.flatten(2, 3).flatten(0, 1).unsqueeze(0)
 
 
 def _pooled(places: Tensor, cells: Tensor) -> Tensor:
@@ -300,35 +352,3 @@ def _between(places: Tensor, cells: Tensor) -> Tensor:
     """Linear interpolation between the middles of cells, `(places, cells)`."""
     place = ((places + 0.5) * (cells.shape[0] / places.shape[0]) - 0.5).clamp(0, cells.shape[0] - 1)
     return (1 - (place.unsqueeze(1) - cells).abs()).clamp(min=0)
-
-
-def _distances(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances of `(B, W, n, D)` and `(B, W, m, D)`, `(B, W, n, m)`."""
-    lengths = points.square().sum(3, keepdim=True) + centres.square().sum(3).unsqueeze(2)
-    return (lengths - 2 * torch.matmul(points, centres.transpose(2, 3))).clamp(min=0)
-
-
-def _blocked(distance: Tensor, allowed: Tensor) -> Tensor:
-    """Distances, where they are not allowed as large as the largest."""
-    return distance * allowed + distance.amax(3, keepdim=True) * (1 - allowed)
-
-
-def _unit(distance: Tensor, near: Tensor, windows: Windows, rule: ClusterRule) -> Tensor:
-    """What squared distances are measured in, fp32 `(B, 1, 1, 1)`."""
-    if rule.least > 0:
-        return distance.new_full((distance.shape[0], 1, 1, 1), rule.least / rule.sharpness)
-    least = windows.joined(_blocked(distance, near).amin(3, keepdim=True)).squeeze(2)
-    median = least.topk((windows.count + 1) // 2, dim=1, largest=False).values[:, -1:]
-    # Where half of the tokens or more are on their centres to a rounding error, others tell.
-    floor = torch.maximum(
-        SHARE_OF_MEAN * least.mean(1, keepdim=True), SHARE_OF_ALL * distance.mean((1, 2, 3)).unsqueeze(1)
-    )
-    return torch.maximum(median, floor).clamp(min=SMALLEST).view(-1, 1, 1, 1) / rule.sharpness
-
-
-def _assigned(distance: Tensor, allowed: Tensor, unit: Tensor) -> Tensor:
-    """The share of each centre in each token, by distance: `(B, W, n, m)`, 0 where it is not allowed."""
-    distance = _blocked(distance, allowed)
-    further = ((distance - distance.amin(3, keepdim=True)) / unit).clamp(max=FURTHEST)
-    shares = (-further).softmax(3) * allowed
-    return shares / shares.sum(3, keepdim=True)
