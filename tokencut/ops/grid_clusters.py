@@ -215,8 +215,10 @@ def grid_clusters(x: Tensor, windows: Windows, smaller: Windows, rule: ClusterRu
     return GridClusters(windows, smaller, average, _assigned(distance, there, unit), change)
 
 
-def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, change: bool) -> GridClusters:
-    """Averages over cells, whatever the tokens are: what clustering has to be better than.
+def grid_pool(
+    x: Tensor, windows: Windows, smaller: Windows, nearest: int, change: bool, *, strided: bool = False
+) -> GridClusters:
+    """Averages over cells, or one token of each, whatever the tokens are: what clustering has to be better than.
 
     Args:
         x: Tokens, `(B, N, D)`.
@@ -224,11 +226,13 @@ def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, chang
         smaller: The grid of the cells.
         nearest: 1 where each token takes from its own cell; else it takes from those around it by its place (bilinear).
         change: As in `GridClusters`.
+        strided: Whether the token in the middle of a cell stands for it, as where a grid is read by strides.
     """
     cells = _cells(windows, smaller, x.device)
+    average = cells.strided() if strided else cells.pool()
     spread = cells.near(0) if nearest == 1 else cells.bilinear()
     alike = (x.shape[0], -1, -1, -1)
-    return GridClusters(windows, smaller, cells.pool().expand(alike), spread.expand(alike), change)
+    return GridClusters(windows, smaller, average.expand(alike), spread.expand(alike), change)
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,11 @@ class _Cells:
         """Adaptive average pooling over the tokens that are there, `(W, m, n)`."""
         weight = self._crossed(_pooled) * self.taken.unsqueeze(1)
         return weight / weight.sum(2, keepdim=True).clamp(min=1.0)
+
+    def strided(self) -> Tensor:
+        """The token in the middle of each cell, `(W, m, n)`; the average of a cell whose middle is padding."""
+        weight = self._crossed(_middles) * self.taken.unsqueeze(1)
+        return weight + (1 - weight.sum(2, keepdim=True)) * self.pool()
 
     def near(self, reach: int) -> Tensor:
         """Which centres each place may join, `(W, n, m)`."""
@@ -288,6 +297,12 @@ def _pooled(places: Tensor, cells: Tensor) -> Tensor:
     size, count = places.shape[0], cells.shape[0]
     place, cell = places * count, cells.unsqueeze(1) * size
     return (place > cell - count).float() * (place < cell + size).float()
+
+
+def _middles(places: Tensor, cells: Tensor) -> Tensor:
+    """The place in the middle of each cell, the latter of two, `(cells, places)`."""
+    place, middle = 2 * cells.shape[0] * places, ((2 * cells + 1) * places.shape[0]).unsqueeze(1)
+    return (place <= middle).float() * (place > middle - 2 * cells.shape[0]).float()
 
 
 def _reached(reach: int, places: Tensor, cells: Tensor) -> Tensor:
