@@ -13,6 +13,14 @@ from tokencut.adapters import adapter_for
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 4, 1), "num_heads": (1, 1, 2, 2), "num_classes": 5, "window_size": 4}
 
+PVT = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 4, 1), "num_heads": (1, 1, 2, 2), "num_classes": 5}
+
+
+def _taking(height: int, width: int) -> dict[str, Any]:
+    """What tells timm of images where no part of the model does."""
+    return {"pretrained_cfg_overlay": {"input_size": (3, height, width)}}
+
+
 # timm's name and arguments: whole windows; windows that the grid doesn't fill; one window; no square of anything.
 SMALL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": 128}),
@@ -23,6 +31,10 @@ SMALL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "swin v2": ("swinv2_tiny_window8_256", {**SWIN, "img_size": 128}),
     "swin v2 padded": ("swinv2_tiny_window8_256", {**SWIN, "img_size": (96, 144), "pretrained_window_sizes": (3,) * 4}),
     "swin v2 cr": ("swinv2_cr_tiny_224", {**SWIN, "img_size": (96, 144)}),
+    "pvt": ("pvt_v2_b3", {**PVT, **_taking(96, 96)}),
+    "pvt oblong": ("pvt_v2_b5", {**PVT, **_taking(64, 108)}),
+    "pvt windows": ("pvt_v2_b2", {**PVT, "sr_ratios": (8, 4, 1, 1), **_taking(64, 352)}),
+    "pvt linear": ("pvt_v2_b2_li", {**PVT, **_taking(96, 96)}),
 }
 
 

@@ -21,6 +21,7 @@ from tokencut.evaluation.unusual_loss import unusual_loss
 from tokencut.export.run import export_model
 from tokencut.export.runtimes import open_exported
 from tokencut.model import compress, predicted_gmacs, predicted_macs
+from tokencut.models.loading import load_model
 from tokencut.ops.grid_clusters import GridClusters
 from tokencut.profiling.counting import count_macs
 from tokencut.runtime.devices import inference_state
@@ -158,8 +159,9 @@ def test_the_modules_are_called_that_timm_calls(case: str) -> None:
     assert traced == reduced
     assert [name for name, _ in reduced] == [name for name, _ in dense]
     fewer = {name for (name, size), (_, whole) in zip(reduced, dense, strict=True) if size < whole}
-    assert {"layers.2.blocks.1", "layers.2.blocks.3.attn"} <= fewer
-    assert all(name.startswith(("layers.2.blocks.1", "layers.2.blocks.2", "layers.2.blocks.3")) for name in fewer)
+    stage = f"{compressed.adapter.stages_name}.2"
+    assert {f"{stage}.blocks.1", f"{stage}.blocks.3.attn"} <= fewer
+    assert all(name.startswith(tuple(f"{stage}.blocks.{number}" for number in (1, 2, 3))) for name in fewer)
     assert [name for name, _ in reduced_maps] == [name for name, _ in maps]
 
 
@@ -211,13 +213,14 @@ def test_other_sizes_and_their_own_keep() -> None:
     assert other.eval()(torch.randn(1, 3, 96, 96)).isfinite().all()
 
 
-def test_a_file_keeps_it(tmp_path: Path) -> None:
-    model = small("swin padded")
+@pytest.mark.parametrize("case", ["swin padded", "pvt oblong"])
+def test_a_file_keeps_it(case: str, tmp_path: Path) -> None:
+    model = small(case)
     compressed, pixels = compress(model, keep=0.5, method_options={"reach": 1}).eval(), images(model)
     tokencut.save(compressed, tmp_path / "out.safetensors")
     loaded = tokencut.load(tmp_path / "out.safetensors")
     assert loaded.recipe == compressed.recipe
-    name, args = SMALL["swin padded"]
+    name, args = SMALL[case]
     plain = timm.create_model(name, checkpoint_path=str(tmp_path / "out.safetensors"), **args).eval()
     with torch.no_grad():
         assert torch.equal(loaded(pixels), compressed(pixels))
@@ -227,7 +230,8 @@ def test_a_file_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "keep", "layer", "saved"),
     [("swin_small_patch4_window7_224", 0.75, 2, 18.1), ("swin_small_patch4_window7_224", 0.5, 3, 31.8),
-     ("swin_base_patch4_window12_384", 0.5, 5, 31.4), ("swin_tiny_patch4_window7_224", 0.5, 2, 18.9)],
+     ("swin_base_patch4_window12_384", 0.5, 5, 31.4), ("swin_tiny_patch4_window7_224", 0.5, 2, 18.9),
+     ("pvt_v2_b3", 0.5, 2, 28.0), ("pvt_v2_b5", 0.5, 2, 38.8)],
 )  # fmt: skip
 def test_what_is_saved(name: str, keep: float, layer: int, saved: float) -> None:
     """As worked out before any of it was written: clustering and giving back counted."""
@@ -235,6 +239,36 @@ def test_what_is_saved(name: str, keep: float, layer: int, saved: float) -> None
         model = timm.create_model(name)
     found = 100 * (1 - predicted_gmacs(compress(model, keep=keep, layers=[layer])) / predicted_gmacs(model))
     assert found == pytest.approx(saved, abs=0.1)
+
+
+def test_pvt_clusters_large_grids_in_windows_of_about_14() -> None:
+    with torch.device("meta"):
+        model, linear = (timm.create_model(name) for name in ("pvt_v2_b2", "pvt_v2_b2_li"))
+    adapter = adapter_for(model)
+    sides = [(each.height, each.width) for each in (adapter.windows(model, *g) for g in ((14, 14), (24, 50), (7, 20)))]
+    assert sides == [(14, 14), (12, 14), (7, 20)]  # 50 in 4 windows of 13, and an even number; 20 in one
+    assert [adapter.windows(model, 14, 14).multiple, adapter.windows(linear, 14, 14).multiple] == [2, 1]
+    # 800 x 1333 px: convolutions of 7 with a stride of 4, then twice of 3 with a stride of 2.
+    assert [adapter.stage_grid(model, stage, 800, 1333) for stage in range(3)] == [(200, 334), (100, 167), (50, 84)]
+
+
+def test_what_is_not_worth_it_is_said() -> None:
+    with torch.device("meta"):
+        small_one, larger = (timm.create_model(name) for name in ("pvt_v2_b0", "pvt_v2_b2"))
+    adapter = adapter_for(small_one)
+    assert adapter.keep_note(small_one, 0.5) == (
+        "of each 14 x 14 tokens 10 x 10 stay, 0.51 of them, the nearest to `keep=0.5`; with 2 blocks in the third "
+        "stage that saves next to nothing, take pvt_v2_b2 or larger"
+    )
+    assert "next to nothing" not in str(adapter.keep_note(larger, 0.5))
+
+
+def test_pvt_has_its_size_from_timms_description() -> None:
+    loaded = load_model("pvt_v2_b2", pretrained=False, img_size=96, model_kwargs={"depths": (1, 1, 4, 1)})
+    assert adapter_for(loaded.dense).grid(loaded.dense, 96, 96) == (6, 6)
+    assert compress(loaded.dense, keep=0.5).recipe.tokens == 36
+    with pytest.raises(UsageError, match="takes no argument 'size'"):
+        load_model("pvt_v2_b2", pretrained=False, model_kwargs={"size": 96})
 
 
 def test_the_nearest_window_is_taken() -> None:

@@ -54,12 +54,27 @@ def test_pooling_is_torchs_where_nothing_is_padded() -> None:
     assert [int(row.argmax()) for row in own[0, 0, :7]] == [0, 1, 1, 2, 3, 3, 4]
 
 
-@pytest.mark.parametrize("pool", [False, True])
+def test_strides_take_one_token_of_each_cell() -> None:
+    windows = Windows(7, 7, 7, 7)
+    x = tokens(windows)
+    strided = grid_pool(x, windows, windows.shrunk(3, 3), nearest=1, change=False, strided=True)
+    # The middles of three cells of 7 / 3 lie in places 1, 3 and 5.
+    assert torch.equal(strided.merged(x), x.unflatten(1, (7, 7))[:, 1:6:2, 1:6:2].flatten(1, 2))
+    # 4 + 1 tokens in windows of 4 x 4, two cells each: what is left of the last window stands for itself.
+    padded = Windows(1, 5, 1, 4)
+    x = tokens(padded)
+    assert torch.equal(grid_pool(x, padded, padded.shrunk(1, 2), 1, False, strided=True).merged(x), x[:, [1, 3, 4]])
+
+
+@pytest.mark.parametrize("way", ["soft", "pool", "stride"])
 @pytest.mark.parametrize("windows", GRIDS, ids=str)
-def test_shares_add_up_and_padding_has_none(windows: Windows, pool: bool) -> None:
+def test_shares_add_up_and_padding_has_none(windows: Windows, way: str) -> None:
     x = tokens(windows)
     for smaller in windows.smaller():
-        found = grid_pool(x, windows, smaller, 10, True) if pool else grid_clusters(x, windows, smaller, RULE, True)
+        if way == "soft":
+            found = grid_clusters(x, windows, smaller, RULE, True)
+        else:
+            found = grid_pool(x, windows, smaller, 10, True, strided=way == "stride")
         ones = torch.ones(2, windows.count, 1)
         torch.testing.assert_close(found.merged(ones), torch.ones(2, smaller.count, 1))
         torch.testing.assert_close(found.given_back(found.merged(ones)), ones)

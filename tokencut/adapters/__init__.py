@@ -11,6 +11,7 @@ from tokencut.adapters import (  # noqa: F401  (they register themselves)
     gemma,
     naflex,
     projected,
+    pvt_v2,
     relpos,
     swin,
     video,
@@ -29,7 +30,7 @@ from tokencut.adapters.base import (
     register_adapter,
     supported_modules,
 )
-from tokencut.adapters.columnar import ColumnarAdapter, patches
+from tokencut.adapters.columnar import ColumnarAdapter, described_size, patches
 from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run
 from tokencut.adapters.pairs import PairBiasAdapter, PairContext
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
@@ -108,6 +109,7 @@ __all__ = [
     "constant",
     "counted_macs",
     "default_methods",
+    "described_size",
     "differential_attention",
     "differential_core",
     "full_precision",

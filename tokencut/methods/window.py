@@ -25,7 +25,9 @@ class Window(Method):
     keeps_grid = True
 
     clustering: str = option(
-        "soft", "by features, or plain averages of cells (pool), for comparison", choices=("soft", "pool")
+        "soft",
+        "by features; or, for comparison, plain averages of cells (pool) or the token in the middle of each (stride)",
+        choices=("soft", "pool", "stride"),
     )
     reconstruct: str = option(
         "change",
@@ -47,14 +49,14 @@ class Window(Method):
         smaller = windows.with_count(budget)
         change, nearest = self.reconstruct == "change", 1 if self.reconstruct == "copy" else self.nearest
         features = stage_input.tokens.image.float()
-        if self.clustering == "pool":
-            return grid_pool(features, windows, smaller, nearest, change)
+        if self.clustering != "soft":
+            return grid_pool(features, windows, smaller, nearest, change, strided=self.clustering == "stride")
         rule = ClusterRule(self.rounds, self.reach, self.sharpness, self.least, nearest)
         return grid_clusters(features, windows, smaller, rule, change)
 
     def macs(self, shape: StageShape) -> int:
         # Each round measures distances and averages, and so do the end and what is given back.
-        products = 2 if self.clustering == "pool" else 2 * self.rounds + 4
+        products = 2 * self.rounds + 4 if self.clustering == "soft" else 2
         return products * shape.pairs * shape.width
 
     def reads_attention(self) -> bool:

@@ -39,7 +39,7 @@ def check_arguments(source: str, args: Mapping[str, Any]) -> None:
     """
     try:
         with capture_timm_messages(), torch.device("meta"):
-            model = timm.create_model(source, pretrained=False, **args)
+            model = _created(source, args, pretrained=False)
     except Exception as error:  # timm asserts and raises as it likes over arguments that do not go together
         raise _refused(source, args, error) from error
     adapter_for(model)
@@ -76,10 +76,29 @@ def build(source: str, args: Mapping[str, Any], *, pretrained: bool, seed: int,
         Exception: Whatever timm raises; the caller knows what the weights are called and where they come from.
     """
     with capture_timm_messages() as notes, random_state(seed):
-        model = timm.create_model(
-            source, pretrained=pretrained, pretrained_cfg_overlay=dict(overlay) if overlay else None, **args
-        )
+        model = _created(source, args, pretrained=pretrained, overlay=overlay)
     return model, tuple(notes)
+
+
+def _created(
+    source: str, args: Mapping[str, Any], *, pretrained: bool, overlay: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """timm's model. One that takes images of any size has no argument for it, and its description tells then."""
+    cfg = dict(overlay or {})
+    try:
+        model: nn.Module = timm.create_model(source, pretrained=pretrained, pretrained_cfg_overlay=cfg or None, **args)
+    except TypeError as error:
+        size = args.get("img_size")
+        if "unexpected keyword argument 'img_size'" not in str(error) or size is None:
+            raise
+        others = {name: value for name, value in args.items() if name != "img_size"}
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        cfg["input_size"] = (args.get("in_chans", 3), height, width)
+        model = timm.create_model(source, pretrained=pretrained, pretrained_cfg_overlay=cfg, **others)
+        described: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+        if described.get("fixed_input_size", True):
+            raise
+    return model
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ class Sizes:
 def sizes_of(source: str, args: Mapping[str, Any]) -> Sizes:
     """Builds a model without memory or weights, to see how large it is; its arguments are known to be good."""
     with capture_timm_messages(), torch.device("meta"):
-        model: Any = timm.create_model(source, pretrained=False, **args)
+        model: Any = _created(source, args, pretrained=False)
     adapter = adapter_for(model)
     blocks = adapter.blocks(model)
     heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None)

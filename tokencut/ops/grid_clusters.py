@@ -230,8 +230,10 @@ def grid_clusters(x: Tensor, windows: Windows, smaller: Windows, rule: ClusterRu
     return GridClusters(windows, smaller, average.unflatten(0, (batch, -1)), spread, change)
 
 
-def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, change: bool) -> GridClusters:
-    """Averages over cells, whatever the tokens are: what clustering has to be better than.
+def grid_pool(
+    x: Tensor, windows: Windows, smaller: Windows, nearest: int, change: bool, *, strided: bool = False
+) -> GridClusters:
+    """Averages over cells, or one token of each, whatever the tokens are: what clustering has to be better than.
 
     Args:
         x: Tokens, `(B, N, D)`.
@@ -239,9 +241,10 @@ def grid_pool(x: Tensor, windows: Windows, smaller: Windows, nearest: int, chang
         smaller: The grid of the cells.
         nearest: 1 where each token takes from its own cell; else it takes from those around it by its place (bilinear).
         change: As in `GridClusters`.
+        strided: Whether the token in the middle of a cell stands for it, as where a grid is read by strides.
     """
     alike = (x.shape[0], -1, -1, -1)
-    average = constant(_pool, windows, smaller, like=x).expand(alike)
+    average = constant(_strided if strided else _pool, windows, smaller, like=x).expand(alike)
     spread = constant(_own if nearest == 1 else _bilinear, windows, smaller, like=x).expand(alike)
     return GridClusters(windows, smaller, average, spread, change)
 
@@ -299,6 +302,12 @@ def _pool(windows: Windows, smaller: Windows, device: torch.device) -> Tensor:
     return weight / weight.sum(2, keepdim=True).clamp(min=1.0)
 
 
+def _strided(windows: Windows, smaller: Windows, device: torch.device) -> Tensor:
+    """The token in the middle of each cell, `(W, m, n)`; the average of a cell whose middle is padding."""
+    weight = _crossed(_middles, windows, smaller, device) * _taken(windows, device).unsqueeze(1)
+    return weight + (1 - weight.sum(2, keepdim=True)) * _pool(windows, smaller, device)
+
+
 def _near(windows: Windows, smaller: Windows, reach: int, device: torch.device) -> Tensor:
     """Which centres each place may join, `(W, n, m)`, 1 or 0."""
     joined = _crossed(partial(_reached, reach), windows, smaller, device) * _taken(smaller, device).unsqueeze(1)
@@ -340,6 +349,12 @@ def _pooled(places: Tensor, cells: Tensor) -> Tensor:
     size, count = places.shape[0], cells.shape[0]
     place, cell = places * count, cells.unsqueeze(1) * size
     return (place > cell - count).float() * (place < cell + size).float()
+
+
+def _middles(places: Tensor, cells: Tensor) -> Tensor:
+    """The place in the middle of each cell, the latter of two, `(cells, places)`."""
+    place, middle = 2 * cells.shape[0] * places, ((2 * cells + 1) * places.shape[0]).unsqueeze(1)
+    return (place <= middle).float() * (place > middle - 2 * cells.shape[0]).float()
 
 
 def _reached(reach: int, places: Tensor, cells: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ PART_BYTES = 15 * 2**20
 
 def describe(
     architecture: str, model_args: Mapping[str, Any], size: int, stored: int, mean: list[float], std: list[float],
-    classes: tuple[str, ...], classifier: str = "head",
+    classes: tuple[str, ...], classifier: str = "head", fixed: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """timm's config.json for a model that is judged on the middle `size` px of images of `stored` px."""
     return {
@@ -39,7 +39,7 @@ def describe(
         "num_classes": len(classes),
         "model_args": dict(model_args),
         "pretrained_cfg": {
-            "tag": "reference", "custom_load": False, "input_size": [3, size, size], "fixed_input_size": True,
+            "tag": "reference", "custom_load": False, "input_size": [3, size, size], "fixed_input_size": fixed,
             "interpolation": "bicubic", "crop_pct": size / stored, "crop_mode": "center", "mean": mean, "std": std,
             "num_classes": len(classes), "pool_size": None, "first_conv": "patch_embed.proj", "classifier": classifier,
         },

@@ -30,6 +30,7 @@ from typing import Any
 import timm
 import torch
 from jobs import STARTED, Lines, say
+from safetensors.torch import load_file
 from torch import nn
 
 from reference import shards
@@ -69,6 +70,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="write the model there too, in parts of < 16 MiB")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="end cleanly in time")
     parser.add_argument("--fit", action="store_true", help="plan as many epochs as fit the limit, --epochs at most")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of a run that is done")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder; with its own recipe")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
     parser.add_argument("--judge-every", type=int, default=10, metavar="EPOCHS")
@@ -142,6 +144,8 @@ class Run:
         model, self.model_args = build(args, self.architecture, len(train.classes))
         if recipe.patch_drop and not can_drop_patches(model):
             raise TokencutError(f"{self.architecture} can't leave out image tokens in training; type --patch-drop 0")
+        if args.start is not None and state is None:
+            model.load_state_dict(load_file(args.start / shards.WEIGHTS))
         typed = Augmentation(scale=(args.crop_scale, 1.0), rotation=args.rotation, jitter=args.jitter, three=args.three,
                              erasing=args.erasing)  # fmt: skip
         augmentation = Augmentation(**state["augmentation"]) if state else typed
@@ -202,7 +206,7 @@ class Run:
         config = shards.describe(
             self.architecture, self.model_args, self.args.size, self.args.stored * training.recipe.enlarge,
             training.mean.tolist(), training.std.tolist(), training.train.classes,
-            classifier=training.model.pretrained_cfg.get("classifier", "head"),
+            classifier=training.model.pretrained_cfg.get("classifier", "head"), fixed="img_size" in self.model_args,
         )  # fmt: skip
         config["pretrained_cfg"] |= {name: [round(value, 3) for value in config["pretrained_cfg"][name]]
                                      for name in ("mean", "std")}  # fmt: skip

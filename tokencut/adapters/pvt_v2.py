@@ -1,0 +1,143 @@
+"""Every architecture that timm builds of its class `PyramidVisionTransformerV2`: no positions, convolutions instead."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.models.pvt_v2 import Block, PyramidVisionTransformerV2
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from tokencut.adapters.base import linear_macs, register_adapter
+from tokencut.adapters.columnar import described_size
+from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run
+from tokencut.attention import TimmModule
+from tokencut.calling import unwrapped
+from tokencut.errors import ModelError
+from tokencut.ops.grid_clusters import Windows
+from tokencut.tokens import Tokens
+
+# Tokens are clustered in windows of about so many rows and columns, which is all of the third stage at 224 px: in one
+# window the cost of clustering grows with the square of the tokens, and no cluster reaches far.
+WINDOW = 14
+# With fewer blocks in the third stage next to nothing is saved: b0 and b1 have 2, b2 has 6.
+FEWEST = 4
+
+
+@register_adapter
+class PvtAdapter(HierarchicalAdapter):
+    """Blocks that are told rows and columns and see their tokens as a picture, by depth-wise convolutions and by one
+    with a stride that makes fewer keys and values: they run as they are on any regular grid that its stride divides.
+    """
+
+    family = "PVT v2"
+    timm_modules = ("pvt_v2",)
+    classes = (PyramidVisionTransformerV2,)
+    block_classes = (Block,)
+    stages_name = "stages"
+
+    def check(self, model: TimmModule) -> None:
+        super().check(model)
+        if not len(self.blocks(model)):
+            raise ModelError(f"the model has {len(self.stages(model))} stages with blocks, and it is the third that is "
+                             "reduced; build one with more `depths`")  # fmt: skip
+
+    def keep_note(self, model: TimmModule, keep: float) -> str | None:
+        told, depth = super().keep_note(model, keep), len(self.blocks(model))
+        if told is None or depth >= FEWEST:
+            return told
+        return f"{told}; with {depth} blocks in the third stage that saves next to nothing, take pvt_v2_b2 or larger"
+
+    def input_size(self, model: TimmModule) -> tuple[int, int] | None:
+        return described_size(model)
+
+    def patch_size(self, model: TimmModule) -> tuple[int, int]:
+        down, across = _convolution(model.patch_embed.proj).stride
+        return int(down) << STAGE, int(across) << STAGE
+
+    def stage_grid(self, model: TimmModule, stage: int, height: int, width: int) -> tuple[int, int]:
+        stages: Any = self.stages(model)
+        for part in (model.patch_embed, *(stages[number].downsample for number in range(1, stage + 1))):
+            conv = _convolution(part.proj)
+            height, width = (
+                (size + 2 * padding - kernel) // stride + 1
+                for size, padding, kernel, stride in zip(
+                    (height, width), conv.padding, conv.kernel_size, conv.stride, strict=True
+                )
+            )
+        return int(height), int(width)
+
+    def classifier(self, model: TimmModule) -> nn.Module:
+        classifier: nn.Module = model.head
+        return classifier
+
+    def windows(self, model: TimmModule, rows: int, columns: int) -> Windows:
+        multiple = max((_stride(block) for block in self.blocks(model)), default=1)
+        return Windows(rows, columns, _side(rows, multiple), _side(columns, multiple), multiple)
+
+    def width(self, block: TimmModule) -> int:
+        layer: TimmModule = unwrapped(block.attn)
+        return int(layer.dim)
+
+    def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
+        return []  # a block runs as it is, whatever its forward
+
+    def all_blocks(self, model: TimmModule, run: Run) -> object:
+        def blocks(x: Tensor, grid: tuple[int, int]) -> Tensor:
+            return self.on_grid(model, run, x.unflatten(1, grid)).flatten(1, 2)
+
+        return [blocks]  # timm's stage calls one after the other
+
+    def run_block(self, block: TimmModule, features: Tensor) -> Tensor:
+        grid = int(features.shape[1]), int(features.shape[2])
+        done: Tensor = block(features.flatten(1, 2), grid)
+        return done.unflatten(1, grid)
+
+    def run_smaller(self, block: TimmModule, features: Tensor, tokens: Tokens) -> Tensor:
+        # Kernels that are resampled for tokens further apart lose more: 14 points of top-1 to 9 at 10 x 10 of 14 x 14.
+        return self.run_block(block, features)
+
+    def final_norm(self, model: TimmModule, features: Tensor) -> Tensor:
+        return features  # each stage has a norm of its own
+
+    def block_macs(self, block: TimmModule, windows: Windows, *, smaller: bool) -> int:
+        layer: TimmModule = unwrapped(block.attn)
+        mlp: TimmModule = unwrapped(block.mlp)
+        keys, fewer = windows.count, 0
+        if layer.pool is not None:
+            keys = math.prod(_pair(unwrapped(layer.pool).output_size))
+        elif layer.sr is not None:
+            down, across = _convolution(layer.sr).stride
+            keys = (windows.rows // down) * (windows.columns // across)
+        if layer.sr is not None:
+            fewer = keys * _convolution(layer.sr).weight.numel()
+        per_token = linear_macs(layer.q) + linear_macs(layer.proj) + 2 * layer.dim * keys
+        per_token += linear_macs(mlp) + _convolution(mlp.dwconv).weight.numel()
+        return windows.count * per_token + keys * linear_macs(layer.kv) + fewer
+
+    def other_macs(self, model: TimmModule, stage: int, height: int, width: int) -> int:
+        stages: Any = self.stages(model)
+        part = stages[stage].downsample if stage else model.patch_embed
+        return math.prod(self.stage_grid(model, stage, height, width)) * _convolution(part.proj).weight.numel()
+
+    def head_macs(self, model: TimmModule, tokens: int) -> int:
+        return linear_macs(model.head) * (1 if model.global_pool else tokens)
+
+
+def _convolution(module: nn.Module) -> Any:
+    """A convolution, out of what is around it; LoRA's products are not counted, which depend on what is in it."""
+    module = unwrapped(module)
+    return getattr(module, "base_layer", module)
+
+
+def _stride(block: TimmModule) -> int:
+    """By what a block's grid has to be divided for its fewer keys and values."""
+    layer: TimmModule = unwrapped(block.attn)
+    return 1 if layer.sr is None else max(_convolution(layer.sr).stride)
+
+
+def _side(size: int, multiple: int) -> int:
+    """Rows or columns of windows that are about alike, and a multiple where that is fewer than there are."""
+    number = max(1, round(size / WINDOW))
+    return min(size, math.ceil(math.ceil(size / number) / multiple) * multiple)
