@@ -335,7 +335,7 @@ def test_it_compiles_without_a_break(case: str) -> None:
         torch.testing.assert_close(compiled(pixels), compressed(pixels), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [None, [3]])
+@pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.slow), [3]])
 def test_a_search_tries_blocks_and_windows(layers: list[int] | None) -> None:
     model = small("swin")
     dense = predicted_gmacs(model)

@@ -41,7 +41,7 @@ class PvtAdapter(HierarchicalAdapter):
         super().check(model)
         if not len(self.blocks(model)):
             raise ModelError(f"the model has {len(self.stages(model))} stages with blocks, and it is the third that is "
-                             "reduced; build one with more `depths`")  # fmt: skip
+                             "reduced; build one with more stages")  # fmt: skip
 
     def keep_note(self, model: TimmModule, keep: float) -> str | None:
         told, depth = super().keep_note(model, keep), len(self.blocks(model))
