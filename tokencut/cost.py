@@ -50,8 +50,9 @@ class BlockCost:
         class_row: What a stage that reads class attention adds in this block for the class row, on the tokens entering.
         width: Numbers in a token's features, where a stage stands.
         key_width: Numbers in one head's key.
-        pairs: Where tokens stand in windows: for each number of tokens leaving a stage, how many pairs of a place
-            before it and one behind it are in one window, padding included. Empty where all tokens see all.
+        windows: How many windows the tokens stand in; 0 where all of them see all.
+        places: The places of a window, padding included.
+        smaller: For each number of tokens that can leave a stage the places of a window behind it, ascending.
     """
 
     before: Macs
@@ -59,7 +60,9 @@ class BlockCost:
     class_row: Macs
     width: int
     key_width: int
-    pairs: tuple[tuple[int, int], ...] = ()
+    windows: int = 0
+    places: int = 0
+    smaller: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class ModelCost:
     @property
     def leaving(self) -> tuple[int, ...]:
         """How many tokens can leave a stage of a hierarchical model, ascending."""
-        return tuple(count for count, _ in self.blocks[0].pairs)
+        return tuple(count for count, _ in self.blocks[0].smaller)
 
 
 @dataclass(frozen=True)

@@ -360,5 +360,6 @@ def stage_cost(method: Method, block: cost.BlockCost, tokens_in: int, tokens_out
         tokens_in: Image tokens entering.
         tokens_out: Image tokens leaving.
     """
-    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width, dict(block.pairs).get(tokens_out, 0))
+    left = dict(block.smaller).get(tokens_out, 0)
+    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width, block.windows, block.places, left)
     return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention())

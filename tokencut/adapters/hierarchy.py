@@ -317,9 +317,9 @@ class HierarchicalAdapter(Adapter):
         smaller = windows.smaller()
         known = {each.count: self.block_macs(block, each, smaller=True) for each in smaller}
         known[windows.count] = self.block_macs(block, windows, smaller=False)
-        pairs = tuple((each.count, windows.number * windows.places * each.places) for each in smaller)
-        width = self.width(block)
-        return BlockCost(Macs(), TabledMacs(known=tuple(known.items())), Macs(), width, width, pairs)
+        width, left = self.width(block), tuple((each.count, each.places) for each in smaller)
+        macs = TabledMacs(known=tuple(known.items()))
+        return BlockCost(Macs(), macs, Macs(), width, width, windows.number, windows.places, left)
 
     @abstractmethod
     def width(self, block: TimmModule) -> int:

@@ -57,14 +57,16 @@ FEATURE_KINDS = ("tokens", "unit", "normed", "keys")
 @dataclasses.dataclass(frozen=True)
 class StageShape:
     """Sizes of a stage, for its closed-form cost: image tokens entering and leaving, feature and key width; and, where
-    tokens stand in windows, the pairs of a place before and one behind the stage that are in one window.
+    tokens stand in windows, how many there are, and the places of each before the stage and behind it.
     """
 
     tokens: int
     budget: int
     width: int
     key_width: int
-    pairs: int = 0
+    windows: int = 0
+    places: int = 0
+    places_left: int = 0
 
     def feature_width(self, kind: str) -> int:
         """Width of `StageInput.features(kind)`."""

@@ -55,9 +55,12 @@ class Window(Method):
         return grid_clusters(features, windows, smaller, rule, change)
 
     def macs(self, shape: StageShape) -> int:
-        # Each round measures distances and averages, and so do the end and what is given back.
-        products = 2 * self.rounds + 4 if self.clustering == "soft" else 2
-        return products * shape.pairs * shape.width
+        # Merging and giving back; before that the products of all pairs of points, which each round mixes, and the end.
+        places, left = shape.places, shape.places_left
+        macs = 2 * places * left * shape.width
+        if self.clustering == "soft":
+            macs += places * places * (shape.width + (self.rounds + 1) * left)
+        return shape.windows * macs
 
     def reads_attention(self) -> bool:
         return False

@@ -204,30 +204,33 @@ def grid_clusters(x: Tensor, windows: Windows, smaller: Windows, rule: ClusterRu
     else:
         points = (points - points.sum(2, keepdim=True) / taken.sum(1, keepdim=True)) * taken
     points = points.flatten(0, 1)
-    average = constant(_pool, *between, like=x).expand(batch, -1, -1, -1).flatten(0, 1)
+    # Centres are averages of points, and what is asked of them are products with points: those of each pair of points
+    # tell all of these, and stand in for the points in every round.
+    products = torch.bmm(points, points.transpose(1, 2))
+    average = constant(_pool, *between, like=x).transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)
     beyond = constant(_beyond, *between, rule.reach, like=x)
     unit = None
     for _ in range(rule.rounds):
-        distance = _distances(points, average)
+        distance = _distances(products, average)
         if unit is None:
             unit = _unit(points, distance, windows, beyond, rule)
-        joins = _assigned(distance, unit, beyond).transpose(2, 3)
-        joins = (joins if taken is None else joins * taken.transpose(1, 2)).flatten(0, 1)
-        weight = joins + INERTIA * average
+        joins = _assigned(distance, unit, beyond)
+        weight = (joins if taken is None else joins * taken).flatten(0, 1) + INERTIA * average
         # A centre that is not there has nothing.
-        average = weight / weight.sum(2, keepdim=True).clamp(min=INERTIA / 2)
-    distance = _distances(points, average)
+        average = weight / weight.sum(1, keepdim=True).clamp(min=INERTIA / 2)
+    distance = _distances(products, average)
     if unit is None:
         unit = _unit(points, distance, windows, beyond, rule)
-    distance = distance.unflatten(0, (batch, -1))
     missing = constant(_missing, smaller, like=x).unsqueeze(1)
     if rule.nearest < smaller.places:
-        # Those that are missing are further than all others, by what is not beyond the data.
-        known = distance + missing * (distance.amax(3, keepdim=True) - distance) if smaller.padded else distance
+        known = distance.unflatten(0, (batch, -1))
+        if smaller.padded:  # centres that are missing are as far as the furthest, and no further: no number is made up
+            known = known + missing * (known.amax(3, keepdim=True) - known)
         last = known.topk(rule.nearest, dim=3, largest=False).values[..., -1:]
-        missing = torch.maximum(missing, (distance > last).to(x.dtype))
-    spread = _assigned(distance.flatten(0, 1), unit, BEYOND * missing)
-    return GridClusters(windows, smaller, average.unflatten(0, (batch, -1)), spread, change)
+        missing = torch.maximum(missing, (known > last).to(x.dtype))
+    spread = _assigned(distance, unit, BEYOND * missing)
+    average = average.transpose(1, 2).unflatten(0, (batch, -1))
+    return GridClusters(windows, smaller, average, spread, change)
 
 
 def grid_pool(
@@ -249,12 +252,16 @@ def grid_pool(
     return GridClusters(windows, smaller, average, spread, change)
 
 
-def _distances(points: Tensor, average: Tensor) -> Tensor:
-    """Squared distances of points `(b, n, D)` and the centres that are averages of them `(b, m, n)`, less the squared
-    lengths of the points, which are the same for all centres: `(b, n, m)`.
+def _distances(products: Tensor, average: Tensor) -> Tensor:
+    """Squared distances of points and centres, less the squared lengths of the points, which are the same for all
+    centres: `(b, n, m)`.
+
+    Args:
+        products: Of each pair of points, `(b, n, n)`.
+        average: What each point is of each centre, `(b, n, m)`.
     """
-    centres = torch.bmm(average, points)
-    return torch.baddbmm(centres.square().sum(2).unsqueeze(1), points, centres.transpose(1, 2), alpha=-2)
+    mixed = torch.bmm(products, average)
+    return torch.sub((average * mixed).sum(1, keepdim=True), mixed, alpha=2)
 
 
 def _unit(points: Tensor, distance: Tensor, windows: Windows, beyond: Tensor, rule: ClusterRule) -> Tensor:
