@@ -87,6 +87,11 @@ def test_a_name_and_dense(run: Run, tmp_path: Path) -> None:
     assert (done.json["method"], done.json["keep"], done.json["opset"]) == (None, 1.0, None)
     assert done.json["model"] == "test_vit"
     assert not [note for note in done.notes if note.startswith("next")]
+    opened = run("profile", tmp_path / "m.pt2", "--no-latency", "--json")
+    assert opened.json["dense"] == opened.json["compressed"]
+    assert opened.notes == [
+        f"{tmp_path / 'm.pt2'} may hold code, which opening it runs: open only files whose author you trust"
+    ]
 
 
 def test_a_folder_of_timms(run: Run, artifact: Path, tmp_path: Path) -> None:
@@ -105,6 +110,9 @@ def test_eval_of_the_file_is_eval_of_the_artifact(run: Run, artifact: Path, expo
     for name in ("top1", "top5", "images", "gmacs", "method", "keep", "data"):
         assert found[name] == expected[name], name
     assert found["model"] == str(exported)
+    assert set(found["versions"]) - set(expected["versions"]) == {"onnxruntime"}
+    both = run("compare", artifact, exported, *words).json
+    assert (both["agreement"], both["versions"]) == (100.0, found["versions"])
 
 
 @pytest.mark.usefixtures("short_samples")
