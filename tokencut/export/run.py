@@ -203,7 +203,7 @@ def export_model(
     Args:
         model: Dense or compressed, in fp32; it stays as it was.
         path: A file that ends like its kind, such as `*.onnx`, or `*.pt2` for `torch.export.load`; for timm a folder.
-        opset: ONNX opset, 18 to 22; 18 where None.
+        opset: ONNX opset, 18 to 22; 20 where None.
         dynamic_batch: Whether the file takes any number of images; otherwise `batch_size` of them.
         batch_size: Images in a forward.
         with_preprocessing: Whether the file normalises: it then takes RGB from 0 to 1, as `ToTensor` gives it.

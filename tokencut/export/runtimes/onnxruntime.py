@@ -30,9 +30,9 @@ class OnnxRuntime(Runtime):
     extra = "onnx"
     to_write = ("onnx", "onnxruntime", "onnxscript")
     to_run = ("onnxruntime",)
-    # 18 is the first with the minimum and maximum among scatters. From 23 on attention is one operator, which
+    # From 20 on GELU is one operator, which onnxruntime need not find among five. From 23 on attention is one, which
     # onnxruntime 1.32 runs only with a mask for every query: proportional attention has one for all.
-    default_opset = 18
+    default_opset = 20
     # A message of protobuf, and so a file in one piece, holds less than 2 GiB; the graph takes a few MB of it.
     most_weights = 2_100_000_000
     quantizes = ("int8",)
