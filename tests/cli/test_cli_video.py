@@ -45,7 +45,9 @@ def test_a_model_of_images_on_frames(run: Run, compressed: Path, clips: Path) ->
     assert (done.code, done.json["images"], done.json["keep"]) == (0, 5, 0.5)
     assert done.json["gmacs"] == pytest.approx(4 * cost)
     done = run("eval", compressed, "--data", clips, "-j", "0")
-    assert done.code == 1 and "or have this one see frames: --frames 8" in done.err
+    assert done.code == 1 and "eval and predict have one of images see frames by --frames 8" in done.err
+    done = run("predict", compressed, clips / "a" / "1.mp4", "--frames", "4", "-j", "0", "--json")
+    assert done.code == 0 and len(done.json["predictions"]) == 1
     done = run("profile", compressed, "--frames", "3", "--no-latency", "--by-block", "--json")
     assert done.json["compressed"]["gmacs"] == pytest.approx(3 * cost) and done.json["notes"] == []
     assert sum(row["macs"] for row in done.json["blocks"]) == pytest.approx(3e9 * cost)

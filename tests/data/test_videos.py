@@ -149,7 +149,7 @@ def test_a_model_and_data_of_different_kinds(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", ["a", "b"], 1)
     with pytest.raises(DataError, match=r"holds images, and the model takes clips of 4 frames; give a folder"):
         open_images(tiny_videomae(), images)
-    with pytest.raises(DataError, match=r"holds videos, and the model takes images; .*`frames=8`"):
+    with pytest.raises(DataError, match=r"holds videos, and the model takes images; .* frames by `frames=8`"):
         open_images(create_model("test_vit", num_classes=2), clips)
     with pytest.raises(UsageError, match=r"`views` says how clips are taken from videos, and .* holds images"):
         open_source(images, views=2)

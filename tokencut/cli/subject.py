@@ -60,9 +60,9 @@ class Subject:
     @property
     def recipe(self) -> Recipe | None:
         """What is done to the model; None for the dense one."""
-        if isinstance(self.model, ExportedModel):
-            return self.model.info.recipe
         model = of_images(self.model)
+        if isinstance(model, ExportedModel):
+            return model.info.recipe
         return model.recipe if isinstance(model, CompressedModel) else None
 
     def over_frames(self, frames: int | None) -> Subject:
