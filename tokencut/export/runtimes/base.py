@@ -111,6 +111,7 @@ class Runtime(ABC):
         beside: How the names of files end that are written beside it, such as weights.
         default_opset: ONNX opset; None where the kind has none.
         largest_batch: The most images that a file for any number takes at once; None where there is no limit.
+        one_batch: Whether a file takes one number of images only: `batch_size` where that is asked for, else 1.
         device: Where files compute: `cpu` or `cuda`.
         most_weights: The most bytes of weights that a file holds; None where there is no limit.
         quantizes: What a file can be quantised to, such as `int8`, by `quantize`.
@@ -127,6 +128,7 @@ class Runtime(ABC):
     beside: ClassVar[tuple[str, ...]] = ()
     default_opset: ClassVar[int | None] = None
     largest_batch: ClassVar[int | None] = None
+    one_batch: ClassVar[bool] = False
     device: ClassVar[str] = "cpu"
     most_weights: ClassVar[int | None] = None
     quantizes: ClassVar[tuple[str, ...]] = ()
