@@ -257,3 +257,21 @@ def test_an_unknown_compile_mode(run: Run, artifact: Path, pictures: Path) -> No
         done = run(*words, "--compile-mode", "fast")
         assert done.code == 2
         assert "unknown compile mode 'fast', expected one of default, reduce-overhead, max-autotune" in done.err
+
+
+@pytest.mark.slow
+def test_a_quantised_file_is_told_of_and_may_stand_as_model(
+    run: Run, artifact: Path, pictures: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "int8.onnx"
+    done = run("export", artifact, "-o", path, "--quantize", "int8", "--data", pictures, "--limit", "6",
+               "--allow-drop", "100")  # fmt: skip
+    assert done.code == 0
+    facts = dict(line.split("  ", 1) for line in done.out.splitlines())
+    assert facts["int8"].strip().startswith("ranges taken in each forward; ")
+    assert facts["top-1 in int8"].strip().endswith(f" points) on 6 images ({pictures})")
+    assert facts["the same class"].strip().endswith(" % of them")
+    profiled = run("profile", path, "--no-latency", "--json")
+    assert (profiled.json["precision"], profiled.json["method"]) == ("int8", "topk")
+    judged = run("eval", path, "--data", pictures, "--limit", "6", "-j", "0", "--json")
+    assert f"-> {judged.json['top1']:.2f} %" in facts["top-1 in int8"]
