@@ -22,6 +22,7 @@ def test_logits_are_the_mean_over_frames() -> None:
     assert over.num_classes == 3 and over.pretrained_cfg["frames"] == 4 and of_images(over) is model
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_all_frames() -> None:
     model = tokencut.compress(timm.create_model("test_vit", img_size=64), keep=0.5, layers=[2])
     report, over = (tokencut.profile(each, latency=False) for each in (model, OverFrames(model, 3)))

@@ -64,7 +64,7 @@ LIMITS: Mapping[str, Limits] = {
     "limit": _whole(1, 10**9, 1000),
     "max_graphs": _whole(1, 1_024, 8),
     "num_classes": _whole(0, 10**6, 1000),
-    "opset": _whole(18, 22, 18),
+    "opset": _whole(18, 22, 20),
     "reduce_by": _whole(1, 65_536, 13),
     "rounds": _whole(3, 10_000, 21),
     "seed": _whole(-(2**63), 2**63 - 1, 0),

@@ -27,8 +27,9 @@ class OverFrames(nn.Module):
         self.model = model
         self.frames = frames
         embed: Any = getattr(getattr(model, "model", model), "patch_embed", None)
-        if hasattr(embed, "num_frames"):
-            raise UsageError(f"this model takes clips of {embed.num_frames} frames by itself; leave `frames` "
+        own = getattr(embed, "num_frames", None) or (getattr(model, "pretrained_cfg", None) or {}).get("frames")
+        if own:
+            raise UsageError(f"this model takes clips of {own} frames by itself; leave `frames` "
                              "out, or build it with `num_frames=8`")  # fmt: skip
 
     @property

@@ -142,7 +142,7 @@ def judge(model: nn.Module, args: argparse.Namespace, *, precision: str = "fp32"
     """Evaluates a model where it runs."""
     on_gpu = resolve_device(args.device).type != "cpu"
     return evaluate(
-        model, open_source(args.data), limit=args.limit, batch_size=256 if on_gpu else 25, device=args.device,
+        model, open_source(args.data), limit=args.limit, batch_size=256 if on_gpu else 16, device=args.device,
         precision=precision, workers=2 if on_gpu else 0,
     )  # fmt: skip
 

@@ -40,6 +40,8 @@ def test_tokens_go_by_frames_then_rows_then_columns() -> None:
     tubelet = clips[1, :, 2 * frame : 2 * frame + 2, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
     expected = embed.proj.weight.flatten(1) @ tubelet.flatten() + embed.proj.bias
     torch.testing.assert_close(tokens[1, (frame * 3 + row) * 4 + column], expected, rtol=1e-4, atol=1e-5)
+    product = embed.cut(clips) @ embed.proj.weight.flatten(1).T + embed.proj.bias
+    torch.testing.assert_close(product, tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_the_table_of_sines() -> None:

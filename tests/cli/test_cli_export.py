@@ -59,7 +59,7 @@ def test_json_has_its_keys(exporting: Outcome, artifact: Path, pictures: Path) -
     assert set(done.json) >= KEYS
     assert (done.json["output"], done.json["method"], done.json["keep"]) == (str(path), "topk", 0.5)
     assert (done.json["data"], done.json["images"], done.json["equal_top1"]) == (str(pictures), 6, 100.0)
-    assert (done.json["opset"], done.json["dynamic_batch"]) == (18, True)
+    assert (done.json["opset"], done.json["dynamic_batch"]) == (20, True)
     assert done.json["bytes"] == path.stat().st_size
     # The name of a file would lead to a path, so the file says which architecture it is.
     assert done.json["model"] == "test_vit"
@@ -68,10 +68,10 @@ def test_json_has_its_keys(exporting: Outcome, artifact: Path, pictures: Path) -
 
 def test_people_get_lines(run: Run, artifact: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
-    done = run("export", artifact, "-o", path, "--no-dynamic-batch", "-b", "3", "--with-preprocessing", "--opset", "20")
+    done = run("export", artifact, "-o", path, "--no-dynamic-batch", "-b", "3", "--with-preprocessing", "--opset", "18")
     assert done.code == 0
     facts = dict(line.split("  ", 1) for line in done.out.splitlines())
-    assert facts["wrote"].strip().endswith(" MB, ONNX opset 20)")
+    assert facts["wrote"].strip().endswith(" MB, ONNX opset 18)")
     assert facts["reduction"].strip() == "topk, keep 0.5, layers 1"
     assert facts["takes"].strip() == "images of 3x64x64, RGB from 0 to 1, 3 at a time"
     assert facts["checked on"].strip() == "64 images (noise)"
@@ -87,6 +87,11 @@ def test_a_name_and_dense(run: Run, tmp_path: Path) -> None:
     assert (done.json["method"], done.json["keep"], done.json["opset"]) == (None, 1.0, None)
     assert done.json["model"] == "test_vit"
     assert not [note for note in done.notes if note.startswith("next")]
+    opened = run("profile", tmp_path / "m.pt2", "--no-latency", "--json")
+    assert opened.json["dense"] == opened.json["compressed"]
+    assert opened.notes == [
+        f"{tmp_path / 'm.pt2'} may hold code, which opening it runs: open only files whose author you trust"
+    ]
 
 
 def test_a_folder_of_timms(run: Run, artifact: Path, tmp_path: Path) -> None:
@@ -105,6 +110,9 @@ def test_eval_of_the_file_is_eval_of_the_artifact(run: Run, artifact: Path, expo
     for name in ("top1", "top5", "images", "gmacs", "method", "keep", "data"):
         assert found[name] == expected[name], name
     assert found["model"] == str(exported)
+    assert set(found["versions"]) - set(expected["versions"]) == {"onnxruntime"}
+    both = run("compare", artifact, exported, *words).json
+    assert (both["agreement"], both["versions"]) == (100.0, found["versions"])
 
 
 @pytest.mark.usefixtures("short_samples")
@@ -169,7 +177,7 @@ def test_a_dense_file_is_for_a_file(run: Run, artifact: Path, exported: Path) ->
          "--no-dynamic-batch is for files of one graph, such as .onnx, and a folder of timm's holds none; leave it "
          "out"),
         (("-o", "m.onnx", "--opset", "9"), 2,
-         "invalid value for '--opset': 9 is not a whole number from 18 to 22, such as 18; type tokencut export --help"),
+         "invalid value for '--opset': 9 is not a whole number from 18 to 22, such as 20; type tokencut export --help"),
         (("-o", "m.pt2", "--opset", "18"), 2, "--opset is for .onnx files, and m.pt2 is none; leave it out"),
         (("-o", "there.onnx"), 1, "there.onnx exists; add --force to replace it, or give another -o"),
         (("-o", "no/m.onnx"), 1, "cannot write no/m.onnx: the folder no does not exist; create it first"),
@@ -249,3 +257,21 @@ def test_an_unknown_compile_mode(run: Run, artifact: Path, pictures: Path) -> No
         done = run(*words, "--compile-mode", "fast")
         assert done.code == 2
         assert "unknown compile mode 'fast', expected one of default, reduce-overhead, max-autotune" in done.err
+
+
+@pytest.mark.slow
+def test_a_quantised_file_is_told_of_and_may_stand_as_model(
+    run: Run, artifact: Path, pictures: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "int8.onnx"
+    done = run("export", artifact, "-o", path, "--quantize", "int8", "--data", pictures, "--limit", "6",
+               "--allow-drop", "100")  # fmt: skip
+    assert done.code == 0
+    facts = dict(line.split("  ", 1) for line in done.out.splitlines())
+    assert facts["int8"].strip().startswith("ranges taken in each forward; ")
+    assert facts["top-1 in int8"].strip().endswith(f" points) on 6 images ({pictures})")
+    assert facts["the same class"].strip().endswith(" % of them")
+    profiled = run("profile", path, "--no-latency", "--json")
+    assert (profiled.json["precision"], profiled.json["method"]) == ("int8", "topk")
+    judged = run("eval", path, "--data", pictures, "--limit", "6", "-j", "0", "--json")
+    assert f"-> {judged.json['top1']:.2f} %" in facts["top-1 in int8"]

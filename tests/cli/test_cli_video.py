@@ -22,6 +22,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "out.safetensors"
 
 
+@pytest.mark.slow
 def test_eval_predict_and_visualize(run: Run, file: Path, clips: Path, tmp_path: Path) -> None:
     done = run("eval", file, "--data", clips, "--frame-stride", "2", "--views", "2", "-j", "0", "--json")
     assert (done.code, done.json["images"]) == (0, 3)
@@ -35,6 +36,7 @@ def test_eval_predict_and_visualize(run: Run, file: Path, clips: Path, tmp_path:
     assert [stage["tokens_out"] for stage in done.json["rows"][0]["stages"]] == [4, 2]
 
 
+@pytest.mark.slow
 def test_a_model_of_images_on_frames(run: Run, compressed: Path, clips: Path) -> None:
     """Whose classes are three."""
     for number in (1, 2):
@@ -45,12 +47,15 @@ def test_a_model_of_images_on_frames(run: Run, compressed: Path, clips: Path) ->
     assert (done.code, done.json["images"], done.json["keep"]) == (0, 5, 0.5)
     assert done.json["gmacs"] == pytest.approx(4 * cost)
     done = run("eval", compressed, "--data", clips, "-j", "0")
-    assert done.code == 1 and "or have this one see frames: --frames 8" in done.err
+    assert done.code == 1 and "eval and predict have one of images see frames by --frames 8" in done.err
+    done = run("predict", compressed, clips / "a" / "1.mp4", "--frames", "4", "-j", "0", "--json")
+    assert done.code == 0 and len(done.json["predictions"]) == 1
     done = run("profile", compressed, "--frames", "3", "--no-latency", "--by-block", "--json")
     assert done.json["compressed"]["gmacs"] == pytest.approx(3 * cost) and done.json["notes"] == []
     assert sum(row["macs"] for row in done.json["blocks"]) == pytest.approx(3e9 * cost)
 
 
+@pytest.mark.slow
 def test_static_tubelets_are_left_out(run: Run, file: Path, clips: Path, tmp_path: Path) -> None:
     done = run("eval", file, "--data", clips, "--static-keep", "0.75", "--keep", "0.5", "--layers", "2", "-j", "0",
                "--json")  # fmt: skip

@@ -94,6 +94,14 @@ def videos_av() -> object:
     return av
 
 
+def test_a_header_may_say_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Sampling(2, 3, 2).clips(10**12) == [[0, 3], [10**12 - 4, 10**12 - 1]]
+    monkeypatch.setattr(videos, "LARGEST", 32 * 31)
+    with write_video(tmp_path / "a.mp4", 4).open("rb") as file, pytest.raises(UnreadableImageError) as caught:
+        decode_clips(file, Sampling(2, 1), plain)
+    assert str(caught.value) == "frames of 32 x 32 px, which is more than 992 in all"
+
+
 def test_a_folder_of_videos_is_a_source(tmp_path: Path) -> None:
     folder = write_videos(tmp_path / "clips", {"left": [8, 8], "right": [8]})
     (folder / "left" / "thumbnail.jpg").write_bytes(b"")
@@ -149,7 +157,7 @@ def test_a_model_and_data_of_different_kinds(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", ["a", "b"], 1)
     with pytest.raises(DataError, match=r"holds images, and the model takes clips of 4 frames; give a folder"):
         open_images(tiny_videomae(), images)
-    with pytest.raises(DataError, match=r"holds videos, and the model takes images; .*`frames=8`"):
+    with pytest.raises(DataError, match=r"holds videos, and the model takes images; .* frames by `frames=8`"):
         open_images(create_model("test_vit", num_classes=2), clips)
     with pytest.raises(UsageError, match=r"`views` says how clips are taken from videos, and .* holds images"):
         open_source(images, views=2)

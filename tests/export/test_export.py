@@ -54,7 +54,7 @@ def test_the_file_is_checked_and_told_about(dynamic: ExportReport) -> None:
     assert dynamic.agreement.equal_top1 == 100.0
     assert 0 < dynamic.agreement.largest_difference < 1e-5
     assert dynamic.to_dict() == {
-        "output": str(dynamic.output), "format": "onnx", "model": "mine", "method": "bat", "keep": 0.5, "opset": 18,
+        "output": str(dynamic.output), "format": "onnx", "model": "mine", "method": "bat", "keep": 0.5, "opset": 20,
         "dynamic_batch": True, "batch_size": None, "with_preprocessing": False, "gmacs": dynamic.info.gmacs,
         "params": dynamic.info.params, "bytes": dynamic.output.stat().st_size, "data": "noise", "images": 5,
         "largest_difference": dynamic.agreement.largest_difference, "tolerance": 0.001, "differing": 0, "allowed": 1,
@@ -66,7 +66,7 @@ def test_the_file_is_checked_and_told_about(dynamic: ExportReport) -> None:
 def test_an_onnx_file_is_sound_and_says_what_it_is(dynamic: ExportReport) -> None:
     model = onnx.load(dynamic.output)
     onnx.checker.check_model(model, full_check=True)
-    assert {imported.domain: imported.version for imported in model.opset_import}[""] == 18
+    assert {imported.domain: imported.version for imported in model.opset_import}[""] == 20
     (entry,) = model.metadata_props
     assert entry.key == KEY
     assert export_info_from_text(entry.value) == dynamic.info

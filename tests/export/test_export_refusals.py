@@ -37,9 +37,9 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
          "m.engine would be an engine, which TensorRT builds of an .onnx file on the GPU that runs it; type "
          "`path='m.onnx'`, and give that to trtexec there"),
         ("m.onnx", {"opset": 17}, UsageError,
-         "`opset=17` is not a whole number from 18 to 22; type `opset=18`"),
+         "`opset=17` is not a whole number from 18 to 22; type `opset=20`"),
         ("m.onnx", {"opset": 23}, UsageError,
-         "`opset=23` is not a whole number from 18 to 22; type `opset=18`"),
+         "`opset=23` is not a whole number from 18 to 22; type `opset=20`"),
         ("m.pt2", {"opset": 18}, UsageError, "`opset` is for .onnx files, and m.pt2 is none; leave it out"),
         ("m.pt2", {"batch_size": 0}, UsageError,
          "`batch_size=0` is not a whole number from 1 to 65536; type `batch_size=64`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tokencut.export.run import export_model
 from tokencut.export.runtimes import open_exported
 from tokencut.export.timing import profile_exported
 from tokencut.model import CompressedModel, compress
+from tokencut.models.artifact import read_info
 from tokencut.models.loading import load_model
 from tokencut.profiling.measuring import profile
 
@@ -226,11 +228,12 @@ def test_no_file_a_damaged_file_and_somebody_elses(files: Files, tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".XML"])
-def test_other_commands_name_what_they_take(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("opening", [load_model, read_info])
+def test_other_commands_name_what_they_take(opening: Callable[[str], object], tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
-    path.write_bytes(b"graph")
-    with pytest.raises(UsageError) as raised:
-        load_model(str(path))
+    path.write_bytes(b"graph, and more of it than the length of a header")
+    with pytest.raises(TokencutError) as raised:
+        opening(str(path))
     assert str(raised.value) == (
         f"{path} is an exported model, which profile and eval run where its runtime is installed; name the tokencut "
         "file that it came from"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,29 @@ def test_what_it_costs_is_told_and_the_file_says_what_it_is(static: ExportReport
 
 
 @pytest.mark.slow
+def test_openvino_has_the_same_products_in_eight_bits(folders: dict[str, Path], tmp_path: Path) -> None:
+    openvino, path = importlib.import_module("openvino"), tmp_path / "m.xml"
+    report = export_model(
+        small(depth=2), path, quantize="int8", calibration=folders["train"], data=folders["val"], allow_drop=100
+    )
+    assert report.quantized is not None
+    assert (report.info.quantized, report.quantized.images, report.quantized.calibration_images) == ("int8", 10, 10)
+    assert names_in(tmp_path) == ["m.bin", "m.xml"]
+    assert report.bytes < report.quantized.fp32_bytes
+    assert open_exported(path).info == report.info
+    operations = openvino.Core().read_model(path).get_ops()
+    weights = [each for each in operations if each.get_type_name() == "Constant"
+               and each.get_element_type() == openvino.Type.i8 and len(each.shape) == 2]  # fmt: skip
+    sizes = sorted(tuple(sorted(each.shape)) for each in weights)  # some are kept transposed
+    assert sizes == [(64, 64)] * 2 + [(64, 192)] * 6
+    products = [each for each in operations if each.get_type_name() == "MatMul"]
+    quantised = [each for each in products if each.input_value(0).get_node().get_type_name() == "FakeQuantize"]
+    assert len(quantised) == 8 < len(products)
+    # A stage's own numbers are read by none.
+    assert sum(each.get_type_name() == "FakeQuantize" for each in operations) == 8
+
+
+@pytest.mark.slow
 def test_one_that_costs_too_much_is_not_left_behind(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +166,7 @@ def test_one_that_costs_too_much_is_not_left_behind(
         ("m.onnx", {"allow_drop": 2.0}, "`allow_drop` is for a quantised file; give `quantize='int8'` as well"),
         ("m.onnx", {"calibration": "digits"}, "`calibration` is for a quantised file"),
         ("m.onnx", {"quantize": "fp8"}, "a .onnx file cannot be had in fp8, but in int8; give `path='FILE.onnx'`"),
+        ("m.xml", {"quantize": "int8"}, "a .xml file in int8 has fixed ranges of numbers, taken from images; give"),
         ("m.pt2", {"quantize": "int8"}, "a .pt2 file cannot be had in int8; give `path='FILE.onnx'`"),
         ("m", {"quantize": "int8", "format": "timm"}, "a folder of timm's cannot be had in int8"),
         ("m.onnx", {"quantize": "int8", "allow_drop": -1.0}, "`allow_drop=-1.0` is not a number from 0 to 100"),

@@ -403,6 +403,38 @@ def test_images_are_prepared_as_transformers_does(processor: Callable[[], Any], 
     assert (got - expected).abs().max() <= 2.5 * step  # resizing rounds to whole pixel values, in another order
 
 
+@pytest.mark.parametrize(
+    ("name", "processor"),
+    [
+        ("VideoMAE", lambda: transformers.VideoMAEImageProcessor(size={"shortest_edge": 28}, crop_size=24)),
+        ("VideoMAE", lambda: transformers.VideoMAEVideoProcessor(size={"shortest_edge": 24}, crop_size=24,
+                                                                 image_std=[0.2, 0.3, 0.4])),
+        ("Vivit", lambda: transformers.VivitImageProcessor(size={"shortest_edge": 28}, crop_size=24)),
+        ("Vivit", lambda: transformers.VivitImageProcessor(size={"shortest_edge": 24}, crop_size=24, offset=False,
+                                                           rescale_factor=1 / 255)),
+    ],
+)  # fmt: skip
+def test_frames_are_prepared_as_transformers_does(name: str, processor: Callable[[], Any], tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    folder = written(video(f"{name}ForVideoClassification", f"{name}Config"), tmp_path / "saved")
+    made = processor()
+    made.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    prepared = preprocessing_of(loaded.model)
+    assert not any("preprocessor_config.json" in note for note in loaded.notes)
+    smooth = np.linspace(0, 255, 48 * 60 * 3).reshape(48, 60, 3).astype(np.uint8)
+    frames = [Image.fromarray(np.roll(smooth, 5 * number, 1)) for number in range(6)]
+    expected = made(torch.from_numpy(np.stack(frames)).movedim(3, 1) if "VideoProcessor" in type(made).__name__ else
+                    frames, return_tensors="pt").pixel_values  # fmt: skip
+    clip = torch.stack([prepared.transform()(frame) for frame in frames], 1)
+    got = prepared.normalise(clip.unsqueeze(0), torch.device("cpu")).transpose(1, 2)
+    assert got.shape == expected.shape
+    step = 1 / 255 / min(prepared.config["std"])
+    assert (got - expected).abs().mean() <= step and (got - expected).abs().max() <= 6 * step
+
+
 def test_a_timm_model_in_transformers_wrapper(tmp_path: Path) -> None:
     config = transformers.TimmWrapperConfig(
         architecture="test_vit", num_labels=5, model_args={"depth": 2, "img_size": 64},

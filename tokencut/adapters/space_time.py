@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tokencut.calling import has_hooks, is_patched
 from tokencut.errors import ModelError
 
 # What `pos_embed` may be: a table that is learned, or one of sines that never changes.
@@ -78,8 +79,20 @@ class TubeletEmbed(nn.Module):
             how = "transpose(1, 2) makes them of transformers' pixel_values" if swapped else (
                 "channels, frames, height and width are what the model is built for")  # fmt: skip
             raise ModelError(f"the model takes clips (B, {wanted}), and these are {shape}; {how}")
-        tokens: Tensor = self.proj(clips).flatten(2).transpose(1, 2)
+        proj: Any = self.proj
+        plain = type(proj) is nn.Conv3d and not (has_hooks(proj) or is_patched(proj))
+        # As one matrix product there, as patches of images are (`adapters.columnar.patches`).
+        if plain and clips.is_cuda and clips.dtype in (torch.float16, torch.bfloat16):
+            return F.linear(self.cut(clips), proj.weight.flatten(1), proj.bias)
+        tokens: Tensor = proj(clips).flatten(2).transpose(1, 2)
         return tokens
+
+    def cut(self, clips: Tensor) -> Tensor:
+        """The pixels of each tubelet, `(B, N, C * frames * H * W)` of a tubelet's, in the order of the weights."""
+        (steps, rows, columns), (height, width) = self.grid_size, self.patch_size
+        whole = clips[:, :, : steps * self.tubelet_size, : rows * height, : columns * width]
+        parts = whole.reshape(len(clips), self.in_chans, steps, self.tubelet_size, rows, height, columns, width)
+        return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(len(clips), self.num_patches, -1)
 
 
 class SpaceTimeTransformer(VisionTransformer):

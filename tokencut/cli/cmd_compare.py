@@ -170,7 +170,7 @@ def _show(report: ComparisonReport, first: Subject, second: Subject) -> None:
         ("data", f"{report.data}, {report.images:,} images"),
     ]))  # fmt: skip
     rows = [
-        ("GMACs per image", *(render.gmacs_text(found.gmacs or 0.0) for found in (one, two))),
+        (f"GMACs per {first.seen}", *(render.gmacs_text(found.gmacs or 0.0) for found in (one, two))),
         ("top-1", f"{one.top1:.2f} %", f"{two.top1:.2f} %"),
         ("top-5", f"{one.top5:.2f} %", f"{two.top5:.2f} %"),
         ("loss", f"{one.loss:.4f}", f"{two.loss:.4f}"),

@@ -96,10 +96,13 @@ def _facts(report: EvaluationReport, subject: Subject) -> list[tuple[str, str]]:
         ("model", report.model),
         ("reduction", subject.describe()),
         ("data", report.data),
-        ("images", f"{report.images:,}" + (f" ({len(report.unreadable)} unreadable)" if report.unreadable else "")),
+        (
+            f"{subject.seen}s",
+            f"{report.images:,}" + (f" ({len(report.unreadable)} unreadable)" if report.unreadable else ""),
+        ),
         ("top-1", f"{report.top1:.2f} %"),
         ("top-5", f"{report.top5:.2f} %"),
         ("loss", f"{report.loss:.4f}"),
-        ("GMACs per image", "" if report.gmacs is None else render.gmacs_text(report.gmacs)),
-        ("time", f"{report.seconds:.1f} s, {report.images_per_second:.1f} images/s"),
+        (f"GMACs per {subject.seen}", "" if report.gmacs is None else render.gmacs_text(report.gmacs)),
+        ("time", f"{report.seconds:.1f} s, {report.images_per_second:.1f} {subject.seen}s/s"),
     ]

@@ -157,7 +157,7 @@ def _facts(report: ExportReport, subject: Subject) -> list[tuple[str, str]]:
         ("wrote", f"{report.output} ({report.bytes / 1e6:.1f} MB, {form})"),
         ("model", subject.name),
         ("reduction", subject.describe()),
-        ("GMACs per image", render.gmacs_text(info.gmacs)),
+        (f"GMACs per {subject.seen}", render.gmacs_text(info.gmacs)),
         ("takes", f"{taken} of {size}, {pixels}, {info.batch_size or 'any number'} at a time"),
         ("checked on", f"{agreement.images} images ({agreement.data})"),
         ("largest difference", f"{agreement.largest_difference:.1e} (allowed {agreement.tolerance:.1e})"),

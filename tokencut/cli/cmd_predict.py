@@ -13,6 +13,7 @@ from tokencut.cli.options import (
     ClassMapFile,
     CompileOptions,
     DenseFlag,
+    Frames,
     FrameStride,
     JsonFlag,
     ModelArgument,
@@ -47,6 +48,7 @@ def predict(
     workers: Workers = None,
     class_map: ClassMapFile = None,
     frame_stride: FrameStride = None,
+    frames: Frames = None,
     views: Views = None,
     run: RunOptions,
     compiling: CompileOptions,
@@ -76,7 +78,7 @@ def predict(
     device = device_of(exported, run.device)
     photos = PhotoSource(images)
     photos.sample(frame_stride, views)
-    subject = exported or prepare(model, source, reduction, seed=run.seed, dense=dense)
+    subject = (exported or prepare(model, source, reduction, seed=run.seed, dense=dense)).over_frames(frames)
     with watched(f"predicting by {subject.name}") as observer:
         report = predict_images(
             subject.model, photos, top=top, batch_size=run.batch_size, workers=workers, device=device,

@@ -113,7 +113,7 @@ def profile(
         return
     wished = [] if search is None else search.facts()
     render.show(render.facts([("model", report.model), ("reduction", subject.describe()), *wished, *_setting(report)]))
-    render.show(_figures(report))
+    render.show(_figures(report, subject.seen))
     if report.stages:
         rows = [(str(stage.block), str(stage.tokens_in), str(stage.tokens_out)) for stage in report.stages]
         render.show(render.table(("stage in block", "tokens in", "tokens out"), rows))
@@ -168,18 +168,18 @@ def _setting(report: ProfileReport) -> list[tuple[str, str]]:
     return [("device", report.device), *timed, ("versions", versions)]
 
 
-def _figures(report: ProfileReport) -> render.RenderableType:
+def _figures(report: ProfileReport, seen: str) -> render.RenderableType:
     before, after = report.dense, report.compressed
     gmacs = before.gmacs, after.gmacs
     rows = [
-        ("GMACs per image", *map(render.gmacs_text, gmacs), render.change_text(*gmacs)),
+        (f"GMACs per {seen}", *map(render.gmacs_text, gmacs), render.change_text(*gmacs)),
         ("parameters", f"{before.params:,}", f"{after.params:,}", render.change_text(before.params, after.params)),
     ]
     if after.latency_ms is not None:
         faster = "" if report.speedup is None else f"{report.speedup:.2f} x as fast"
         rows += [
             ("latency, ms a batch", _latency(before), _latency(after), faster),
-            ("images per second", _throughput(before), _throughput(after), _spread(report)),
+            (f"{seen}s per second", _throughput(before), _throughput(after), _spread(report)),
         ]
     if before.peak_memory_mib and after.peak_memory_mib:
         memory = before.peak_memory_mib, after.peak_memory_mib

@@ -166,7 +166,8 @@ def _facts(output: str, name: str, models: dict[str, CompressedModel], picture: 
     rows += [(f"row {label}" if label else "reduction", describe(model.recipe)) for label, model in models.items()]
     first = picture.views[0].stages
     if len(models) == 1 and first:
-        counts = (f"{stage.tokens_in} -> {stage.tokens_out} (block {stage.block})" for stage in first)
+        where = (f"block {stage.block}" if stage.block else "static" for stage in first)
+        counts = (f"{stage.tokens_in} -> {stage.tokens_out} ({at})" for stage, at in zip(first, where, strict=True))
         rows.append(("tokens", ", ".join(counts)))
     for view in picture.views:
         if view.predicted is not None:

@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, str] = {
     "--data": NONE, "--limit": "all", "export --limit": "64", "--workers": "one a core, up to 4",
     "--class-map": "by name", "--image-root": "the list's own folder", "--predictions": NONE, "predict --output": NONE,
     "--frame-stride": "4", "--frames": NONE, "--static-keep": "all", "--views": "1",
-    "--opset": "18", "--format": "as -o ends", "--install-completion": NONE, "--show-completion": NONE,
+    "--opset": "20", "--format": "as -o ends", "--install-completion": NONE, "--show-completion": NONE,
     "PATTERN": "all", "OTHER": "the same, dense",
 }  # fmt: skip
 

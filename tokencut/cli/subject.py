@@ -31,7 +31,7 @@ from tokencut.models.exported import is_exported
 from tokencut.models.loading import Loaded, artifact_of, load_model
 from tokencut.models.model_args import parse_model_kwargs
 from tokencut.models.names import usual_method
-from tokencut.models.pretrained_cfg import data_config
+from tokencut.models.pretrained_cfg import data_config, frames_of
 from tokencut.over_frames import OverFrames, of_images
 from tokencut.recipe import Recipe
 from tokencut.runtime.devices import describe_device, versions
@@ -60,10 +60,15 @@ class Subject:
     @property
     def recipe(self) -> Recipe | None:
         """What is done to the model; None for the dense one."""
-        if isinstance(self.model, ExportedModel):
-            return self.model.info.recipe
         model = of_images(self.model)
+        if isinstance(model, ExportedModel):
+            return model.info.recipe
         return model.recipe if isinstance(model, CompressedModel) else None
+
+    @property
+    def seen(self) -> str:
+        """What the model takes one of: an `image`, or a `clip`."""
+        return "image" if frames_of(self.model) is None else "clip"
 
     def over_frames(self, frames: int | None) -> Subject:
         """The same on clips of so many frames, seen one by one; as it is where None.

@@ -286,8 +286,8 @@ def _check_kind(source: Source, model: nn.Module) -> None:
     """Refuses images for a model of clips, and videos for one of images."""
     frames = frames_of(model)
     if frames is None and source.videos:
-        raise DataError(f"{source.name!r} holds videos, and the model takes images; give images, name a model of "
-                        "clips, such as VideoMAE, or have this one see frames: `frames=8`")  # fmt: skip
+        raise DataError(f"{source.name!r} holds videos, and the model takes images; give images, or a model of clips, "
+                        "such as VideoMAE; eval and predict have one of images see frames by `frames=8`")  # fmt: skip
     if frames is not None and not source.videos:
         raise DataError(f"{source.name!r} holds images, and the model takes clips of {frames} frames; give a folder "
                         "with one sub-folder a class, with .mp4, .webm or other videos in them")  # fmt: skip

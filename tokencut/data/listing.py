@@ -13,8 +13,8 @@ from tokencut.errors import DataError
 from tokencut.messages import one_line, quoted, shorten
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp",
-                    ".ts", ".gif")  # fmt: skip
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv",
+                    ".3gp")  # fmt: skip
 
 # Folders that operating systems and network storage make of themselves, some of them with thumbnails in them. Hidden
 # ones need not stand here.

@@ -18,6 +18,9 @@ from tokencut.runtime import extras
 # concat), by which a file could have others read.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,flv,mpeg,mpegvideo,mpegts,ogg,gif,m4v,h264,hevc,dv,mjpeg"
 
+# Pixels of a frame; Pillow takes an image of more for a decompression bomb, too.
+LARGEST = 2 * 89_478_485
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,11 +51,10 @@ class Sampling:
 
     def clips(self, count: int) -> list[list[int]]:
         """The numbers of the frames of each view, of a video with `count` frames, at least one."""
-        seen = list(range(0, count, self.stride))
-        seen += seen[-1:] * (self.frames - len(seen))
-        room = len(seen) - self.frames
+        seen = -(-count // self.stride)  # the n-th of these is frame n times the stride
+        room = max(seen - self.frames, 0)
         starts = [room // 2] if self.views == 1 else [view * room // (self.views - 1) for view in range(self.views)]
-        return [seen[start : start + self.frames] for start in starts]
+        return [[min(start + n, seen - 1) * self.stride for n in range(self.frames)] for start in starts]
 
 
 def require_decoder(data: str) -> None:
@@ -110,6 +112,9 @@ def _video_in(container: Any) -> Any:
     stream = next(iter(container.streams.video), None)
     if stream is None:
         raise UnreadableImageError("no video in it")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > LARGEST:
+        raise UnreadableImageError(f"frames of {width} x {height} px, which is more than {LARGEST:,} in all")
     stream.codec_context.thread_count = 1  # the processes that decode are as many as there are processors
     return stream
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,8 @@ def name_nodes(nodes: Any, model: nn.Module) -> None:
     """
     seen: Counter[str] = Counter()
     for node in nodes:
-        module = _module_of(node, model)
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        module = module_name(scopes[:-1], model)
         name = f"{module}/{node.op_type}" if module else node.op_type
         node.name = f"{name}_{seen[name]}" if seen[name] else name
         seen[name] += 1
@@ -60,10 +62,14 @@ def is_of_blocks(name: str, blocks: tuple[str, ...]) -> bool:
     return not module or any(module == block or module.startswith(f"{block}.") for block in blocks)
 
 
-def _module_of(node: Any, model: nn.Module) -> str:
-    """The module that a node comes from: timm's name, `tokencut.stages.N...`, or nothing."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    module = next((scope for scope in reversed(scopes[:-1]) if scope and not scope.startswith("_")), "")
+def module_name(paths: Sequence[str], model: nn.Module) -> str:
+    """The module that a node comes from: timm's name, `tokencut.stages.N...`, or nothing where it is the model itself.
+
+    Args:
+        paths: Those of the modules around it, from the model down to the innermost.
+        model: What was exported.
+    """
+    module = next((path for path in reversed(paths) if path and not path.startswith("_")), "")
     if isinstance(model, Normalised):
         module, model = module.removeprefix("model").removeprefix("."), model.model
     if not isinstance(model, CompressedModel):

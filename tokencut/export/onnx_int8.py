@@ -19,27 +19,30 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencut.export.graph import INPUT, Graph, quiet
-from tokencut.export.info import KEY
-from tokencut.export.node_names import block_names, is_of_blocks
+from tokencut.export.graph import INPUT, quiet
+from tokencut.export.info import KEY, ExportInfo
+from tokencut.export.node_names import is_of_blocks
 
 # An operator's output is not quantised: what comes next (a bias, GELU, a sum) computes in fp32 anyway.
 _STATIC = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
 OPERATORS = ("MatMul", "Gemm")
 
 
-def quantize_onnx(source: Path, target: Path, graph: Graph, batches: Iterable[Tensor] | None) -> None:
+def quantize_onnx(
+    source: Path, target: Path, info: ExportInfo, blocks: tuple[str, ...], batches: Iterable[Tensor] | None
+) -> None:
     """Writes a file in int8: static, with ranges taken from images, or dynamic, with ranges taken anew in each forward.
 
     Args:
         source: The file in fp32, whose nodes are named (`node_names`).
         target: Where to write.
-        graph: What the file was written of.
+        info: What the file says.
+        blocks: timm's names of the model's blocks.
         batches: Images as the file takes them, `(B, C, H, W)`; dynamic where None.
     """
     onnx, tools = importlib.import_module("onnx"), importlib.import_module("onnxruntime.quantization")
     prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
-    blocks, prepared = block_names(graph.model), target.with_name(f"prepared-{target.name}")
+    prepared = target.with_name(f"prepared-{target.name}")
     with quiet():
         # Not optimised: that joins and renames nodes, and is done again when the file is opened.
         prepare(str(source), str(prepared), skip_optimization=True)
@@ -63,7 +66,7 @@ def quantize_onnx(source: Path, target: Path, graph: Graph, batches: Iterable[Te
             )  # fmt: skip
         made = onnx.load(target)
         del made.metadata_props[:]
-        made.metadata_props.add(key=KEY, value=graph.info.to_text())
+        made.metadata_props.add(key=KEY, value=info.to_text())
         onnx.save(made, target)
     prepared.unlink()
 

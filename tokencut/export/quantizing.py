@@ -141,9 +141,11 @@ def check_quantizing(
         check_number("images", images)
         if calibration is None:
             raise UsageError("`calibration_limit` says how many images to take of `calibration`; give both")
+    if runtime.needs_calibration and calibration is None:
+        raise UsageError(f"a {runtime.suffix} file in {kind} has fixed ranges of numbers, taken from images; give "
+                         "`calibration='DIR'`, training images of the model")  # fmt: skip
     if runtime.to_quantize:
-        assert runtime.extra is not None
-        extras.require(f"quantising {target} needs", *runtime.to_quantize, extra=runtime.extra)
+        extras.require(f"quantising {target} needs", *runtime.to_quantize, extra="quantize")
     source = None if calibration is None else open_source(calibration, split="train", observer=observer)
     return Quantizing(
         kind,
@@ -195,8 +197,7 @@ def quantized_file(
         DataError: The images cannot be read, or those of `data` do not fit the model's classes.
     """
     batches = None if how.calibration is None else _Batches(plain, how.calibration, how.images, batch_size)
-    described = replace(graph, info=replace(graph.info, quantized=how.kind))
-    runtime.quantize(described, plain.path, file, batches)
+    runtime.quantize(graph, replace(graph.info, quantized=how.kind), plain.path, file, batches)
     quantized = runtime.open(file)
     made = partial(
         QuantizedReport, how.kind, None if how.calibration is None else how.calibration.name,

@@ -203,8 +203,9 @@ def export_model(
     Args:
         model: Dense or compressed, in fp32; it stays as it was.
         path: A file that ends like its kind, such as `*.onnx`, or `*.pt2` for `torch.export.load`; for timm a folder.
-        opset: ONNX opset, 18 to 22; 18 where None.
-        dynamic_batch: Whether the file takes any number of images; otherwise `batch_size` of them.
+        opset: ONNX opset, 18 to 22; 20 where None.
+        dynamic_batch: Whether the file takes any number of images (a .pte up to 32, a .tflite one at a time); otherwise
+            `batch_size` of them.
         batch_size: Images in a forward.
         with_preprocessing: Whether the file normalises: it then takes RGB from 0 to 1, as `ToTensor` gives it.
         force: Whether a file of that name, or a folder that was written here, may be replaced.
@@ -262,9 +263,8 @@ def export_model(
     runtime = runtimes()[kind]
     _check_size(model, target, runtime)
     chosen = opset or runtime.default_opset
-    info = describe_export(
-        model, name=name, normalises=with_preprocessing, batch_size=None if dynamic_batch else batch_size
-    )
+    one_size = (1 if runtime.one_batch else None) if dynamic_batch else batch_size
+    info = describe_export(model, name=name, normalises=with_preprocessing, batch_size=one_size)
     images = check_images(model, data, limit=limit, observer=observer)
     beside = runtime.files(target)[1:]
     with (

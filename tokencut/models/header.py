@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import open_plain, unlike_a_file, user_path, with_ending
 from tokencut.messages import one_line
+from tokencut.models.exported import WHAT, is_exported
 from tokencut.models.metadata import ArtifactInfo, info_from_text
 
 SUFFIX = ".safetensors"
@@ -109,6 +110,8 @@ def open_safetensors(path: Path, error: type[TokencutError] = ArtifactError, *, 
         if kind == "pickle":
             raise error(f"{path} is a pickled PyTorch file, not safetensors; name its architecture as MODEL and pass "
                         f"it, with the suffix .pth, as `checkpoint={str(path.with_suffix('.pth'))!r}`")  # fmt: skip
+        if kind != "safetensors" and is_exported(path):
+            raise error(f"{path} is {WHAT.format('name the tokencut file that')}")
         if kind != "safetensors":
             what = "is empty" if kind == "empty" else "is not a safetensors file"
             raise error(f"{path} {what}; give a file that `tokencut.save(model, 'FILE')` wrote, or a model's name")

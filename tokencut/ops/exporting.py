@@ -59,3 +59,11 @@ def not_earlier(like: Tensor, count: int) -> Tensor:
     """Bool `(count, count)`: at `[i, j]` whether `j` is `i` or more."""
     every = numbers(like, count)
     return every.unsqueeze(0) >= every.unsqueeze(1)
+
+
+def itself(like: Tensor, count: int) -> Tensor:
+    """fp32 `(count, count)`, 1 on the diagonal."""
+    if exporting():  # LiteRT's graphs have no operator for it
+        every = numbers(like, count)
+        return (every.unsqueeze(0) == every.unsqueeze(1)).to(torch.float32)
+    return torch.eye(count, device=like.device)

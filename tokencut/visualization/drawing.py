@@ -234,7 +234,8 @@ def _sides(grid: Grid, detail: float) -> Iterator[int]:
 def _panel(photo: Pixels, stage: DrawnStage, image: int, grid: Grid) -> Panel:
     heat = None if stage.heat is None else _heat_map(stage.heat[image])
     drawn = draw_tokens(photo, stage.source[image], grid, heat)
-    return Panel(drawn, f"block {stage.block}: {stage.tokens_in} \N{RIGHTWARDS ARROW} {stage.tokens_out}")
+    where = f"block {stage.block}" if stage.block else "static"
+    return Panel(drawn, f"{where}: {stage.tokens_in} \N{RIGHTWARDS ARROW} {stage.tokens_out}")
 
 
 def _heat_map(attention: NDArray[np.float64]) -> Pixels:

@@ -111,10 +111,12 @@ class Runtime(ABC):
         beside: How the names of files end that are written beside it, such as weights.
         default_opset: ONNX opset; None where the kind has none.
         largest_batch: The most images that a file for any number takes at once; None where there is no limit.
+        one_batch: Whether a file takes one number of images only: `batch_size` where that is asked for, else 1.
         device: Where files compute: `cpu` or `cuda`.
         most_weights: The most bytes of weights that a file holds; None where there is no limit.
         quantizes: What a file can be quantised to, such as `int8`, by `quantize`.
-        to_quantize: Import names that that needs, beside those for writing.
+        to_quantize: Import names that that needs, beside those for writing; the extra `quantize` installs them.
+        needs_calibration: Whether it takes images.
     """
 
     name: ClassVar[str]
@@ -127,10 +129,12 @@ class Runtime(ABC):
     beside: ClassVar[tuple[str, ...]] = ()
     default_opset: ClassVar[int | None] = None
     largest_batch: ClassVar[int | None] = None
+    one_batch: ClassVar[bool] = False
     device: ClassVar[str] = "cpu"
     most_weights: ClassVar[int | None] = None
     quantizes: ClassVar[tuple[str, ...]] = ()
     to_quantize: ClassVar[tuple[str, ...]] = ()
+    needs_calibration: ClassVar[bool] = False
 
     def check_writable(self, target: Path) -> None:
         """Refuses what could not be written here, before any work is done for it.
@@ -157,17 +161,18 @@ class Runtime(ABC):
             ModelError: The runtime has no such operators.
         """
 
-    def quantize(self, graph: Graph, source: Path, target: Path, batches: Iterable[Tensor] | None) -> None:
+    def quantize(
+        self, graph: Graph, info: ExportInfo, source: Path, target: Path, batches: Iterable[Tensor] | None
+    ) -> None:
         """Writes another file, of whole numbers of eight bits, of one that `write` wrote; for kinds with `quantizes`.
 
         Args:
-            graph: What the file was written of; its `info` says what the new one is quantised to.
+            graph: What the file was written of.
+            info: What the new file says, what it is quantised to among it.
             source: The file in fp32.
             target: Where to, named like `source`, in another folder.
-            batches: Images to take the ranges of numbers from, as the file takes them; None where there are none.
-
-        Raises:
-            UsageError: The runtime needs such images.
+            batches: Images to take the ranges of numbers from, as the file takes them; None where there are none,
+                unless `needs_calibration`.
         """
         raise NotImplementedError
 

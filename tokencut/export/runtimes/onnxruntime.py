@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokencut.errors import ArtifactError, ModelError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, quiet
-from tokencut.export.info import KEY
-from tokencut.export.node_names import name_nodes
+from tokencut.export.info import KEY, ExportInfo
+from tokencut.export.node_names import block_names, name_nodes
 from tokencut.export.onnx_int8 import quantize_onnx
 from tokencut.export.runtimes.base import ExportedModel, Runtime, register
 from tokencut.export.translations import translations
@@ -30,9 +30,9 @@ class OnnxRuntime(Runtime):
     extra = "onnx"
     to_write = ("onnx", "onnxruntime", "onnxscript")
     to_run = ("onnxruntime",)
-    # 18 is the first with the minimum and maximum among scatters. From 23 on attention is one operator, which
+    # From 20 on GELU is one operator, which onnxruntime need not find among five. From 23 on attention is one, which
     # onnxruntime 1.32 runs only with a mask for every query: proportional attention has one for all.
-    default_opset = 18
+    default_opset = 20
     # A message of protobuf, and so a file in one piece, holds less than 2 GiB; the graph takes a few MB of it.
     most_weights = 2_100_000_000
     quantizes = ("int8",)
@@ -44,9 +44,11 @@ class OnnxRuntime(Runtime):
         made.model.metadata_props[KEY] = graph.info.to_text()
         made.save(str(path), external_data=False)
 
-    def quantize(self, graph: Graph, source: Path, target: Path, batches: Iterable[Tensor] | None) -> None:
+    def quantize(
+        self, graph: Graph, info: ExportInfo, source: Path, target: Path, batches: Iterable[Tensor] | None
+    ) -> None:
         """Static where there are images, else dynamic; see `Runtime.quantize`."""
-        quantize_onnx(source, target, graph, batches)
+        quantize_onnx(source, target, info, block_names(graph.model), batches)
 
     def _open(self, path: Path) -> ExportedModel:
         runtime = importlib.import_module("onnxruntime")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from tokencut.errors import ArtifactError, ModelError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, in_stage, quiet
-from tokencut.export.info import KEY
+from tokencut.export.info import KEY, ExportInfo
+from tokencut.export.openvino_int8 import quantize_openvino
 from tokencut.export.runtimes.base import ExportedModel, Runtime, register
 from tokencut.messages import one_line
 
@@ -34,6 +36,9 @@ class OpenVino(Runtime):
     extra = "openvino"
     to_write = ("openvino",)
     to_run = ("openvino",)
+    quantizes = ("int8",)
+    to_quantize = ("nncf",)
+    needs_calibration = True
     beside = (".bin",)
     advice = (
         "OpenVINO computes in bf16 where the processor has it, all but the stages; it gives these logits with "
@@ -42,15 +47,16 @@ class OpenVino(Runtime):
 
     def write(self, graph: Graph, path: Path) -> None:
         """Writes the graph and its weights; see `Runtime.write`."""
+        _save(_converted(graph), graph.info, path)
+
+    def quantize(
+        self, graph: Graph, info: ExportInfo, source: Path, target: Path, batches: Iterable[Tensor] | None
+    ) -> None:
+        """Static, with the ranges that images show; see `Runtime.quantize`."""
+        assert batches is not None
         runtime = importlib.import_module("openvino")
-        model = _converted(graph)
-        model.set_rt_info(graph.info.to_text(), [KEY])
-        empty = "0" * 64
-        model.set_rt_info(empty, [DIGEST])
-        runtime.save_model(model, str(path), compress_to_fp16=False)
-        text = path.read_text(encoding="utf-8")
-        assert text.count(empty) == 1
-        path.write_text(text.replace(empty, _digest(path.with_suffix(".bin"))), encoding="utf-8")
+        plain = runtime.Core().read_model(str(source), str(source.with_suffix(".bin")))
+        _save(quantize_openvino(plain, graph, batches), info, target)
 
     def _open(self, path: Path) -> ExportedModel:
         runtime = importlib.import_module("openvino")
@@ -109,6 +115,17 @@ def _converted(graph: Graph) -> Any:
         if operation.get_friendly_name().partition("/")[0] in stages:
             operation.get_rt_info()[PRECISE] = ""
     return model
+
+
+def _save(model: Any, info: ExportInfo, path: Path) -> None:
+    """Writes a model and its weights, each of which says that it belongs to the other."""
+    model.set_rt_info(info.to_text(), [KEY])
+    empty = "0" * 64
+    model.set_rt_info(empty, [DIGEST])
+    importlib.import_module("openvino").save_model(model, str(path), compress_to_fp16=False)
+    text = path.read_text(encoding="utf-8")
+    assert text.count(empty) == 1
+    path.write_text(text.replace(empty, _digest(path.with_suffix(".bin"))), encoding="utf-8")
 
 
 def _told(model: Any, key: str) -> str | None:

@@ -1,0 +1,99 @@
+"""ExecuTorch: `.pte`, for phones and boards, with XNNPACK's kernels for processors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencut.errors import ArtifactError, ModelError
+from tokencut.export.graph import Graph, quiet
+from tokencut.export.info import KEY
+from tokencut.export.lowering import lowered
+from tokencut.export.runtimes.base import ExportedModel, Runtime, register
+from tokencut.messages import one_line
+
+# Where a program without another name for it begins.
+FORWARD = "forward"
+
+
+@register
+class ExecuTorch(Runtime):
+    """Files for ExecuTorch, in which XNNPACK computes what it can."""
+
+    name = "executorch"
+    suffix = ".pte"
+    label = "ExecuTorch"
+    extra = "executorch"
+    to_write = ("executorch",)
+    to_run = ("executorch",)
+    # Memory for so many images is planned when the file is written.
+    largest_batch = 32
+
+    def write(self, graph: Graph, path: Path) -> None:
+        """Writes one file; see `Runtime.write`."""
+        program = graph.program
+        try:
+            with quiet():
+                exir = importlib.import_module("executorch.exir")
+                partition = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+                edge = exir.to_edge_transform_and_lower(
+                    lowered(program),
+                    partitioner=[partition.XnnpackPartitioner()],
+                    constant_methods={KEY: graph.info.to_text()},
+                )
+                buffer = edge.to_executorch().buffer
+        except Exception as error:  # of torch, of its export and of the backend
+            raise ModelError(f"ExecuTorch cannot translate {graph.info.model} ({one_line(error)}); type "
+                             "`path='FILE.onnx'`, and please report the model's name and "
+                             "options") from error  # fmt: skip
+        path.write_bytes(buffer)
+
+    def _open(self, path: Path) -> ExportedModel:
+        try:
+            with quiet(), _told_nothing():
+                runtime = importlib.import_module("executorch.runtime").Runtime.get()
+                _set_threads()
+                program = runtime.load_program(path.read_bytes())
+                told = program.load_method(KEY).execute([])[0] if KEY in program.method_names else None
+                method = program.load_method(FORWARD)
+                largest = method.metadata.input_tensor_meta(0).sizes()[0]
+        except RuntimeError as error:
+            raise ArtifactError(f"ExecuTorch cannot load {path} ({one_line(error)}); export the model "
+                                "again") from error  # fmt: skip
+
+        def run(images: Tensor, program: Any = program) -> Tensor:  # a method does not keep its program, nor its bytes
+            logits: Tensor = method.execute([images])[0]
+            return logits.clone()  # the next call writes into the same memory
+
+        text = told if isinstance(told, str) else None
+        return ExportedModel(path, text, run, ("executorch", version("executorch")), largest_batch=largest)
+
+
+@functools.cache  # what is loaded computes in the pool that there was: another in its place ends the process
+def _set_threads() -> None:
+    """Gives the process's one pool as many threads as torch uses when the first file is opened."""
+    bindings = importlib.import_module("executorch.extension.pybindings.portable_lib")
+    bindings._unsafe_reset_threadpool(torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def _told_nothing() -> Iterator[None]:
+    """Keeps back what ExecuTorch's library writes to the process's error output: what matters is raised as well."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
