@@ -82,7 +82,10 @@ def test_what_is_kept_of_the_archive(tmp_path: Path) -> None:
     assert report.agreement.largest_difference < 1e-5
     assert report.notes[-1] == "it is machine code, for processors such as this one and this version of torch"
     with zipfile.ZipFile(report.output) as archive:
-        assert archive.namelist() == [f"{LIBRARY}_metadata.json", f"{LIBRARY}.so", f"made/extra/{KEY}"]
+        assert archive.namelist() == [
+            f"{LIBRARY}.cpp", f"{LIBRARY}_metadata.json", f"{LIBRARY}.so", f"made/extra/{KEY}"
+        ]  # fmt: skip
+        assert archive.read(f"{LIBRARY}.cpp") == b""  # torch finds the others by its name
         library = archive.read(f"{LIBRARY}.so")
     package = torch.__file__.encode()
     assert len(library) == len(b"\x7fELF\0" + package + b"\0end") and package not in library

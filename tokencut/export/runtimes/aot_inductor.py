@@ -24,7 +24,8 @@ SETTINGS = {"cpp.dynamic_threads": True}
 # What torch says of a library in the archive: the processor that it was made for, above all.
 METADATA, MACHINE, PROCESSOR = "_metadata.json", "AOTI_MACHINE", "AOTI_CPU_ISA"
 LEVELS = ("AVX2", "AVX512")  # each has the one before
-# What the library was compiled from: it is not run, and its comments tell how it was compiled, and where.
+# What the library was compiled from: it is not run, and its comments tell how it was compiled, and where. The names
+# stay, for torch 2.11 finds the rest by them.
 SOURCES = (".cpp", ".h")
 
 
@@ -89,9 +90,7 @@ def _copy_without_paths(made: Path, path: Path, text: str) -> None:
     with zipfile.ZipFile(made) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as copy:
         entries = archive.infolist()
         for entry in entries:
-            if entry.filename.endswith(SOURCES):
-                continue
-            content = archive.read(entry)
+            content = b"" if entry.filename.endswith(SOURCES) else archive.read(entry)
             for folder in folders:
                 # Names of torch's headers, which only its messages show; what follows in the library keeps its place.
                 name = str(folder).encode()
