@@ -18,7 +18,7 @@ LAYERS = (
     "limits",
     "files schedule schema ops",
     "tokens",
-    "attention",
+    "attention unmerging",
     "methods adapters",
     "recipe tracing features",
     "blocks",

@@ -9,8 +9,9 @@ from timm.models import get_model_traits
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from tokencut.features import Form, Indices, Unmerging, block_indices
+from tokencut.features import Form, Indices, block_indices
 from tokencut.model import require_compressed
+from tokencut.unmerging import Unmerging
 
 
 def features_only(

@@ -156,7 +156,9 @@ class BlockLoop:
             nonlocal left
             entering = tokens.with_features(features)
             stage_input = self.stage_input(number, entering, context.given(**given))
-            left = self.weighed(self.stages[number](stage_input, tokens_out))
+            stage: Any = self.stages[number]
+            left, similar = stage(stage_input, tokens_out), not stage.method.averages()
+            left = self.weighed(self.adapter.reduced(self.model, stage_input.tokens, left, similar))
             if observer is not None:
                 plan = StagePlan(number, tokens.count, tokens_out)
                 observer.stage(plan, stage_input.tokens, left, stage_input.attention)

@@ -16,7 +16,7 @@ from tokencut.adapters import adapter_for, instead_of, plain_model, refuse_shard
 from tokencut.blocks import BlockLoop
 from tokencut.calling import call
 from tokencut.errors import ModelError, UsageError
-from tokencut.features import Form, Indices, Intermediates, Unmerging, block_indices
+from tokencut.features import Form, Indices, Intermediates, block_indices
 from tokencut.limits import check_number
 from tokencut.methods import Method, StageShape, make_method
 from tokencut.recipe import Recipe, resolve_stages
@@ -24,6 +24,7 @@ from tokencut.schedule import Keep, Layers
 from tokencut.timm_protocol import AroundTimm
 from tokencut.tokens import Tokens
 from tokencut.tracing import BlockObserver, Trace, Tracer
+from tokencut.unmerging import Unmerging
 
 Run = Callable[[Tokens], Tokens]
 
@@ -64,7 +65,7 @@ class CompressedModel(AroundTimm):
             source: Whether to follow which patch goes into which token.
             observer: Is told of what is removed before the first block.
         """
-        if self.adapter.hierarchical:
+        if self.adapter.runs_inside:
             inside = self._inside(lambda tokens: run(loop.begun(tokens, source=source)))
             forward: Callable[[Tensor], Tensor] = inside.forward
             return forward
@@ -139,11 +140,11 @@ class CompressedModel(AroundTimm):
             UsageError: A block, a format or a rule of un-merging does not exist.
             ModelError: Patch dropout has left no full grid.
         """
-        if self.adapter.hierarchical:
+        if self.adapter.runs_inside:
             if unmerge is not None:
+                how = ": its method's setting reconstruct says how" if self.adapter.hierarchical else ""
                 raise UsageError(f"unmerge {unmerge!r} is not chosen here for {self.adapter.family}, whose stage gives "
-                                 "each token back; leave it out: its method's setting reconstruct says how"
-                                 )  # fmt: skip
+                                 f"each token back; leave it out{how}")  # fmt: skip
             return self._maps(x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only,
                               output_dict)  # fmt: skip
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
@@ -216,7 +217,7 @@ class CompressedModel(AroundTimm):
         """
         taken = block_indices(self.adapter.feature_maps(self.model), indices)
         self.model.prune_intermediate_layers(taken, prune_norm, prune_head)
-        if self.adapter.hierarchical:
+        if self.adapter.runs_inside:
             if not len(self.adapter.blocks(self.model)):
                 self.stages.clear()
             return taken

@@ -12,16 +12,16 @@ import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
 
-from tokencut.adapters import Adapter, HierarchicalAdapter, TimmModule, adapter_for, plain_model
+from tokencut.adapters import Adapter, TimmModule, adapter_for, plain_model
 from tokencut.blocks import BlockLoop, Stage
 from tokencut.calling import StandIn, call, has_own_hooks, is_patched
 from tokencut.errors import ModelError
-from tokencut.features import UNMERGE_RULES
 from tokencut.methods import make_method
 from tokencut.recipe import Recipe
 from tokencut.schedule import StagePlan, TokensOut
 from tokencut.tokens import Tokens
 from tokencut.tracing import BlockObserver
+from tokencut.unmerging import UNMERGE_RULES
 
 # timm's own model is the attribute of this name, so its parameters' names begin with it.
 INSIDE = "model."
@@ -211,8 +211,8 @@ class AroundTimm(nn.Module):
         loop, plans = self.loop, self._ready(x)
         if len(plans) == 0:
             return self.model.forward_features(x)
-        if self.adapter.hierarchical:
-            return self._inside(lambda tokens: loop.run(loop.begun(tokens), plans)).forward_features(x)
+        if self.adapter.runs_inside:
+            return self._inside(lambda tokens: self._run(loop, loop.begun(tokens), plans)).forward_features(x)
         tokens = self._run(loop, loop.embed(x), plans)
         features = self.adapter.final_norm(self.model, tokens.features)
         if tokens.sizes is not None or tokens.policy is not None:
@@ -279,8 +279,7 @@ class AroundTimm(nn.Module):
         return self._stages_on(self._grid(images))
 
     def _inside(self, run: Callable[[Tokens], Tokens]) -> StandIn:
-        """A hierarchical model as timm runs it, with other code for the blocks that are reduced."""
-        assert isinstance(self.adapter, HierarchicalAdapter)
+        """A model as timm runs it, with other code for the blocks that are reduced."""
         return self.adapter.inside(self.model, run)
 
     def _run(

@@ -7,7 +7,7 @@ For each method, keep rate and rule, and for each block (1-based) without and wi
 error of the map, `||y - dense|| / ||dense||` over all patches, and in brackets the mean cosine similarity of a patch to
 the dense model's, both averaged over images. The last column is the last block's error over that of copying.
 
-Rules are the library's `copy` and `change` (`Unmerging` in tokencut/features.py), and two on trial, with all weights
+Rules are the library's `copy` and `change` (`Unmerging` in tokencut/unmerging.py), and two on trial, with all weights
 of a softmax over the `--neighbours` tokens behind a stage that are nearest to a patch, whichever it went into: `soft
 copy` averages their features (Expedit, arXiv 2210.01035), `soft change` what they changed by. The softmax is over
 `-d2 / (temperature * mean d2 of the image)`, so that it does not depend on the features' scale.
@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from tokencut import compress
 from tokencut.data.image_set import HELD_BYTES, HeldBatches, open_images
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.features import UNMERGE_RULES, Intermediates, Unmerging
+from tokencut.features import Intermediates
 from tokencut.methods import methods
 from tokencut.model import CompressedModel
 from tokencut.models.loading import load_model
 from tokencut.runtime.devices import describe_device, inference_state, resolve_device
 from tokencut.tokens import Tokens
+from tokencut.unmerging import UNMERGE_RULES, Unmerging
 
 TRIALS = ["soft copy", "soft change"]
 ALL_RULES = ["copy", *(rule for rule in UNMERGE_RULES if rule != "copy"), *TRIALS]

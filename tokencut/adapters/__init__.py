@@ -9,6 +9,7 @@ from tokencut.adapters import (  # noqa: F401  (they register themselves)
     convit,
     eva,
     gemma,
+    hiera,
     naflex,
     projected,
     pvt_v2,
@@ -31,7 +32,7 @@ from tokencut.adapters.base import (
     supported_modules,
 )
 from tokencut.adapters.columnar import ColumnarAdapter, described_size, patches
-from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run
+from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, ReachedError, Run
 from tokencut.adapters.pairs import PairBiasAdapter, PairContext
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.positions import PositionedAdapter, grid_positions
@@ -62,10 +63,12 @@ from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patch
 from tokencut.cost import BlockCost, Macs, ModelCost, TabledMacs
 from tokencut.errors import ModelError, UsageError
 from tokencut.ops.constants import constant
+from tokencut.ops.exporting import exporting
 from tokencut.ops.grid_clusters import Windows
 from tokencut.ops.ranking import take
-from tokencut.schedule import Keep, Schedule, TokensOut, kept_tokens, make_schedule
+from tokencut.schedule import Keep, Schedule, TokensOut, default_layers, kept_tokens, make_schedule
 from tokencut.tokens import Tokens, full_precision, unclustered
+from tokencut.unmerging import Unmerging
 
 __all__ = [
     "Adapter",
@@ -88,6 +91,7 @@ __all__ = [
     "PositionedAdapter",
     "QueryKey",
     "ResPostBlockHandler",
+    "ReachedError",
     "RotaryAdapter",
     "RotaryContext",
     "RotatedQueryKey",
@@ -103,16 +107,19 @@ __all__ = [
     "Tokens",
     "TokensOut",
     "UsageError",
+    "Unmerging",
     "Windows",
     "adapter_for",
     "call",
     "constant",
     "counted_macs",
+    "default_layers",
     "default_methods",
     "described_size",
     "differential_attention",
     "differential_core",
     "full_precision",
+    "exporting",
     "fused_attention",
     "fused_attention_macs",
     "grid_positions",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters.wrappers import instead_of
 from tokencut.attention import AttentionInfo, TimmModule
+from tokencut.calling import StandIn
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError, UsageError
 from tokencut.schedule import Keep, Layers, Schedule, TokensOut, make_schedule
@@ -69,12 +71,15 @@ class Adapter(ABC):
         timm_modules: The timm modules whose registered architectures this adapter takes.
         hierarchical: Whether the grid of tokens gets smaller between stages of blocks, so that only one of these can be
             reduced, and only to a smaller grid.
+        runs_inside: Whether timm's own forward runs the model, with other code for the blocks that may reduce
+            (`inside`), and its `forward_intermediates` gives a map for each stage of blocks.
         default_method: The method where nothing else is said.
     """
 
     family: ClassVar[str]
     timm_modules: ClassVar[tuple[str, ...]]
     hierarchical: ClassVar[bool] = False
+    runs_inside: ClassVar[bool] = False
     default_method: ClassVar[str] = "bat"
 
     @abstractmethod
@@ -204,6 +209,26 @@ class Adapter(ABC):
         blocks before the stage had.
         """
         return tokens
+
+    def reduced(self, model: TimmModule, entering: Tokens, leaving: Tokens, similar: bool) -> Tokens:
+        """What travels behind a stage, for a family that gives patches their features back behind its blocks.
+
+        Args:
+            model: The model.
+            entering: The tokens before the stage.
+            leaving: The tokens behind it.
+            similar: Whether the stage drops tokens or fuses unlike ones (not `Method.averages`).
+        """
+        return leaving
+
+    def inside(self, model: TimmModule, run: Callable[[Tokens], Tokens]) -> StandIn:
+        """timm's model with other code for the blocks that may reduce, of a family that `runs_inside`.
+
+        Args:
+            model: The model.
+            run: Takes the tokens entering them, and gives those behind the last on the same grid.
+        """
+        raise NotImplementedError(f"{self.family} runs block by block")
 
     def recomputes(self, model: TimmModule) -> bool:
         """Whether timm is to compute activations again in backward (`set_grad_checkpointing`)."""

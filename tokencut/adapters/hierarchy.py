@@ -29,7 +29,7 @@ STAGE = 2
 Run = Callable[[Tokens], Tokens]
 
 
-class _ReachedError(Exception):
+class ReachedError(Exception):
     """A forward has come to the blocks that may be reduced."""
 
     def __init__(self, tokens: Tokens) -> None:
@@ -55,6 +55,7 @@ class HierarchicalAdapter(Adapter):
     stages_name: ClassVar[str]
     before_stages: ClassVar[tuple[str, ...]] = ("patch_embed",)
     hierarchical = True
+    runs_inside = True
     default_method = "window"
 
     @abstractmethod
@@ -223,11 +224,11 @@ class HierarchicalAdapter(Adapter):
 
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
         def reached(tokens: Tokens) -> Tokens:
-            raise _ReachedError(tokens)
+            raise ReachedError(tokens)
 
         try:
             self.inside(model, reached).forward(images)
-        except _ReachedError as end:
+        except ReachedError as end:
             return end.tokens
         raise AssertionError("the model has run without its third stage")
 

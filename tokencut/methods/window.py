@@ -35,10 +35,10 @@ class Window(Method):
         "and what the mixture has changed by (change)",
         choices=("softmax", "copy", "change"),
     )
-    nearest: int = option(10, "from how many clusters a token takes", low=1, high=1_000)
+    nearest: int = option(2, "from how many clusters a token takes", low=1, high=1_000)
     rounds: int = option(5, "how often clusters move to the mean of their tokens", low=0, high=100)
-    reach: int = option(2, "a token may join clusters so many cells away", low=0, high=1_000)
-    sharpness: float = option(1.0, "how much less a cluster that is further away counts", low=1e-3, high=1e6)
+    reach: int = option(1, "a token may join clusters so many cells away", low=0, high=1_000)
+    sharpness: float = option(8.0, "how much less a cluster that is further away counts", low=1e-3, high=1e6)
     least: float = option(
         0.0, "the squared distance to compare with, as measured on calibration images; each image's own where 0", low=0
     )
