@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokencut.ops.grid_clusters import ClusterRule, Windows, grid_clusters, grid_pool
 
-RULE = ClusterRule(rounds=5, reach=2, sharpness=4.0, least=0.0, nearest=10)
+RULE = ClusterRule(rounds=5, reach=2, sharpness=4.0, nearest=10)
 GRIDS = [Windows(8, 8, 4, 4), Windows(6, 9, 4, 4), Windows(5, 7, 3, 5), Windows(7, 7, 7, 7), Windows(3, 3, 7, 7)]
 
 
@@ -114,11 +114,9 @@ def test_tokens_that_are_all_alike_are_shared_out() -> None:
         torch.testing.assert_close(found.given_back(found.merged(x)), x)
 
 
-def test_a_distance_to_compare_with_takes_the_place_of_an_images_own() -> None:
+def test_an_image_is_measured_by_itself() -> None:
     windows = Windows(8, 8, 4, 4)
     x = torch.cat((tokens(windows, 1), 5 * tokens(windows, 1)))
-    own = grid_clusters(x, windows, windows.shrunk(3, 3), RULE, False).spread
-    torch.testing.assert_close(own[0], own[1], rtol=1e-4, atol=1e-4)
-    told = ClusterRule(rounds=5, reach=2, sharpness=4.0, least=100.0, nearest=10)
-    given = grid_clusters(x, windows, windows.shrunk(3, 3), told, False).spread
-    assert given[1].amax(2).mean() > given[0].amax(2).mean() + 0.1  # larger distances, harder shares
+    found = grid_clusters(x, windows, windows.shrunk(3, 3), RULE, False)
+    torch.testing.assert_close(found.spread[0], found.spread[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.average[0], found.average[1], rtol=1e-4, atol=1e-4)

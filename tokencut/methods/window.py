@@ -39,9 +39,6 @@ class Window(Method):
     rounds: int = option(5, "how often clusters move to the mean of their tokens", low=0, high=100)
     reach: int = option(1, "a token may join clusters so many cells away", low=0, high=1_000)
     sharpness: float = option(8.0, "how much less a cluster that is further away counts", low=1e-3, high=1e6)
-    least: float = option(
-        0.0, "the squared distance to compare with, as measured on calibration images; each image's own where 0", low=0
-    )
 
     def decide(self, stage_input: StageInput, budget: int) -> GridClusters:
         windows = stage_input.tokens.windows
@@ -51,7 +48,7 @@ class Window(Method):
         features = stage_input.tokens.image.float()
         if self.clustering != "soft":
             return grid_pool(features, windows, smaller, nearest, change, strided=self.clustering == "stride")
-        rule = ClusterRule(self.rounds, self.reach, self.sharpness, self.least, nearest)
+        rule = ClusterRule(self.rounds, self.reach, self.sharpness, nearest)
         return grid_clusters(features, windows, smaller, rule, change)
 
     def macs(self, shape: StageShape) -> int:

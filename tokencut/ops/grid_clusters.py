@@ -169,16 +169,15 @@ class ClusterRule:
     Attributes:
         rounds: How often the centres move.
         reach: A token may join the centres whose cell is so many cells or fewer away from its own, in each direction.
-        sharpness: Inverse temperature of the assignments, in units of `least`.
-        least: The squared distance by which all are measured: the median, over an image's tokens, of that to the
-            nearest centre. Each image's own where 0.
+        sharpness: Inverse temperature of the assignments, for squared distances in units of each image's own: the
+            median, over its tokens, of that to the nearest centre. One unit for all, from calibration images, was no
+            better, and would depend on the scale of the features.
         nearest: From how many centres a token takes afterwards.
     """
 
     rounds: int
     reach: int
     sharpness: float
-    least: float
     nearest: int
 
 
@@ -267,8 +266,6 @@ def _distances(products: Tensor, average: Tensor) -> Tensor:
 def _unit(points: Tensor, distance: Tensor, windows: Windows, beyond: Tensor, rule: ClusterRule) -> Tensor:
     """What squared distances are measured in, fp32 `(B, 1, 1, 1)`."""
     distance = (distance + points.square().sum(2, keepdim=True)).clamp(min=0).unflatten(0, (-1, windows.number))
-    if rule.least > 0:
-        return distance.new_full((distance.shape[0], 1, 1, 1), rule.least / rule.sharpness)
     blocked = (beyond > 0).to(distance.dtype)
     nearest = (distance + blocked * (distance.amax(3, keepdim=True) - distance)).amin(3, keepdim=True)
     least = windows.joined(nearest).squeeze(2)
