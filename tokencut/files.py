@@ -300,6 +300,71 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         remove_folder(temporary)
 
 
+def check_writable_package(path: str | os.PathLike[str], *, force: bool, holding: str) -> Path:
+    """Refuses a folder that counts as one file, and could not be written, before any work is done for it.
+
+    Args:
+        path: The folder to be written.
+        force: Whether a folder of that name and kind may be replaced.
+        holding: What lies in each of its kind.
+
+    Raises:
+        ArtifactError: There is something of that name that is no such folder, or `force` is off, or it cannot be made.
+    """
+    target = user_path(path)
+    place = _place_of(target)
+    _check_permission(target, place.parent)
+    if place.exists() and not (place / holding).is_file():
+        raise ArtifactError(f"cannot write {target}: what has that name holds no {holding}; move it, or give another "
+                            "name")  # fmt: skip
+    if place.exists() and not force:
+        raise ArtifactError(f"{target} exists; add `force=True` to replace it, or give another `path`")
+    return target
+
+
+@contextlib.contextmanager
+def atomic_package(path: str | os.PathLike[str], *, force: bool, holding: str) -> Iterator[Path]:
+    """Gives a path for a folder that counts as one file: all of it is there, or what was there before.
+
+    Args:
+        path: As `check_writable_package` takes it; so are the others.
+        force: Likewise.
+        holding: Likewise.
+
+    Yields:
+        A path of the same name in an empty folder beside `path`. The folder written there is flushed to disk and takes
+        its place if the block ends without an exception.
+
+    Raises:
+        ArtifactError: It cannot be written, with the system's reason.
+    """
+    target = check_writable_package(path, force=force, holding=holding)
+    place = target.resolve()
+    try:
+        around = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{part_prefix(target)}.", suffix=PART))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}") from error
+    written, before = around / target.name, around / "before"
+    try:
+        yield written
+        for file in written.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as content:
+                    os.fsync(content.fileno())
+        if place.exists():
+            place.replace(before)
+        try:
+            written.replace(place)
+        except BaseException:
+            if before.exists():
+                before.replace(place)
+            raise
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was written") from error
+    finally:
+        remove_folder(around)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder of ours and all in it, however deep; nothing where there is none. Links are not followed.
 

@@ -28,7 +28,7 @@ NUMBERS = {
     "gelu", "log", "maximum", "mean", "minimum", "mul", "native_layer_norm", "neg", "pow", "rsqrt", "sub", "sum",
     "topk",
 }  # fmt: skip
-WHOLE = {"add", "amin", "clamp", "cumsum", "mul", "neg", "scatter", "sub", "sum"}
+WHOLE = {"add", "amin", "cumsum", "mul", "neg", "scatter", "sub", "sum"}
 TRUTHS = {"any", "eq", "ge", "gt", "le", "logical_and", "logical_not", "logical_or", "lt", "ne"}
 ALLOWED = {
     torch.float32: SHAPES | NUMBERS | {"_to_copy", "gather", "where"},

@@ -121,10 +121,12 @@ def export_file(
         render.write_json(report.to_dict())
         return
     render.show(render.facts(_facts(report, subject)))
+    from tokencut.export.runtimes import runtimes
+
     if report.format == "timm":
         render.note(f'next: tokencut eval {output} --data DIR, or timm.create_model("local-dir:{output}", '
                     "pretrained=True)")  # fmt: skip
-    else:
+    elif runtimes()[report.format].runs_here:
         render.note(f"next: tokencut profile {output}, or tokencut eval {output} --data DIR")
 
 

@@ -21,7 +21,7 @@ from tokencut.export.info import ExportInfo, describe_export
 from tokencut.export.quantizing import QuantizedReport, Quantizing, check_quantizing, quantized_file
 from tokencut.export.runtimes import Runtime, exported_kind, runtimes
 from tokencut.export.timm_folder import check_folder, read_folder, write_folder
-from tokencut.files import atomic_files, atomic_folder, check_writable, user_path, with_ending
+from tokencut.files import atomic_folder, user_path, with_ending
 from tokencut.limits import check_number
 from tokencut.models.checkpoints import require_finite
 from tokencut.models.quantized import refuse_quantized
@@ -133,8 +133,7 @@ def check_export(
             raise UsageError(f"`opset` is for {' and '.join(takes)} files, and {target} is none; leave it out")
         check_number("opset", opset)
     kind.check_writable(target)
-    for file in kind.files(target):
-        check_writable(file, force=force)
+    kind.require_writable(target, force=force)
     return target, kind.name, quantizing(kind)
 
 
@@ -266,11 +265,10 @@ def export_model(
     one_size = (1 if runtime.one_batch else None) if dynamic_batch else batch_size
     info = describe_export(model, name=name, normalises=with_preprocessing, batch_size=one_size)
     images = check_images(model, data, limit=limit, observer=observer)
-    beside = runtime.files(target)[1:]
     with (
         inference_state(model, torch.device("cpu")),
         torch.no_grad(),
-        atomic_files(target, *beside, force=force) as temporary,
+        runtime.writing(target, force=force) as temporary,
     ):
         served = Normalised(model, images.prepared) if with_preprocessing else model
         graph, file = Graph(served, info, chosen, runtime.largest_batch), temporary
@@ -278,23 +276,19 @@ def export_model(
             file = temporary.parent / "fp32" / temporary.name
             file.parent.mkdir()
         runtime.write(graph, file)
-        written = runtime.open(file)
+        written = runtime.checked(graph, file)
         agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
         agreement.require(target)
-        size, quantized, notes = _size(runtime, file), None, (*images.notes, *agreement.notes(), *runtime.advice)
+        size, quantized, notes = runtime.size(file), None, (*images.notes, *agreement.notes(), *runtime.advice)
         if quantizing is not None:
             judged_on = None if images.real is None else images.real.source
             quantized = quantized_file(
                 graph, runtime, written, temporary, quantizing, target=target, data=judged_on, limit=limit,
                 batch_size=batch_size, fp32_bytes=size, observer=observer,
             )  # fmt: skip
-            size, notes = _size(runtime, temporary), (*notes, *quantized.notes())
+            size, notes = runtime.size(temporary), (*notes, *quantized.notes())
             info = replace(info, quantized=quantizing.kind)
     return ExportReport(target, kind, info, chosen, size, agreement, notes, quantized)
-
-
-def _size(runtime: Runtime, file: Path) -> int:
-    return sum(part.stat().st_size for part in runtime.files(file))
 
 
 def _export_folder(

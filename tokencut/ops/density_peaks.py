@@ -166,8 +166,9 @@ def nearest_marked(distances: Tensor, is_centre: Tensor) -> Tensor:
 
 def _position(is_centre: Tensor, joined: Tensor) -> Tensor:
     """The position among the centres of each of those that were joined, `(B, n)`."""
+    begun = running(is_centre)
     # An image whose features are no numbers may have joined what is no centre: it stays an image with groups.
-    return pick((running(is_centre) - 1).clamp(min=0), joined)
+    return pick(begun - (begun > 0).to(begun.dtype), joined)
 
 
 def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:

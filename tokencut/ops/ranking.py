@@ -41,8 +41,9 @@ def ranks(scores: Tensor) -> Tensor:
     """
     if exporting():
         count = scores.shape[1]
+        behind = _behind(scores).to(whole()).sum(2, dtype=whole())
         # Scores that are no numbers are behind nothing, not even themselves: let their ranks be places all the same.
-        return (count - _behind(scores).to(whole()).sum(2, dtype=whole())).clamp(max=count - 1)
+        return count - behind - (behind == 0).to(whole())
     order = ranking(scores)
     return put(numbers(scores, scores.shape[1]).expand_as(order), order)
 
@@ -97,7 +98,7 @@ def marked(found: Tensor, count: int) -> Tensor:
         Bool `(B, N)`.
     """
     none = torch.zeros_like(numbers(found, count).expand(found.shape[0], -1))
-    return none.scatter(1, found.to(torch.int64), 1) > 0
+    return none.scatter(1, found.to(torch.int64), torch.ones_like(found)) > 0
 
 
 def _some_highest(scores: Tensor, count: int) -> Tensor:

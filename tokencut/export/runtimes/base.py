@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tokencut.errors import ArtifactError
 from tokencut.export.graph import Graph
 from tokencut.export.info import ExportInfo, export_info_from_text
+from tokencut.files import atomic_files, atomic_package, check_writable, check_writable_package
 from tokencut.runtime import extras
 from tokencut.runtime.compiling import in_batches
 
@@ -109,6 +111,8 @@ class Runtime(ABC):
         to_run: Import names that running needs.
         advice: What a user should know who runs such files elsewhere.
         beside: How the names of files end that are written beside it, such as weights.
+        folder_with: What lies in each, where a file of this kind is a folder; else None.
+        runs_here: Whether tokencut runs such files.
         default_opset: ONNX opset; None where the kind has none.
         largest_batch: The most images that a file for any number takes at once; None where there is no limit.
         one_batch: Whether a file takes one number of images only: `batch_size` where that is asked for, else 1.
@@ -127,6 +131,8 @@ class Runtime(ABC):
     to_run: ClassVar[tuple[str, ...]] = ()
     advice: ClassVar[tuple[str, ...]] = ()
     beside: ClassVar[tuple[str, ...]] = ()
+    folder_with: ClassVar[str | None] = None
+    runs_here: ClassVar[bool] = True
     default_opset: ClassVar[int | None] = None
     largest_batch: ClassVar[int | None] = None
     one_batch: ClassVar[bool] = False
@@ -195,6 +201,38 @@ class Runtime(ABC):
     @abstractmethod
     def _open(self, path: Path) -> ExportedModel:
         """Opens a file that is there, with packages that are there; see `open`."""
+
+    def checked(self, graph: Graph, path: Path) -> ExportedModel:
+        """What is compared with the model: what was written, as its runtime runs it.
+
+        Args:
+            graph: The model.
+            path: The file.
+        """
+        return self.open(path)
+
+    def writing(self, target: Path, *, force: bool) -> AbstractContextManager[Path]:
+        """Gives a temporary path for `write`, which takes its place when the block ends well; see `atomic_files`."""
+        if self.folder_with is not None:
+            return atomic_package(target, force=force, holding=self.folder_with)
+        return atomic_files(target, *self.files(target)[1:], force=force)
+
+    def require_writable(self, target: Path, *, force: bool) -> None:
+        """Refuses names that cannot be written to, before any work is done.
+
+        Raises:
+            ArtifactError: As `check_writable` and `check_writable_package` do.
+        """
+        if self.folder_with is not None:
+            check_writable_package(target, force=force, holding=self.folder_with)
+            return
+        for file in self.files(target):
+            check_writable(file, force=force)
+
+    def size(self, target: Path) -> int:
+        """The bytes of a file, with all that belongs to it."""
+        every = target.rglob("*") if self.folder_with is not None else self.files(target)
+        return sum(file.stat().st_size for file in every if file.is_file())
 
     def files(self, target: Path) -> tuple[Path, ...]:
         """All that is written for a file: itself, and what stands beside it under the same name."""
