@@ -25,7 +25,7 @@ from tokencut.models.loading import Loaded
 from tokencut.profiling.latency import measure
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
-from tokencut.search.report import ParetoPoint
+from tokencut.search.report import ClockReport, ParetoPoint
 from tokencut.search.run import SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
 
@@ -41,17 +41,19 @@ class SearchRun:
 
     def __init__(
         self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
-        timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None, dry: bool = False,
+        batch_size: int | None = None, form: Mapping[str, Any] | None = None, reading: Mapping[str, Any] | None = None,
+        dry: bool = False,
     ) -> None:  # fmt: skip
         """Checks what can be checked before the model is there.
 
         Args:
             options: As typed.
-            run: Where the search runs.
+            run: Where the search runs, and how many images a forward that is timed takes.
             front: The file for the front; none is written where None.
             force: Whether it may be replaced.
             workers: Processes that decode images.
-            timing_batch_size: Images a forward that is timed.
+            batch_size: Images a batch that schedules are tried on; as is usual where None.
+            form: In which form a model is timed for a target of seconds, as `SearchSettings` takes it.
             reading: How the images are read, as `open_source` takes it.
             dry: Whether only to tell what it would take: the model it is called with stays dense.
 
@@ -59,7 +61,7 @@ class SearchRun:
             TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
                 images are not there.
         """
-        self.target = Target(options.target_gmacs, options.target_speedup, options.max_drop)
+        self.target = Target(options.target_gmacs, options.target_speedup, options.max_drop, options.target_latency)
         self.target.check()
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
@@ -70,11 +72,12 @@ class SearchRun:
             images=default.images if options.calibration_limit is None else options.calibration_limit,
             effort=default.effort if options.search_effort is None else options.search_effort,
             seed=run.seed,
-            batch_size=run.batch_size if timing_batch_size is None else default.batch_size,
-            timing_batch_size=timing_batch_size or default.timing_batch_size,
+            batch_size=batch_size or default.batch_size,
+            timing_batch_size=run.batch_size,
             workers=workers,
             device=run.device,
             precision=run.precision,
+            **(form or {}),
         )
 
     @property
@@ -168,10 +171,20 @@ class SearchRun:
                         f"{sure}"),
             ("calibration", f"{report.drop:+.2f}{error} of them lost on these images"),
         ]  # fmt: skip
-        if report.speedup is not None:
-            rows.append(("speed-up", f"{report.speedup:.2f} x as fast as dense, measured here in batches of "
-                                     f"{self._settings.timing_batch_size}"))  # fmt: skip
-        return rows
+        return rows + ([] if report.clock is None else _clock_rows(report.clock))
+
+
+def _clock_rows(clock: ClockReport) -> list[tuple[str, str]]:
+    """What is told of a target of seconds: what was reached, and where."""
+    on = clock.conditions
+    where = f"batches of {on.batch_size} in {on.precision}, {on.form}, on {on.device}"
+    if clock.measured is None:
+        return [("measured", f"not at the end; by a table of {where}")]
+    before, after = clock.measured.dense_ms, clock.measured.found_ms
+    return [
+        ("speed-up", f"{clock.measured.speedup:.2f} x as fast as dense: {before:.4g} -> {after:.4g} ms a batch"),
+        ("measured", f"{where}, the two in turns"),
+    ]  # fmt: skip
 
 
 def _checked(front: Path, *, force: bool) -> Path:
@@ -202,8 +215,8 @@ def _counted(count: int, what: str) -> str:
 
 def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
-    workers: int | None = None, timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None,
-    dry: bool = False,
+    workers: int | None = None, batch_size: int | None = None, form: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] | None = None, dry: bool = False,
 ) -> SearchRun:  # fmt: skip
     """A search that fits its processes; arguments as `SearchRun`'s.
 
@@ -213,5 +226,5 @@ def requested_search(
     if processes > 1:
         raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
                          "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
-    return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size,
+    return SearchRun(options, run, front=front, force=force, workers=workers, batch_size=batch_size, form=form,
                      reading=reading, dry=dry)  # fmt: skip

@@ -31,6 +31,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "images": "--calibration-limit",
     "keeps": "--keep",
     "latency": "--latency",  # there is only its opposite, --no-latency
+    "latency_ms": "--target-latency",
     "path": "-o",
     "pretrained": "--pretrained",  # there is only its opposite, --no-pretrained
     "speedup": "--target-speedup",
