@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from image_files import write_folder
+from observing import Seen
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -139,7 +140,9 @@ def test_each_part_is_compiled_and_called_once(monkeypatch: pytest.MonkeyPatch) 
         return lambda: called.append(f"{call()} without gradients: {not torch.is_grad_enabled()}")
 
     monkeypatch.setattr(torch, "compile", compiled)
-    made = compile_calls({"one": lambda: 1, "two": lambda: 2}, "max-autotune-no-cudagraphs")
+    seen = Seen()
+    made = compile_calls({"one": lambda: 1, "two": lambda: 2}, "max-autotune-no-cudagraphs", seen)
+    assert [(now.done, now.total) for now in seen.told] == [(1, 2), (2, 2)]
     assert (list(made), called) == (["one", "two"], ["1 without gradients: True", "2 without gradients: True"])
 
 

@@ -330,7 +330,7 @@ def test_seconds_are_those_of_the_form_asked_for(calibration: Path, monkeypatch:
         compiled.append(f"{type(model).__name__} {mode}")
         return lambda images: model(images)
 
-    def compile_calls(calls: dict[str, Any], mode: str) -> dict[str, Any]:
+    def compile_calls(calls: dict[str, Any], mode: str, observer: Observer) -> dict[str, Any]:
         compiled.append(f"{len(calls)} parts {mode}")
         return calls
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
+from tokencut.observers import Observer
 
 # torch's own names; reduce-overhead captures CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -73,12 +74,15 @@ def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor],
     return forward
 
 
-def compile_calls(calls: Mapping[str, Callable[[], object]], mode: str = "default") -> dict[str, Callable[[], object]]:
+def compile_calls(
+    calls: Mapping[str, Callable[[], object]], mode: str = "default", observer: Observer | None = None
+) -> dict[str, Callable[[], object]]:
     """Compiles calls that give tensors, each as one graph, and makes each once.
 
     Args:
         calls: What to compile, by name.
         mode: Any of torch's names.
+        observer: Told how many are compiled.
 
     Raises:
         ModelError: One cannot be compiled.
@@ -88,6 +92,8 @@ def compile_calls(calls: Mapping[str, Callable[[], object]], mode: str = "defaul
         for name, call in calls.items():
             made[name] = torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
             made[name]()
+            if observer is not None:
+                observer.progress("compiling the model's parts", len(made), len(calls), {})
     return made
 
 

@@ -154,43 +154,52 @@ def latency_table(
     Raises:
         ModelError: A part cannot be compiled.
     """
-    loop, images = any_block_reduces(model), bench.images
-    kinds = model.adapter.cost(model.model).blocks
+    loop, kinds = any_block_reduces(model), model.adapter.cost(model.model).blocks
+    numbers = [kinds.index(kind) + 1 for kind in kinds]
     with torch.no_grad():
-        entering = [loop.embed(images)]
+        entering = [loop.embed(bench.images)]
         for number in range(1, loop.depth + 1):
             entering.append(loop.step(number, entering[-1]))
     whole, last = entering[0], entering[-1]
-    hierarchical = model.adapter.hierarchical
-    if hierarchical:
-        counts, ragged = sorted({*model.adapter.cost(model.model).leaving, whole.count}), []
-    else:
-        counts = _grid(whole, FEW_SHARES if bench.few else SHARES)
-        ragged = _ragged(whole)
+    counts, ragged = _counts(model, whole, FEW_SHARES if bench.few else SHARES)
     parts: dict[str, Callable[[], object]] = {
-        "embed": lambda: _tensors(loop.embed(images)),
+        "embed": lambda: _tensors(loop.embed(bench.images)),
         "head": lambda: loop.head(last),
     }
-    for number in sorted({kinds.index(kind) + 1 for kind in kinds}):
-        parts |= _fresh(loop, number, entering[number - 1])
-        for count in counts:
-            if hierarchical:
-                parts |= _parts_before(loop, number, entering[number - 1], count)
-                continue
-            parts |= _parts(loop, number, _some(loop, entering[number - 1], count, merged=model.method.merges()))
+    for number in sorted(set(numbers)):
+        parts |= _of_block(model, loop, number, entering[number - 1], counts)
     for count in ragged:
-        some = _some(loop, whole, count, merged=model.method.merges())
-        parts |= {f"block 1 {count}": partial(_whole, loop, 1, some)}
-    timed: dict[str, Forward] = {name: _called(part) for name, part in bench.formed_parts(parts).items()}
+        parts[f"block 1 {count}"] = partial(_whole, loop, 1, _some(loop, whole, count, merged=model.method.merges()))
+    timed: dict[str, Forward] = {name: _called(part) for name, part in bench.formed_parts(parts, observer).items()}
     # The lower quartile: other work only ever adds to such short times, to some ten times as much.
     times = {name: timing.spread_ms[0] / 1000 for name, timing in bench.times(
         {"dense": bench.dense, **timed}, rounds=rounds, min_seconds=0.01, max_seconds=max_seconds, observer=observer,
         task="timing the model's parts",
     ).items()}  # fmt: skip
-    blocks = tuple(_block_times(times, kinds.index(kind) + 1, counts) for kind in kinds)
+    blocks = tuple(_block_times(times, number, counts) for number in numbers)
     step = _step(whole, [times[f"block 1 {count}"] for count in ragged]) if ragged else 1
     table = LatencyTable(tuple(counts), blocks, times["embed"] + times["head"], step=step)
     return table.matched(times["dense"])
+
+
+def _counts(model: CompressedModel, whole: Tokens, shares: Sequence[float]) -> tuple[list[int], list[int]]:
+    """The table's numbers of image tokens, and those by which the step is told: none where the model has its own."""
+    if model.adapter.hierarchical:
+        return sorted({*model.adapter.cost(model.model).leaving, whole.count}), []
+    return _grid(whole, shares), _ragged(whole)
+
+
+def _of_block(
+    model: CompressedModel, loop: BlockLoop, number: int, entering: Tokens, counts: Sequence[int]
+) -> dict[str, Callable[[], object]]:
+    """The parts of a block to be timed: before anything was merged, and with each number of tokens behind that."""
+    parts: dict[str, Callable[[], object]] = {f"fresh {number}": partial(_whole, loop, number, entering)}
+    for count in counts:
+        if model.adapter.hierarchical:
+            parts |= _parts_before(loop, number, entering, count)
+        else:
+            parts |= _parts(loop, number, _some(loop, entering, count, merged=model.method.merges()))
+    return parts
 
 
 def _called(part: Callable[[], object]) -> Forward:
@@ -204,11 +213,11 @@ def _tensors(tokens: Tokens) -> tuple[Tensor | None, ...]:
 
 def _grid(whole: Tokens, shares: Sequence[float]) -> list[int]:
     """The table's numbers of image tokens: all, and below that, where there are many, such as divide by any step."""
-    counts = {whole.count}
-    for share in shares:
-        count = max(2, math.ceil(share * whole.count))
-        counts.add(min(whole.count, _aligned(whole, count) if whole.count >= MANY_TOKENS else count))
-    return sorted(counts)
+    counts = {max(2, math.ceil(share * whole.count)) for share in shares}
+    if whole.count >= MANY_TOKENS:  # nearly all tell no more than all
+        fits = (_aligned(whole, count) for count in counts)
+        counts = {fit for fit in fits if fit + STEPS[0] <= whole.count}
+    return sorted({*counts, whole.count})
 
 
 def _aligned(whole: Tokens, count: int) -> int:
@@ -274,11 +283,6 @@ def _parts_before(loop: BlockLoop, number: int, whole: Tokens, count: int) -> di
         ),
         f"mlp_half {number} {count}": block,
     }
-
-
-def _fresh(loop: BlockLoop, number: int, tokens: Tokens) -> dict[str, Callable[[], object]]:
-    """The whole block before anything was merged."""
-    return {f"fresh {number}": partial(_whole, loop, number, tokens)}
 
 
 def _block_times(times: Mapping[str, float], number: int, counts: Sequence[int]) -> BlockTimes:

@@ -110,11 +110,17 @@ class Bench:
             compiled(self.images)  # compiles: that time is not the model's
         return compiled
 
-    def formed_parts(self, parts: Mapping[str, Callable[[], object]]) -> Mapping[str, Callable[[], object]]:
-        """Parts of the model in that form, each a call that gives tensors."""
+    def formed_parts(
+        self, parts: Mapping[str, Callable[[], object]], observer: Observer | None = None
+    ) -> Mapping[str, Callable[[], object]]:
+        """Parts of the model in that form, each a call that gives tensors; the observer is told how many are compiled.
+
+        Raises:
+            ModelError: One cannot be compiled.
+        """
         graphs = self.captured
         if self._compile_mode is not None:
-            parts = compile_calls(parts, PART_MODES.get(self._compile_mode, "default"))
+            parts = compile_calls(parts, PART_MODES.get(self._compile_mode, "default"), observer)
             graphs = self._device.type == "cuda" and self._compile_mode in WITH_GRAPHS
         return record_calls(parts, self._device) if graphs else parts
 
