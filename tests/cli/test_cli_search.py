@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokencut.cli import search_run
 from tokencut.cli.observer import CommandObserver
+from tokencut.errors import TokencutError
 from tokencut.profiling.latency import Timing
 from tokencut.search import run as search
 from tokencut.search import timing
@@ -270,6 +271,25 @@ def test_milliseconds_out_of_reach(run: Run, pictures: Path, monkeypatch: pytest
         "error: --target-latency 100 is met by the dense model, which takes 100 ms a batch here; type less, such as "
         "--target-latency 65"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("compress", "-o", "out.safetensors"), "type --target-form captured, or a larger --batch-size"),
+        (("profile", "--no-latency"), "type --capture, or a larger --batch-size"),
+    ],
+)
+def test_each_command_tells_the_form_by_its_own_option(
+    run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
+) -> None:
+    def refuse(*args: object, **settings: object) -> None:
+        raise TokencutError("`speedup=2` cannot be met: type `capture=True`, or a larger `timing_batch_size`")
+
+    monkeypatch.setattr(search_run, "find_schedule", refuse)
+    command, *rest = words
+    refused = run(command, *TINY, "--target-speedup", "2", "--calibration", pictures, *QUICK, *rest)
+    assert (refused.code, refused.err.splitlines()[-1]) == (1, f"error: --target-speedup 2 cannot be met: {told}")
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def compress(
             search = requested_search(
                 target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
                 workers=data.workers, batch_size=run.batch_size, form=target.form(), reading=data.reading(),
-                dry=dry_run,
+                dry=dry_run, form_option=True,
             )  # fmt: skip
             why = "an accuracy on images that the schedule was chosen by is too good"
             note_same_images("--calibration", search.source, "--data", images, why)

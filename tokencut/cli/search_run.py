@@ -18,7 +18,7 @@ from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import UsageError
+from tokencut.errors import TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable, with_ending
 from tokencut.model import predicted_macs
 from tokencut.models.loading import Loaded
@@ -28,6 +28,9 @@ from tokencut.runtime.devices import inference_state, precision_dtype, resolve_d
 from tokencut.search.report import ClockReport, ParetoPoint
 from tokencut.search.run import SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
+
+# What messages of the library name, as `--target-form` says it.
+FORM_WORDS = {"`capture=True`": "`target_form='captured'`", "`compile_mode`": "`target_form`"}
 
 
 class SearchRun:
@@ -42,7 +45,7 @@ class SearchRun:
     def __init__(
         self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
         batch_size: int | None = None, form: Mapping[str, Any] | None = None, reading: Mapping[str, Any] | None = None,
-        dry: bool = False,
+        dry: bool = False, form_option: bool = False,
     ) -> None:  # fmt: skip
         """Checks what can be checked before the model is there.
 
@@ -56,6 +59,7 @@ class SearchRun:
             form: In which form a model is timed for a target of seconds, as `SearchSettings` takes it.
             reading: How the images are read, as `open_source` takes it.
             dry: Whether only to tell what it would take: the model it is called with stays dense.
+            form_option: Whether the form is typed by `--target-form`.
 
         Raises:
             TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
@@ -66,6 +70,7 @@ class SearchRun:
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
         self.source = opened(options.calibration or "", split="train", **(reading or {}))
+        self._form_option = form_option
         self.dry, self.planned = dry, dict[str, float]()
         default = SearchSettings()
         self._settings = SearchSettings(
@@ -120,12 +125,15 @@ class SearchRun:
         settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
         with watched(f"searching {loaded.name}") as observer, StopRequest(lambda: _acknowledge(observer)) as stop:
             observer.stop = stop
-            self.report = find_schedule(
-                loaded.dense, self.source, self.target, **settings, settings=self._settings,
-                observer=observer,
-            )  # fmt: skip
+            try:
+                self.report = find_schedule(
+                    loaded.dense, self.source, self.target, **settings, settings=self._settings,
+                    observer=observer,
+                )  # fmt: skip
+            except TokencutError as error:
+                raise type(error)(self._form_typed(str(error))) from error
         for text in self.report.notes:
-            render.note(text)
+            render.note(self._form_typed(text))
         if self.report.interrupted:
             render.note("the search was interrupted: going on with the best schedule so far")
         if self.front is not None:
@@ -136,6 +144,12 @@ class SearchRun:
             render.note(f"wrote {_counted(len(self.report.front), 'schedule')} to choose from to {self.front}")
         found = self.report.found
         return {**arguments, "keep": list(found.keep), "layers": list(found.layers)}
+
+    def _form_typed(self, message: str) -> str:
+        """A message in the words of the command that runs it, where the form has an option of its own."""
+        for name, own in FORM_WORDS.items() if self._form_option else ():
+            message = message.replace(name, own)
+        return message
 
     def _plan(self, loaded: Loaded) -> dict[str, float]:
         """Images, effort, multiply-adds (in units of 1e9) and seconds that the search may take here at most."""
@@ -216,7 +230,7 @@ def _counted(count: int, what: str) -> str:
 def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
     workers: int | None = None, batch_size: int | None = None, form: Mapping[str, Any] | None = None,
-    reading: Mapping[str, Any] | None = None, dry: bool = False,
+    reading: Mapping[str, Any] | None = None, dry: bool = False, form_option: bool = False,
 ) -> SearchRun:  # fmt: skip
     """A search that fits its processes; arguments as `SearchRun`'s.
 
@@ -227,4 +241,4 @@ def requested_search(
         raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
                          "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
     return SearchRun(options, run, front=front, force=force, workers=workers, batch_size=batch_size, form=form,
-                     reading=reading, dry=dry)  # fmt: skip
+                     reading=reading, dry=dry, form_option=form_option)  # fmt: skip

@@ -35,6 +35,7 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "path": "-o",
     "pretrained": "--pretrained",  # there is only its opposite, --no-pretrained
     "speedup": "--target-speedup",
+    "target_form": "--target-form",
     "timing_batch_size": "--batch-size",
     "with_preprocessing": "--with-preprocessing",
 }
