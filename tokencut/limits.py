@@ -76,6 +76,7 @@ LIMITS: Mapping[str, Limits] = {
     "static_keep": Limits(0, 1, 0.5, open=True),
     # What a search is to reach.
     "gmacs": Limits(0, 10**6, 2.6, open=True),
+    "latency_ms": Limits(0, 10**7, 20, open=True),
     "max_drop": Limits(0, 100, 0.5, open=True),
     "speedup": Limits(1, 1_000, 1.6, open=True),
     # How images are prepared.

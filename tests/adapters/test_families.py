@@ -24,6 +24,7 @@ from tokencut.model import CompressedModel, compress, predicted_macs
 from tokencut.profiling.counting import count_macs
 from tokencut.search.latency_table import latency_table
 from tokencut.search.probe import Probe
+from tokencut.search.timing import Bench
 from tokencut.tokens import Tokens
 from tokencut.visualization.drawing import draw
 
@@ -405,7 +406,8 @@ def test_a_search_measures_schedules_and_times_parts(name: str) -> None:
     expected = (dense.exp() * (dense - reduced)).sum(1)
     assert outcome is not None and expected.min() > 1e-6
     torch.testing.assert_close(outcome.divergence, expected, rtol=1e-3, atol=1e-6)
-    table = latency_table(compressed, batch_size=2, device=torch.device("cpu"), rounds=3, max_seconds=0.01)
+    table = latency_table(compressed, Bench(compressed, batch_size=2, device=torch.device("cpu")), rounds=3,
+                          max_seconds=0.01)  # fmt: skip
     assert len(table.blocks) == compressed.loop.depth
 
 

@@ -26,6 +26,7 @@ from tokencut.ops.grid_clusters import GridClusters
 from tokencut.profiling.counting import count_macs
 from tokencut.runtime.devices import inference_state
 from tokencut.search.latency_table import latency_table
+from tokencut.search.timing import Bench
 from tokencut.tokens import apply_decision
 from tokencut.training.objective import Objective, ObjectiveSettings
 from tokencut.training.step import warmed
@@ -354,7 +355,8 @@ def test_a_search_tries_blocks_and_windows(layers: list[int] | None) -> None:
 def test_a_search_by_time_times_grids_that_there_are() -> None:
     model = small("swin v2")
     with inference_state(compressed := compress(model, keep=1.0), torch.device("cpu"), None):
-        table = latency_table(compressed, batch_size=1, device=torch.device("cpu"), rounds=3, max_seconds=1.0)
+        table = latency_table(compressed, Bench(compressed, batch_size=1, device=torch.device("cpu")), rounds=3,
+                              max_seconds=1.0)  # fmt: skip
     assert table.counts == (4, 16, 36, 64)
     assert table.seconds((64, 16, 16, 16)) > 0
 

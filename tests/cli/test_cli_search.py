@@ -8,12 +8,19 @@ import re
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outcome import TINY, Run
+from torch import Tensor
 
 from tokencut.cli import search_run
 from tokencut.cli.observer import CommandObserver
+from tokencut.errors import TokencutError
+from tokencut.profiling.latency import Timing
+from tokencut.search import run as search
+from tokencut.search import timing
+from tokencut.search.latency_table import BlockTimes, LatencyTable
 
 # 12 images, all in one batch but for the seeds' quarter; the dense model has 0.0019 GMACs.
 QUICK = ("--search-effort", "6", "--device", "cpu")
@@ -145,14 +152,25 @@ def test_a_target_that_cannot_be_met_says_what_can(run: Run, pictures: Path, tmp
 HERE = ("--calibration", "PICTURES")
 
 
+FORM = (
+    "--target-form says how a target of seconds is timed; add --target-speedup 1.6 or --target-latency 20, or leave "
+    "it out"
+)
+NO_FORM = (
+    "invalid value for '--target-form': 'fast' is not one of eager, compiled, captured; type tokencut compress --help"
+)
+NO_TIME = (
+    "invalid value for '--target-latency': 0 is not a number above 0 and up to 10000000, such as 20; "
+    "type tokencut compress --help"
+)
 EXCLUDE = "--target-gmacs and --max-drop exclude each other; type one of them"
 NO_IMAGES = (
     "--target-gmacs needs images to search by; add --calibration DIR, a folder with one sub-folder a class or a .tar "
     "of one, or --calibration digits"
 )
 NO_TARGET = (
-    "--calibration is for finding a schedule; add a target, such as --target-gmacs 2.6, --target-speedup 1.6 or "
-    "--max-drop 0.5"
+    "--calibration is for finding a schedule; add a target, such as --target-gmacs 2.6, --target-speedup 1.6, "
+    "--target-latency 20 or --max-drop 0.5"
 )
 KEEP = "--max-drop finds the keep rates and --keep gives them; type one of them"
 REDUCE_BY = "--target-speedup finds the keep rates and --reduce-by gives them; type one of them"
@@ -184,6 +202,11 @@ NO_JSON = "--front model.safetensors does not end in .json, and a front is writt
         (("--max-drop", "1", "--keep", "0.5", *HERE), KEEP),
         (("--target-speedup", "2", "--reduce-by", "2", *HERE), REDUCE_BY),
         (("--target-speedup", "0.9", *HERE), SLOWER),
+        (("--target-latency", "0", *HERE), NO_TIME),
+        (("--target-latency", "5", "--max-drop", "1", *HERE), EXCLUDE.replace("--target-gmacs", "--target-latency")),
+        (("--target-latency", "5", "--target-form", "fast", *HERE), NO_FORM),
+        (("--target-gmacs", "1", "--target-form", "captured", *HERE), FORM),
+        (("--keep", "0.5", "--target-form", "captured"), FORM),
         (("--max-drop", "much", *HERE), NO_NUMBER),
         (("--target-gmacs", "0.001", *HERE, "--search-effort", "0"), NO_EFFORT),
         (("--target-gmacs", "0.001", *HERE, "--calibration-limit", "0"), NO_SAMPLE),
@@ -195,6 +218,93 @@ def test_wrong_words(run: Run, pictures: Path, tmp_path: Path, words: tuple[str,
     refused = run("compress", *TINY, *typed, "-o", tmp_path / "out.safetensors")
     assert refused.code == 2
     assert refused.err.splitlines()[-1] == f"error: {told}"
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, slower: float = 1.0) -> None:
+    """A machine on which a token costs 1 ms in each of six blocks, and a stage 2 ms; or one that is slower."""
+    block = BlockTimes(block=(0.001, 0.016), staged=(0.0025, 0.010), mlp_half=(0.0005, 0.008), fresh=0.016)
+    table = LatencyTable((1, 16), (block,) * 6, 0.004, slower)
+
+    def times(models: Mapping[str, Any], images: Tensor, **_: object) -> dict[str, Timing]:
+        assert images.shape[0] == 8
+        counts = {"dense": (16,) * 6}
+        for name, model in models.items():
+            if name != "dense":
+                left = {stage.block: stage.tokens_out for stage in model.recipe.stages}
+                counts[name] = tuple(
+                    left[max(b for b in left if b <= n)] if min(left) <= n else 16 for n in range(1, 7)
+                )
+        return {name: Timing(ms, (ms, ms), 1.0) for name, ms in
+                ((name, 1000 * table.seconds(left)) for name, left in counts.items())}  # fmt: skip
+
+    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: table)
+    monkeypatch.setattr(timing, "measure", times)
+
+
+@pytest.mark.slow
+def test_a_target_of_milliseconds(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    words = ("profile", *TINY, "--target-latency", "60", "--calibration", pictures, *QUICK, "-b", "8", "--no-latency")
+    told = run(*words, "--json").json["search"]
+    assert (told["target"], told["clock"]["form"], told["clock"]["batch_size"]) == ("--target-latency 60", "eager", 8)
+    assert told["clock"]["dense_ms"] == 100.0
+    assert told["clock"]["found_ms"] == pytest.approx(60, rel=0.05)
+    assert told["speedup"] == pytest.approx(100 / told["clock"]["found_ms"])
+    assert told["clock"]["table"]["kinds"][0]["stage_ms"] == [2.0, 2.0]
+    lines = " ".join(run(*words).out.split())
+    assert (
+        f"speed-up {told['speedup']:.2f} x as fast as dense: 100 -> {told['clock']['found_ms']:.4g} ms a batch" in lines
+    )
+    assert "measured batches of 8 in fp32, eager, on " in lines
+
+
+def test_milliseconds_out_of_reach(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    words = ("profile", *TINY, "--calibration", pictures, *QUICK, "-b", "8", "--no-latency", "--target-latency")
+    # One token from the first stage on: 4 ms for the ends, 10 and 0.5, then 5 blocks of 1 ms.
+    failed = run(*words, "1")
+    assert (failed.code, failed.err.splitlines()[-1]) == (
+        1, "error: --target-latency 1 cannot be met: 19.5 ms a batch is the least (dense 100 ms) that these blocks can "
+        "reach here; type --target-latency 20.5",
+    )  # fmt: skip
+    assert run(*words, "100").err.splitlines()[-1] == (
+        "error: --target-latency 100 is met by the dense model, which takes 100 ms a batch here; type less, such as "
+        "--target-latency 65"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("compress", "-o", "out.safetensors"), "type --target-form captured, or a larger --batch-size"),
+        (("profile", "--no-latency"), "type --capture, or a larger --batch-size"),
+    ],
+)
+def test_each_command_tells_the_form_by_its_own_option(
+    run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
+) -> None:
+    def refuse(*args: object, **settings: object) -> None:
+        raise TokencutError("`speedup=2` cannot be met: type `capture=True`, or a larger `timing_batch_size`")
+
+    monkeypatch.setattr(search_run, "find_schedule", refuse)
+    command, *rest = words
+    refused = run(command, *TINY, "--target-speedup", "2", "--calibration", pictures, *QUICK, *rest)
+    assert (refused.code, refused.err.splitlines()[-1]) == (1, f"error: --target-speedup 2 cannot be met: {told}")
+
+
+@pytest.mark.slow
+def test_a_file_found_by_the_clock_holds_no_times(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for slower in (1.0, 2.0):
+        machine(monkeypatch, slower)
+        files.append(tmp_path / f"{slower}.safetensors")
+        made = run("compress", *TINY, "--target-speedup", "1.6", "--calibration", pictures, *QUICK, "-b", "8", "-o",
+                   files[-1], "--json")  # fmt: skip
+        assert made.json["search"]["clock"]["dense_ms"] == 100 * slower
+    first, second = files
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_an_exported_model_has_its_schedule(run: Run, pictures: Path, tmp_path: Path) -> None:

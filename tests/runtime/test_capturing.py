@@ -369,6 +369,20 @@ def test_replays_run_no_python_and_outputs_are_copies(gpu: torch.device) -> None
 
 
 @pytest.mark.gpu
+def test_calls_are_recorded_each_by_itself(gpu: torch.device) -> None:
+    x, out = torch.ones(4, device=gpu), torch.zeros(4, device=gpu)
+    waits = lambda: out.fill_(float(x.sum()))  # noqa: E731  (waits for the GPU, which no graph can)
+    calls = capturing.record_calls(
+        {"add": lambda: out.copy_(x + 1), "waits": waits, "mul": lambda: out.copy_(5 * x)}, gpu
+    )
+    assert calls["waits"] is waits
+    x.fill_(3)
+    for name, expected in (("add", 4.0), ("mul", 15.0), ("add", 4.0), ("waits", 12.0)):
+        calls[name]()
+        assert out.tolist() == [expected] * 4
+
+
+@pytest.mark.gpu
 def test_where_it_cannot_be_captured_the_model_is_called(gpu: torch.device) -> None:
     part, x = Part().to(gpu), torch.randn(4, 3, device=gpu)
     fast = capture(part, x)

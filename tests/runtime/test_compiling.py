@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from image_files import write_folder
+from observing import Seen
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -17,7 +18,7 @@ from tokencut.evaluation.accuracy import evaluate
 from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
 from tokencut.profiling.measuring import profile
-from tokencut.runtime.compiling import compile_model, in_batches
+from tokencut.runtime.compiling import compile_calls, compile_model, in_batches, many_compiled
 
 # For each family one name of each kind of block, attention, prefix and pooling, beside test_vit, which every method is
 # tried on; all of two blocks.
@@ -120,6 +121,46 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         "Triton on a GPU: install that, or leave out `compile_mode`$",
     ):
         compile_model(small())(images())
+
+
+def test_parts_are_compiled_whole_or_not_at_all() -> None:
+    def broken() -> Tensor:
+        torch._dynamo.graph_break()
+        return torch.ones(1)
+
+    with pytest.raises(ModelError, match=r"^torch.compile failed \(.*or leave out `compile_mode`$"):
+        compile_calls({"broken": broken})
+
+
+def test_each_part_is_compiled_and_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def compiled(call: Any, *, fullgraph: bool, dynamic: bool, mode: str) -> Any:
+        assert (fullgraph, dynamic, mode) == (True, False, "max-autotune-no-cudagraphs")
+        return lambda: called.append(f"{call()} without gradients: {not torch.is_grad_enabled()}")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    seen = Seen()
+    made = compile_calls({"one": lambda: 1, "two": lambda: 2}, "max-autotune-no-cudagraphs", seen)
+    assert [(now.done, now.total) for now in seen.told] == [(1, 2), (2, 2)]
+    assert (list(made), called) == (["one", "two"], ["1 without gradients: True", "2 without gradients: True"])
+
+
+def test_one_function_is_compiled_for_many_models() -> None:
+    torch._dynamo.reset()
+    limit, graphs = torch._dynamo.config.recompile_limit, []
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def part(size: int) -> Any:
+        return torch.compile(lambda: torch.ones(size) + size, backend=counting, fullgraph=True, dynamic=False)
+
+    with many_compiled():
+        assert [float(part(size)()[0]) for size in range(1, limit + 3)] == [size + 1 for size in range(1, limit + 3)]
+    assert len(graphs) == limit + 2
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_timms_own_models_may_have_breaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokencut.model import compress
 from tokencut.profiling.latency import Timing
-from tokencut.search import latency_table as tables
-from tokencut.search.latency_table import LatencyTable, latency_table
+from tokencut.search import timing
+from tokencut.search.latency_table import BlockTimes, LatencyTable, latency_table
+from tokencut.search.timing import Bench
 
 CPU = torch.device("cpu")
 
@@ -46,12 +48,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         costs = {name: 1000 * work(forward, images) for name, forward in forwards.items()}
         return {name: Timing(cost, (cost, cost), 1.0) for name, cost in costs.items()}
 
-    monkeypatch.setattr(tables, "measure", measure)
+    monkeypatch.setattr(timing, "measure", measure)
     return timed
 
 
 def table_of(model: Any) -> LatencyTable:
-    return latency_table(compress(model, keep=1.0, layers="all", method="topk"), batch_size=2, device=CPU)
+    compressed = compress(model, keep=1.0, layers="all", method="topk")
+    return latency_table(compressed, Bench(compressed, batch_size=2, device=CPU))
 
 
 def test_every_block_counts_for_itself(clock: list[str]) -> None:
@@ -67,10 +70,66 @@ def test_every_block_counts_for_itself(clock: list[str]) -> None:
 
 
 def test_parts_are_timed_on_this_machine() -> None:
-    table = latency_table(compress(timm.create_model("test_vit", img_size=64, depth=3), layers="all", keep=1.0),
-                          batch_size=2, device=CPU, rounds=3, max_seconds=0.1)  # fmt: skip
-    assert table.counts[-1] == 16
+    compressed = compress(timm.create_model("test_vit", img_size=64, depth=3), layers="all", keep=1.0).eval()
+    table = latency_table(compressed, Bench(compressed, batch_size=2, device=CPU), rounds=3, max_seconds=0.1)
+    assert (table.counts[-1], table.step) == (16, 1)
     [block] = set(table.blocks)
-    assert min(*block.block, *block.attention_half, *block.mlp_half, block.fresh, table.ends) > 0
-    assert table.dense == pytest.approx(table.ends + 3 * block.fresh)
+    assert min(*block.block, *block.staged, *block.mlp_half, block.fresh, table.ends) > 0
+    assert table.dense == pytest.approx(table.scale * (table.ends + 3 * block.fresh))
     assert table.speedup((16,) * 3) == pytest.approx(1)
+
+
+BLOCK = BlockTimes(block=(0.001, 0.016), staged=(0.001, 0.012), mlp_half=(0.0005, 0.008), fresh=0.016)
+
+
+def test_a_stage_costs_what_the_halves_take_more_than_the_block() -> None:
+    # Of 16 tokens: 12 ms for a half and the stage, 8 for the other, where the block takes 16.
+    assert BLOCK.stage == pytest.approx((0.0005, 0.004))
+    told = LatencyTable((1, 16), (BLOCK,) * 6, 0.004, step=8).to_dict()
+    [kind] = told["kinds"]
+    assert (kind["blocks"], kind["stage_ms"], kind["before_stages_ms"]) == ([1, 2, 3, 4, 5, 6], [0.5, 4.0], 16.0)
+    assert (told["tokens"], told["step"], told["ends_ms"], told["dense_ms"]) == ([1, 16], 8, 4.0, 100.0)
+
+
+def test_what_a_forward_takes_beside_its_parts_depends_on_no_tokens() -> None:
+    table = LatencyTable((1, 16), (BLOCK,) * 6, 0.004)
+    slower = table.matched(0.150)
+    assert (slower.dense, slower.ends) == (pytest.approx(0.150), pytest.approx(0.054))
+    quicker = table.matched(0.050)  # every part was started by itself
+    assert (quicker.dense, quicker.seconds((1,) * 6)) == (
+        pytest.approx(0.050),
+        pytest.approx(table.seconds((1,) * 6) / 2),
+    )
+    assert quicker.matched(0.100).dense == pytest.approx(0.100)
+
+
+def step_of(costs: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, tokens: int) -> LatencyTable:
+    """The table of a machine on which a block's time is so much by tokens, class token included."""
+
+    def measure(forwards: Mapping[str, Any], images: Tensor, **_: object) -> dict[str, Timing]:
+        counts = {name: int(name.split()[2]) if name.count(" ") == 2 else tokens for name in forwards}
+        return {name: Timing(cost, (cost, cost), 1.0) for name, cost in
+                ((name, costs(count + 1)) for name, count in counts.items())}  # fmt: skip
+
+    monkeypatch.setattr(timing, "measure", measure)
+    return table_of(timm.create_model("test_vit", img_size=16 * math.isqrt(tokens), depth=2).eval())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "whole", "step"),
+    [
+        (144, 1, 8),  # many to choose from: it costs nothing
+        (144, 16, 16),
+        (100, 1, 1),
+        (100, 8, 8),
+        (100, 16, 8),  # with steps of 16 there were 6
+        (16, 8, 1),
+    ],
+)
+def test_the_step_is_what_the_machine_works_in(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, whole: int, step: int
+) -> None:
+    table = step_of(lambda count: float(whole * math.ceil(count / whole)), monkeypatch, tokens)
+    assert table.step == step
+    if tokens >= 128:  # tokens at which nothing is dearer than between two others
+        assert all((count + 1) % 16 == 0 for count in table.counts[:-1])

@@ -21,11 +21,14 @@ from tokencut.evaluation.statistics import mean_and_error
 from tokencut.model import predicted_macs
 from tokencut.observers import Observer
 from tokencut.profiling.latency import Timing
+from tokencut.runtime.devices import versions
 from tokencut.search import run as search
+from tokencut.search import timing
 from tokencut.search.latency_table import BlockTimes, LatencyTable
 from tokencut.search.probe import Probe
 from tokencut.search.run import SearchReport, SearchSettings, find_schedule, memorisation_note
 from tokencut.search.targets import Target
+from tokencut.search.timing import Measured
 
 __all__ = ["calibration"]
 
@@ -186,8 +189,13 @@ def test_what_the_dense_model_meets_is_said(calibration: Path) -> None:
 
 # Times that can be foretold by hand: a token costs 1 ms a block, a stage and the ends nothing.
 COUNTS = (1, 16)
-BLOCK = BlockTimes((0.001, 0.016), (0.0005, 0.008), (0.0, 0.0), (0.0005, 0.008), 0.016)
+BLOCK = BlockTimes(block=(0.001, 0.016), staged=(0.0005, 0.008), mlp_half=(0.0005, 0.008), fresh=0.016)
 TABLE = LatencyTable(COUNTS, (BLOCK,) * 6, 0.0)
+
+
+def dearer(stage: float) -> LatencyTable:
+    """The same where a stage takes so many seconds."""
+    return replace(TABLE, blocks=(replace(BLOCK, staged=(0.0005 + stage, 0.008 + stage)),) * 6)
 
 
 def test_a_table_adds_up() -> None:
@@ -197,10 +205,14 @@ def test_a_table_adds_up() -> None:
     assert TABLE.speedup((16,) * 6) == 1
 
 
-def timed_by_table(monkeypatch: pytest.MonkeyPatch, bias: float) -> None:
-    """A machine on which every schedule is `bias` times as fast as the table foretells."""
-    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: TABLE)
-    monkeypatch.setattr(search._Run, "_timed", lambda self, counts: bias * TABLE.speedup(counts))
+def timed_by_table(monkeypatch: pytest.MonkeyPatch, bias: float = 1.0, table: LatencyTable = TABLE) -> None:
+    """A machine with such a table, on which every schedule is `bias` times as fast as that foretells."""
+    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: table)
+    monkeypatch.setattr(
+        search._Run,
+        "_timed",
+        lambda self, counts: Measured(1000 * table.dense, 1000 * table.seconds(counts) / bias),
+    )
 
 
 @pytest.mark.parametrize("bias", [1.0, 0.85, 1.2])
@@ -209,43 +221,153 @@ def test_a_speedup_is_met_when_measured(calibration: Path, monkeypatch: pytest.M
     report = find(calibration, Target(speedup=1.6))
     assert report.speedup == pytest.approx(1.6, rel=0.05)
     assert report.found.speedup == pytest.approx(1.6 / bias, rel=0.05)
+    assert not any("instead of" in note for note in report.notes)
 
 
-def test_a_machine_that_misses_it_is_told_of(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed_by_table(monkeypatch, 1.0)
-    monkeypatch.setattr(search._Run, "_timed", lambda self, counts: 1.0)
+@pytest.mark.parametrize("bias", [1.0, 0.85])
+def test_milliseconds_are_met_when_measured(calibration: Path, monkeypatch: pytest.MonkeyPatch, bias: float) -> None:
+    timed_by_table(monkeypatch, bias)
+    report = find(calibration, Target(latency_ms=60))
+    assert report.clock is not None and report.clock.measured is not None
+    assert report.clock.measured.found_ms == pytest.approx(60, rel=0.05)
+    assert report.speedup == report.clock.measured.speedup == pytest.approx(1.6, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_same_table_finds_the_same(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch)
+    first, second = (find(calibration, Target(speedup=1.6)) for _ in range(2))
+    assert (first.found, first.front) == (second.found, second.front)
+    assert first.found == find(calibration, Target(latency_ms=60)).found  # 96 ms at 1.6 times the speed
+
+
+@pytest.mark.parametrize(
+    ("reached", "told"),
+    [
+        (0.7, "measured 1.12 times as fast instead of 1.6: either this machine has other work, or stages take what"),
+        (1.3, "measured 2.08 times as fast instead of 1.6, which loses more than there was need of"),
+    ],
+)
+def test_a_machine_that_misses_it_is_told_of(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, reached: float, told: str
+) -> None:
+    timed_by_table(monkeypatch)
+    monkeypatch.setattr(search._Run, "_timed", lambda self, counts: Measured(1.6 * reached, 1.0))
     report = find(calibration, Target(speedup=1.6))
-    assert any(note.startswith("measured 1.00 times as fast instead of 1.6") for note in report.notes)
+    assert any(note.startswith(told) for note in report.notes)
 
 
-def test_an_impossible_speedup_says_what_can_be_had(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed_by_table(monkeypatch, 1.0)
+def test_milliseconds_that_are_missed_are_told_of(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch)
+    monkeypatch.setattr(search._Run, "_timed", lambda self, counts: Measured(96.0, 80.0))
+    notes = find(calibration, Target(latency_ms=60)).notes
+    assert any(note.startswith("measured 80 ms a batch instead of 60: either") for note in notes)
+
+
+def test_seconds_out_of_reach_say_what_can_be_had(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch)
     # One token from the first stage on: 8 + 0.5 ms, then 5 blocks of 1 ms; 96 / 13.5 is 7.11.
     with pytest.raises(TokencutError, match=r"cannot be met: 7\.11 times as fast .* type `speedup=6\.76`$"):
         find(calibration, Target(speedup=20))
-
-
-def test_a_machine_on_which_nothing_is_faster(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = replace(TABLE, blocks=(replace(BLOCK, stage=(1.0, 1.0)),) * 6)
-    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: slow)
     with pytest.raises(
-        TokencutError, match=r"cannot be met: 0\.09 times as fast .* type a larger `timing_batch_size`$"
+        TokencutError,
+        match=r"^`latency_ms=2` cannot be met: 13\.5 ms a batch is the least \(dense 96 ms\) .* `latency_ms=14\.2`$",
     ):
-        find(calibration, Target(speedup=1.2))
+        find(calibration, Target(latency_ms=2))
 
 
-def test_the_speedup_is_timed_beside_the_dense_model(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: TABLE)
-    seen: list[set[str]] = []
+def test_milliseconds_that_the_dense_model_takes_are_told_of(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed_by_table(monkeypatch)
+    with pytest.raises(
+        TokencutError, match=r"^`latency_ms=96` is met by the dense model, which takes 96 ms a .* `latency_ms=62\.4`$"
+    ):
+        find(calibration, Target(latency_ms=96))
+
+
+@pytest.mark.parametrize("target", [Target(speedup=1.2), Target(latency_ms=80)])
+def test_a_machine_on_which_nothing_is_faster(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, target: Target
+) -> None:
+    monkeypatch.setattr(search, "latency_table", lambda *args, **kwargs: dearer(1.0))
+    with pytest.raises(TokencutError, match=r"cannot be met: .* reach here; type a larger `timing_batch_size`$"):
+        find(calibration, target)
+
+
+@pytest.mark.parametrize(("stage", "most"), [(0.0, 6), (0.012, 2), (0.020, 1)])
+def test_there_are_no_more_stages_than_pay(
+    calibration: Path, monkeypatch: pytest.MonkeyPatch, stage: float, most: int
+) -> None:
+    # Of 96 ms 64 may be left. Two stages of 12 ms leave 8 ms for what they are for, two of 20 nothing.
+    timed_by_table(monkeypatch, table=dearer(stage))
+    report = find(calibration, Target(speedup=1.5))
+    assert 1 <= len(report.found.layers) <= most
+    assert report.speedup == pytest.approx(1.5, rel=0.05)
+
+
+def test_a_stage_that_gains_nothing_is_dropped(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A head of zeros: no schedule does any damage, so that one stage does as well as many.
+    model = small_model()
+    torch.nn.init.zeros_(model.head.weight)
+    timed_by_table(monkeypatch)
+    assert len(find(calibration, Target(speedup=1.6), model=model).found.layers) == 1
+
+
+@pytest.mark.slow
+def test_tokens_leave_in_whole_steps(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch, table=replace(TABLE, step=4))
+    report = find(calibration, Target(speedup=1.6))
+    assert {(point.tokens[block - 1] + 1) % 4 for point in report.front for block in point.layers} == {0}
+    assert report.speedup == pytest.approx(1.6, rel=0.05)
+
+
+@pytest.mark.slow
+def test_seconds_are_those_of_the_form_asked_for(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_model(model: torch.nn.Module, mode: str) -> Any:
+        compiled.append(f"{type(model).__name__} {mode}")
+        return lambda images: model(images)
+
+    def compile_calls(calls: dict[str, Any], mode: str, observer: Observer) -> dict[str, Any]:
+        compiled.append(f"{len(calls)} parts {mode}")
+        return calls
 
     def clock(models: dict[str, Any], images: torch.Tensor, **_: object) -> dict[str, Timing]:
-        seen.append(set(models))
-        assert images.shape == (16, 3, 64, 64)
-        return {"dense": Timing(1.6, (1.6, 1.6), 1.0), "compressed": Timing(1.0, (1.0, 1.0), 1.0)}
+        assert images.shape == (3, 3, 64, 64)
+        took = {"dense": 96.0, "compressed": 60.0, "embed": 0.0, "head": 0.0}
+        kinds = {"block": 1.0, "fresh": 1.0, "mlp_half": 0.5, "staged": 0.5}
+        times = {name: took[name] if name in took else kinds[name.split()[0]] * float((name.split() + ["16"])[2])
+                 for name in models}  # fmt: skip
+        return {name: Timing(ms, (ms, ms), 1.0) for name, ms in times.items()}
 
-    monkeypatch.setattr(search, "measure", clock)
-    assert find(calibration, Target(speedup=1.6)).speedup == pytest.approx(1.6)
-    assert seen == [{"dense", "compressed"}]
+    monkeypatch.setattr(timing, "measure", clock)
+    monkeypatch.setattr(timing, "compile_model", compile_model)
+    monkeypatch.setattr(timing, "compile_calls", compile_calls)
+    settings = replace(SETTINGS, timing_batch_size=3, compile_mode="max-autotune")
+    report = find(calibration, Target(latency_ms=60), settings=settings)
+    assert compiled == [
+        "VisionTransformer max-autotune", "15 parts max-autotune-no-cudagraphs", "CompressedModel max-autotune",
+    ]  # fmt: skip
+    told = report.to_dict()["clock"]
+    assert (told["form"], told["batch_size"], told["precision"]) == ("compiled (max-autotune)", 3, "fp32")
+    assert (told["dense_ms"], told["found_ms"], told["versions"]) == (96.0, 60.0, versions())
+    assert told["table"]["kinds"][0]["block_ms"] == [2.0, 5.0, 10.0, 16.0]
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_what_cannot_be_captured_is_timed_as_it_is_and_told(calibration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by_table(monkeypatch)
+    report = find(calibration, Target(speedup=1.6), settings=replace(SETTINGS, capture=True))
+    assert report.clock is not None and report.clock.conditions.form == "eager"
+    assert "images on cpu are not captured: CUDA graphs need an NVIDIA GPU" in report.notes
+
+
+def test_a_form_that_there_is_not_is_refused(calibration: Path) -> None:
+    both = replace(SETTINGS, capture=True, compile_mode="default")
+    with pytest.raises(UsageError, match="`capture` and `compile_mode` are two ways to run a model"):
+        find(calibration, Target(speedup=1.6), settings=both)
 
 
 def test_stopped_it_keeps_the_best_so_far(calibration: Path) -> None:
@@ -291,12 +413,14 @@ def test_progress_shows_the_best(calibration: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "told"),
     [
-        (Target(), "no target is given; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`"),
+        (Target(), "no target is given; type one of `gmacs=2.6`, `speedup=1.6`, `latency_ms=20`, `max_drop=0.5`"),
         (
             Target(gmacs=1, max_drop=1),
             "`gmacs` and `max_drop` exclude each other; type one of `gmacs=2.6`",
         ),
         (Target(max_drop=101), "`max_drop=101` is not a number above 0 and up to 100; type `max_drop=0.5`"),
+        (Target(speedup=2, latency_ms=5), "`speedup` and `latency_ms` exclude each other; type one of"),
+        (Target(latency_ms=0), "`latency_ms=0` is not a number above 0 and up to 10000000; type `latency_ms=20`"),
         (Target(speedup=1), "`speedup=1` is not a number above 1 and up to 1000; type `speedup=1.6`"),
         (Target(gmacs=float("nan")), "`gmacs=nan` is not a number above 0 and up to 1000000; type `gmacs=2.6`"),
     ],

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokencut.schedule import make_schedule
+from tokencut.search.clock_space import ClockSpace
 from tokencut.search.space import GridSpace, Space, budget_for, keep_for, keeps
 
 # A price that can be added up by hand: a token costs 1 in each block, a stage 2.
@@ -124,3 +125,47 @@ def test_a_grid_gets_smaller_once_and_by_what_there_is() -> None:
     assert GRID.exchanged((16, 9, 9, 9, 9, 9), 4, 0.1, 2, 63) == (16, 16, 16, 4, 4, 4)
     assert GRID.seeds(37) == () and GRID.scaled(GRID.dense, 37) is None
     assert GridSpace(TOKENS, DEPTH, (1, 2), price).cheapest == (16,) * 6, "where no smaller grid is"
+
+
+# With one class token 3, 7, 11 and 15 of 16 image tokens are whole steps of 4.
+CLOCK = ClockSpace(TOKENS, DEPTH, tuple(range(1, DEPTH + 1)), price, step=4, prefix=1)
+
+
+def test_by_the_clock_tokens_leave_in_whole_steps() -> None:
+    half = math.log(2)
+    assert CLOCK.from_log_ratios({2: half, 4: half}) == (16, 7, 7, 3, 3, 3)
+    assert CLOCK.from_log_ratios({2: 0.01}) == (16, 15, 15, 15, 15, 15)
+    assert CLOCK.from_log_ratios({1: half, 3: 0.0, 5: 0.05}) == (7,) * 6  # no stage for less than half a step
+    assert CLOCK.cheapest == (3,) * 6
+
+
+@given(st.floats(30, 95), st.integers(0, 2), st.integers(0, 7))
+def test_by_the_clock_every_schedule_is_of_whole_steps(target: float, fused: int, prefix: int) -> None:
+    space = ClockSpace(
+        TOKENS, DEPTH, CLOCK.blocks, price, lambda tokens, budget: min(tokens, budget + fused), 4, prefix
+    )
+    for counts in space.seeds(target):
+        for made in (counts, space.scaled(counts, target), space.exchanged(counts, 2, 0.3, 4, target)):
+            if made is not None:
+                assert is_schedule(made)
+                assert space.price(made) <= target
+                entering = (TOKENS, *made)
+                assert all(
+                    (after + prefix) % 4 == 0 for before, after in zip(entering, made, strict=False) if after < before
+                )
+
+
+def test_by_the_clock_what_is_left_is_spent_on_tokens_not_on_stages() -> None:
+    # 16 + 5 x 7 and one stage are 53. Four more tokens behind block 2 cost 20; a stage for them alone would cost 6.
+    assert CLOCK.filled((16, 7, 7, 7, 7, 7), 60) == (16, 7, 7, 7, 7, 7)
+    assert CLOCK.filled((16, 7, 7, 7, 7, 7), 73) == (16, 11, 11, 11, 11, 11)
+
+
+def test_by_the_clock_a_stage_that_costs_more_than_it_saves_gives_its_tokens_back() -> None:
+    # The last stage takes one token of 16 for one block: 1 saved, 2 spent.
+    assert CLOCK.filled((16, 16, 16, 16, 16, 15), 97) == (16,) * 6
+
+
+def test_by_the_clock_blocks_can_be_left_out() -> None:
+    assert CLOCK.only({4, 2}).cheapest == (16, 3, 3, 3, 3, 3)
+    assert CLOCK.only({4, 2}).step == 4

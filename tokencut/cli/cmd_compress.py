@@ -23,7 +23,7 @@ from tokencut.cli.options import (
     bounded,
     with_groups,
 )
-from tokencut.cli.search_options import TargetOptions
+from tokencut.cli.search_options import CompressTargetOptions
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compress(
         float | None, typer.Option("--allow-drop", **bounded("allow_drop", "P"), help=ALLOW_HELP)
     ] = None,
     reduction: ReductionOptions,
-    target: TargetOptions,
+    target: CompressTargetOptions,
     tuning: FinetuneOptions,
     source: ModelOptions,
     data: DataOptions,
@@ -112,7 +112,8 @@ def compress(
             front = target.front or output.with_suffix(".front.json")
             search = requested_search(
                 target, run, front=front, force=force or bool(tuning.resume), processes=group.size,
-                workers=data.workers, reading=data.reading(), dry=dry_run,
+                workers=data.workers, batch_size=run.batch_size, form=target.form(), reading=data.reading(),
+                dry=dry_run, form_option=True,
             )  # fmt: skip
             why = "an accuracy on images that the schedule was chosen by is too good"
             note_same_images("--calibration", search.source, "--data", images, why)

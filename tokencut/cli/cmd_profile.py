@@ -90,7 +90,7 @@ def profile(
         from tokencut.cli.search_run import requested_search
 
         search = requested_search(target, run, front=target.front, force=force, workers=workers,
-                                  timing_batch_size=run.batch_size,
+                                  form={"compile_mode": compiling.mode, "capture": compiling.capture},
                                   reading={"class_map": class_map, "image_root": image_root})  # fmt: skip
     exported = open_subject(model, source, reduction, run, compiling, dense=dense, by_block=by_block)
     if frames is not None and (exported is not None or search is not None):

@@ -20,7 +20,7 @@ RARE = frozenset((
     "--ema-decay", "--label-smoothing", "--mixup", "--cutmix", "--crop-scale", "--hflip", "--color-jitter",
     "--auto-augment", "--random-erasing", "--mean", "--std", "--crop-pct", "--interpolation", "--image-root",
     "--calibration-limit", "--search-effort", "--front", "--select", "compress --compile", "compress --allow-drop",
-    "--frame-stride", "--frames", "--static-keep", "--views",
+    "--target-form", "--frame-stride", "--frames", "--static-keep", "--views",
 ))  # fmt: skip
 
 NONE = "none"
@@ -29,9 +29,10 @@ DEFAULTS: Mapping[str, str] = {
     "--keep": "0.7", "sweep --keep": "0.9,0.7,0.5",
     "--layers": "4,7,10 of 12", "--method": "bat", "--method-option": "the method's own", "--reduce-by": NONE,
     "--prop-attn": "by method", "sweep --methods": "bat,evit,tome", "compare --methods": NONE, "--compare": NONE,
-    "--target-gmacs": NONE, "--target-speedup": NONE, "--max-drop": NONE, "--calibration": NONE,
-    "--quantize": NONE, "--allow-drop": "1", "export --calibration-limit": "128",
-    "--calibration-limit": "512", "--search-effort": "40", "compress --front": "beside the output", "--front": NONE,
+    "--target-gmacs": NONE, "--target-speedup": NONE, "--target-latency": NONE, "--max-drop": NONE,
+    "--calibration": NONE, "--target-form": "eager", "--quantize": NONE, "--allow-drop": "1",
+    "export --calibration-limit": "128", "--calibration-limit": "512", "--search-effort": "40",
+    "compress --front": "beside the output", "--front": NONE,
     "--finetune-epochs": "the recipe's", "--train-data": NONE, "--recipe": "short", "--select": "last",
     "--accumulate": "1", "--tensorboard": NONE, "--distill": "soft", "--distill-weight": "0.5", "--temperature": "1",
     "--alpha": "0", "--beta": "0", "--lr": "5e-5; paper: 4e-5", "--lr-scaling": "rms; paper: none",

@@ -95,7 +95,7 @@ LAYERS_HELP = (
 )
 METHOD_HELP = "How tokens are reduced: see tokencut models --methods."
 OPTION_HELP = "A setting of the method; may be repeated."
-REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer. --layers is then all."
+REDUCE_BY_HELP = "Instead of --keep: N fewer tokens in each layer. Then --layers is all."
 STATIC_KEEP_HELP = "Of clips: the share of tubelets, those that change most, that enters the first block."
 PROP_ATTN_HELP = "Whether merged tokens weigh by their size in later attention."
 

@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tokencut.cli.options import DATA_HELP, ReductionOptions, bounded
 from tokencut.errors import UsageError
+from tokencut.messages import shorten
 
 target_option = functools.partial(typer.Option, rich_help_panel="Targets, instead of --keep")
 
 GMACS_HELP = "At most so many multiply-adds an image, in units of 1e9. The schedule that harms least is found."
-SPEEDUP_HELP = "So many times as fast as the dense model, on this machine."
+SPEEDUP_HELP = (
+    "So many times as fast as the dense model, measured here. In batches of -b images on this --device, by a table of "
+    "the model's parts that is timed first."
+)
+LATENCY_HELP = "The same in milliseconds a batch of -b images."
+FORM_HELP = (
+    "For a target of seconds: how the model will run, eager, compiled (torch.compile) or captured (CUDA graphs)."
+)
 DROP_HELP = (
     "At most so many points of top-1 lost, as cheap as can be. Points of agreement with the dense model where "
     "calibration labels do not map to the head; of cosine similarity without a head."
@@ -39,6 +47,9 @@ class TargetOptions:
     target_speedup: Annotated[
         float | None, target_option("--target-speedup", **bounded("speedup", "S"), help=SPEEDUP_HELP)
     ] = None
+    target_latency: Annotated[
+        float | None, target_option("--target-latency", **bounded("latency_ms", "MS"), help=LATENCY_HELP)
+    ] = None
     max_drop: Annotated[float | None, target_option("--max-drop", **bounded("max_drop", "P"), help=DROP_HELP)] = None
     calibration: Annotated[str | None, target_option("--calibration", metavar="DIR", help=CALIBRATION_HELP)] = None
     calibration_limit: Annotated[
@@ -56,7 +67,7 @@ class TargetOptions:
             UsageError: One is, and the options do not fit together; or none is, and an option is only for that.
         """
         targets = {"--target-gmacs": self.target_gmacs, "--target-speedup": self.target_speedup,
-                   "--max-drop": self.max_drop}  # fmt: skip
+                   "--target-latency": self.target_latency, "--max-drop": self.max_drop}  # fmt: skip
         given = [name for name, value in targets.items() if value is not None]
         others = {"--calibration": self.calibration, "--calibration-limit": self.calibration_limit,
                   "--search-effort": self.search_effort, "--front": self.front}  # fmt: skip
@@ -64,7 +75,7 @@ class TargetOptions:
             alone = [name for name, value in others.items() if value is not None]
             if alone:
                 raise UsageError(f"{alone[0]} is for finding a schedule; add a target, such as --target-gmacs 2.6, "
-                                 "--target-speedup 1.6 or --max-drop 0.5")  # fmt: skip
+                                 "--target-speedup 1.6, --target-latency 20 or --max-drop 0.5")  # fmt: skip
             return False
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other; type one of them")
@@ -78,3 +89,34 @@ class TargetOptions:
             raise UsageError(f"{given[0]} needs images to search by; add --calibration DIR, a folder with one "
                              "sub-folder a class or a .tar of one, or --calibration digits")  # fmt: skip
         return True
+
+
+def _form(text: str) -> str:
+    """Parser of an option: how a model runs."""
+    if text not in FORMS:
+        raise typer.BadParameter(f"{shorten(text)} is not one of {', '.join(FORMS)}")
+    return text
+
+
+# As `SearchSettings` has them.
+FORMS: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"compile_mode": "default"}, "captured": {"capture": True}}
+
+
+@dataclass(frozen=True)
+class CompressTargetOptions(TargetOptions):
+    """The same where the options do not say otherwise in which form the model will run."""
+
+    target_form: Annotated[str | None, target_option("--target-form", metavar="FORM", parser=_form, help=FORM_HELP)] = (
+        None
+    )
+
+    def requested(self, reduction: ReductionOptions) -> bool:
+        found = super().requested(reduction)
+        if self.target_form is not None and self.target_speedup is None and self.target_latency is None:
+            raise UsageError("--target-form says how a target of seconds is timed; add --target-speedup 1.6 or "
+                             "--target-latency 20, or leave it out")  # fmt: skip
+        return found
+
+    def form(self) -> dict[str, Any]:
+        """The form, as `SearchSettings` takes it."""
+        return FORMS[self.target_form or "eager"]

@@ -18,16 +18,19 @@ from tokencut.cli.process import StopRequest
 from tokencut.cli.search_options import TargetOptions
 from tokencut.cli.wording import typed
 from tokencut.data.preprocessing import preprocessing_of
-from tokencut.errors import UsageError
+from tokencut.errors import TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable, with_ending
 from tokencut.model import predicted_macs
 from tokencut.models.loading import Loaded
 from tokencut.profiling.latency import measure
 from tokencut.profiling.measuring import random_images
 from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
-from tokencut.search.report import ParetoPoint
+from tokencut.search.report import ClockReport, ParetoPoint
 from tokencut.search.run import SearchReport, SearchSettings, find_schedule
 from tokencut.search.targets import Target
+
+# What messages of the library name, as `--target-form` says it.
+FORM_WORDS = {"`capture=True`": "`target_form='captured'`", "`compile_mode`": "`target_form`"}
 
 
 class SearchRun:
@@ -41,40 +44,45 @@ class SearchRun:
 
     def __init__(
         self, options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, workers: int | None = None,
-        timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None, dry: bool = False,
+        batch_size: int | None = None, form: Mapping[str, Any] | None = None, reading: Mapping[str, Any] | None = None,
+        dry: bool = False, form_option: bool = False,
     ) -> None:  # fmt: skip
         """Checks what can be checked before the model is there.
 
         Args:
             options: As typed.
-            run: Where the search runs.
+            run: Where the search runs, and how many images a forward that is timed takes.
             front: The file for the front; none is written where None.
             force: Whether it may be replaced.
             workers: Processes that decode images.
-            timing_batch_size: Images a forward that is timed.
+            batch_size: Images a batch that schedules are tried on; as is usual where None.
+            form: In which form a model is timed for a target of seconds, as `SearchSettings` takes it.
             reading: How the images are read, as `open_source` takes it.
             dry: Whether only to tell what it would take: the model it is called with stays dense.
+            form_option: Whether the form is typed by `--target-form`.
 
         Raises:
             TokencutError: The target means nothing, the file could not be written or is not named as JSON, or the
                 images are not there.
         """
-        self.target = Target(options.target_gmacs, options.target_speedup, options.max_drop)
+        self.target = Target(options.target_gmacs, options.target_speedup, options.max_drop, options.target_latency)
         self.target.check()
         self.front = None if front is None else _checked(front, force=force)
         self.report: SearchReport | None = None
         self.source = opened(options.calibration or "", split="train", **(reading or {}))
+        self._form_option = form_option
         self.dry, self.planned = dry, dict[str, float]()
         default = SearchSettings()
         self._settings = SearchSettings(
             images=default.images if options.calibration_limit is None else options.calibration_limit,
             effort=default.effort if options.search_effort is None else options.search_effort,
             seed=run.seed,
-            batch_size=run.batch_size if timing_batch_size is None else default.batch_size,
-            timing_batch_size=timing_batch_size or default.timing_batch_size,
+            batch_size=batch_size or default.batch_size,
+            timing_batch_size=run.batch_size,
             workers=workers,
             device=run.device,
             precision=run.precision,
+            **(form or {}),
         )
 
     @property
@@ -117,12 +125,15 @@ class SearchRun:
         settings = {name: arguments[name] for name in ("layers", "method", "prop_attn", "method_options")}
         with watched(f"searching {loaded.name}") as observer, StopRequest(lambda: _acknowledge(observer)) as stop:
             observer.stop = stop
-            self.report = find_schedule(
-                loaded.dense, self.source, self.target, **settings, settings=self._settings,
-                observer=observer,
-            )  # fmt: skip
+            try:
+                self.report = find_schedule(
+                    loaded.dense, self.source, self.target, **settings, settings=self._settings,
+                    observer=observer,
+                )  # fmt: skip
+            except TokencutError as error:
+                raise type(error)(self._form_typed(str(error))) from error
         for text in self.report.notes:
-            render.note(text)
+            render.note(self._form_typed(text))
         if self.report.interrupted:
             render.note("the search was interrupted: going on with the best schedule so far")
         if self.front is not None:
@@ -133,6 +144,12 @@ class SearchRun:
             render.note(f"wrote {_counted(len(self.report.front), 'schedule')} to choose from to {self.front}")
         found = self.report.found
         return {**arguments, "keep": list(found.keep), "layers": list(found.layers)}
+
+    def _form_typed(self, message: str) -> str:
+        """A message in the words of the command that runs it, where the form has an option of its own."""
+        for name, own in FORM_WORDS.items() if self._form_option else ():
+            message = message.replace(name, own)
+        return message
 
     def _plan(self, loaded: Loaded) -> dict[str, float]:
         """Images, effort, multiply-adds (in units of 1e9) and seconds that the search may take here at most."""
@@ -168,10 +185,20 @@ class SearchRun:
                         f"{sure}"),
             ("calibration", f"{report.drop:+.2f}{error} of them lost on these images"),
         ]  # fmt: skip
-        if report.speedup is not None:
-            rows.append(("speed-up", f"{report.speedup:.2f} x as fast as dense, measured here in batches of "
-                                     f"{self._settings.timing_batch_size}"))  # fmt: skip
-        return rows
+        return rows + ([] if report.clock is None else _clock_rows(report.clock))
+
+
+def _clock_rows(clock: ClockReport) -> list[tuple[str, str]]:
+    """What is told of a target of seconds: what was reached, and where."""
+    on = clock.conditions
+    where = f"batches of {on.batch_size} in {on.precision}, {on.form}, on {on.device}"
+    if clock.measured is None:
+        return [("measured", f"not at the end; by a table of {where}")]
+    before, after = clock.measured.dense_ms, clock.measured.found_ms
+    return [
+        ("speed-up", f"{clock.measured.speedup:.2f} x as fast as dense: {before:.4g} -> {after:.4g} ms a batch"),
+        ("measured", f"{where}, the two in turns"),
+    ]  # fmt: skip
 
 
 def _checked(front: Path, *, force: bool) -> Path:
@@ -202,8 +229,8 @@ def _counted(count: int, what: str) -> str:
 
 def requested_search(
     options: TargetOptions, run: RunOptions, *, front: Path | None, force: bool, processes: int = 1,
-    workers: int | None = None, timing_batch_size: int | None = None, reading: Mapping[str, Any] | None = None,
-    dry: bool = False,
+    workers: int | None = None, batch_size: int | None = None, form: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] | None = None, dry: bool = False, form_option: bool = False,
 ) -> SearchRun:  # fmt: skip
     """A search that fits its processes; arguments as `SearchRun`'s.
 
@@ -213,5 +240,5 @@ def requested_search(
     if processes > 1:
         raise UsageError(f"a search runs in one process, and torchrun started {processes}; type tokencut profile MODEL "
                          "with the target first, then this with the --keep and --layers that it finds")  # fmt: skip
-    return SearchRun(options, run, front=front, force=force, workers=workers, timing_batch_size=timing_batch_size,
-                     reading=reading, dry=dry)  # fmt: skip
+    return SearchRun(options, run, front=front, force=force, workers=workers, batch_size=batch_size, form=form,
+                     reading=reading, dry=dry, form_option=form_option)  # fmt: skip

@@ -31,9 +31,11 @@ OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "images": "--calibration-limit",
     "keeps": "--keep",
     "latency": "--latency",  # there is only its opposite, --no-latency
+    "latency_ms": "--target-latency",
     "path": "-o",
     "pretrained": "--pretrained",  # there is only its opposite, --no-pretrained
     "speedup": "--target-speedup",
+    "target_form": "--target-form",
     "timing_batch_size": "--batch-size",
     "with_preprocessing": "--with-preprocessing",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -395,21 +395,67 @@ class _Recorder:
                 for _ in range(WARM_UPS):
                     self.model(still)
             here.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            random = torch.cuda.default_generators[images.device.index]
-            state = random.clone_state()
-            try:
-                # Other threads, such as those that load images, may ask the GPU for memory all the while.
-                with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-                    output = self.model(still)
-            except RuntimeError as error:
-                # Ending a capture that has failed raises once more, and leaves its stream and random numbers behind.
-                torch.cuda.set_stream(here)
-                random.graphsafe_set_state(state)
+            made = _captured(lambda: self.model(still), images.device, self._pool, aside, here)
+            if isinstance(made, str):
                 self._pool = self._aside = None
-                return one_line(str(error.__context__ or error).partition("\n")[0])
-            return _Graph(graph, still, output)
+                return made
+            return _Graph(made[0], still, made[1])
+
+
+def _captured(
+    call: Callable[[], object], device: torch.device, pool: Any, aside: torch.cuda.Stream, here: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, Any] | str:
+    """One graph of a call that has warmed up, with what the call gave, or why there can be none.
+
+    Args:
+        call: What to record.
+        device: The GPU.
+        pool: The memory that graphs share.
+        aside: The stream to record in.
+        here: The stream that is the current one.
+    """
+    graph, random = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device.index or 0]
+    state = random.clone_state()
+    try:
+        # Other threads, such as those that load images, may ask the GPU for memory all the while.
+        with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+            output = call()
+    except RuntimeError as error:
+        # Ending a capture that has failed raises once more, and leaves its stream and random numbers behind.
+        torch.cuda.set_stream(here)
+        random.graphsafe_set_state(state)
+        return one_line(str(error.__context__ or error).partition("\n")[0])
+    return graph, output
+
+
+def record_calls(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """CUDA graphs of calls, to be timed: they share the memory for what they hold and give, so none gives anything.
+
+    Args:
+        calls: What to record, by name: each reads tensors that stay where they are.
+        device: The GPU.
+
+    Returns:
+        The replay of each; the call itself where it cannot be recorded.
+    """
+    made = dict(calls)
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+        here, aside, pool = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        device = torch.device("cuda", torch.cuda.current_device())
+        for name, call in calls.items():
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    call()
+            here.wait_stream(aside)
+            recorded = _captured(call, device, pool, aside, here)
+            if isinstance(recorded, str):
+                aside, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            else:
+                made[name] = recorded[0].replay
+            del recorded  # with what it gave, whose memory the next may have
+    return made
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
 from tokencut.model import CompressedModel
+from tokencut.observers import Observer
 
 # torch's own names; reduce-overhead captures CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+# Where it has compiled one function more often, of whatever models, torch fails or falls back to uncompiled code.
+MANY = 256
 
 
 def check_mode(mode: str) -> None:
@@ -59,21 +63,61 @@ def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor],
     Raises:
         UsageError: There is no such mode.
     """
-    from torch._dynamo.exc import TorchDynamoException  # a second and more, which only this needs
-
     check_mode(mode)
     compiled = torch.compile(model, fullgraph=isinstance(model, CompressedModel), dynamic=False, mode=mode)
 
     def forward(images: Tensor) -> Tensor:
-        try:
+        with _told():
             logits: Tensor = compiled(images)
-        except TorchDynamoException as error:
-            reason = one_line(str(error).partition("\n")[0])
-            raise ModelError(f"torch.compile failed ({reason}); it needs a C++ compiler on a CPU and Triton on a GPU: "
-                             "install that, or leave out `compile_mode`") from error  # fmt: skip
         return logits
 
     return forward
+
+
+def compile_calls(
+    calls: Mapping[str, Callable[[], object]], mode: str = "default", observer: Observer | None = None
+) -> dict[str, Callable[[], object]]:
+    """Compiles calls that give tensors, each as one graph, and makes each once.
+
+    Args:
+        calls: What to compile, by name.
+        mode: Any of torch's names.
+        observer: Told how many are compiled.
+
+    Raises:
+        ModelError: One cannot be compiled.
+    """
+    made: dict[str, Callable[[], object]] = {}
+    with _told(), torch.no_grad(), many_compiled():
+        for name, call in calls.items():
+            made[name] = torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
+            made[name]()
+            if observer is not None:
+                observer.progress("compiling the model's parts", len(made), len(calls), {})
+    return made
+
+
+@contextlib.contextmanager
+def many_compiled() -> Iterator[None]:
+    """For a while, lets torch compile one function for many models."""
+    import torch._dynamo.config as config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    with config.patch({name: max(MANY, getattr(config, name))}):
+        yield
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns what torch says of what it cannot compile into an error that says what to do."""
+    from torch._dynamo.exc import TorchDynamoException  # a second and more, which only this needs
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = one_line(str(error).partition("\n")[0])
+        raise ModelError(f"torch.compile failed ({reason}); it needs a C++ compiler on a CPU and Triton on a GPU: "
+                         "install that, or leave out `compile_mode`") from error  # fmt: skip
 
 
 def in_batches(forward: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 
 from tokencut.evaluation.statistics import if_known
 from tokencut.search.accuracy_drop import METRIC_NAMES, Metric
+from tokencut.search.latency_table import LatencyTable
 from tokencut.search.space import Counts
+from tokencut.search.timing import Conditions, Measured
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class SearchSettings:
         effort: What it may take, in dense forwards of all of them.
         seed: Decides the order of images and what is tried.
         batch_size: Images a batch.
-        timing_batch_size: Images a forward that is timed, for a speed-up.
+        timing_batch_size: Images a forward that is timed, for a target of seconds.
         workers: Processes that decode images; one a processor, 4 at most, where None.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: `fp32`, or `bf16` or `fp16`, to which weights and images are cast.
+        compile_mode: For a target of seconds, time through `torch.compile` in this mode, such as `default`.
+        capture: For a target of seconds, time from CUDA graphs, as `tokencut.capture` runs models.
     """
 
     images: int = 512
@@ -74,6 +78,29 @@ class SearchSettings:
     workers: int | None = None
     device: str | torch.device = "auto"
     precision: str = "fp32"
+    compile_mode: str | None = None
+    capture: bool = False
+
+
+@dataclass(frozen=True)
+class ClockReport:
+    """What a target of seconds was held against.
+
+    Attributes:
+        conditions: Device, form, batch size, precision and versions that the times hold for.
+        table: What the parts of the model take there, by which schedules were priced: the same table and images give
+            the same schedule.
+        measured: The schedule beside the dense model, timed at the end; None where the search was interrupted.
+    """
+
+    conditions: Conditions
+    table: LatencyTable
+    measured: Measured | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        found = {} if self.measured is None else asdict(self.measured)
+        return {**asdict(self.conditions), **found, "table": self.table.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -90,13 +117,14 @@ class SearchReport:
         sure_drop: That with one standard error on top: at most a target's `max_drop`.
         dense_gmacs: Multiply-adds of the dense model, in units of 1e9.
         dense_top1: Percent right, where labels map to the head.
-        speedup: The speed-up as measured at the end, where the target is one.
+        speedup: The speed-up as measured at the end, where the target is one of seconds.
         images: Calibration images that were used.
         tried: Schedules that ran over all of them.
         seconds: Wall-clock time.
         interrupted: Whether it was told to stop.
         front: The schedules that nothing tried beats, the cheapest first.
         notes: What a user should know.
+        clock: Where a target of seconds was measured, and by which table; None for another.
     """
 
     target: str
@@ -115,6 +143,7 @@ class SearchReport:
     interrupted: bool
     front: tuple[ParetoPoint, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
+    clock: ClockReport | None = field(default=None, repr=False)
 
     @property
     def metric_name(self) -> str:
@@ -123,6 +152,7 @@ class SearchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, without the front."""
-        values = {name: value for name, value in vars(self).items() if name not in ("found", "front", "notes")}
+        values = {name: value for name, value in vars(self).items() if name not in ("found", "front", "notes", "clock")}
         known = {name: if_known(getattr(self, name)) for name in ("drop_error", "sure_drop")}
-        return {**values, **known, "found": self.found.to_dict(), "notes": list(self.notes)}
+        clock = {} if self.clock is None else {"clock": self.clock.to_dict()}
+        return {**values, **known, "found": self.found.to_dict(), **clock, "notes": list(self.notes)}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from tokencut.adapters import adapter_for, plain_model
-from tokencut.data.preprocessing import preprocessing_of
 from tokencut.data.sources import Source, open_source
 from tokencut.errors import UsageError
 from tokencut.evaluation.statistics import CLEAR, mean_and_error, pareto_front
@@ -24,21 +24,20 @@ from tokencut.methods import methods
 from tokencut.model import CompressedModel, compress
 from tokencut.models.checkpoints import require_finite
 from tokencut.observers import Observer
-from tokencut.profiling.latency import measure
-from tokencut.profiling.measuring import random_images
-from tokencut.runtime.devices import inference_state, precision_dtype, resolve_device
+from tokencut.runtime.compiling import check_form
+from tokencut.runtime.devices import enough_memory, inference_state, precision_dtype, resolve_device
 from tokencut.schedule import Layers
 from tokencut.search.accuracy_drop import DropRate, fit_rate, lost, metric_of
 from tokencut.search.calibration import calibration_images
-from tokencut.search.latency_table import LatencyTable, latency_table
+from tokencut.search.clock_space import ClockSpace
+from tokencut.search.clock_target import ClockTarget, search_clock
+from tokencut.search.latency_table import latency_table
 from tokencut.search.local_search import LocalSearch
 from tokencut.search.probe import Costs, Outcome, Probe
-from tokencut.search.report import ParetoPoint, SearchReport, SearchSettings
+from tokencut.search.report import ClockReport, ParetoPoint, SearchReport, SearchSettings
 from tokencut.search.space import Counts, GridSpace, Price, Space, keeps
-from tokencut.search.targets import Target, cheapest, search_drop, search_gmacs, search_speedup, within
-
-# A measured speed-up that is further below its target is said to be missed.
-MISSED = 0.05
+from tokencut.search.targets import Target, cheapest, search_drop, search_gmacs, within
+from tokencut.search.timing import Bench, Measured
 
 
 class _StoppedError(Exception):
@@ -99,6 +98,7 @@ def find_schedule(
     check_number("effort", chosen.effort)
     check_number("images", chosen.images)
     check_number("batch_size", chosen.timing_batch_size)
+    check_form(chosen.compile_mode, chosen.capture)
     device, model = resolve_device(chosen.device), plain_model(model)
     require_finite(model)
     adapter = adapter_for(model)
@@ -143,23 +143,20 @@ class _Run:
         self.device = device
         self.observer = _Asking(observer)
         self.searcher: LocalSearch | None = None
-        self.table: LatencyTable | None = None
+        self.clock: ClockTarget | None = None
+        self.bench: Bench | None = None
         self.counts: Counts | None = None
-        self.speedup: float | None = None
+        self.measured: Measured | None = None
         self.interrupted = False
         self.costs = Costs(model)
 
     def seek(self, batches: tuple[torch.Tensor, ...], targets: torch.Tensor | None) -> None:
         """Searches until the target is met or somebody says stop."""
         try:
-            if self.target.speedup is not None:
-                self.table = latency_table(
-                    self.model, batch_size=self.settings.timing_batch_size, device=self.device, observer=self.observer
-                )
+            if self.target.by_clock:
+                self.clock = self._clock()
             probe = Probe(self.model, batches, targets, self._on_batch)
-            table = self.table
-            price = self.costs.gmacs if table is None else table.seconds
-            self.searcher = LocalSearch(probe, self._space(price), self.settings.seed, self._on_best)
+            self.searcher = LocalSearch(probe, self._space(), self.settings.seed, self._on_best)
             self.counts = self._sought(self.searcher, self.settings.effort * probe.passes)
         except _StoppedError:
             self.interrupted = True
@@ -167,28 +164,47 @@ class _Run:
             if self.counts is None:
                 raise KeyboardInterrupt from None
 
-    def _space(self, price: Price) -> Space:
-        shape = self.costs.shape
-        if not self.model.adapter.hierarchical:
-            blocks = tuple(self.model.recipe.layers)
-            return Space(shape.patches, len(shape.blocks), blocks, price, self.model.method.tokens_out)
-        blocks = self.layers or tuple(range(1, len(shape.blocks) + 1))
-        return GridSpace(shape.patches, len(shape.blocks), blocks, price, self.tokens_out, shape.leaving)
+    def _clock(self) -> ClockTarget:
+        """The target of seconds, by a table that is measured now."""
+        settings, size = self.settings, self.settings.timing_batch_size
+        smaller = f"type `timing_batch_size={size // 2}`" if size > 1 else "take a smaller model or `device='cpu'`"
+        with enough_memory(size, self.device, smaller):
+            self.bench = Bench(
+                self.model, batch_size=size, device=self.device, precision=settings.precision,
+                compile_mode=settings.compile_mode, capture=settings.capture,
+            )  # fmt: skip
+            table = latency_table(self.model, self.bench, observer=self.observer)
+        waits = self.device.type == "cuda" and self.bench.conditions.form == "eager"
+        larger = "a larger `timing_batch_size`"
+        return ClockTarget(self.target, table, f"`capture=True`, or {larger}" if waits else larger)
+
+    def _space(self) -> Space:
+        shape, blocks = self.costs.shape, tuple(self.model.recipe.layers)
+        # In whole steps of tokens there are few schedules, and the same ones come again and again.
+        price: Price = self.costs.gmacs if self.clock is None else cache(self.clock.table.seconds)
+        if self.model.adapter.hierarchical:
+            blocks = self.layers or tuple(range(1, len(shape.blocks) + 1))
+            return GridSpace(shape.patches, len(shape.blocks), blocks, price, self.tokens_out, shape.leaving)
+        within = (shape.patches, len(shape.blocks), blocks, price, self.model.method.tokens_out)
+        if self.clock is None:
+            return Space(*within)
+        prefix = self.model.adapter.num_prefix_tokens(self.model.model)
+        return ClockSpace(*within, step=self.clock.table.step, prefix=prefix)
 
     def _sought(self, searcher: LocalSearch, effort: float) -> Counts:
         if self.target.gmacs is not None:
             return search_gmacs(searcher, self.target.gmacs, effort)
         if self.target.max_drop is not None:
             return search_drop(searcher, self.target.max_drop, effort)
-        assert self.table is not None and self.target.speedup is not None
-        counts, self.speedup = search_speedup(searcher, self.table, self.target.speedup, effort, self._timed)
+        assert self.clock is not None
+        counts, self.measured = search_clock(searcher, self.clock, effort, self._timed)
         return counts
 
     def _so_far(self, searcher: LocalSearch) -> Counts | None:
         if self.target.max_drop is not None:
             return cheapest(searcher, self.target.max_drop)
-        if self.table is not None and self.target.speedup is not None:
-            return within(searcher, self.table.dense / self.target.speedup)
+        if self.clock is not None:
+            return within(searcher, self.clock.seconds)
         return within(searcher, self.target.gmacs or 0.0)
 
     def _on_batch(self) -> None:
@@ -201,18 +217,14 @@ class _Run:
         agreement = {} if best.agreement is None else {"agreement": best.agreement}
         self.observer.best = {"gmacs": best.gmacs, "divergence": best.divergence, **agreement}
 
-    def _timed(self, counts: Counts) -> float:
-        """A schedule's speed-up, dense and compressed in turn."""
+    def _timed(self, counts: Counts) -> Measured:
+        """A schedule's time, dense and compressed in turn."""
+        assert self.bench is not None
         layers, keep = keeps(self.costs.shape.patches, counts, self.tokens_out)
         recipe = self.model.recipe
         made = compress(self.model.model, keep=keep, layers=layers, method=recipe.method, prop_attn=recipe.prop_attn,
                         method_options=recipe.method_options).eval()  # fmt: skip
-        size = preprocessing_of(self.model).input_shape
-        images = random_images(self.model, (self.settings.timing_batch_size, *size), self.device)
-        with torch.no_grad():
-            times = measure({"dense": self.model.model, "compressed": made}, images, observer=self.observer,
-                            task="timing the schedule")  # fmt: skip
-        return times["dense"].median_ms / times["compressed"].median_ms
+        return self.bench.beside_dense(made, self.observer)
 
     def _point(self, counts: Counts, outcome: Outcome) -> ParetoPoint:
         layers, keep = keeps(self.costs.shape.patches, counts, self.tokens_out)
@@ -221,7 +233,7 @@ class _Run:
             keep=keep,
             tokens=counts,
             gmacs=self.costs.gmacs(counts),
-            speedup=None if self.table is None else self.table.speedup(counts),
+            speedup=None if self.clock is None else self.clock.table.speedup(counts),
             divergence=outcome.mean,
             top1=None if outcome.right is None else _percent(outcome.right),
             agreement=None if outcome.agrees is None else _percent(outcome.agrees),
@@ -249,23 +261,27 @@ class _Run:
             sure_drop=rate.bound(outcome.mean),
             dense_gmacs=self.costs.gmacs(space.dense),
             dense_top1=None if dense.right is None else _percent(dense.right),
-            speedup=self.speedup,
+            speedup=None if self.measured is None else self.measured.speedup,
             images=self.searcher.probe.images,
             tried=len(tried),
             seconds=seconds,
             interrupted=self.interrupted,
             front=front,
-            notes=(*notes, *self._misses(), *memorisation_note(drop, drop_error, rate.bound(outcome.mean))),
+            notes=(*notes, *self._clock_notes(), *memorisation_note(drop, drop_error, rate.bound(outcome.mean))),
+            clock=self._clock_report(),
         )
 
-    def _misses(self) -> tuple[str, ...]:
-        """What has to be said of a speed-up that the machine does not show."""
-        wanted = self.target.speedup
-        if wanted is None or self.speedup is None or self.speedup >= (1 - MISSED) * wanted:
+    def _clock_report(self) -> ClockReport | None:
+        if self.clock is None or self.bench is None:
+            return None
+        return ClockReport(self.bench.conditions, self.clock.table, self.measured)
+
+    def _clock_notes(self) -> tuple[str, ...]:
+        """What has to be said of the form, and of times that the machine does not show."""
+        if self.clock is None or self.bench is None:
             return ()
-        return (f"measured {self.speedup:.2f} times as fast instead of {wanted:g}: either this machine has other work, "
-                "or stages take what they save; run it again when quiet, or type a larger "
-                "`timing_batch_size`",)  # fmt: skip
+        miss = None if self.measured is None else self.clock.miss(self.measured)
+        return (*self.bench.notes, *(() if miss is None else (miss,)))
 
     def _rate(self, front: tuple[ParetoPoint, ...]) -> DropRate:
         assert self.searcher is not None

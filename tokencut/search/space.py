@@ -56,11 +56,15 @@ class Space:
         counts, exact, now = [], float(self.tokens), self.tokens
         for block in range(1, self.depth + 1):
             exact *= math.exp(-removals.get(block, 0.0))
-            budget = max(1, round(exact))
-            if block in removals and budget < now:
-                now = min(now, self.tokens_out(now, budget))
+            if block in removals:
+                now = self.leaving(now, exact)
             counts.append(now)
         return tuple(counts)
+
+    def leaving(self, now: int, exact: float) -> int:
+        """How many of `now` tokens leave a stage that is to let about `exact` leave; all of them for no stage."""
+        budget = max(1, round(exact))
+        return min(now, self.tokens_out(now, budget)) if budget < now else now
 
     def removals(self, counts: Counts) -> dict[int, float]:
         """What each block that may reduce removes, as `log(before / after)`."""
@@ -117,7 +121,7 @@ class Space:
     def filled(self, counts: Counts, target: float) -> Counts:
         """The schedule with single tokens added where they fit best under `target`, which rounding left unspent."""
         while True:
-            offers = [offer for block in self.blocks if (offer := self._one_more(counts, block)) is not None]
+            offers = [offer for block in self.blocks if (offer := self.one_more(counts, block)) is not None]
             affordable = [(price, offer) for offer in offers if (price := self.price(offer)) <= target]
             # A token kept may save a stage: only what is spent on tokens counts as an offer.
             dearer = [pair for pair in affordable if pair[0] > self.price(counts)]
@@ -125,7 +129,8 @@ class Space:
                 return counts
             counts = max(dearer)[1]
 
-    def _one_more(self, counts: Counts, block: int) -> Counts | None:
+    def one_more(self, counts: Counts, block: int) -> Counts | None:
+        """The schedule with the least that can be added to what leaves a block that reduces; None where nothing can."""
         entering = self.tokens if block == 1 else counts[block - 2]
         if counts[block - 1] >= entering or self.tokens_out(entering, entering - 1) != entering - 1:
             return None

@@ -1,9 +1,8 @@
-"""What each target asks of a search: multiply-adds, a speed-up on this machine, or points that may be lost."""
+"""What each target asks of a search: multiply-adds, points that may be lost, or what `clock_target` has: seconds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ from tokencut.errors import TokencutError, UsageError
 from tokencut.evaluation.statistics import pareto_front
 from tokencut.limits import check_number
 from tokencut.search.accuracy_drop import DropRate, fit_rate
-from tokencut.search.latency_table import LatencyTable
 from tokencut.search.local_search import LocalSearch
 from tokencut.search.space import Counts
 
@@ -25,26 +23,28 @@ DEEPER = (0.3, 0.2, 0.1, 0.05)
 MIDDLE = 0.6
 # The share of the effort that goes to the last price, behind which nothing may be left for measuring.
 CLIMBING = 0.88
-# A measured speed-up this near to the target is met; a busy machine differs by as much from run to run.
-NEAR = 0.02
-CORRECTIONS = 4
-# A speed-up that is worth asking for.
-WORTHWHILE = 1.1
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked for: exactly one of the three.
+    """What is asked for: exactly one of the four.
 
     Attributes:
         gmacs: Multiply-adds of an image at most, in units of 1e9.
-        speedup: Dense time over compressed time at least, on this machine.
+        speedup: Dense time over compressed time, on this machine.
         max_drop: Points (percent) against the dense model at most.
+        latency_ms: Milliseconds for a batch, on this machine.
     """
 
     gmacs: float | None = None
     speedup: float | None = None
     max_drop: float | None = None
+    latency_ms: float | None = None
+
+    @property
+    def by_clock(self) -> bool:
+        """Whether it is one of seconds."""
+        return self.speedup is not None or self.latency_ms is not None
 
     def check(self) -> None:
         """Refuses what cannot be meant.
@@ -57,7 +57,7 @@ class Target:
             what = (
                 f"{' and '.join(f'`{name}`' for name in given)} exclude each other" if given else "no target is given"
             )
-            raise UsageError(f"{what}; type one of `gmacs=2.6`, `speedup=1.6`, `max_drop=0.5`")
+            raise UsageError(f"{what}; type one of `gmacs=2.6`, `speedup=1.6`, `latency_ms=20`, `max_drop=0.5`")
         check_number(given[0], getattr(self, given[0]))
 
     def __str__(self) -> str:
@@ -84,52 +84,10 @@ def search_gmacs(searcher: LocalSearch, target: float, effort: float) -> Counts:
     start = searcher.begin(target)
     if start is None:
         raise TokencutError(f"`gmacs={target:g}` cannot be met: {least:.4g} GMACs is the least that these "
-                            f"blocks can reach; type `gmacs={_rounded_up(least)}`")  # fmt: skip
+                            f"blocks can reach; type `gmacs={rounded_up(least)}`")  # fmt: skip
     best = searcher.climb(start, target, CLIMBING * effort)
-    _measure_around(searcher, best, target)
+    measure_around(searcher, best, target)
     return best
-
-
-def search_speedup(
-    searcher: LocalSearch, table: LatencyTable, target: float, effort: float, timed: Callable[[Counts], float]
-) -> tuple[Counts, float]:
-    """The schedule of least damage that is so many times as fast as the dense model, by measurement.
-
-    Args:
-        searcher: Whose space is priced in seconds, by the table.
-        table: Foretells times.
-        target: The speed-up.
-        effort: The multiply-adds that the search may take, in units of 1e9.
-        timed: Measures a schedule's speed-up.
-
-    Returns:
-        The schedule, and its speed-up as measured.
-
-    Raises:
-        TokencutError: No schedule is so fast.
-    """
-    most = table.speedup(searcher.space.cheapest)
-    start = searcher.begin(table.dense / target)
-    if start is None:
-        easier = f"`speedup={0.95 * most:.2f}`" if most > WORTHWHILE else "a larger `timing_batch_size`"
-        raise TokencutError(f"`speedup={target:g}` cannot be met: {most:.2f} times as fast is the most that "
-                            f"these blocks can reach here; type {easier}")  # fmt: skip
-    best = counts = searcher.climb(start, table.dense / target, CLIMBING * effort)
-    _measure_around(searcher, best, table.dense / target)
-    aim, found = target, []
-    for _ in range(CORRECTIONS):
-        measured = timed(counts)
-        found.append((abs(measured / target - 1), counts, measured))
-        if found[-1][0] <= NEAR:
-            break
-        aim *= target / measured
-        scaled = searcher.space.scaled(best, table.dense / aim)
-        if scaled is None:
-            break
-        counts = scaled
-        searcher.measured(counts)
-    _, counts, measured = min(found)
-    return counts, measured
 
 
 def search_drop(searcher: LocalSearch, most: float, effort: float) -> Counts:
@@ -170,7 +128,7 @@ def search_drop(searcher: LocalSearch, most: float, effort: float) -> Counts:
         rate = _rate(searcher)
         mildest = min(rate.bound(outcome.mean) for outcome in searcher.tried.values())
         raise TokencutError(f"`max_drop={most:g}` cannot be met: {mildest:.2g} is the least that any schedule tried is "
-                            f"sure to stay within on {probe.images} images; type `max_drop={_rounded_up(mildest)}`, or "
+                            f"sure to stay within on {probe.images} images; type `max_drop={rounded_up(mildest)}`, or "
                             "give more images")  # fmt: skip
     return chosen
 
@@ -188,7 +146,8 @@ def within(searcher: LocalSearch, target: float) -> Counts | None:
     return min(known, key=lambda counts: searcher.tried[counts].mean, default=None)
 
 
-def _measure_around(searcher: LocalSearch, best: Counts, target: float) -> None:
+def measure_around(searcher: LocalSearch, best: Counts, target: float) -> None:
+    """Runs the schedule scaled to prices around the target too, for the front."""
     space = searcher.space
     for factor in AROUND:
         if factor * target < space.price(space.dense):
@@ -238,7 +197,7 @@ def _close_in(searcher: LocalSearch, best: Counts, most: float) -> None:
             break
 
 
-def _rounded_up(value: float) -> str:
+def rounded_up(value: float) -> str:
     """A number of three digits that is not smaller."""
     step = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
     return f"{math.ceil(value / step * (1 - 1e-12)) * step:.3g}"
