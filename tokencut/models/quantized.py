@@ -42,8 +42,8 @@ def quantize(model: CompressedModel, kind: str) -> CompressedModel:
     """Makes a model smaller: the weights of its blocks take a quarter of their memory. To be done after it was reduced.
 
     It is for a GPU, in bf16 and compiled (quantise first, then `torch.compile`): int8 from compute capability 8.0 on,
-    fp8 from 8.9 on. Eagerly, and elsewhere, it computes the same several times slower. Whether it is faster than bf16
-    depends on how wide the model is: `docs/deployment.md` has what was measured.
+    fp8 from 8.9 on. Eagerly, and elsewhere, it computes the same several times slower. It was no faster than bf16 at
+    the one width that was measured (`docs/deployment.md`): time your own model.
 
     Args:
         model: What `compress` or `load` returned; with `keep=1.0` for a dense one. It is copied, and stays as it was.
