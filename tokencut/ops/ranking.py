@@ -43,6 +43,7 @@ def ranks(scores: Tensor) -> Tensor:
         count = scores.shape[1]
         behind = _behind(scores).to(whole()).sum(2, dtype=whole())
         # Scores that are no numbers are behind nothing, not even themselves: let their ranks be places all the same.
+        # The sum is used twice: what is done to a sum of int32 alone OpenVINO 2026.4 does to the first N images alone.
         return count - behind - (behind == 0).to(whole())
     order = ranking(scores)
     return put(numbers(scores, scores.shape[1]).expand_as(order), order)
