@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def lowered(program: Any) -> Any:
+def lowered(program: Any, *keep: Any) -> Any:
     """A program of torch's core operators, without what changes nothing.
 
     Attention is written as two products around a softmax: torch's own way down looks through the logits for rows that
@@ -16,10 +16,13 @@ def lowered(program: Any) -> Any:
 
     Args:
         program: As torch.export captured it; it stays as it is.
+        keep: Operators that are left as they are.
     """
     aten = torch.ops.aten
     table = torch.export.default_decompositions()
     table[aten.scaled_dot_product_attention.default] = _attention
+    for operator in keep:
+        table.pop(operator)
     core = program.run_decompositions(table)
     for node in list(core.graph.nodes):
         if node.target is aten.mean.dim:  # the dtype that it has anyway, which LiteRT takes for an unknown word

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import os
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokencut.errors import ArtifactError, ModelError
-from tokencut.export.graph import Graph, quiet
+from tokencut.export.graph import Graph, quiet, quiet_library
 from tokencut.export.info import KEY
 from tokencut.export.lowering import lowered
 from tokencut.export.runtimes.base import ExportedModel, Runtime, register
@@ -46,7 +43,9 @@ class ExecuTorch(Runtime):
                 exir = importlib.import_module("executorch.exir")
                 partition = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
                 edge = exir.to_edge_transform_and_lower(
-                    lowered(program),
+                    # In a graph for any number of images some linear layers are not known again by their parts, and
+                    # computed without XNNPACK: one of them took as long as eleven blocks.
+                    lowered(program, torch.ops.aten.linear.default),
                     partitioner=[partition.XnnpackPartitioner()],
                     constant_methods={KEY: graph.info.to_text()},
                 )
@@ -59,7 +58,7 @@ class ExecuTorch(Runtime):
 
     def _open(self, path: Path) -> ExportedModel:
         try:
-            with quiet(), _told_nothing():
+            with quiet(), quiet_library():
                 runtime = importlib.import_module("executorch.runtime").Runtime.get()
                 _set_threads()
                 program = runtime.load_program(path.read_bytes())
@@ -83,17 +82,3 @@ def _set_threads() -> None:
     """Gives the process's one pool as many threads as torch uses when the first file is opened."""
     bindings = importlib.import_module("executorch.extension.pybindings.portable_lib")
     bindings._unsafe_reset_threadpool(torch.get_num_threads())
-
-
-@contextlib.contextmanager
-def _told_nothing() -> Iterator[None]:
-    """Keeps back what ExecuTorch's library writes to the process's error output: what matters is raised as well."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

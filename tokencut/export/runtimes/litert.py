@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencut.errors import ArtifactError, ModelError
-from tokencut.export.graph import Graph, quiet
+from tokencut.export.graph import Graph, quiet, quiet_library
 from tokencut.export.info import KEY
 from tokencut.export.lowering import lowered
 from tokencut.export.runtimes.base import ExportedModel, Runtime, register
@@ -39,7 +39,7 @@ class LiteRT(Runtime):
         """Writes one file; see `Runtime.write`."""
         program = graph.program
         try:
-            with quiet():
+            with quiet(), quiet_library():
                 converter = importlib.import_module("litert_torch")
                 made = converter.convert(lowered(program).module(), (graph.example,))
                 made.export(str(path))
@@ -56,7 +56,7 @@ class LiteRT(Runtime):
             raise ArtifactError(f"LiteRT cannot load {path} (it is no .tflite file); export the model again")
         try:
             text = _text_of(content)
-            with quiet():
+            with quiet(), quiet_library():
                 model = interpreters.Interpreter(model_content=content, num_threads=torch.get_num_threads())
                 model.allocate_tensors()
         except Exception as error:  # of the interpreter plain ones, of reading a damaged file any
