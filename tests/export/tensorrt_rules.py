@@ -1,6 +1,7 @@
 """What TensorRT's parser takes of an .onnx, by its list of operators; TensorRT itself needs its wheel and a GPU.
 
-The list: https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md, as of TensorRT 10.
+The list: https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md, read as of TensorRT 8.5, with the operators
+of opset 18 and on (Gelu, LayerNormalization) that version 10 is known to have added.
 """
 
 from __future__ import annotations
