@@ -18,6 +18,8 @@ from tokencut.search.timing import Measured
 # A measurement this near to the target meets it; a busy machine differs by as much from run to run.
 NEAR = 0.02
 CORRECTIONS = 4
+# By how much a table may be wrong; where it seems to be further off, other work came between the measurements.
+TRUSTED = 1.5
 # One further away is said to miss it.
 MISSED = 0.05
 # A speed-up that is worth asking for.
@@ -129,7 +131,7 @@ def search_clock(
         measured = timed(counts)
         reached = target.reached(measured)
         found.append((abs(reached - 1), counts, measured))
-        limit *= reached
+        limit = min(max(limit * reached, target.seconds / TRUSTED), target.seconds * TRUSTED)
         if found[-1][0] <= NEAR:
             break
         scaled = searcher.space.scaled(best, limit)
