@@ -11,7 +11,7 @@ import tokencut
 
 EXPLAINED = [
     "CompressedModel", "capture", "compare", "compress", "draw", "evaluate", "export_model", "features_only",
-    "find_schedule", "finetune", "load", "predict", "profile", "quantize", "save", "sweep",
+    "find_levels", "find_schedule", "finetune", "load", "predict", "profile", "quantize", "save", "sweep",
 ]  # fmt: skip
 NEEDS = {"draw": "matplotlib", "sweep": "matplotlib"}
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokencut.observers import Observer
     from tokencut.profiling.measuring import ProfileReport, profile
     from tokencut.runtime.capturing import capture
+    from tokencut.search.levels import find_levels
     from tokencut.search.report import SearchSettings
     from tokencut.search.run import find_schedule
     from tokencut.search.targets import Target
@@ -56,6 +57,7 @@ __all__ = [
     "evaluate",
     "export_model",
     "features_only",
+    "find_levels",
     "find_schedule",
     "finetune",
     "load",
@@ -85,6 +87,7 @@ _HOME = {
     "evaluate": "evaluation.accuracy",
     "export_model": "export.run",
     "features_only": "backbone",
+    "find_levels": "search.levels",
     "find_schedule": "search.run",
     "finetune": "training.run",
     "load": "models.artifact",

@@ -10,7 +10,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from tokencut.features import Form, Indices, block_indices
-from tokencut.model import require_compressed
+from tokencut.model import require_compressed, require_one_schedule
 from tokencut.unmerging import Unmerging
 
 
@@ -52,6 +52,7 @@ def features_only(
         [(2, 64, 10, 10), (2, 64, 10, 10), (2, 64, 10, 10)]
     """
     model = require_compressed(model, "features_only")
+    require_one_schedule(model, "features_only")
     Form(output_fmt=output_fmt)
     rule = model.unmerge if unmerge is None else unmerge
     Unmerging(rule)

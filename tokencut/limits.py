@@ -61,6 +61,7 @@ LIMITS: Mapping[str, Limits] = {
     "frames": _whole(1, 1_024, 16),
     "images": _whole(1, 10**9, 512),
     "img_size": _whole(1, 4_096, 224),
+    "levels": _whole(1, 14, 4),
     "limit": _whole(1, 10**9, 1000),
     "max_graphs": _whole(1, 1_024, 8),
     "num_classes": _whole(0, 10**6, 1000),

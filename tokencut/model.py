@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokencut import cost
@@ -19,7 +21,8 @@ from tokencut.errors import ModelError, UsageError
 from tokencut.features import Form, Indices, Intermediates, block_indices
 from tokencut.limits import check_number
 from tokencut.methods import Method, StageShape, make_method
-from tokencut.recipe import Recipe, resolve_stages
+from tokencut.ops.spread import SPREAD_MACS, spread
+from tokencut.recipe import Levels, Recipe, resolve_stages
 from tokencut.schedule import Keep, Layers
 from tokencut.timm_protocol import AroundTimm
 from tokencut.tokens import Tokens
@@ -47,12 +50,58 @@ class CompressedModel(AroundTimm):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
+        if self.recipe.levels is not None:
+            return self.by_level(images, self.at_levels())
         plans = self._ready(images)
         if len(plans) == 0:  # torch.compile knows no bool(tuple)
             return self.model(images)  # timm's own forward, to the bit
         loop = self.loop
         logits: Tensor = call(self.model, self._through(loop, lambda tokens: self._run(loop, tokens, plans)), images)
         return logits
+
+    def at_levels(self) -> list[CompressedModel]:
+        """The model at each level of its recipe, around the same weights: one schedule each, and so compiled, captured
+        and exported as any other. Itself alone where the recipe has one schedule.
+        """
+        levels = self.recipe.levels
+        return [self] if levels is None else [self.at(keep) for keep in levels.keeps]
+
+    def at(self, keep: float) -> CompressedModel:
+        """The model with one keep rate, around the same weights."""
+        schedule = replace(self.recipe.schedule, keep=keep)
+        recipe = replace(self.recipe, schedule=schedule, levels=None)
+        grid, method = self.adapter.own_grid(self.model), self.method
+        tokens_out = self.adapter.tokens_out(self.model, grid) or method.tokens_out
+        stages = resolve_stages(schedule, recipe.static_keep, recipe.tokens, prod(grid[1:]), tokens_out)
+        made = CompressedModel(self.model, replace(recipe, stages=stages))
+        made.training = self.training
+        made.stages.train(self.training)
+        return made
+
+    def levels_of(self, images: Tensor) -> Tensor:
+        """The level of each image, int64 `(B,)`; it depends on nothing but the image."""
+        levels = self.recipe.levels
+        if levels is None:
+            return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        limits = torch.tensor(levels.limits, dtype=torch.float32, device=images.device)
+        return torch.bucketize(spread(images), limits, right=True)
+
+    def by_level(self, images: Tensor, models: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """Logits of images that are sorted into levels.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            models: What runs each level, such as `at_levels()`, compiled or not.
+
+        Returns:
+            Logits in the order of the images, `(B, classes)`.
+        """
+        if not len(images):
+            return models[0](images)
+        level = self.levels_of(images)
+        rows = [(level == number).nonzero().squeeze(1) for number in range(len(models))]
+        parts = [run(images[row]) for run, row in zip(models, rows, strict=True) if len(row)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def _through(
         self, loop: BlockLoop, run: Run, *, source: bool = False, observer: BlockObserver | None = None
@@ -236,6 +285,7 @@ def compress(
     prop_attn: bool | None = None,
     method_options: Mapping[str, Any] | None = None,
     static_keep: float | None = None,
+    levels: Levels | None = None,
 ) -> CompressedModel:
     """Makes a Vision Transformer cheaper by reducing its tokens (default method: arXiv 2211.11315).
 
@@ -255,6 +305,7 @@ def compress(
         static_keep: Of a model of clips: the fraction of tubelets that enters the first block, those that differ most
             from the one before at their place, in (0, 1]. The others go into the last such (RLT, arXiv 2411.05222).
             Those of the first frames always stay. None for all.
+        levels: A keep rate for each image, as `find_levels` finds them, instead of `keep`.
 
     Returns:
         A module with the same input and output as `model`.
@@ -277,6 +328,9 @@ def compress(
     if prop_attn and built.keeps_grid:
         raise UsageError(f"method {built.name} leaves clusters of equal weight, and no proportional attention; leave "
                          "out `prop_attn`")  # fmt: skip
+    if levels is not None:
+        _check_levels(levels, built, adapter.frames(model), reduce_by)
+        keep = max(levels.keeps)
     schedule = adapter.schedule(model, keep if reduce_by is None else None, layers, reduce_by)
     tokens = adapter.cost(model).patches
     grid = adapter.own_grid(model)
@@ -294,11 +348,39 @@ def compress(
         stages=resolve_stages(schedule, static_keep, tokens, prod(grid[1:]), tokens_out),
         method_options=built.options(),
         static_keep=static_keep,
+        levels=levels,
     )
     compressed = CompressedModel(copy.deepcopy(model), recipe)
     compressed.training = model.training  # the model's own parts may be in modes of their own
     compressed.stages.train(model.training)
     return compressed
+
+
+def _check_levels(levels: Levels, method: Method, frames: int | None, reduce_by: int | None) -> None:
+    """Refuses levels where there can be none."""
+    problem = levels.problem()
+    if problem is not None:
+        raise UsageError(f"`levels` {problem}; take those that find_levels gives")
+    if method.needs_training:
+        raise UsageError(f"method {method.name} is trained for one schedule, and `levels` are several; leave one out")
+    if frames is not None or method.keeps_grid:
+        what = "clips" if frames is not None else "a model with windows"
+        raise UsageError(f"`levels` are for images and models whose tokens all see each other, and this is for {what}; "
+                         "give `keep` instead")  # fmt: skip
+    if reduce_by is not None:
+        raise UsageError("`levels` hold keep rates, and `reduce_by` takes their place; leave one out")
+
+
+def require_one_schedule(model: nn.Module, function: str) -> None:
+    """Refuses a model with a keep rate for each image, where tokens have to be as many for all.
+
+    Raises:
+        UsageError: Saying what to do.
+    """
+    if isinstance(model, CompressedModel) and model.recipe.levels is not None:
+        rates = ", ".join(f"{keep:g}" for keep in model.recipe.levels.keeps)
+        raise UsageError(f"{function} takes one schedule, and this model has levels ({rates}); type `keep=0.5` for "
+                         "one, or take a level of it: `model.at_levels()[0]`")  # fmt: skip
 
 
 def require_compressed(model: nn.Module, function: str) -> CompressedModel:
@@ -333,8 +415,10 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
 
     Raises:
         ModelError: A dense model's family is not supported.
+        UsageError: Images have levels, and so no rows in common.
     """
     model = plain_model(model)
+    require_one_schedule(model, "predicted_macs")
     if not isinstance(model, CompressedModel):
         return cost.predict(adapter_for(model).cost(model), {})
     shape = model.adapter.cost(model.model)
@@ -348,7 +432,16 @@ def predicted_macs(model: nn.Module) -> tuple[cost.BlockRow, ...]:
 
 
 def predicted_gmacs(model: nn.Module) -> float:
-    """Multiply-adds per image by the closed form, in units of 1e9; see `predicted_macs`."""
+    """Multiply-adds per image by the closed form, in units of 1e9; see `predicted_macs`.
+
+    Of a model with levels the mean over them, by the shares of the images that they were chosen by, and what sorting
+    an image takes.
+    """
+    model = plain_model(model)
+    if isinstance(model, CompressedModel) and (levels := model.recipe.levels) is not None:
+        each = zip(levels.shares, model.at_levels(), strict=True)
+        mean = sum(share * cost.total(predicted_macs(one)) for share, one in each)
+        return (mean + SPREAD_MACS) / 1e9
     return cost.total(predicted_macs(model)) / 1e9
 
 

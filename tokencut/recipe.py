@@ -5,14 +5,28 @@ Methods, and torch with them, are imported where they are needed: a recipe can b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tokencut.errors import ArtifactError, UsageError
 from tokencut.messages import shorten
 from tokencut.schedule import Schedule, StagePlan, TokensOut, kept_tokens, make_schedule
-from tokencut.schema import TEXT, TRUTH, WHOLE, Fields, Items, Rule, is_list_of, is_number, is_whole, optional
+from tokencut.schema import (
+    NUMBER,
+    TEXT,
+    TRUTH,
+    WHOLE,
+    Fields,
+    Items,
+    Rule,
+    is_list_of,
+    is_number,
+    is_whole,
+    optional,
+)
 
 Setting = bool | int | float | str
 
@@ -20,6 +34,8 @@ Setting = bool | int | float | str
 def _is_keep(value: Any) -> bool:
     return value is None or is_number(value) or is_list_of(is_number, value)
 
+
+_RATE = Rule(lambda value: is_number(value) and 0 < value <= 1, "a number in (0, 1]")
 
 # Ranges that depend on each other or on the model are the schedule's to check.
 FIELDS = Fields({
@@ -31,8 +47,34 @@ FIELDS = Fields({
     "prop_attn": TRUTH,
     "tokens": Rule(lambda value: is_whole(value, 1), "a whole number of at least 1"),
     "stages": Items(Fields(dict.fromkeys(("block", "tokens_in", "tokens_out"), WHOLE))),
-    "static_keep": Rule(lambda value: is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
-}, partial=frozenset({"static_keep"}))  # fmt: skip
+    "static_keep": _RATE,
+    "levels": Fields({"keeps": Items(_RATE), "limits": Items(NUMBER), "shares": Items(NUMBER)}),
+}, partial=frozenset({"static_keep", "levels"}))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A keep rate for each image, by how varied it is (`tokencut.ops.spread`).
+
+    Attributes:
+        keeps: The rates of the levels, in the order of the images' spread.
+        limits: Ascending, one fewer: an image whose spread is at least `limits[i]` is in level `i + 1` or above.
+        shares: Of the images that the limits were chosen by, which part is in each level.
+    """
+
+    keeps: tuple[float, ...]
+    limits: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    def problem(self) -> str | None:
+        """What is wrong with them, for a message; None where nothing is."""
+        if not self.keeps or len(self.limits) != len(self.keeps) - 1 or len(self.shares) != len(self.keeps):
+            return f"has {len(self.keeps)} rates, {len(self.limits)} limits and {len(self.shares)} shares"
+        if any(not before < after for before, after in pairwise(self.limits)):
+            return "has limits that do not ascend"
+        if any(share < 0 for share in self.shares) or not math.isclose(sum(self.shares), 1, abs_tol=1e-6):
+            return "has shares that do not add up to 1"
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +89,7 @@ class Recipe:
         prop_attn: Whether merged tokens weigh by their size in later attention.
         tokens: Image tokens at the recipe's input size.
         stages: The schedule resolved for that size; a layer that would remove nothing is not there.
+        levels: A keep rate for each image; the schedule is that of the highest then. None for one schedule.
     """
 
     method: str
@@ -56,6 +99,7 @@ class Recipe:
     stages: tuple[StagePlan, ...]
     method_options: Mapping[str, Setting] = field(default_factory=dict)
     static_keep: float | None = None
+    levels: Levels | None = None
 
     @property
     def keep(self) -> float | list[float] | None:
@@ -93,7 +137,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
-        told = {} if self.static_keep is None else {"static_keep": self.static_keep}
+        told: dict[str, Any] = {} if self.static_keep is None else {"static_keep": self.static_keep}
+        if self.levels is not None:
+            told["levels"] = {name: list(values) for name, values in asdict(self.levels).items()}
         return {
             **told,
             "method": self.method,
@@ -150,7 +196,20 @@ def recipe_from_json(data: Any, depth: int, *, as_written: bool = False) -> Reci
         from tokencut.methods import as_recorded
 
         options = as_recorded(data["method"], options)
-    return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, options, static_keep)
+    levels = _levels_from_json(data.get("levels"), schedule)
+    return Recipe(data["method"], schedule, data["prop_attn"], data["tokens"], stages, options, static_keep, levels)
+
+
+def _levels_from_json(data: dict[str, list[float]] | None, schedule: Schedule) -> Levels | None:
+    if data is None:
+        return None
+    levels = Levels(**{name: tuple(map(float, values)) for name, values in data.items()})
+    problem = levels.problem()
+    if problem is None and schedule.keep != max(levels.keeps):
+        problem = f"has {max(levels.keeps):g} as its highest rate, and the schedule keeps {schedule.keep}"
+    if problem is not None:
+        raise ArtifactError(f"the recipe's field levels {problem}; compress the model again")
+    return levels
 
 
 def _stages_from_json(entries: list[dict[str, int]], blocks: tuple[int, ...], tokens: int) -> tuple[StagePlan, ...]:

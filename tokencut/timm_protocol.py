@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokencut.adapters import Adapter, TimmModule, adapter_for, plain_model
 from tokencut.blocks import BlockLoop, Stage
 from tokencut.calling import StandIn, call, has_own_hooks, is_patched
-from tokencut.errors import ModelError
+from tokencut.errors import ModelError, UsageError
 from tokencut.methods import make_method
 from tokencut.recipe import Recipe
 from tokencut.schedule import StagePlan, TokensOut
@@ -264,6 +264,9 @@ class AroundTimm(nn.Module):
     def _ready(self, images: Tensor) -> tuple[StagePlan, ...]:
         """The stages for images of this size, of a model whose forward is timm's."""
         self._refuse_patched()
+        if self.recipe.levels is not None:
+            raise UsageError("images have levels here, and so tokens of different number; take one level of the model: "
+                             "`model.at_levels()[0]`, or type `keep=0.5` for one schedule")  # fmt: skip
         why = self.adapter.refused_form(images)
         if why is not None:
             raise ModelError(why)

@@ -1,7 +1,7 @@
 """What can be told of an image before its first stage: signals of how many tokens it needs, none of which has a scale.
 
 Distances are cosine distances between an image's tokens, behind the patch embedding (`patches`) or entering the block
-of the first stage (`tokens`):
+of the first stage (`tokens`); `pixels: spread` is what the package takes (tokencut/ops/spread.py), before the model:
 
     nearest  mean distance to the nearest token, over the mean of all distances
     upper    the three quarters quantile of the same
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tokencut.attention import AttentionInfo
 from tokencut.blocks import BlockLoop
+from tokencut.ops.spread import spread
 from tokencut.schedule import StagePlan
 from tokencut.tokens import Tokens
 
@@ -73,11 +74,12 @@ class _Merged:
         """Takes no note."""
 
 
-def of_image(loop: BlockLoop, embedded: Tokens, entering: Tokens, first: int) -> dict[str, Tensor]:
+def of_image(loop: BlockLoop, pixels: Tensor, embedded: Tokens, entering: Tokens, first: int) -> dict[str, Tensor]:
     """All signals of a batch, each `(B,)`.
 
     Args:
         loop: The model.
+        pixels: The images as it takes them.
         embedded: The tokens behind its patch embedding, with their source map.
         entering: Those that enter the block of the first stage.
         first: That block's 1-based number.
@@ -88,4 +90,5 @@ def of_image(loop: BlockLoop, embedded: Tokens, entering: Tokens, first: int) ->
     found |= {f"attention: {name}": value for name, value in of_attention(seen.attention.class_attention()).items()}
     merged = _Merged()
     loop.step(first, entering, -(-entering.count // 2), merged)
+    found["pixels: spread"] = spread(pixels)
     return found | {"stage: merging": merged.apart.mean(1) / distances.mean((1, 2))}

@@ -5,10 +5,10 @@
 
 Every image is run at every keep rate, in each of the surroundings of budget_images.py, and what came out is kept in
 `--held`; without `--data` the tables are made of what is held. Levels, their limits and the sign of a signal are chosen
-on calibration images, training ones, to diverge least from the dense model at a mean cost; images are judged on others.
-An image's level depends on nothing but the image. What one rate for all would get at exactly the same mean cost is read
-off the line between the two nearest rates; differences are paired over the images, all of one image's surroundings
-averaged first, with their standard error.
+on calibration images, training ones, to diverge least from the dense model at a mean cost, of which the signal's own
+cost is a part; images are judged on others. An image's level depends on nothing but the image. What one rate for all
+would get at exactly the same mean cost is read off the line between the two nearest rates; differences are paired over
+the images, all of one image's surroundings averaged first, with their standard error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from budget_images import KINDS, InSurroundings
-from budget_levels import Floats, Whole, at_cost, calibrated, knowing
+from budget_levels import at_cost, knowing
 from jobs import Lines, say
 from options import IMAGES, TRAINING_IMAGES
 from tables import markdown
@@ -41,12 +41,16 @@ from tokencut.errors import DataError
 from tokencut.evaluation.statistics import mean_and_error
 from tokencut.model import CompressedModel, predicted_gmacs
 from tokencut.models.loading import load_model
+from tokencut.ops.spread import SPREAD_MACS
 from tokencut.runtime.devices import describe_device, inference_state, precision_dtype, resolve_device
 from tokencut.schedule import StagePlan
+from tokencut.search.sorting import Floats, Whole, calibrated
 
 RATES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
 # Images whose pieces make a crowded ground.
 OTHERS = 64
+# How many matrices of products between all tokens a signal takes, by the first word of its name.
+PRODUCTS = {"pixels": 0, "patches": 1, "tokens": 1, "attention": 0, "stage": 2, "all": 3}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class Bench:
         self.plans = [model.recipe.stages for model in compressed]
         self.model: CompressedModel = compressed[0]
         self.first = self.plans[0][0].block
+
+    def product_gmacs(self) -> float:
+        """What the products between all tokens of an image cost."""
+        shape = self.model.adapter.cost(self.model.model)
+        return shape.patches**2 * shape.blocks[self.first - 1].width / 1e9
 
     def images(self, data: str, split: str, limit: int | None) -> ImageSet:
         source = open_source(data, split=split, observer=Lines())
@@ -125,7 +134,7 @@ class Bench:
         logits = torch.stack([self._rest(entering, plans) for plans in self.plans])
         dense = self._rest(entering, ()).log_softmax(1)
         divergence = F.kl_div(logits.log_softmax(2), dense.expand_as(logits), reduction="none", log_target=True).sum(2)
-        signals = budget_signals.of_image(loop, embedded, entering, self.first)
+        signals = budget_signals.of_image(loop, pixels, embedded, entering, self.first)
         return (logits.argmax(2) == targets).cpu(), divergence.cpu(), {name: s.cpu() for name, s in signals.items()}
 
     def _rest(self, tokens: Any, plans: Sequence[StagePlan]) -> Tensor:
@@ -144,7 +153,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     others = [_picture(training, index) for index in list(training.indices)[:: max(1, len(training) // OTHERS)]]
     about = (f"{args.model}, {args.method}, {len(judging):,} images of {args.data}, calibrated on {len(training):,} of "
              f"{args.calibration}, {args.precision}, on {describe_device(bench.device)}")  # fmt: skip
-    held: dict[str, Any] = {"about": about, "rates": sorted(args.rates), "gmacs": bench.gmacs}
+    held: dict[str, Any] = {"about": about, "rates": sorted(args.rates), "gmacs": bench.gmacs,
+                            "product_gmacs": bench.product_gmacs()}  # fmt: skip
     for name, images in (("calibration", training), ("judged", judging)):
         results = bench.judged(images, others)
         held[f"{name}.correct"] = results.correct == 1
@@ -169,13 +179,15 @@ def results_of(held: dict[str, Any], part: str) -> Results:
 class Comparison:
     """Ways to give images levels, against one level for all, at a mean cost on some of the surroundings."""
 
-    def __init__(self, calibration: Results, judged: Results, costs: Floats, budget: float, most: int) -> None:
+    def __init__(
+        self, calibration: Results, judged: Results, costs: Floats, budget: float, product: float, most: int
+    ) -> None:
         self.calibration, self.judged = calibration, judged
-        self.costs, self.budget, self.most = costs, budget, most
+        self.costs, self.budget, self.product, self.most = costs, budget, product, most
 
-    def row(self, name: str, levels: Whole, rates: str = "") -> tuple[Any, ...]:
-        """A line of the table for the levels of all judged images."""
-        cost = self.costs[levels].mean()
+    def row(self, name: str, levels: Whole, rates: str = "", signal: float = 0.0) -> tuple[Any, ...]:
+        """A line of the table for the levels of all judged images, by a signal of some GMACs."""
+        cost = self.costs[levels].mean() + signal
         cells: list[Any] = [name, f"{cost:.3f}"]
         for values, scale, digits in ((self.judged.correct, 100, 2), (self.judged.divergence, 1000, 1)):
             flat = self.judged.flat(values)
@@ -187,10 +199,12 @@ class Comparison:
     def by_signal(self, name: str, rates: Sequence[float], calibration: Floats, judged: Floats) -> tuple[float, Any]:
         """A signal's loss on calibration images, and its line."""
         loss = self.calibration.flat(self.calibration.divergence)
-        rule = calibrated(calibration.ravel(), loss, self.costs, self.budget, self.most)
+        read = name.strip("*").partition(":")[0].partition(",")[0]
+        cost = self.product * PRODUCTS[read] + (SPREAD_MACS / 1e9 if read in ("pixels", "all") else 0)
+        rule = calibrated(calibration.ravel(), loss, self.costs, self.budget - cost, self.most)
         levels = rule(judged.ravel())
         used = ", ".join(f"{rates[level]:g} ({share:.0%})" for level, share in _shares(levels))
-        return rule.loss, self.row(name, levels, used)
+        return rule.loss, self.row(name, levels, used, cost)
 
     def fitted(self) -> tuple[Floats, Floats]:
         """What all signals together say: the logarithm of the divergence at the budget, by least squares."""
@@ -216,9 +230,9 @@ class Comparison:
         """The table: every signal, the best on calibration images first, then what is told more than a signal knows."""
         signals = {name: (values, self.judged.signals[name]) for name, values in self.calibration.signals.items()}
         told = [self.by_signal(name, rates, *both) for name, both in {**signals, "all, fitted": self.fitted()}.items()]
-        nearest, kinds = "tokens: nearest", self.by_kind()
-        shuffled = np.random.default_rng(0).permuted(self.judged.signals[nearest].ravel())
-        mistaken = self.by_signal(f"*{nearest}, of another image*", rates, self.calibration.signals[nearest], shuffled)
+        taken, kinds = "pixels: spread", self.by_kind()
+        shuffled = np.random.default_rng(0).permuted(self.judged.signals[taken].ravel())
+        mistaken = self.by_signal(f"*{taken}, of another image*", rates, self.calibration.signals[taken], shuffled)
         known = ", ".join(f"{rates[level]:g}" for level in kinds[:: self.judged.correct.shape[2]])
         divergence, wrong = self.judged.flat(self.judged.divergence), 1 - self.judged.flat(self.judged.correct)
         return [
@@ -237,7 +251,7 @@ def _shares(levels: Whole) -> list[tuple[int, float]]:
 
 def tables(held: dict[str, Any], args: argparse.Namespace) -> None:
     """Prints what one rate gets in each of the surroundings, and a table for each budget."""
-    rates, costs = held["rates"].tolist(), held["gmacs"].astype(float)
+    rates, costs, product = held["rates"].tolist(), held["gmacs"].astype(float), float(held["product_gmacs"])
     calibration, judged = results_of(held, "calibration"), results_of(held, "judged")
     print(f"{held['about']}\n")
     alone = []
@@ -249,7 +263,7 @@ def tables(held: dict[str, Any], args: argparse.Namespace) -> None:
     for kinds in ([0], range(len(KINDS))):
         for keep in args.keep:
             budget = float(costs[rates.index(keep)])
-            comparison = Comparison(calibration.of(kinds), judged.of(kinds), costs, budget, args.levels)
+            comparison = Comparison(calibration.of(kinds), judged.of(kinds), costs, budget, product, args.levels)
             print(f"\n## {', '.join(KINDS[kind] for kind in kinds)}: the mean cost of keep {keep:g}\n")
             print(markdown(head, comparison.rows(rates)), flush=True)
 

@@ -23,7 +23,7 @@ from tokencut.cli.options import (
     bounded,
     with_groups,
 )
-from tokencut.cli.search_options import CompressTargetOptions
+from tokencut.cli.search_options import CompressTargetOptions, LevelOptions
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def compress(
     ] = None,
     reduction: ReductionOptions,
     target: CompressTargetOptions,
+    levels: LevelOptions,
     tuning: FinetuneOptions,
     source: ModelOptions,
     data: DataOptions,
@@ -87,10 +88,14 @@ def compress(
     from tokencut.runtime.devices import resolve_device
     from tokencut.runtime.distributed import process_group
 
-    searching = target.requested(reduction)
+    leveled = levels.requested(reduction, target)
+    searching = not leveled and target.requested(reduction)
     refuse_finished(output, tuning, force=force)
     check_output(output, force=force)
     trained = tuning.requested()
+    if leveled and (trained or dry_run):
+        other = "--train-data" if trained else "--dry-run"
+        raise UsageError(f"--mean-gmacs gives images different schedules, and {other} is for one; leave it out")
     if trained:
         tuning.training_recipe()
         check_run(output, tuning, force=force)
@@ -117,7 +122,14 @@ def compress(
             )  # fmt: skip
             why = "an accuracy on images that the schedule was chosen by is too good"
             note_same_images("--calibration", search.source, "--data", images, why)
-        subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search)
+        sorting = None
+        if leveled:
+            from tokencut.cli.levels_run import LevelsRun
+
+            sorting = LevelsRun(levels, target, run, processes=group.size, workers=data.workers, reading=data.reading())
+            why = "an accuracy on images that the levels were chosen by is too good"
+            note_same_images("--calibration", sorting.source, "--data", images, why)
+        subject = prepare(model, source, reduction, seed=run.seed, to_be_trained=trained, search=search or sorting)
         assert isinstance(subject.model, CompressedModel)
         _refuse_quantized(subject.model, trained=trained, quantize=quantize)
         work = FinetuneRun(subject, output, tuning, train, images, data, run, group, force)
@@ -145,19 +157,20 @@ def compress(
             save(final, output, force=force, dtype=dtype, measured=stored)
             if trained:
                 work.done()
-    recipe = subject.model.recipe
+    recipe, found = subject.model.recipe, search or sorting
     made = {"output": str(output), "model": subject.name, "method": recipe.method, "keep": recipe.keep}
     made |= {} if quantize is None else {"quantize": quantize}
     if as_json:
         told = {} if report is None else {"finetune": work.summary(report)}
         told |= {} if search is None else {"search": search.summary()}
+        told |= {} if sorting is None else {"levels": sorting.summary()}
         render.write_json({**made, "layers": recipe.layers, **measured, **told})
         return
-    found = [] if search is None else search.facts()
     rows = _facts(str(output), subject.name, subject.describe(), measured, report)
-    render.show(render.facts(rows + _quantized_facts(quantize, measured) + found))
+    render.show(render.facts(rows + _quantized_facts(quantize, measured) + ([] if found is None else found.facts())))
     judge = f", or tokencut eval {output} --data DIR" if subject.model.num_classes else ""
-    render.note(f"next: tokencut profile {output}{judge}")
+    profiled = "" if leveled else f"tokencut profile {output}"
+    render.note(f"next: {profiled}{judge}" if profiled else f"next: {judge.removeprefix(', or ')}")
 
 
 def _check_quantize(kind: str | None, allow_drop: float | None) -> None:

@@ -41,18 +41,26 @@ def info(
         return
     render.show(render.facts(_facts(found, size)))
     rows = [(str(stage.block), str(stage.tokens_in), str(stage.tokens_out)) for stage in found.recipe.stages]
-    if rows:
+    if rows and found.recipe.levels is None:
         render.show(render.table(("block", "tokens in", "tokens out"), rows))
 
 
 def _facts(found: ArtifactInfo, size: int) -> list[tuple[str, str]]:
-    recipe = found.recipe
+    recipe, levels = found.recipe, found.recipe.levels
     rows = [
         ("architecture", found.architecture),
         ("arguments", render.pairs(found.model_args)),
         *([("not timm's own", render.pairs(altered))] if (altered := found.alterations.to_json()) else []),
         ("method", " ".join((recipe.method, render.pairs(recipe.method_options)))),
-        ("keep", render.keep_text(recipe.keep, recipe.schedule.reduce_by)),
+        (
+            "keep",
+            render.keep_text(recipe.keep, recipe.schedule.reduce_by)
+            if levels is None
+            else ", ".join(
+                f"{keep:g} for {share:.0%} of the images"
+                for keep, share in zip(levels.keeps, levels.shares, strict=True)
+            ),
+        ),
         ("layers", ",".join(map(str, recipe.layers))),
         *([] if recipe.static_keep is None else [("static keep", f"{recipe.static_keep:g}")]),
         ("proportional attention", "on" if recipe.prop_attn else "off"),

@@ -20,7 +20,7 @@ RARE = frozenset((
     "--ema-decay", "--label-smoothing", "--mixup", "--cutmix", "--crop-scale", "--hflip", "--color-jitter",
     "--auto-augment", "--random-erasing", "--mean", "--std", "--crop-pct", "--interpolation", "--image-root",
     "--calibration-limit", "--search-effort", "--front", "--select", "compress --compile", "compress --allow-drop",
-    "--target-form", "--frame-stride", "--frames", "--static-keep", "--views",
+    "--target-form", "--mean-gmacs", "--levels", "--frame-stride", "--frames", "--static-keep", "--views",
 ))  # fmt: skip
 
 NONE = "none"
@@ -30,7 +30,8 @@ DEFAULTS: Mapping[str, str] = {
     "--layers": "4,7,10 of 12", "--method": "bat", "--method-option": "the method's own", "--reduce-by": NONE,
     "--prop-attn": "by method", "sweep --methods": "bat,evit,tome", "compare --methods": NONE, "--compare": NONE,
     "--target-gmacs": NONE, "--target-speedup": NONE, "--target-latency": NONE, "--max-drop": NONE,
-    "--calibration": NONE, "--target-form": "eager", "--quantize": NONE, "--allow-drop": "1",
+    "--calibration": NONE, "--mean-gmacs": NONE, "--levels": "4", "--target-form": "eager", "--quantize": NONE,
+    "--allow-drop": "1",
     "export --calibration-limit": "128", "--calibration-limit": "512", "--search-effort": "40",
     "compress --front": "beside the output", "--front": NONE,
     "--finetune-epochs": "the recipe's", "--train-data": NONE, "--recipe": "short", "--select": "last",

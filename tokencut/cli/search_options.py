@@ -34,6 +34,11 @@ EFFORT_HELP = (
     "What the search may take, in dense forwards of those images. Ctrl-C takes the best found so far, if "
     "anything meets the target by then."
 )
+MEAN_HELP = (
+    "A keep rate for each image, by how varied it is: so many multiply-adds on average over images like those of "
+    "--calibration, in units of 1e9. Worth it for images that differ much, such as scans beside photos."
+)
+LEVELS_HELP = "With --mean-gmacs: how many rates there may be; 4 where nothing is said."
 FRONT_HELP = "Write all schedules that nothing tried beats, as JSON."
 
 
@@ -120,3 +125,35 @@ class CompressTargetOptions(TargetOptions):
     def form(self) -> dict[str, Any]:
         """The form, as `SearchSettings` takes it."""
         return FORMS[self.target_form or "eager"]
+
+
+@dataclass(frozen=True)
+class LevelOptions:
+    """A keep rate for each image, as typed."""
+
+    mean_gmacs: Annotated[float | None, target_option("--mean-gmacs", **bounded("gmacs", "G"), help=MEAN_HELP)] = None
+    levels: Annotated[int | None, target_option("--levels", **bounded("levels"), help=LEVELS_HELP)] = None
+
+    def requested(self, reduction: ReductionOptions, target: CompressTargetOptions) -> bool:
+        """Whether levels are to be found.
+
+        Raises:
+            UsageError: They are, and the options do not fit together; or they are not, and one is only for that.
+        """
+        if self.mean_gmacs is None:
+            if self.levels is not None:
+                raise UsageError("--levels is for a keep rate for each image; add --mean-gmacs G --calibration DIR")
+            return False
+        others = {"--target-gmacs": target.target_gmacs, "--target-speedup": target.target_speedup,
+                  "--target-latency": target.target_latency, "--target-form": target.target_form,
+                  "--max-drop": target.max_drop, "--search-effort": target.search_effort, "--front": target.front,
+                  "--static-keep": reduction.static_keep}  # fmt: skip
+        given = [name for name, value in others.items() if value is not None]
+        given += [name for name in ("--keep", "--reduce-by") if name in reduction.given()]
+        if given:
+            raise UsageError(f"--mean-gmacs finds keep rates for levels of images, and {given[0]} is for one schedule; "
+                             "leave one out")  # fmt: skip
+        if target.calibration is None:
+            raise UsageError("--mean-gmacs needs images to choose by, like those to come; add --calibration DIR, a "
+                             "folder with one sub-folder a class, or --calibration digits")  # fmt: skip
+        return True

@@ -38,6 +38,7 @@ from tokencut.runtime.devices import describe_device, versions
 from tokencut.runtime.distributed import Group, single_process
 
 if TYPE_CHECKING:
+    from tokencut.cli.levels_run import LevelsRun
     from tokencut.cli.search_run import SearchRun
 
 
@@ -95,7 +96,7 @@ def prepare(
     dense: bool = False,
     weights_needed: bool = True,
     to_be_trained: bool = False,
-    search: SearchRun | None = None,
+    search: SearchRun | LevelsRun | None = None,
 ) -> Subject:
     """Loads a model and reduces it as asked; what can be checked without the model is checked first.
 
@@ -152,7 +153,12 @@ def prepare(
 
 
 def _reduced(
-    loaded: Loaded, arguments: dict[str, Any], given: tuple[str, ...], *, to_be_trained: bool, search: SearchRun | None
+    loaded: Loaded,
+    arguments: dict[str, Any],
+    given: tuple[str, ...],
+    *,
+    to_be_trained: bool,
+    search: SearchRun | LevelsRun | None,
 ) -> Subject:
     replaced = loaded.recipe
     if replaced and methods()[replaced.method].needs_training:
@@ -222,6 +228,8 @@ def describe(recipe: Recipe) -> str:
     """A recipe in words."""
     keep = render.keep_text(recipe.keep, recipe.schedule.reduce_by)
     rate = keep if recipe.keep is None else f"keep {keep}"
+    if recipe.levels is not None:
+        rate = f"keep {' or '.join(f'{keep:g}' for keep in recipe.levels.keeps)} by image"
     static = "" if recipe.static_keep is None else f", static keep {recipe.static_keep:g}"
     return f"{recipe.method}, {rate}, layers {','.join(map(str, recipe.layers))}{static}"
 
@@ -233,6 +241,7 @@ def run_facts(subject: Subject, device: torch.device, precision: str) -> dict[st
         "method": recipe.method if recipe else None,
         "keep": recipe.keep if recipe else 1.0,
         "layers": list(recipe.layers) if recipe else [],
+        **({"levels": list(recipe.levels.keeps)} if recipe and recipe.levels is not None else {}),
         **({"static_keep": recipe.static_keep} if recipe and recipe.static_keep is not None else {}),
         "device": describe_device(device),
         "precision": precision,

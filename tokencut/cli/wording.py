@@ -14,9 +14,9 @@ _SAME = """
     accumulate allow_drop alpha attention auto_augment batch_size beta calibration capture checkpoint class_map
     clip_grad color_jitter compare compile_mode crop_pct crop_scale cutmix data dense device distill distill_weight
     dtype ema_decay force frame_stride frames hflip img_size interpolation keep keep_warmup label_smoothing
-    layer_decay layers limit lr lr_scaling max_drop mean method methods min_lr mixup model_kwargs num_classes opset
-    precision predictions prop_attn quantize random_erasing recipe reduce_by seed select static_keep std temperature
-    tensorboard top train_data views warmup_epochs weight_decay workers
+    layer_decay layers levels limit lr lr_scaling max_drop mean method methods min_lr mixup model_kwargs num_classes
+    opset precision predictions prop_attn quantize random_erasing recipe reduce_by seed select static_keep std
+    temperature tensorboard top train_data views warmup_epochs weight_decay workers
 """
 OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
     "compiled": "--compile",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from tokencut.data.image_set import ImageSet
 from tokencut.data.loading import Batch
 from tokencut.data.preprocessing import Preprocessing
 from tokencut.errors import ModelError
+from tokencut.evaluation.levels import in_levels
+from tokencut.model import CompressedModel
 from tokencut.observers import Observer
 from tokencut.runtime.capturing import CapturedModel
 from tokencut.runtime.compiling import check_form, compile_model, in_batches
@@ -57,10 +60,18 @@ def logits_of(
     """
     wanted, loaded = precision_dtype(precision), images.batches(batch_size, workers=workers, device=device)
     check_form(compile_mode, capture)
-    called = CapturedModel(model, observer=observer) if capture else model
-    forward = _forward(called, compile_mode, min(batch_size, len(images)))
+    size = min(batch_size, len(images))
+    made = partial(_forward, compile_mode=compile_mode, capture=capture, size=size, observer=observer)
+    leveled = isinstance(model, CompressedModel) and model.recipe.levels is not None
+    forward = model if leveled else made(model)
     with inference_state(model, device, wanted), torch.no_grad(), closing(iter(loaded)) as batches:
         dtype = weights_dtype(model)
+        if leveled:
+            assert isinstance(model, CompressedModel)
+            forwards = [made(one) for one in model.at_levels()]
+            pixels_of = partial(_pixels, prepared=images.prepared, device=device, dtype=dtype)
+            yield from in_levels(batches, model.levels_of, forwards, pixels_of, size)
+            return
         for batch in batches:
             yield batch, _logits(forward, batch, images.prepared, device, dtype)
 
@@ -93,12 +104,18 @@ def over_views(logits: Sequence[Tensor]) -> Tensor:
     return logits[0] if len(logits) == 1 else torch.stack(tuple(logits)).softmax(2).mean(0).log()
 
 
-def _forward(model: nn.Module, compile_mode: str | None, size: int) -> Forward:
+def _forward(
+    model: nn.Module, *, compile_mode: str | None, capture: bool, size: int, observer: Observer | None
+) -> Forward:
     """What is called: the model, or what is made for batches of `size`, to which smaller ones are filled up."""
-    if compile_mode is None and not isinstance(model, CapturedModel):
+    if compile_mode is None and not capture:
         return model
-    made = model if compile_mode is None else compile_model(model, compile_mode)
+    made = CapturedModel(model, observer=observer) if capture else compile_model(model, compile_mode or "default")
     return lambda images: in_batches(made, images, size)
+
+
+def _pixels(batch: Batch, prepared: Preprocessing, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return prepared.normalise(batch.images, device, dtype)
 
 
 def _logits(

@@ -23,6 +23,7 @@ from tokencut.export.runtimes import Runtime, exported_kind, runtimes
 from tokencut.export.timm_folder import check_folder, read_folder, write_folder
 from tokencut.files import atomic_folder, user_path, with_ending
 from tokencut.limits import check_number
+from tokencut.model import require_one_schedule
 from tokencut.models.checkpoints import require_finite
 from tokencut.models.quantized import refuse_quantized
 from tokencut.observers import Observer
@@ -255,6 +256,7 @@ def export_model(
     )
     model = plain_model(model)
     refuse_quantized(model, "exported")
+    require_one_schedule(model, "export_model")
     require_finite(model)
     _check_model(model, batch_size)
     if kind == TIMM:

@@ -13,7 +13,7 @@ from tokencut.adapters import known_adapter, plain_model
 from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ModelError, UsageError
 from tokencut.limits import check_number
-from tokencut.model import CompressedModel, predicted_macs
+from tokencut.model import CompressedModel, predicted_macs, require_one_schedule
 from tokencut.models.pretrained_cfg import name_of
 from tokencut.observers import Observer
 from tokencut.over_frames import OverFrames, of_images
@@ -108,6 +108,7 @@ def profile(
         raise UsageError("profile times a captured model beside the captured dense one, so it captures both; pass "
                          "`model.model` and `capture=True`")  # fmt: skip
     model = plain_model(model)
+    require_one_schedule(model, "profile")
     target, size = resolve_device(device), preprocessing_of(model).input_shape
     dtype = precision_dtype(precision)
     check_form(compile_mode, capture)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from tokencut.limits import check_number
 from tokencut.messages import listed, one_line
+from tokencut.model import require_one_schedule
 from tokencut.observers import Observer
 
 # Until then kernels have been compiled and chosen, and libraries have taken their workspaces.
@@ -94,6 +95,7 @@ class CapturedModel(nn.Module):
     ) -> None:
         """Captures nothing yet; the arguments are those of `capture`."""
         check_number("max_graphs", max_graphs)
+        require_one_schedule(model, "capture")
         super().__init__()
         self.model = model
         self.max_graphs = max_graphs

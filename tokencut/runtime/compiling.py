@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokencut.errors import ModelError, UsageError
 from tokencut.messages import one_line
-from tokencut.model import CompressedModel
+from tokencut.model import CompressedModel, require_one_schedule
 from tokencut.observers import Observer
 
 # torch's own names; reduce-overhead captures CUDA graphs.
@@ -64,6 +64,7 @@ def compile_model(model: nn.Module, mode: str = "default") -> Callable[[Tensor],
         UsageError: There is no such mode.
     """
     check_mode(mode)
+    require_one_schedule(model, "compile_model")
     compiled = torch.compile(model, fullgraph=isinstance(model, CompressedModel), dynamic=False, mode=mode)
 
     def forward(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tokencut.data.sources import Source, Subset, hold_out, open_source
 from tokencut.errors import ArtifactError, DataError, UsageError
 from tokencut.evaluation.distributed import evaluate_spread
 from tokencut.messages import quoted
-from tokencut.model import CompressedModel, predicted_macs, require_compressed
+from tokencut.model import CompressedModel, predicted_macs, require_compressed, require_one_schedule
 from tokencut.models.pretrained_cfg import require_head
 from tokencut.models.quantized import refuse_quantized
 from tokencut.observers import Observer, TrainingProgress
@@ -104,6 +104,7 @@ def finetune(
     setup = setup or TrainingSetup()
     group = group or single_process(resolve_device("auto"))
     model = require_compressed(model, "finetune")
+    require_one_schedule(model, "finetune")
     require_head(model)
     refuse_quantized(model, "trained")
     home = next(model.parameters()).device

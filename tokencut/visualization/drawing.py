@@ -17,7 +17,7 @@ from tokencut.data.preprocessing import Preprocessing, preprocessing_of
 from tokencut.errors import UsageError
 from tokencut.evaluation.prediction import Guess
 from tokencut.files import check_writable, user_path, with_ending
-from tokencut.model import CompressedModel, require_compressed
+from tokencut.model import CompressedModel, require_compressed, require_one_schedule
 from tokencut.models.checkpoints import require_finite
 from tokencut.runtime import extras
 from tokencut.runtime.devices import resolve_device
@@ -155,6 +155,7 @@ def draw(
     given = dict(models) if isinstance(models, Mapping) else {"": models}
     named = {name: require_compressed(model, "draw") for name, model in given.items()}
     for model in named.values():
+        require_one_schedule(model, "draw")
         require_finite(model)
     target, prepared = resolve_device(device), shared_preprocessing(named)
     shown = read_images(images, prepared, frame_stride)
