@@ -90,7 +90,7 @@ WRONG = [
      "--reduce-by 8"),
     # Methods.
     ((*DEIT, "--method", "topp"), 2,
-     re.compile(r"unknown method 'topp', did you mean topk\? methods are .*bat, .*evit, .*topk")),
+     re.compile(r"unknown method 'topp', did you mean topk\? methods are .*bat, .*evit, .*topk, .*window")),
     ((*DEIT, "--method-option", "clusters"), 2,
      "--method-option clusters is not of the form key=value, such as --method-option clusters=0.25"),
     ((*DEIT, "--method-option", "pairs=0", "--method-option", "pairs=1"), 2,

@@ -75,7 +75,7 @@ class HieraAdapter(ColumnarAdapter):
         start, stop = self._run_of_plain(model)
         if start == stop:
             raise ModelError("no block of this Hiera attends to all tokens of one grid, and in windows there are none "
-                             "to spare; build it with such as `mask_unit_attn=(True, True, False, False)`")  # fmt: skip
+                             "to spare; build it with such as mask_unit_attn=(True, True, False, False)")  # fmt: skip
         super().check(model)
 
     def check_method(self, method: Any) -> None:

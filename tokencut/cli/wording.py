@@ -19,6 +19,7 @@ _SAME = """
     temperature tensorboard top train_data views warmup_epochs weight_decay workers
 """
 OPTIONS = {name: "--" + name.replace("_", "-") for name in _SAME.split()} | {
+    "calibration_limit": "--calibration-limit",
     "compiled": "--compile",
     "dynamic_batch": "--dynamic-batch",
     "effort": "--search-effort",
