@@ -104,7 +104,8 @@ def many_compiled() -> Iterator[None]:
     import torch._dynamo.config as config
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    with config.patch({name: max(MANY, getattr(config, name))}):
+    many = max(MANY, getattr(config, name))
+    with config.patch({name: many, f"accumulated_{name}": max(many, getattr(config, f"accumulated_{name}"))}):
         yield
 
 
