@@ -146,10 +146,10 @@ def test_each_part_is_compiled_and_called_once(monkeypatch: pytest.MonkeyPatch) 
     assert (list(made), called) == (["one", "two"], ["1 without gradients: True", "2 without gradients: True"])
 
 
-def test_one_function_is_compiled_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_one_function_is_compiled_for_many_models() -> None:
     torch._dynamo.reset()
-    limit, graphs = 8, []  # torch's own, which what other tests import may have raised
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+    limit, graphs = torch._dynamo.config.recompile_limit, []  # what other tests import may have raised it
 
     def counting(graph: Any, _: Any) -> Any:
         graphs.append(graph)
