@@ -290,6 +290,8 @@ def test_the_nearest_window_is_taken() -> None:
                             "where that begins, such as `layers=[2]`"),
         ({"prop_attn": True}, "method window leaves clusters of equal weight, and no proportional attention; leave out "
                               "`prop_attn`"),
+        ({"layers": [99]}, "layer 99 does not exist: the third stage, which is reduced, has blocks 1 to 4; type that "
+                           "where it begins, such as `layers=[2]`"),
         ({"layers": [2, 3]}, "layers 2,3 are several, and Swin is reduced once; type the block of its third stage "
                              "where that begins, such as `layers=[2]`"),
     ],

@@ -149,6 +149,10 @@ class HierarchicalAdapter(Adapter):
         if isinstance(layers, str):
             raise UsageError(f"layers {layers!r} are several, and {self.family} is reduced once; type the block of its "
                              f"third stage where that begins, such as {example}")  # fmt: skip
+        beyond = [layer for layer in layers or () if isinstance(layer, int) and not 1 <= layer <= depth]
+        if beyond:
+            raise UsageError(f"layer {beyond[0]} does not exist: the third stage, which is reduced, has blocks 1 to "
+                             f"{depth}; type that where it begins, such as {example}")  # fmt: skip
         schedule = make_schedule(depth, keep, (usual,) if layers is None else layers, None)
         if len(schedule.layers) > 1:
             raise UsageError(f"layers {','.join(map(str, schedule.layers))} are several, and {self.family} is reduced "
