@@ -87,6 +87,7 @@ def stand_in(path: Path, posted: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_what_the_browser_found_is_had_and_it_is_ended(tmp_path: Path) -> None:
     (tmp_path / "runner.html").write_text(browser.RUNNER)
     found = browser.browsed(tmp_path, stand_in(tmp_path / "browser", '{"files": {"a": 1}}'), 50)

@@ -77,6 +77,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.slow
 def test_what_is_kept_of_the_archive(tmp_path: Path) -> None:
     report = export_model(small("topk"), tmp_path / "m.aoti.pt2", limit=4)
     assert report.agreement.largest_difference < 1e-5
