@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import stat
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +74,40 @@ def test_the_pages_file_tells_where_patches_went(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), dense, rtol=1e-4, atol=1e-5)
 
 
-def stand_in(path: Path, posted: str) -> str:
-    """A program in place of the browser: it fetches the runner and answers as its page would."""
-    path.write_text(f"#!{sys.executable}\n"
-                    "import sys, time, urllib.request\n"
-                    "address = sys.argv[-1]\n"
-                    "assert b'index.html' in urllib.request.urlopen(address).read()\n"
-                    "found = address.replace('runner.html', 'found')\n"
-                    f"posted = {posted!r}\n"
-                    "if posted: urllib.request.urlopen(found, data=posted.encode())\n"
-                    "time.sleep(60)\n")  # fmt: skip
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
+class StandIn:
+    """In place of the browser's process: it fetches the runner, and answers as its page would."""
+
+    posted = ""
+
+    def __init__(self, words: list[str], **_: Any) -> None:
+        self.address, self.ended = words[-1], False
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+
+    def look(self) -> None:
+        assert b"index.html" in urllib.request.urlopen(self.address).read()
+        if self.posted:
+            urllib.request.urlopen(self.address.replace("runner.html", "found"), data=self.posted.encode())
+
+    def terminate(self) -> None:
+        self.ended = True
+
+    def wait(self) -> None:
+        assert self.ended
+        self.thread.join()
 
 
-@pytest.mark.slow
-def test_what_the_browser_found_is_had_and_it_is_ended(tmp_path: Path) -> None:
+def test_what_the_browser_found_is_had_and_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runner.html").write_text(browser.RUNNER)
-    found = browser.browsed(tmp_path, stand_in(tmp_path / "browser", '{"files": {"a": 1}}'), 50)
-    assert found == {"files": {"a": 1}}
+    monkeypatch.setattr(browser.subprocess, "Popen", StandIn)
+    monkeypatch.setattr(StandIn, "posted", '{"files": {"a": 1}}')
+    assert browser.browsed(tmp_path, "browser", 50) == {"files": {"a": 1}}
+    monkeypatch.setattr(StandIn, "posted", '{"error": "Error: no model"}')
     with pytest.raises(TokencutError, match="^the page failed: Error: no model$"):
-        browser.browsed(tmp_path, stand_in(tmp_path / "browser", '{"error": "Error: no model"}'), 50)
+        browser.browsed(tmp_path, "browser", 50)
+    monkeypatch.setattr(StandIn, "posted", "")
     with pytest.raises(TokencutError, match=r"told nothing within 0\.5 s; type more --seconds"):
-        browser.browsed(tmp_path, stand_in(tmp_path / "browser", ""), 0.5)
+        browser.browsed(tmp_path, "browser", 0.5)
 
 
 def test_a_page_that_shows_other_tokens_is_refused() -> None:
