@@ -32,7 +32,7 @@ from tokencut.adapters.base import (
     supported_modules,
 )
 from tokencut.adapters.columnar import ColumnarAdapter, described_size, patches
-from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, ReachedError, Run
+from tokencut.adapters.hierarchy import STAGE, HierarchicalAdapter, Run, tokens_reached
 from tokencut.adapters.pairs import PairBiasAdapter, PairContext
 from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.positions import PositionedAdapter, grid_positions
@@ -91,7 +91,6 @@ __all__ = [
     "PositionedAdapter",
     "QueryKey",
     "ResPostBlockHandler",
-    "ReachedError",
     "RotaryAdapter",
     "RotaryContext",
     "RotatedQueryKey",
@@ -142,6 +141,7 @@ __all__ = [
     "self_attention",
     "supported_modules",
     "take",
+    "tokens_reached",
     "unclustered",
     "unwrapped",
     "weighted_mean",

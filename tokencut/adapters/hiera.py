@@ -22,7 +22,7 @@ from tokencut.adapters.base import (
     register_adapter,
 )
 from tokencut.adapters.columnar import ColumnarAdapter
-from tokencut.adapters.hierarchy import ReachedError, Run
+from tokencut.adapters.hierarchy import Run, tokens_reached
 from tokencut.adapters.vit_blocks import BlockHandler
 from tokencut.attention import QueryKey, TimmModule, fused_attention
 from tokencut.calling import StandIn, unwrapped
@@ -170,14 +170,7 @@ class HieraAdapter(ColumnarAdapter):
         return partial(checkpoint, called, use_reentrant=False) if self.recomputes(model) else called
 
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
-        def reached(tokens: Tokens) -> Tokens:
-            raise ReachedError(tokens)
-
-        try:
-            self.inside(model, reached).forward(images)
-        except ReachedError as end:
-            return end.tokens
-        raise AssertionError("the model has run without its blocks")
+        return tokens_reached(partial(self.inside, model), images)
 
     def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
         """All that follows the blocks that may reduce: logits `(B, classes)`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,12 +30,30 @@ STAGE = 2
 Run = Callable[[Tokens], Tokens]
 
 
-class ReachedError(Exception):
+class _ReachedError(Exception):
     """A forward has come to the blocks that may be reduced."""
 
     def __init__(self, tokens: Tokens) -> None:
         super().__init__()
         self.tokens = tokens
+
+
+def tokens_reached(inside: Callable[[Run], StandIn], images: Tensor) -> Tokens:
+    """The tokens entering the blocks that may be reduced, by timm's own forward, which is left there.
+
+    Args:
+        inside: Makes timm's model with other code for those blocks; see `Adapter.inside`.
+        images: `(B, C, H, W)`.
+    """
+
+    def reached(tokens: Tokens) -> Tokens:
+        raise _ReachedError(tokens)
+
+    try:
+        inside(reached).forward(images)
+    except _ReachedError as end:
+        return end.tokens
+    raise AssertionError("the model has run without the blocks that may be reduced")
 
 
 class HierarchicalAdapter(Adapter):
@@ -227,14 +246,7 @@ class HierarchicalAdapter(Adapter):
         return run(tokens).features.unflatten(1, (rows, columns))
 
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
-        def reached(tokens: Tokens) -> Tokens:
-            raise ReachedError(tokens)
-
-        try:
-            self.inside(model, reached).forward(images)
-        except ReachedError as end:
-            return end.tokens
-        raise AssertionError("the model has run without its third stage")
+        return tokens_reached(partial(self.inside, model), images)
 
     def leaving(self, model: TimmModule, tokens: Tokens) -> Tokens:
         return unclustered(tokens)
