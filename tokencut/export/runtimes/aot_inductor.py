@@ -15,7 +15,7 @@ from torch import Tensor
 from tokencut.errors import ArtifactError, ModelError, TokencutError
 from tokencut.export.graph import Graph, quiet, without_paths
 from tokencut.export.info import KEY
-from tokencut.export.runtimes.base import ExportedModel, Runtime, info_of, register
+from tokencut.export.runtimes.base import ExportedModel, Runtime, info_of, not_loaded, register
 from tokencut.export.runtimes.torch_export import archive_text
 from tokencut.messages import one_line
 
@@ -73,7 +73,7 @@ class AotInductor(Runtime):
             with quiet():
                 loaded: Any = inductor.aoti_load_package(str(path))
         except Exception as error:  # the loader's are all plain RuntimeErrors
-            raise ArtifactError(f"torch cannot load {path} ({one_line(error)}); export the model again") from error
+            raise not_loaded("torch", path, error) from error
 
         def run(images: Tensor) -> Tensor:
             with torch.no_grad():

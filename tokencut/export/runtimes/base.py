@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokencut.errors import ArtifactError
+from tokencut.errors import ArtifactError, ModelError
 from tokencut.export.graph import Graph
 from tokencut.export.info import ExportInfo, export_info_from_text
 from tokencut.files import atomic_files, atomic_package, check_writable, check_writable_package
+from tokencut.messages import one_line
 from tokencut.runtime import extras
 from tokencut.runtime.compiling import in_batches
 
@@ -94,6 +95,24 @@ def info_of(path: Path, text: str | None) -> ExportInfo:
         return export_info_from_text(text)
     except ArtifactError as error:
         raise ArtifactError(f"cannot load {path}: {error}") from error
+
+
+def not_translated(by: str, graph: Graph, error: Exception, *, instead: str = ".onnx") -> ModelError:
+    """What to raise where a model cannot be written.
+
+    Args:
+        by: What does not know it.
+        graph: The model.
+        error: What that said.
+        instead: How the name of a file ends that can be had.
+    """
+    return ModelError(f"{by} cannot translate {graph.info.model} ({one_line(error)}); type `path='FILE{instead}'`, "
+                      "and please report the model's name and options")  # fmt: skip
+
+
+def not_loaded(by: str, path: Path, error: Exception) -> ArtifactError:
+    """What to raise where a file cannot be opened, by what, and what that said."""
+    return ArtifactError(f"{by} cannot load {path} ({one_line(error)}); export the model again")
 
 
 class Runtime(ABC):

@@ -7,12 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokencut.errors import ArtifactError, ModelError
+from tokencut.errors import ArtifactError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, quiet
 from tokencut.export.info import KEY
 from tokencut.export.lowering import lowered
-from tokencut.export.runtimes.base import ExportedModel, Runtime, register
-from tokencut.messages import one_line
+from tokencut.export.runtimes.base import ExportedModel, Runtime, not_translated, register
 
 # What the converter leaves in a package for the debugger of another runtime.
 DEBUGGING = "executorch_debug_handle_mapping.json"
@@ -48,9 +47,7 @@ class CoreML(Runtime):
                 )
                 _named(tools, made, graph.info.to_text()).save(str(path))
         except Exception as error:  # of torch, and of the converter, which asserts much
-            raise ModelError(f"Core ML cannot translate {graph.info.model} ({one_line(error)}); type "
-                             "`path='FILE.onnx'`, and please report the model's name and "
-                             "options") from error  # fmt: skip
+            raise not_translated("Core ML", graph, error) from error
         (path / DEBUGGING).unlink(missing_ok=True)
 
     def checked(self, graph: Graph, path: Path) -> ExportedModel:

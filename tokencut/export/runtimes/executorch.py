@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencut.errors import ArtifactError, ModelError
 from tokencut.export.graph import Graph, quiet, quiet_library
 from tokencut.export.info import KEY
 from tokencut.export.lowering import lowered
-from tokencut.export.runtimes.base import ExportedModel, Runtime, register
-from tokencut.messages import one_line
+from tokencut.export.runtimes.base import ExportedModel, Runtime, not_loaded, not_translated, register
 
 # Where a program without another name for it begins.
 FORWARD = "forward"
@@ -51,9 +49,7 @@ class ExecuTorch(Runtime):
                 )
                 buffer = edge.to_executorch().buffer
         except Exception as error:  # of torch, of its export and of the backend
-            raise ModelError(f"ExecuTorch cannot translate {graph.info.model} ({one_line(error)}); type "
-                             "`path='FILE.onnx'`, and please report the model's name and "
-                             "options") from error  # fmt: skip
+            raise not_translated("ExecuTorch", graph, error) from error
         path.write_bytes(buffer)
 
     def _open(self, path: Path) -> ExportedModel:
@@ -66,8 +62,7 @@ class ExecuTorch(Runtime):
                 method = program.load_method(FORWARD)
                 largest = method.metadata.input_tensor_meta(0).sizes()[0]
         except RuntimeError as error:
-            raise ArtifactError(f"ExecuTorch cannot load {path} ({one_line(error)}); export the model "
-                                "again") from error  # fmt: skip
+            raise not_loaded("ExecuTorch", path, error) from error
 
         def run(images: Tensor, program: Any = program) -> Tensor:  # a method does not keep its program, nor its bytes
             logits: Tensor = method.execute([images])[0]

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencut.errors import ArtifactError, ModelError
+from tokencut.errors import ArtifactError
 from tokencut.export.graph import Graph, quiet, quiet_library
 from tokencut.export.info import KEY
 from tokencut.export.lowering import lowered
-from tokencut.export.runtimes.base import ExportedModel, Runtime, register
-from tokencut.messages import one_line
+from tokencut.export.runtimes.base import ExportedModel, Runtime, not_loaded, not_translated, register
 
 # What a file of this kind says of itself, in its first bytes.
 IDENTIFIER = b"TFL3"
@@ -44,9 +43,7 @@ class LiteRT(Runtime):
                 made = converter.convert(lowered(program).module(), (graph.example,))
                 made.export(str(path))
         except Exception as error:  # of torch, of jax and of the converter behind them
-            raise ModelError(f"LiteRT cannot translate {graph.info.model} ({one_line(error)}); type "
-                             "`path='FILE.onnx'`, and please report the model's name and "
-                             "options") from error  # fmt: skip
+            raise not_translated("LiteRT", graph, error) from error
         path.write_bytes(_with_text(path.read_bytes(), graph.info.to_text()))
 
     def _open(self, path: Path) -> ExportedModel:
@@ -60,7 +57,7 @@ class LiteRT(Runtime):
                 model = interpreters.Interpreter(model_content=content, num_threads=torch.get_num_threads())
                 model.allocate_tensors()
         except Exception as error:  # of the interpreter plain ones, of reading a damaged file any
-            raise ArtifactError(f"LiteRT cannot load {path} ({one_line(error)}); export the model again") from error
+            raise not_loaded("LiteRT", path, error) from error
         (given,), (made,) = model.get_input_details(), model.get_output_details()
 
         def run(images: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencut.errors import ArtifactError, ModelError
+from tokencut.errors import ModelError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, quiet
 from tokencut.export.info import KEY, ExportInfo
 from tokencut.export.node_names import block_names, name_nodes
 from tokencut.export.onnx_int8 import quantize_onnx
-from tokencut.export.runtimes.base import ExportedModel, Runtime, register
+from tokencut.export.runtimes.base import ExportedModel, Runtime, not_loaded, not_translated, register
 from tokencut.export.translations import translations
-from tokencut.messages import one_line
 
 
 @register
@@ -92,8 +91,7 @@ def onnx_program(graph: Graph, opset: int, outputs: Sequence[str] = (OUTPUT,)) -
     except Exception as error:  # the exporter raises kinds of its own, and those of two more packages
         if isinstance(error, ModelError):  # the capture's
             raise
-        raise ModelError(f"torch.onnx cannot translate {graph.info.model} ({one_line(error)}); type "
-                         "`path='FILE.pt2'`, and please report the model's name and options") from error  # fmt: skip
+        raise not_translated("torch.onnx", graph, error, instead=".pt2") from error
     assert made is not None
     name_nodes(made.model.graph, graph.model)
     for node in made.model.graph:
@@ -112,4 +110,4 @@ def _session(runtime: Any, path: Path) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a dozen kinds, all of them plain exceptions
-        raise ArtifactError(f"onnxruntime cannot load {path} ({one_line(error)}); export the model again") from error
+        raise not_loaded("onnxruntime", path, error) from error

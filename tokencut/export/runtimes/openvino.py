@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencut.errors import ArtifactError, ModelError
+from tokencut.errors import ArtifactError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, in_stage, quiet
 from tokencut.export.info import KEY, ExportInfo
 from tokencut.export.openvino_int8 import quantize_openvino
-from tokencut.export.runtimes.base import ExportedModel, Runtime, register
-from tokencut.messages import one_line
+from tokencut.export.runtimes.base import ExportedModel, Runtime, not_loaded, not_translated, register
 
 # Where a file says which weights it belongs to, as a hexadecimal SHA-256.
 DIGEST = f"{KEY}_weights"
@@ -75,8 +74,7 @@ class OpenVino(Runtime):
         except Exception as error:  # the runtime's kinds are all plain RuntimeErrors
             if isinstance(error, ArtifactError):
                 raise
-            raise ArtifactError(f"OpenVINO cannot load {path} ({one_line(error)}); export the model "
-                                "again") from error  # fmt: skip
+            raise not_loaded("OpenVINO", path, error) from error
         request = compiled.create_infer_request()
 
         def run(images: Tensor) -> Tensor:
@@ -106,8 +104,7 @@ def _converted(graph: Graph) -> Any:
             size = -1 if graph.info.batch_size is None else graph.info.batch_size
             model.reshape({model.inputs[0]: runtime.PartialShape([size, *graph.example.shape[1:]])})
     except Exception as error:  # the frontend's kinds are all plain exceptions
-        raise ModelError(f"OpenVINO cannot translate {graph.info.model} ({one_line(error)}); type "
-                         "`path='FILE.onnx'`, and please report the model's name and options") from error  # fmt: skip
+        raise not_translated("OpenVINO", graph, error) from error
     model.inputs[0].set_names({INPUT})
     model.outputs[0].set_names({OUTPUT})
     stages = {node.name for node in decoder.fx_gm.graph.nodes if in_stage(node)}

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tokencut.errors import ArtifactError
 from tokencut.export.graph import Graph, quiet, without_paths
 from tokencut.export.info import KEY
-from tokencut.export.runtimes.base import ExportedModel, Runtime, info_of, register
-from tokencut.messages import one_line
+from tokencut.export.runtimes.base import ExportedModel, Runtime, info_of, not_loaded, register
 from tokencut.models.fields import MAX_LENGTH
 
 # Where a file may run code of its author's: torch reads expressions of sizes by evaluating them, and unpickles what is
@@ -43,8 +41,7 @@ class TorchExport(Runtime):
             with quiet():
                 module = torch.export.load(io.BytesIO(path.read_bytes())).module()
         except Exception as error:  # torch has a dozen kinds
-            raise ArtifactError(f"torch.export cannot load {path} ({one_line(error)}); export the model "
-                                "again") from error  # fmt: skip
+            raise not_loaded("torch.export", path, error) from error
         return ExportedModel(path, text, module, ("torch", torch.__version__), notes=(f"{path} {RUNS_CODE}",))
 
 
@@ -61,4 +58,4 @@ def archive_text(path: Path) -> str | None:
                 return None
             return archive.read(entry).decode("utf-8")
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"torch cannot load {path} ({one_line(error)}); export the model again") from error
+        raise not_loaded("torch", path, error) from error
