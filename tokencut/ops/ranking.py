@@ -85,7 +85,8 @@ def are_highest(scores: Tensor, count: int) -> Tensor:
     """
     if exporting():
         return ranks(scores) < count
-    return marked(_some_highest(scores, count), scores.shape[1])
+    chosen = _chosen_at_once(scores, count)
+    return marked(ranking(scores)[:, :count] if chosen is None else chosen, scores.shape[1])
 
 
 def marked(found: Tensor, count: int) -> Tensor:
@@ -102,14 +103,14 @@ def marked(found: Tensor, count: int) -> Tensor:
     return none.scatter(1, found.to(torch.int64), torch.ones_like(found)) > 0
 
 
-def _some_highest(scores: Tensor, count: int) -> Tensor:
-    """`highest` in any order."""
+def _chosen_at_once(scores: Tensor, count: int) -> Tensor | None:
+    """`highest` by one launch of a kernel; None where there is none for these scores."""
     if kernels.usable(scores):
         from tokencut.ops.kernels import sorting as kernel
 
         if scores.shape[1] <= kernel.CHOSEN_AT_ONCE:
             return kernel.highest(scores, count)
-    return ranking(scores)[:, :count]
+    return None
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -124,12 +125,8 @@ def highest(scores: Tensor, count: int) -> Tensor:
     """
     if exporting():
         return _sorted_out(are_highest(scores, count), count)[:, :count]
-    if kernels.usable(scores):
-        from tokencut.ops.kernels import sorting as kernel
-
-        if scores.shape[1] <= kernel.CHOSEN_AT_ONCE:
-            return kernel.highest(scores, count)
-    return ascending(ranking(scores)[:, :count])
+    chosen = _chosen_at_once(scores, count)
+    return ascending(ranking(scores)[:, :count]) if chosen is None else chosen
 
 
 def ascending(found: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ def opaque(
     Args:
         schema: Arguments and results in PyTorch's notation.
         shapes: A function of the same arguments that returns empty results of the right shapes.
-        backward: How gradients go through, as `torch.library.register_autograd` takes it: the backward, and what
-            keeps what it needs. None for an operator that no gradient goes through.
+        backward: How gradients go through, as torch's `register_autograd` takes it: the backward, and what keeps what
+            it needs. None for an operator that no gradient goes through.
     """
 
     def wrap(launch: Launch) -> Launch:
