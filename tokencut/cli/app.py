@@ -27,7 +27,7 @@ from tokencut.cli.cmd_visualize import visualize
 from tokencut.cli.help import HelpfulCommand, HelpfulGroup
 from tokencut.cli.loading import announced
 from tokencut.cli.options import with_home_folders
-from tokencut.cli.process import Interrupts, only_first_speaks, quiet_libraries
+from tokencut.cli.process import Interrupts, only_first_speaks, quiet
 from tokencut.errors import TokencutError, UsageError
 from tokencut.messages import nearest_known
 from tokencut.version import __version__
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
     no_stdout = sys.stdout is None
-    with render.streams(), Interrupts() as interrupts, quiet_libraries(unless=debug), only_first_speaks(), announced():
+    with render.streams(), Interrupts() as interrupts, quiet(unless=debug), only_first_speaks(), announced():
         try:
             if completion.asked():
                 completion.complete(typer.main.get_command(app))

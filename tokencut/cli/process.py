@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from tokencut.runtime.quiet import quiet_libraries
 
 # What ends a command: Ctrl-C, a polite request, a closed terminal.
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -113,7 +113,7 @@ def only_first_speaks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_libraries(*, unless: bool) -> Iterator[None]:
+def quiet(*, unless: bool) -> Iterator[None]:
     """Keeps off stderr, where people look for one line of ours, what libraries warn of, log, or fail to clean up.
 
     Args:
@@ -122,14 +122,11 @@ def quiet_libraries(*, unless: bool) -> Iterator[None]:
     if unless:
         yield
         return
-    disabled, unraisable = logging.root.manager.disable, sys.unraisablehook
-    logging.disable(logging.WARNING)
+    unraisable = sys.unraisablehook
     # An interrupt that reaches the processes that load images, too, ends in a traceback of torch's loader.
     sys.unraisablehook = lambda _: None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             yield
     finally:
-        logging.disable(disabled)
         sys.unraisablehook = unraisable

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +19,7 @@ from tokencut.errors import ModelError
 from tokencut.export.baking import bake_resampling
 from tokencut.export.info import ExportInfo
 from tokencut.messages import one_line
+from tokencut.runtime.quiet import quiet_libraries
 
 # What a graph's input and output are called wherever they have names.
 INPUT, OUTPUT = "images", "logits"
@@ -105,18 +104,8 @@ def without_paths(program: Any) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps back what torch's exporters and onnxscript print, log and warn of: nothing that anybody can act on."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with quiet_libraries(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager

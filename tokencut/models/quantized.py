@@ -15,8 +15,6 @@ import copy
 import dataclasses
 import functools
 import importlib
-import logging
-import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +27,7 @@ from tokencut.composite import is_composite
 from tokencut.errors import ArtifactError, ModelError, UsageError
 from tokencut.model import CompressedModel, require_compressed
 from tokencut.runtime import extras
+from tokencut.runtime.quiet import quiet_libraries
 
 KINDS: Mapping[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CLASSES = {"int8": "Int8Tensor", "fp8": "Float8Tensor"}
@@ -232,21 +231,13 @@ def _torchao() -> SimpleNamespace:
 
     What torchao says when it is imported (what torch will do to it, for which torch its C++ is) helps no user.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            homes = {
-                "torchao.quantization": ("Int8Tensor", "Float8Tensor", "PerRow"),
-                "torchao.quantization.quantize_.workflows": (
-                    "QuantizeTensorToInt8Kwargs", "QuantizeTensorToFloat8Kwargs"),
-                "torchao.float8.inference": ("Float8MMConfig",),
-            }  # fmt: skip
-            found = {name: getattr(importlib.import_module(home), name) for home, names in homes.items()
-                     for name in names}  # fmt: skip
-    finally:
-        logging.disable(before)
+    homes = {
+        "torchao.quantization": ("Int8Tensor", "Float8Tensor", "PerRow"),
+        "torchao.quantization.quantize_.workflows": ("QuantizeTensorToInt8Kwargs", "QuantizeTensorToFloat8Kwargs"),
+        "torchao.float8.inference": ("Float8MMConfig",),
+    }
+    with quiet_libraries():
+        found = {name: getattr(importlib.import_module(home), name) for home, names in homes.items() for name in names}
     return SimpleNamespace(**found)
 
 

@@ -177,7 +177,7 @@ def latency_table(
         task="timing the model's parts",
     ).items()}  # fmt: skip
     blocks = tuple(_block_times(times, number, counts) for number in numbers)
-    step = _step(whole, [times[f"block 1 {count}"] for count in ragged]) if ragged else 1
+    step = _step(whole, ragged, [times[f"block 1 {count}"] for count in ragged]) if ragged else 1
     table = LatencyTable(tuple(counts), blocks, times["embed"] + times["head"], step=step)
     return table.matched(times["dense"])
 
@@ -232,10 +232,10 @@ def _ragged(whole: Tokens) -> list[int]:
     return [count, count + 8, count + 1] if count + 8 <= whole.count else []
 
 
-def _step(whole: Tokens, times: Sequence[float]) -> int:
+def _step(whole: Tokens, ragged: Sequence[int], times: Sequence[float]) -> int:
     """The step, by the times of a block at `_ragged` numbers of tokens; never more than an eighth of all."""
     divides, half, odd = times
-    count = _aligned(whole, round(RAGGED * whole.count)) + whole.num_prefix_tokens
+    count = ragged[0] + whole.num_prefix_tokens
     fine = odd > DEARER * divides * (1 + 1 / count) or whole.count >= MANY_TOKENS
     coarse = half > DEARER * divides * (1 + 8 / count)
     wanted = STEPS[1] if coarse else STEPS[0] if fine else 1
