@@ -18,7 +18,6 @@ the first line, averaged over all points image by image.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from defaults import load_images, log_probabilities
 from jobs import STARTED, Lines, carried_out, say
-from options import IMAGES, image_parser
-from tables import markdown
+from options import IMAGES, add_jobs, image_parser
+from tables import hits, markdown
 from torch import Tensor, nn
-from tuning import tuned_and_judged
+from tuning import loaded_once, tuned_and_judged
 
 from tokencut import compress
 from tokencut.data.sources import open_source
@@ -173,15 +172,10 @@ def summary(divergences: dict[Options, list[Tensor]]) -> str:
     return markdown(["setting", "divergence over all points", "minus the first's"], lines)
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(name: str) -> nn.Module:
-    return load_model(name).dense
-
-
 def fine_tune(task: Task) -> dict[str, Any]:
     """What a fine-tuned model comes to."""
     setup = TrainingSetup(batch_size=task.batch_size, workers=task.workers, precision=task.precision)
-    model, recipe = reduced(_loaded(task.model), task.point, task.options), recipe_named(task.recipe)
+    model, recipe = reduced(loaded_once(task.model), task.point, task.options), recipe_named(task.recipe)
     return tuned_and_judged(
         model, open_source(task.train, split="train"), open_source(task.data), recipe.changed(epochs=task.epochs),
         setup, resolve_device(task.device), precision="fp32", limit=None,
@@ -205,7 +199,7 @@ def fine_tuned(args: argparse.Namespace) -> None:
         say(f"{len(found)} of {len(wanted)}: {done.point} {named(done.options)}: {told['top1']:.2f}")
     if dense not in found:
         raise TokencutError("the dense model was not done in time; give it more `max_seconds`")
-    right = {each: [letter == "1" for letter in told["correct"]] for each, told in found.items()}
+    right = {each: hits(told) for each, told in found.items()}
     print(f"{args.model}, {len(right[dense]):,} images of {args.data}, fine-tuned: dense top-1 "
           f"{top1(right[dense])} %\n")  # fmt: skip
     rows = []
@@ -227,14 +221,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3, 5], help="blocks of the third stage")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=V,V", help="settings of `window` to try")
-    parser.add_argument("--train-data", help="fine-tune each by these images first")
+    add_jobs(parser)
     parser.add_argument("--control", default="stride", choices=["pool", "stride"], help="which stands beside them then")
     parser.add_argument("--recipe", default="short", help="of that")
     parser.add_argument("--epochs", type=int, default=1, help="of that")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="then print what is there")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of that")
-    parser.add_argument("--jobs", type=int, default=1, help="fine-tunes at the same time")
-    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that load images, for each job")
     return parser.parse_args()
 
 

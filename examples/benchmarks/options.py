@@ -25,3 +25,10 @@ def image_parser(about: str | None, *, data: str, limit: int | None, batch_size:
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--device", default="auto")
     return parser
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a script that can fine-tune each model before it is judged, several at the same time."""
+    parser.add_argument("--train-data", help="fine-tune each by these images first")
+    parser.add_argument("--jobs", type=int, default=1, help="fine-tunes at the same time")
+    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that load images, for each job")

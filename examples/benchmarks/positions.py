@@ -15,7 +15,6 @@ off the shelf also the divergence from the dense model in thousandths of a nat, 
 from __future__ import annotations
 
 import argparse
-import functools
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from defaults import load_images, log_probabilities
 from jobs import carried_out, say
-from options import IMAGES, image_parser
+from options import IMAGES, add_jobs, image_parser
+from tables import hits
 from torch import Tensor, nn
-from tuning import tuned_and_judged
+from tuning import loaded_once, tuned_and_judged
 
 from tokencut import compress
 from tokencut.adapters.positions import POSITION_RULES, PositionedAdapter
@@ -92,20 +92,15 @@ def reduced(dense: nn.Module, rule: Rule, keep: float) -> CompressedModel:
     return model
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(name: str) -> nn.Module:
-    return load_model(name).dense
-
-
 def fine_tune(task: Task) -> list[bool]:
     """Which of the images are right after an epoch."""
     setup = TrainingSetup(batch_size=task.batch_size, workers=task.workers)
     told = tuned_and_judged(
-        reduced(_loaded(task.model), task.rule, task.keep), open_source(task.train, split="train"),
+        reduced(loaded_once(task.model), task.rule, task.keep), open_source(task.train, split="train"),
         open_source(task.data), SHORT.changed(epochs=1), setup, resolve_device(task.device), precision="fp32",
         limit=None,
     )  # fmt: skip
-    return [letter == "1" for letter in told["correct"]]
+    return hits(told)
 
 
 def line(keep: float, rule: Rule, right: list[bool], first: list[bool] | None, *more: str) -> str:
@@ -163,9 +158,7 @@ def parse() -> argparse.Namespace:
     parser = image_parser(__doc__, data=IMAGES, limit=5000, batch_size=100)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     parser.add_argument("--methods", nargs="+", default=["bat"])
-    parser.add_argument("--train-data", help="fine-tune each by these images first")
-    parser.add_argument("--jobs", type=int, default=1, help="fine-tunes at the same time")
-    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that load images, for each job")
+    add_jobs(parser)
     return parser.parse_args()
 
 

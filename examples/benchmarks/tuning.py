@@ -109,7 +109,7 @@ def carry_out(task: Task) -> dict[str, Any]:
     settings, given = task.settings, task.resources
     torch.set_num_threads(given.threads)
     method, keep = ("topk", 1.0) if task.method == DENSE else (task.method, task.keep)
-    model = compress(_dense(settings.model), keep=keep, method=method)
+    model = compress(loaded_once(settings.model), keep=keep, method=method)
     recipe = None if task.seed is None else recipe_of(settings, task.changes)
     setup = TrainingSetup(
         batch_size=settings.batch_size, workers=given.workers, precision=settings.precision, seed=task.seed or 0
@@ -159,7 +159,8 @@ def tuned_and_judged(
 
 
 @functools.lru_cache(maxsize=1)
-def _dense(name: str) -> nn.Module:
+def loaded_once(name: str) -> nn.Module:
+    """A dense model by its name, for the tasks that a process carries out one after the other; to be copied."""
     return load_model(name).dense
 
 
