@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import shutil
 from pathlib import Path
@@ -139,3 +141,28 @@ def test_other_methods_and_one_batch_size(method: str, tmp_path: Path) -> None:
     )
     assert report.agreement.largest_difference < 1e-5
     assert open_exported(report.output).info.batch_size == 3
+
+
+class SignalStack(ctypes.Structure):
+    """What `sigaltstack` says of a thread: `stack_t` of Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> int | None:
+    found = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    start: int | None = found.start
+    return start
+
+
+def test_the_stack_for_signals_stays_that_of_the_thread(report: ExportReport) -> None:
+    # OpenVINO puts another in its place where a plugin is loaded, and back what may be unmapped by then.
+    before = signal_stack()
+    first, second = (open_exported(report.output) for _ in range(2))
+    assert signal_stack() == before
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    assert signal_stack() == before

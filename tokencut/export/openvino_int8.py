@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from tokencut.export.graph import Graph, quiet
 from tokencut.export.node_names import block_names, is_of_blocks, module_name
+from tokencut.export.openvino_thread import off_this_thread
 
 # By this NNCF is told to tell its makers nothing of each call over the network.
 _SILENCE = "NNCF_CI"
@@ -35,10 +37,10 @@ def quantize_openvino(model: Any, graph: Graph, batches: Iterable[Tensor]) -> An
     with quiet():
         nncf = _nncf()
         images = [batch.numpy() for batch in batches]
-        return nncf.quantize(
-            model, nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER,
+        return off_this_thread(partial(
+            nncf.quantize, model, nncf.Dataset(images), subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=nncf.IgnoredScope(names=left, validate=False),
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _module_of(node: Any, graph: Graph) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokencut.errors import ArtifactError
 from tokencut.export.graph import INPUT, OUTPUT, Graph, in_stage, quiet
 from tokencut.export.info import KEY, ExportInfo
 from tokencut.export.openvino_int8 import quantize_openvino
+from tokencut.export.openvino_thread import off_this_thread
 from tokencut.export.runtimes.base import ExportedModel, Runtime, not_loaded, not_translated, register
 
 # Where a file says which weights it belongs to, as a hexadecimal SHA-256.
@@ -70,7 +72,7 @@ class OpenVino(Runtime):
                 raise ArtifactError(f"{weights} is not the file that was written with {path}; copy both files, or "
                                     "export the model again")  # fmt: skip
             settings = {**EXACT, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-            compiled = core.compile_model(model, "CPU", settings)
+            compiled = off_this_thread(partial(core.compile_model, model, "CPU", settings))
         except Exception as error:  # the runtime's kinds are all plain RuntimeErrors
             if isinstance(error, ArtifactError):
                 raise
