@@ -57,12 +57,16 @@ def test_an_image_has_the_same_logits_alone_and_in_any_batch(case: str) -> None:
     model, pixels = small(case), images(small(case))
     with torch.no_grad():
         dense = model(pixels)
+        # timm's own products sum in another order for another number of images; what enters a stage differs by that.
+        own = float((model(pixels[1:2]) - dense[1:2]).abs().max())
+        close = {"rtol": 1e-5, "atol": max(1e-5, 10 * own)}
+        assert own < 5e-6
         for form in FORMS:
             compressed = compress(model, keep=0.5, method_options=form).eval()
             logits = compressed(pixels)
             assert (logits - dense).abs().max() > 1e-3, "nothing was reduced"
-            torch.testing.assert_close(compressed(pixels.flip(0)).flip(0), logits, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(compressed(pixels[1:2]), logits[1:2], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(compressed(pixels.flip(0)).flip(0), logits, **close)
+            torch.testing.assert_close(compressed(pixels[1:2]), logits[1:2], **close)
 
 
 @pytest.mark.slow
