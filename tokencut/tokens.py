@@ -198,7 +198,7 @@ def _merged_by_product(tokens: Tokens, decision: Grouping) -> Tensor:
     """Gather and weighted sum in one batched product: in the same order each time, and quick wherever products are."""
     weight = decision.weight.to(tokens.features.dtype)
     matrix = membership(decision.group, decision.count).to(weight.dtype) * weight.unsqueeze(1)
-    merged = torch.matmul(matrix, tokens.image)
+    merged = torch.bmm(matrix, tokens.image)
     return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], merged), 1)
 
 

@@ -13,6 +13,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils._pytree import tree_map_only
 
 _RESAMPLING = "upsample"
+_FROM_SIZES = {torch.ops.aten.arange.start_step, torch.ops.aten.full.default}
+_MOST = 2**20  # numbers in one tensor: more is computed anew, as before
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
@@ -28,9 +30,39 @@ def bake_resampling(program: Any) -> None:
             if _RESAMPLING in str(node.target) or any(each in resampled for each in node.all_input_nodes):
                 resampled[node] = None
     last = [node for node in resampled if any(user not in resampled for user in node.users)]
-    for number, node in enumerate(last):
-        _put_constant(program, node, known[node].detach().contiguous(), f"baked_{number}")
-    if resampled:
+    _bake(program, {node: known[node] for node in last}, "resampled")
+
+
+def bake_sizes(program: Any) -> None:
+    """The same for what follows from sizes alone: the numbers of tokens, and how each compares with each.
+
+    Args:
+        program: Of torch's core operators, none of which writes into what it is given.
+    """
+    known: dict[Any, Any] = {}
+    for node in program.graph.nodes:
+        if _is_constant(node, known):
+            args, kwargs = tree_map_only(torch.fx.Node, known.__getitem__, (node.args, node.kwargs))
+            known[node] = node.target(*args, **kwargs)
+    used = {node: value for node, value in known.items() if any(user not in known for user in node.users)}
+    _bake(program, used, "sizes")
+
+
+def _is_constant(node: Any, known: dict[Any, Any]) -> bool:
+    made = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(made, torch.Tensor):
+        return False
+    if not all(isinstance(size, int) for size in made.shape) or made.numel() > _MOST:
+        return False
+    given = node.all_input_nodes
+    return all(each in known for each in given) if given else node.target in _FROM_SIZES
+
+
+def _bake(program: Any, values: dict[Any, Any], name: str) -> None:
+    """Puts tensors in the place of nodes."""
+    for number, (node, value) in enumerate(values.items()):
+        _put_constant(program, node, value.detach().contiguous(), f"baked_{name}_{number}")
+    if values:
         program.graph.eliminate_dead_code()
         program.graph_module.recompile()
 

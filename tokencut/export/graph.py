@@ -79,11 +79,20 @@ class Graph:
         try:
             with quiet():
                 program = torch.export.export(self.model, (self.example,), dynamic_shapes=shapes, strict=False)
+                drop_checks(program)
                 bake_resampling(program)
                 return program
         except Exception as error:  # whatever is in the model, and torch's dozen kinds of its own
             raise ModelError(f"torch.export cannot capture {self.info.model} as one graph ({one_line(error)}); "
                              "please report the model's name and options") from error  # fmt: skip
+
+
+def drop_checks(program: Any) -> None:
+    """Takes out checks of dtypes, which the graph says anyway: runtimes have no operator for them."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def in_stage(node: Any) -> bool:

@@ -27,9 +27,7 @@ def lowered(program: Any, *keep: Any) -> Any:
     for node in list(core.graph.nodes):
         if node.target is aten.mean.dim:  # the dtype that it has anyway, which LiteRT takes for an unknown word
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "dtype"}
-        if node.target is aten._assert_tensor_metadata.default:  # a check of what the graph says anyway
-            core.graph.erase_node(node)
-        elif node.op == "call_function" and _changes_nothing(node):
+        if node.op == "call_function" and _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             core.graph.erase_node(node)
     core.graph.eliminate_dead_code()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
-from tokencut.ops.exporting import beyond, exporting, itself, numbers, pick, running, whole
-from tokencut.ops.grouping import Grouping, ordered_average
+from tokencut.ops.exporting import beyond, exporting, itself, lifted, numbers, pick, running, whole
+from tokencut.ops.grouping import Grouping, group_average, led_by, ordered_average
 from tokencut.ops.ranking import are_highest, marked, not_ahead
 
 # Numbers of nearest that the GPU kernel can count.
@@ -19,6 +19,8 @@ WINDOW_CLUSTERS = 32
 # What counts as no distance, as a share of a point's squared length: below it fp32 has lost the digits, and copies of
 # a token would be told apart by rounding. Values up to 0.01 measured the same (examples/benchmarks/defaults.md).
 NO_DISTANCE = 1e-5
+# Beyond all squared distances of points of length 1, which are 4 at most.
+BEYOND_UNIT = 9.0
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ def squared_distances(points: Tensor, cosine: bool = False) -> Tensor:
 def _distances_and_lengths(points: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
     """Squared distances `(B, n, n)`, and squared lengths `(B, n)` of the points that they lie between."""
     points = points.float()
-    products = torch.matmul(points, points.transpose(1, 2))
+    products = torch.bmm(points, points.transpose(1, 2))
+    # The squared lengths stand on the diagonal: summing squares once more took a tenth as long as the product.
     if cosine:
         shrink = _diagonal(products).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-        products = products * shrink.unsqueeze(2) * shrink.unsqueeze(1)
-    # The squared lengths stand on the diagonal: summing squares once more took a tenth as long as the product.
-    lengths = _diagonal(products)
-    distances = lengths.unsqueeze(2) + lengths.unsqueeze(1) - 2.0 * products
+        twice = products * (2.0 * shrink).unsqueeze(2) * shrink.unsqueeze(1)
+        lengths = 0.5 * _diagonal(twice)
+    else:
+        twice, lengths = 2.0 * products, _diagonal(products)
+    distances = lengths.unsqueeze(2) + lengths.unsqueeze(1) - twice
     return distances.clamp(min=0.0), lengths
 
 
@@ -92,7 +96,7 @@ def peak_scores(
         coincides with a denser one or is no number, 0 for all others. Only of these does the score mean anything.
     """
     tiny = torch.finfo(torch.float32).tiny
-    far = beyond(distances)
+    far = _far(distances, rule)
     nearest = _mean_of_nearest(distances, min(rule.neighbours, distances.shape[1]), far)
     if rule.balance is None:
         log_density = -nearest / width
@@ -101,12 +105,16 @@ def peak_scores(
         log_density = -0.5 * rule.balance * torch.maximum(nearest, none).log()
     if log_mass is not None:
         log_density = log_density + log_mass
-    not_denser, densest = not_ahead(log_density)
-    # A product, since a masked fill took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
-    to_denser = torch.addcmul(distances, not_denser, far).amin(2)
+    to_denser = lifted(distances, not_ahead(log_density), far).amin(2)
     scores = log_density + 0.5 * to_denser.clamp(min=tiny).log()
-    below = torch.logical_not(to_denser > 0).to(scores.dtype)
-    return scores, torch.where(densest, torch.ones_like(scores), -below)
+    # None is denser than the densest: all its distances were lifted.
+    densest = to_denser >= (far if isinstance(far, float) else far.flatten(1))
+    return scores, densest.to(scores.dtype) + (to_denser > 0).to(scores.dtype) - 1.0
+
+
+def _far(distances: Tensor, rule: PeakRule) -> Tensor | float:
+    """A number above all distances, for each image one or for all."""
+    return BEYOND_UNIT if rule.cosine else beyond(distances)
 
 
 def _in_one(scores: Tensor, before: Tensor) -> Tensor:
@@ -117,31 +125,31 @@ def _in_one(scores: Tensor, before: Tensor) -> Tensor:
     return torch.where(plain, scores, before * beyond_all)
 
 
-def _mean_of_nearest(distances: Tensor, neighbours: int, far: Tensor) -> Tensor:
+def _mean_of_nearest(distances: Tensor, neighbours: int, far: Tensor | float) -> Tensor:
     """Mean distance to the nearest points, the point itself among them, `(B, n)`; `far` is beyond all distances."""
     if neighbours == 1:
         return distances.amin(2)
     if neighbours > 3 and not exporting():
         return distances.topk(neighbours, dim=2, largest=False).values.mean(2)
     # The point itself is at 0. Minima: finding them by topk took a fifth of a stage on a GPU, and on a CPU more.
-    others = torch.addcmul(distances, itself(distances, distances.shape[1]), far)
+    others = lifted(distances, itself(distances, distances.shape[1]), far)
     nearest = others.amin(2)
     if neighbours == 2:
         return nearest / 2
     if neighbours > 3:
         return _in_turn(others, neighbours - 1, far) / neighbours
     as_near = (others - nearest.unsqueeze(2)).le_(0.0)
-    second = torch.addcmul(others, as_near, far).amin(2)
+    second = lifted(others, as_near, far).amin(2)
     return (torch.where(as_near.sum(2) > 1, nearest, second) + nearest) / 3
 
 
-def _in_turn(others: Tensor, count: int, far: Tensor) -> Tensor:
+def _in_turn(others: Tensor, count: int, far: Tensor | float) -> Tensor:
     """The sum of the `count` lowest of each row, `(B, n)`, where no topk is to be had: LiteRT's graphs have none."""
     places = numbers(others, others.shape[2])
     total = others.amin(2)
     for _ in range(count - 1):
         lowest = (places == others.argmin(2, keepdim=True)).to(others.dtype)
-        others = torch.addcmul(others, lowest, far)
+        others = lifted(others, lowest, far)
         total = total + others.amin(2)
     return total
 
@@ -161,7 +169,7 @@ def nearest_centre(distances: Tensor, centres: Tensor) -> Tensor:
 
 def nearest_marked(distances: Tensor, is_centre: Tensor) -> Tensor:
     """`nearest_centre` of centres that are marked, bool `(B, n)`."""
-    return _position(is_centre, _joined(distances, is_centre))
+    return _position(is_centre, _joined(distances, is_centre, beyond(distances)))
 
 
 def _position(is_centre: Tensor, joined: Tensor) -> Tensor:
@@ -171,11 +179,11 @@ def _position(is_centre: Tensor, joined: Tensor) -> Tensor:
     return pick(begun - (begun > 0).to(begun.dtype), joined)
 
 
-def _joined(distances: Tensor, is_centre: Tensor) -> Tensor:
-    """The number of the centre that each point joins, int64 `(B, n)`."""
+def _joined(distances: Tensor, is_centre: Tensor, far: Tensor | float) -> Tensor:
+    """The number of the centre that each point joins, int64 `(B, n)`; `far` is beyond all distances."""
     # argmin is documented to return the first of equal minima. Gathering the centres' rows took three times as long.
-    apart = torch.logical_not(is_centre).unsqueeze(1).to(distances.dtype) * beyond(distances)
-    nearest = (distances + apart).argmin(2).to(whole())
+    others = torch.logical_not(is_centre).unsqueeze(1).to(distances.dtype)
+    nearest = (distances + others * far).argmin(2).to(whole())
     return torch.where(is_centre, numbers(distances, distances.shape[1]), nearest)
 
 
@@ -230,13 +238,20 @@ def density_clusters(
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
-    sizes = sizes if rule.mass else None
     if _has_kernel(points, rule, parts):
         from tokencut.ops.kernels import clusters as kernel
 
-        return kernel.density_clusters(points, clusters, sizes, parts, *_kernel_rule(rule))
+        mass = sizes if rule.mass else None
+        return kernel.density_clusters(points, clusters, mass, parts, *_kernel_rule(rule))
+    return _position(*_centres_joined(points, clusters, rule, sizes, parts))
+
+
+def _centres_joined(
+    points: Tensor, clusters: int, rule: PeakRule, sizes: Tensor | None, parts: int
+) -> tuple[Tensor, Tensor]:
+    """Which points are centres, bool `(B, n)`, and the number of the centre that each joins, int64 `(B, n)`."""
     count, width = points.shape[1:]
-    log_mass = None if sizes is None else rule.mass * sizes.log()
+    log_mass = None if sizes is None or not rule.mass else rule.mass * sizes.log()
     split = _windows(count, parts)
     apart, scores, before = [], [], []
     for windows_of_a_size in split:
@@ -251,10 +266,11 @@ def density_clusters(
     joined = []
     for windows_of_a_size, distances in zip(split, apart, strict=True):
         start, number, size = windows_of_a_size
-        nearest = _joined(distances, _in_windows(is_centre, windows_of_a_size)).unflatten(0, (-1, number))
+        of_windows = _in_windows(is_centre, windows_of_a_size)
+        nearest = _joined(distances, of_windows, _far(distances, rule)).unflatten(0, (-1, number))
         first = start + size * numbers(nearest, number).unsqueeze(1)
         joined.append((nearest + first).flatten(1))
-    return _position(is_centre, _joined_up(joined))
+    return is_centre, _joined_up(joined)
 
 
 def _in_windows(values: Tensor, windows_of_a_size: tuple[int, int, int]) -> Tensor:
@@ -301,6 +317,10 @@ def density_average(
             points, weight, sizes, clusters, parts, *_kernel_rule(rule), lengthened
         )
         return Grouping(group, coefficients, clusters, held, ordered=True, keep_norm=keep_norm and not lengthened)
+    if exporting():  # centres lead to the numbers in order with fewer operators
+        group = led_by(_centres_joined(points, clusters, rule, sizes, parts)[1])
+        coefficients = group_average(group, weight, sizes, clusters)
+        return Grouping(group, coefficients, clusters, ordered=True, keep_norm=keep_norm)
     group = density_clusters(points, clusters, rule, sizes, parts)
     return replace(ordered_average(group, weight, sizes, clusters), keep_norm=keep_norm)
 

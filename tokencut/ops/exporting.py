@@ -55,6 +55,22 @@ def beyond(values: Tensor) -> Tensor:
     return 2.0 * values.amax((1, 2), keepdim=True) + 1.0
 
 
+def lifted(values: Tensor, mask: Tensor, by: Tensor | float) -> Tensor:
+    """`values + mask * by`.
+
+    Args:
+        values: `(B, n, m)`.
+        mask: 1 or 0, in the dtype of the values; broadcasts to them.
+        by: A number, or one for each image, `(B, 1, 1)`.
+    """
+    if exporting():  # LiteRT and Core ML add no multiples
+        return values + mask * by
+    if isinstance(by, Tensor):
+        # In place of a masked fill, which took five times as long on a CPU (2.2 ms of 16 x 196 x 196).
+        return torch.addcmul(values, mask, by)
+    return torch.add(values, mask, alpha=by)
+
+
 def not_earlier(like: Tensor, count: int) -> Tensor:
     """Bool `(count, count)`: at `[i, j]` whether `j` is `i` or more."""
     every = numbers(like, count)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokencut.ops import kernels
-from tokencut.ops.exporting import exporting, numbers, pick, running
+from tokencut.ops.exporting import exporting, lifted, numbers, pick, running, whole
 from tokencut.ops.grid_clusters import GridClusters
 
 # Members that cancel out leave a sum of rounding errors: it is not scaled up beyond this.
@@ -80,11 +80,11 @@ def group_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> T
     Returns:
         Coefficients, fp32 `(B, N)`; a token alone in its group gets exactly 1.
     """
-    by_size = sizes / pick(_sums(group, sizes, count), group)
+    by_size = sizes / _sum_around(group, sizes, count)
     if weight is sizes:
         return by_size
     tiny = torch.finfo(torch.float32).tiny  # a sum below it has lost its digits, and some devices flush it to 0
-    total = pick(_sums(group, weight, count), group)
+    total = _sum_around(group, weight, count)
     return torch.where(total >= tiny, weight / total.clamp(min=tiny), by_size)
 
 
@@ -99,7 +99,17 @@ def group_sum(group: Tensor, values: Tensor, count: int) -> Tensor:
     Returns:
         fp32 `(B, M)`.
     """
+    if exporting():
+        return (membership(group, count).to(values.dtype) * values.unsqueeze(1)).sum(2)
     return _sums(group, values, count)[:, :count]
+
+
+def _sum_around(group: Tensor, values: Tensor, count: int) -> Tensor:
+    """For each token the sum of its group, `(B, N)`; where it is in none, any number but 0."""
+    if exporting():
+        others = max(1, group.shape[1] - count)  # an image whose features are no numbers may have more groups
+        return pick(F.pad(group_sum(group, values, count), (0, others), value=1.0), group)
+    return pick(_sums(group, values, count), group)
 
 
 def group_centres(group: Tensor, positions: Tensor, sizes: Tensor, count: int) -> Tensor:
@@ -142,8 +152,6 @@ def norm_factors(group: Tensor, weight: Tensor, lengths: Tensor, merged: Tensor,
 
 def _sums(group: Tensor, values: Tensor, count: int) -> Tensor:
     """The sums of each group, and in a column more, of what is in none: `(B, M + 1)`."""
-    if exporting():
-        return (membership(group, count + 1).to(values.dtype) * values.unsqueeze(1)).sum(2)
     return values.new_zeros((values.shape[0], count + 1)).scatter_add(1, group, values)
 
 
@@ -157,23 +165,35 @@ def in_order(group: Tensor, count: int) -> Tensor:
     Returns:
         The same groups, int64 `(B, N)`.
     """
+    if exporting():
+        stays = group < count
+        return torch.where(stays, led_by(group, stays), group)
     tokens = group.shape[1]
     positions = numbers(group, tokens).expand_as(group)
-    first = F.pad(_firsts(group, positions, count), (0, 1), value=tokens)
+    firsts = torch.full((group.shape[0], count + 1), tokens, device=group.device, dtype=torch.int64)
+    first = F.pad(firsts.scatter_reduce(1, group, positions, "amin")[:, :count], (0, 1), value=tokens)
     first = pick(first, group)  # no position, where there is no group
     # The number of a group is how many groups have begun before its first member.
     begun = running(first == positions) - 1
     return pick(F.pad(begun, (0, 1), value=count), first)
 
 
-def _firsts(group: Tensor, positions: Tensor, count: int) -> Tensor:
-    """The smallest member of each group, `(B, M)`."""
-    tokens = group.shape[1]
-    if exporting():
-        elsewhere = torch.logical_not(membership(group, count)).to(positions.dtype)
-        return (positions.unsqueeze(1) + tokens * elsewhere).amin(2)
-    firsts = torch.full((group.shape[0], count + 1), tokens, device=group.device, dtype=torch.int64)
-    return firsts.scatter_reduce(1, group, positions, "amin")[:, :count]
+def led_by(leaders: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Numbers groups by their smallest member, in an exported graph.
+
+    Args:
+        leaders: What tells each token's group, such as the number of one of its tokens, int32 `(B, N)`.
+        counted: Which tokens are in a group that gets a number, bool `(B, N)`; all where None.
+
+    Returns:
+        Group of each token, int32 `(B, N)`.
+    """
+    every = numbers(leaders, leaders.shape[1])
+    apart = (leaders.unsqueeze(1) != leaders.unsqueeze(2)).to(torch.float32)
+    # A minimum in fp32: OpenVINO finds where a maximum is by sorting.
+    first = lifted(every.to(torch.float32), apart, float(leaders.shape[1])).amin(2).to(whole())
+    begins = first == every
+    return pick(running(begins if counted is None else torch.logical_and(begins, counted)), first) - 1
 
 
 def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> Grouping:

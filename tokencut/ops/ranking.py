@@ -41,7 +41,7 @@ def ranks(scores: Tensor) -> Tensor:
     """
     if exporting():
         count = scores.shape[1]
-        behind = _behind(scores).to(whole()).sum(2, dtype=whole())
+        behind = not_ahead(scores).sum(2).to(whole())
         # Scores that are no numbers are behind nothing, not even themselves: let their ranks be places all the same.
         # The sum is used twice: what is done to a sum of int32 alone OpenVINO 2026.4 does to the first N images alone.
         return count - behind - (behind == 0).to(whole())
@@ -49,28 +49,22 @@ def ranks(scores: Tensor) -> Tensor:
     return put(numbers(scores, scores.shape[1]).expand_as(order), order)
 
 
-def not_ahead(scores: Tensor) -> tuple[Tensor, Tensor]:
+def not_ahead(scores: Tensor) -> Tensor:
     """Which tokens do not come before a token in `ranking`, itself among them.
 
     Args:
         scores: fp32 `(B, N)`.
 
     Returns:
-        fp32 `(B, N, N)`: at `[:, i, j]` 1 where `j` is not before `i`, else 0; and which token is the first of all,
-        bool `(B, N)`.
+        fp32 `(B, N, N)`: at `[:, i, j]` 1 where `j` is not before `i`, else 0.
     """
     if exporting():
-        mask = _behind(scores).to(torch.float32)
-        return mask, mask.sum(2) == scores.shape[1]
+        theirs, own = scores.unsqueeze(1), scores.unsqueeze(2)
+        behind = torch.logical_or(theirs < own, torch.logical_and(theirs <= own, not_earlier(scores, scores.shape[1])))
+        return behind.to(torch.float32)
     places = ranks(scores).float()
     # In place, which leaves a float: making a bool and turning that into a float took five times as long on a CPU.
-    return (places.unsqueeze(1) - places.unsqueeze(2)).ge_(0.0), places == 0
-
-
-def _behind(scores: Tensor) -> Tensor:
-    """The same by comparing scores, bool `(B, N, N)`."""
-    theirs, own = scores.unsqueeze(1), scores.unsqueeze(2)
-    return torch.logical_or(theirs < own, torch.logical_and(theirs <= own, not_earlier(scores, scores.shape[1])))
+    return (places.unsqueeze(1) - places.unsqueeze(2)).ge_(0.0)
 
 
 def are_highest(scores: Tensor, count: int) -> Tensor:
@@ -84,7 +78,7 @@ def are_highest(scores: Tensor, count: int) -> Tensor:
         Bool `(B, N)`.
     """
     if exporting():
-        return ranks(scores) < count
+        return not_ahead(scores).sum(2) > scores.shape[1] - count
     chosen = _chosen_at_once(scores, count)
     return marked(ranking(scores)[:, :count] if chosen is None else chosen, scores.shape[1])
 

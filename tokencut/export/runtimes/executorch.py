@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencut.export.arithmetic import without_truths
+from tokencut.export.baking import bake_sizes
 from tokencut.export.graph import Graph, quiet, quiet_library
 from tokencut.export.info import KEY
 from tokencut.export.lowering import lowered
@@ -40,10 +42,13 @@ class ExecuTorch(Runtime):
             with quiet():
                 exir = importlib.import_module("executorch.exir")
                 partition = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+                # In a graph for any number of images some linear layers are not known again by their parts, and
+                # computed without XNNPACK: one of them took as long as eleven blocks.
+                core = lowered(program, torch.ops.aten.linear.default)
+                without_truths(core)
+                bake_sizes(core)
                 edge = exir.to_edge_transform_and_lower(
-                    # In a graph for any number of images some linear layers are not known again by their parts, and
-                    # computed without XNNPACK: one of them took as long as eleven blocks.
-                    lowered(program, torch.ops.aten.linear.default),
+                    core,
                     partitioner=[partition.XnnpackPartitioner()],
                     constant_methods={KEY: graph.info.to_text()},
                 )
