@@ -118,7 +118,10 @@ def highest(scores: Tensor, count: int) -> Tensor:
         int64 `(B, M)`.
     """
     if exporting():
-        return _sorted_out(are_highest(scores, count), count)[:, :count]
+        so_far = running(are_highest(scores, count))[:, :-1]
+        # As many tokens as come before the first that makes them one more; of scores that are no numbers too it is one.
+        before = so_far.unsqueeze(1) <= numbers(scores, count).view(1, count, 1)
+        return before.to(torch.float32).sum(2).to(whole())
     chosen = _chosen_at_once(scores, count)
     return ascending(ranking(scores)[:, :count]) if chosen is None else chosen
 
@@ -132,20 +135,6 @@ def ascending(found: Tensor) -> Tensor:
 
         return found.gather(1, kernel.ranking(found, False))
     return found.sort(dim=1).values
-
-
-def _sorted_out(chosen: Tensor, count: int) -> Tensor:
-    """Token numbers with those of a mask first, both parts ascending.
-
-    Args:
-        chosen: Bool `(B, N)`.
-        count: How many are chosen in each image.
-
-    Returns:
-        `(B, N)`.
-    """
-    every, so_far = numbers(chosen, chosen.shape[1]), running(chosen)
-    return put(every.expand_as(so_far), torch.where(chosen, so_far - 1, count + every - so_far))
 
 
 def by_attention(attention: Tensor, attentive: int) -> tuple[Tensor, Tensor]:
