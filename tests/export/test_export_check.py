@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from export_models import skip_capture, small
 from image_files import write_folder
 from model_files import names_in
+from torch import Tensor
 
+from tokencut.data.preprocessing import preprocessing_of
 from tokencut.errors import ArtifactError, DataError
-from tokencut.export.check import Agreement, check_images
+from tokencut.export.check import Agreement, CheckImages, check_images, compare
 from tokencut.export.run import export_model
 from tokencut.model import compress
 from tokencut.models import loading
@@ -63,6 +66,30 @@ def test_the_bundled_model_is_checked_on_the_digits(monkeypatch: pytest.MonkeyPa
         "checked on 64 images of noise, since the digits images come with scikit-learn, which is not installed; type "
         "pip install 'tokencut[digits]'",
     )
+
+
+@pytest.mark.parametrize(
+    ("keep", "any_number", "runs", "differing"),
+    [(0.5, True, [8, 8, 4, 20], 4), (0.5, False, [8, 8, 4], 0), (None, True, [8, 8, 4], 0)],
+    ids=["any number", "one number", "dense"],
+)
+def test_more_images_than_tokens_are_run_at_once(
+    keep: float | None, any_number: bool, runs: list[int], differing: int
+) -> None:
+    """Such a batch is what a runtime may get wrong that takes the number of tokens, here 16, for that of images."""
+    model, seen = small("topk"), list[int]()
+    ours = model if keep else model.model
+
+    def faulty(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        logits: Tensor = ours(images)
+        return torch.cat((logits[:16], logits[16:] + 1.0))
+
+    with torch.no_grad():
+        found = compare(
+            ours, faulty, CheckImages(preprocessing_of(model), 20, None), 8, normalises=False, any_number=any_number
+        )
+    assert (seen, found.images, found.differing) == (runs, 20, differing)
 
 
 @pytest.mark.parametrize(("differing", "allowed", "fine"), [(0, 0, True), (1, 0, False), (1, 1, True), (2, 1, False)])

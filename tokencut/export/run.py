@@ -279,7 +279,9 @@ def export_model(
             file.parent.mkdir()
         runtime.write(graph, file)
         written = runtime.checked(graph, file)
-        agreement = compare(model, written, images, batch_size, normalises=with_preprocessing)
+        agreement = compare(
+            model, written, images, batch_size, normalises=with_preprocessing, any_number=one_size is None
+        )
         agreement.require(target)
         size, quantized, notes = runtime.size(file), None, (*images.notes, *agreement.notes(), *runtime.advice)
         if quantizing is not None:
