@@ -8,6 +8,9 @@ and run on the images in batches of each size. `equal` says whether every logit 
 class the same. With `--rounds` the files are timed in turns with the dense model's, by medians, with as many threads as
 OMP_NUM_THREADS says; `kept` is the speed-up divided by the ratio of multiply-adds.
 
+The method `first`, which is none of the library's, keeps the first tokens: what it keeps of the ratio is what blocks on
+fewer tokens allow, without any decision.
+
 `openvino-onnx` is the .onnx, read by OpenVINO; `bf16` behind a kind of OpenVINO's leaves out that it computes in fp32.
 """
 
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +38,36 @@ from tokencut.errors import TokencutError
 from tokencut.export.run import export_model
 from tokencut.export.runtimes import open_exported, runtimes
 from tokencut.export.runtimes.openvino import EXACT
+from tokencut.methods import Method, Selection, StageInput, StageShape, register
 from tokencut.model import compress, predicted_gmacs
 from tokencut.models.loading import load_model
+from tokencut.ops.exporting import numbers
 from tokencut.profiling.latency import Clock, measure
 from tokencut.runtime.compiling import in_batches
 from tokencut.runtime.devices import describe_device
+
+
+@dataclass(frozen=True)
+class First(Method):
+    """The first tokens stay, whatever they hold."""
+
+    name = "first"
+    source = "none"
+    prop_attn = False
+
+    def decide(self, stage_input: StageInput, budget: int) -> Selection:
+        tokens = stage_input.tokens.image
+        return Selection(numbers(tokens, budget).expand(tokens.shape[0], -1))
+
+    def macs(self, shape: StageShape) -> int:
+        return 0
+
+    def merges(self) -> bool:
+        return False
+
+    def reads_attention(self) -> bool:
+        return False
+
 
 TOLERANCE = 1e-4
 METHODS = ("bat", "tome", "evit", "topk", "dpc", "kmedoids")
@@ -117,6 +146,7 @@ def times(
 def main() -> None:
     """Writes, opens and compares every file; then times them."""
     args = parse()
+    register(First)
     dense = load_model(args.model, pretrained=not args.no_pretrained).dense.eval()
     found = images_for(dense, open_source(args.data), limit=args.limit)
     cpu = torch.device("cpu")

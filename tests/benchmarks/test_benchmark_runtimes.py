@@ -50,12 +50,12 @@ def test_files_are_compared_and_timed(tmp_path: Path) -> None:
     for name in ("onnx", "onnxruntime", "onnxscript", "openvino"):
         pytest.importorskip(name)
     folder, table = write_folder(tmp_path / "val", ["ant", "bee"], images=2), tmp_path / "table.md"
-    words = ["test_vit", "--no-pretrained", "--data", folder, "--methods", "topk", "--keep", "0.5",
+    words = ["test_vit", "--no-pretrained", "--data", folder, "--methods", "first", "--keep", "0.5",
              "--batch-size", "3", "--kinds", "onnx", "openvino-onnx", "--rounds", "3", "-o", table]  # fmt: skip
     assert printed(EXAMPLES / "benchmarks/run.py", "runtimes", *words).startswith("test_vit, ")
     rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")]
     compared = {(row[0].strip("| "), row[1]): row[-1].strip("| ") for row in rows if len(row) == 6}
-    assert compared[("onnx", "topk 0.5")] == compared[("openvino-onnx", "dense")] == "yes"
+    assert compared[("onnx", "first 0.5")] == compared[("openvino-onnx", "dense")] == "yes"
     kept = {(row[0].strip("| "), row[1]): row[-1].strip("| ") for row in rows if len(row) == 7}
     assert len(kept) == 1 + 2 * 2 and kept[("onnx", "dense")] == "1.00"
 
