@@ -1,7 +1,6 @@
 """What TensorRT's parser takes of an .onnx, by its list of operators; TensorRT itself needs its wheel and a GPU.
 
-The list: https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md, read as of TensorRT 8.5, with the operators
-of opset 18 and on (Gelu, LayerNormalization) that version 10 is known to have added.
+The list: https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md, read as of TensorRT 10.15.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ OPERATORS = {
     "Not", "Or", "Pad", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape",
     "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
-MOST_OF_TOPK = 3840
+TOPK_BELOW = 3840
 
 
 def assert_tensorrt_takes(model: Any) -> None:
@@ -34,13 +33,15 @@ def assert_tensorrt_takes(model: Any) -> None:
         assert node.domain in ("", "ai.onnx"), told
         if node.op_type == "TopK":
             assert node.input[1] in constants, f"{told} of a number that is none of the file's constants"
-            assert int(constants[node.input[1]].item()) <= MOST_OF_TOPK, told
+            assert int(constants[node.input[1]].item()) < TOPK_BELOW, told
+            assert all(each.i == 1 for each in node.attribute if each.name == "sorted"), told
+        if node.op_type in ("CumSum", "LogSoftmax", "MatMul", "Softmax"):  # the others take int32 and int64 as well
+            assert types[node.input[0]] == TensorProto.FLOAT, told
         if node.op_type == "CumSum":
-            assert types[node.input[0]] in (TensorProto.FLOAT, TensorProto.INT32), told
             assert node.input[1] in constants, told
         if node.op_type == "ScatterElements":  # sums and extremes are a plugin's
             assert all(each.s == b"none" for each in node.attribute if each.name == "reduction"), told
         if node.op_type == "Slice" and len(node.input) > 3:
             assert node.input[3] in constants, told
-        if node.op_type in ("Squeeze", "Unsqueeze") and len(node.input) > 1:
+        if node.op_type in ("ReduceMean", "ReduceSum", "Squeeze", "Unsqueeze") and len(node.input) > 1:
             assert node.input[1] in constants, told

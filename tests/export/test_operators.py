@@ -24,11 +24,11 @@ SHAPES = {
     "split_with_sizes", "squeeze", "unsqueeze", "view",
 }  # fmt: skip
 NUMBERS = {
-    "_log_softmax", "_softmax", "abs", "add", "addmm", "amax", "amin", "argmax", "argmin", "bmm", "clamp", "div",
-    "gelu", "log", "maximum", "mean", "minimum", "mul", "native_layer_norm", "neg", "pow", "rsqrt", "sub", "sum",
+    "_log_softmax", "_softmax", "abs", "add", "addmm", "amax", "amin", "argmax", "argmin", "bmm", "clamp", "cumsum",
+    "div", "gelu", "log", "maximum", "mean", "minimum", "mul", "native_layer_norm", "neg", "pow", "rsqrt", "sub", "sum",
     "topk",
 }  # fmt: skip
-WHOLE = {"add", "amin", "cumsum", "mul", "neg", "scatter", "sub", "sum"}
+WHOLE = {"add", "mul", "neg", "scatter", "sub", "sum"}
 TRUTHS = {"any", "eq", "ge", "gt", "le", "logical_and", "logical_not", "logical_or", "lt", "ne"}
 ALLOWED = {
     torch.float32: SHAPES | NUMBERS | {"_to_copy", "gather", "where"},

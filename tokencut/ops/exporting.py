@@ -43,6 +43,8 @@ def put(values: Tensor, order: Tensor) -> Tensor:
 
 def running(mask: Tensor) -> Tensor:
     """How many of a mask `(B, N)` are true up to each place, that place counted; token numbers `(B, N)`."""
+    if exporting():  # of whole numbers TensorRT has none
+        return mask.to(torch.float32).cumsum(1).to(whole())
     return mask.to(whole()).cumsum(1, dtype=whole())
 
 
