@@ -86,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--keep", nargs="+", type=float, default=[0.7, 0.5])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--one-size", action="store_true", help="files for batches of the first size alone")
     parser.add_argument("--opset", type=int, help="of .onnx files")
     parser.add_argument("--rounds", type=int, help="time the files, by so many samples of each")
     parser.add_argument("--clock", default="wall", choices=["wall", "process"], help="process: with one thread, where "
@@ -99,13 +100,15 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def written(model: nn.Module, kind: str, folder: Path, opset: int | None) -> Path:
-    """A file of a kind for any number of images, written once; checked on two images of noise."""
+def written(model: nn.Module, kind: str, folder: Path, opset: int | None, size: int | None = None) -> Path:
+    """A file of a kind for so many images, or any number where None, written once; checked on two images of noise."""
     name = "onnx" if kind.removesuffix(BF16) == ONNX_IN_OPENVINO else kind.removesuffix(BF16)
     path = folder / f"model{runtimes()[name].suffix}"
     if not path.exists():
         takes = runtimes()[name].default_opset is not None
-        export_model(model, path, limit=2, batch_size=2, opset=opset if takes else None)
+        export_model(
+            model, path, limit=2, batch_size=size or 2, dynamic_batch=size is None, opset=opset if takes else None
+        )
     return path
 
 
@@ -169,7 +172,8 @@ def main() -> None:
                 folder.mkdir(exist_ok=True)
                 began = time.monotonic()
                 try:
-                    files[name] = opened(written(model, kind, folder, args.opset), kind)
+                    size = args.batch_size[0] if args.one_size else None
+                    files[name] = opened(written(model, kind, folder, args.opset, size), kind)
                     rows += [agreement(name, kind, files[name], expected[name], images, b) for b in args.batch_size]
                 except TokencutError as error:
                     rows.append([kind, name, None, None, None, str(error)])
