@@ -2,7 +2,7 @@
 
 The tensors carry timm's own names, so that `timm.create_model(name, checkpoint_path=FILE)` takes them. What timm's
 model does not have is stored under `tokencut.`: what a stage has learned, and quantised weights, as numbers of eight
-bits and the scale of each row, in place of timm's own. The metadata is one key, see `metadata.py`.
+bits with their scales, in place of timm's own. The metadata is one key, see `metadata.py`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tokencut.models.header import KEY, SUFFIX, info_of, open_artifact, open_saf
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
 from tokencut.models.pretrained_cfg import data_config, description_of, label_names
-from tokencut.models.quantized import put_together, require_torchao, stored_as
+from tokencut.models.quantized import put_together, require_torchao, stored_as, token_scale_of
 
 # The prefix of tensors that timm's model does not have.
 PREFIX = f"{KEY}."
 # Those of a quantised weight, before its own name.
-NUMBERS, SCALES = f"{PREFIX}quantized.", f"{PREFIX}scale."
+NUMBERS, SCALES, TOKEN_SCALES = f"{PREFIX}quantized.", f"{PREFIX}scale.", f"{PREFIX}token_scale."
 # How safetensors calls the types of `quantized.KINDS`.
 _EIGHT_BITS = {"I8": "int8", "F8_E4M3": "fp8"}
 
@@ -195,7 +195,8 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
             stored = {name: tuple(part.get_shape()) for name, part in slices.items()}
             kinds = {name: part.get_dtype() for name, part in slices.items()}
             eight = {name.removeprefix(NUMBERS) for name in stored if name.startswith(NUMBERS)} & _linear_weights(model)
-            problem = differences(_with_quantized(_shapes(expected), eight), stored, named=None)
+            fixed = eight & {name.removeprefix(TOKEN_SCALES) for name in stored if info.quantized == "fp8"}
+            problem = differences(_with_quantized(_shapes(expected), eight, fixed), stored, named=None)
             if problem:
                 raise ArtifactError(f"its tensors are not those of its model: {problem}; compress the model again")
             problem = wrong_types(expected, kinds) or _wrong_eight_bits(eight, kinds, info.quantized)
@@ -326,16 +327,19 @@ def _parts(name: str, tensor: Tensor, kind: str | None) -> dict[str, Tensor]:
     """The tensors that a file holds of one."""
     if kind is None:
         return {name: tensor}
-    numbers, scale = (part.detach().cpu() for part in (tensor.qdata, tensor.scale))  # type: ignore[attr-defined]
-    return {NUMBERS + name: numbers, SCALES + name: scale}
+    parts = {NUMBERS: tensor.qdata, SCALES: tensor.scale, TOKEN_SCALES: token_scale_of(tensor)}  # type: ignore[attr-defined]
+    return {prefix + name: part.detach().cpu() for prefix, part in parts.items() if part is not None}
 
 
-def _with_quantized(shapes: Mapping[str, tuple[int, ...]], quantized: set[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes that a file has of a model's tensors, where it has quantised some."""
+def _with_quantized(
+    shapes: Mapping[str, tuple[int, ...]], quantized: set[str], fixed: set[str]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that a file has of a model's tensors, where it has quantised some, a few of them with token scales."""
     expected = {name: shape for name, shape in shapes.items() if name not in quantized}
     for name in quantized:
-        expected |= {NUMBERS + name: shapes[name], SCALES + name: (*shapes[name][:1], 1)}
-    return expected
+        rows = 1 if name in fixed else shapes[name][0]
+        expected |= {NUMBERS + name: shapes[name], SCALES + name: (rows, 1)}
+    return expected | {TOKEN_SCALES + name: () for name in fixed}
 
 
 def _linear_weights(model: nn.Module) -> set[str]:
@@ -346,7 +350,8 @@ def _linear_weights(model: nn.Module) -> set[str]:
 def _wrong_eight_bits(quantized: set[str], types: Mapping[str, str], kind: str | None) -> str | None:
     """What of a file's quantised weights is not of the type that its description says; None where all is."""
     wrong = [name for name in sorted(quantized)
-             if _EIGHT_BITS.get(types[NUMBERS + name]) != kind or types[SCALES + name] != "F32"]  # fmt: skip
+             if _EIGHT_BITS.get(types[NUMBERS + name]) != kind or types[SCALES + name] != "F32"
+             or types.get(TOKEN_SCALES + name, "F32") != "F32"]  # fmt: skip
     if wrong or bool(quantized) != (kind is not None):
         others = f", and {len(wrong)} are of another type: {listed(wrong)}" if wrong else ""
         return f"{len(quantized)} weights are quantised where its description says {kind or 'none'}{others}"
@@ -354,9 +359,18 @@ def _wrong_eight_bits(quantized: set[str], types: Mapping[str, str], kind: str |
 
 
 def _quantized_weight(file: Any, name: str, info: ArtifactInfo) -> Tensor:
-    """A quantised weight out of a file."""
+    """A quantised weight out of a file.
+
+    Raises:
+        ArtifactError: Its scale for tokens is no number above zero.
+    """
     assert info.quantized is not None
-    return put_together(info.quantized, file.get_tensor(NUMBERS + name).clone(), file.get_tensor(SCALES + name).clone())
+    numbers, scale = (file.get_tensor(prefix + name).clone() for prefix in (NUMBERS, SCALES))
+    token_scale = file.get_tensor(TOKEN_SCALES + name).clone() if TOKEN_SCALES + name in file.keys() else None  # noqa: SIM118
+    if token_scale is not None and not 0 < float(token_scale) < float("inf"):
+        raise ArtifactError(f"{TOKEN_SCALES}{name} is {float(token_scale):g}, and nothing can be divided by that; "
+                            "compress the model again")  # fmt: skip
+    return put_together(info.quantized, numbers, scale, token_scale)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
 """Weights of eight bits: made by torchao, told from others, and taken apart into plain tensors for a file.
 
-The weight `(N, K)` of a linear layer is kept in `int8` or in `fp8` (e4m3), each row with a scale of its own; what comes
-in is quantised when it comes, each token with a scale of its own (torchao's `Int8DynamicActivationInt8WeightConfig`,
-and its `Float8DynamicActivationFloat8WeightConfig` by rows). Only linear layers inside blocks are: patches, norms, the
-classifier and all that a stage decides by stay as they are.
+The weight `(N, K)` of a linear layer is kept in `int8` or in `fp8` (e4m3), and what comes in is quantised when it
+comes. In `int8` each row of a weight and each token has a scale of its own (torchao's
+`Int8DynamicActivationInt8WeightConfig`). Numbers of fp8 have an exponent, so that one scale does for all of a weight,
+and one for all tokens wherever they cannot be larger than a bound (`token_bounds`): a power of two, by which no digit
+is lost, and for which no token has to be looked through before it is multiplied. Elsewhere fp8 has a scale for each row
+and token too (`Float8DynamicActivationFloat8WeightConfig` by rows). Only linear layers inside blocks are quantised:
+patches, norms, the classifier and all that a stage decides by stay as they are.
 
 torchao has no stable form for files of its own, so a file holds the numbers and the scales, and says no more of torchao
 than what kind they are.
@@ -15,9 +18,10 @@ import copy
 import dataclasses
 import functools
 import importlib
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 from tokencut.composite import is_composite
 from tokencut.errors import ArtifactError, ModelError, UsageError
 from tokencut.model import CompressedModel, require_compressed
+from tokencut.models.token_bounds import largest_entering
 from tokencut.runtime import extras
 from tokencut.runtime.quiet import quiet_libraries
 
@@ -41,8 +46,8 @@ def quantize(model: CompressedModel, kind: str) -> CompressedModel:
     """Makes a model smaller: the weights of its blocks take a quarter of their memory. To be done after it was reduced.
 
     It is for a GPU, in bf16 and compiled (quantise first, then `torch.compile`): int8 from compute capability 8.0 on,
-    fp8 from 8.9 on. Eagerly, and elsewhere, it computes the same several times slower. It was no faster than bf16 at
-    the one width that was measured (`docs/deployment.md`): time your own model.
+    fp8 from 8.9 on. Eagerly, and elsewhere, it computes the same several times slower. Which of them is faster than
+    bf16 depends on the width (`docs/deployment.md`): time your own model.
 
     Args:
         model: What `compress` or `load` returned; with `keep=1.0` for a dense one. It is copied, and stays as it was.
@@ -68,7 +73,7 @@ def quantize(model: CompressedModel, kind: str) -> CompressedModel:
     refuse_quantized(model, "quantised again")
     quantized = copy.deepcopy(model)
     layers = [
-        part
+        (block, part)
         for block in quantized.adapter.blocks(quantized.model)
         for part in block.modules()
         if isinstance(part, nn.Linear) and not any(size % MULTIPLE for size in part.weight.shape)
@@ -77,8 +82,10 @@ def quantize(model: CompressedModel, kind: str) -> CompressedModel:
         raise ModelError(f"no linear layer in the blocks of this {type(model.model).__name__} has sizes that are "
                          f"multiples of {MULTIPLE}, as the kernels for eight bits need; keep it as it is")  # fmt: skip
     with torch.no_grad():
-        for layer in layers:
-            layer.weight = nn.Parameter(_from_weight(kind, layer.weight), requires_grad=False)
+        # In the order in which they run: the bound of a layer is told by the weights before it as they are by then.
+        for block, layer in layers:
+            bound = largest_entering(block, layer) if kind == "fp8" else None
+            layer.weight = nn.Parameter(_from_weight(kind, layer.weight, bound), requires_grad=False)
     return quantized
 
 
@@ -143,37 +150,56 @@ def stored_as(name: str, tensor: Any) -> str | None:
         for kind, dtype in KINDS.items():
             if isinstance(tensor, getattr(_torchao(), _CLASSES[kind])):
                 known: Any = tensor
-                if known.qdata.dtype == dtype and known.scale.shape == (tensor.shape[0], 1):
-                    same = put_together(kind, known.qdata, known.scale, tensor.dtype)
+                fixed = token_scale_of(known)
+                if known.qdata.dtype == dtype and known.scale.shape == (tensor.shape[0] if fixed is None else 1, 1):
+                    same = put_together(kind, known.qdata, known.scale, fixed, tensor.dtype)
                     if _description(same) == _description(known):
                         return kind
     raise ArtifactError(f"no file can hold {name}, which is of class {type(tensor).__name__}; quantise the model that "
                         "it was made from by `tokencut.quantize(model, 'int8')` or 'fp8', or save that")  # fmt: skip
 
 
-def put_together(kind: str, numbers: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def token_scale_of(weight: Tensor) -> Tensor | None:
+    """What the numbers of all tokens are divided by before they are multiplied by a weight; None where each token has a
+    scale of its own.
+    """
+    found: Tensor | None = getattr(weight, "token_scale", None)
+    return found
+
+
+def put_together(
+    kind: str, numbers: Tensor, scale: Tensor, token_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """A quantised weight, which torch takes for one of another type.
 
     Args:
         kind: One of `KINDS`.
         numbers: `(N, K)`, of that type.
-        scale: `(N, 1)`, fp32: what a row's numbers are multiplied with.
+        scale: `(N, 1)`, or `(1, 1)` beside a token scale, fp32: what a row's numbers are multiplied with.
+        token_scale: `()`, fp32; see `token_scale_of`. In fp8 alone.
         dtype: The type that it is taken for.
     """
-    settings = {"block_size": [1, numbers.shape[1]], "dtype": dtype, "act_quant_kwargs": _activations(kind)}
+    rows = 1 if token_scale is None else numbers.shape[0]
+    settings = {"block_size": [rows, numbers.shape[1]], "dtype": dtype, "act_quant_kwargs": _activations(kind)}
     if kind == "int8":
         settings["zero_point"] = torch.zeros_like(scale, dtype=torch.int8)
     else:
-        settings["mm_config"] = _products()
+        settings |= {"mm_config": _products(), "token_scale": token_scale}
     made: Tensor = _weight_class(kind)(numbers, scale, **settings)
     return made
 
 
-def _from_weight(kind: str, weight: Tensor) -> Tensor:
+def _from_weight(kind: str, weight: Tensor, bound: float | None) -> Tensor:
+    """A weight in eight bits, for tokens of which no number is larger than a bound; None where that is not known."""
     ao = _torchao()
     least = {"hp_value_lb": LEAST_WEIGHT} if kind == "fp8" else {}
-    made = getattr(ao, _CLASSES[kind]).from_hp(weight.detach(), granularity=ao.PerRow(), **least)
-    return put_together(kind, made.qdata, made.scale, weight.dtype)
+    rows = ao.PerRow() if bound is None else ao.PerTensor()
+    made = getattr(ao, _CLASSES[kind]).from_hp(weight.detach(), granularity=rows, **least)
+    token_scale = None
+    if bound is not None:
+        power = math.ceil(math.log2(max(bound, LEAST_TOKEN) / torch.finfo(KINDS[kind]).max))
+        token_scale = torch.tensor(2.0**power, device=weight.device)
+    return put_together(kind, made.qdata, made.scale, token_scale, weight.dtype)
 
 
 @functools.cache
@@ -181,7 +207,7 @@ def _weight_class(kind: str) -> Any:
     """torchao's class, which also knows linear layers that are called by the names of their arguments.
 
     torchao 0.18 looks for them by their places alone: of `F.linear(x, weight, bias=b)`, as timm's EVA and BEiT call it,
-    it would leave out the bias without a word. Where nothing multiplies fp8, the same is computed of what was rounded.
+    it would leave out the bias without a word. A weight in fp8 may have a token scale, which torchao's have not.
     """
     theirs: Any = getattr(_torchao(), _CLASSES[kind])
 
@@ -192,23 +218,56 @@ def _weight_class(kind: str) -> Any:
                 return super().__torch_function__(function, types, args, kwargs)
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             tokens, weight, bias = given["input"], given["weight"], given.get("bias")
-            if kind == "fp8" and not _multiplies_fp8(tokens):
-                return F.linear(_rounded(tokens), weight.dequantize(tokens.dtype), bias)
-            return super().__torch_function__(function, types, (tokens, weight, bias), {})
+            done = weight.multiplied(tokens, bias)
+            return super().__torch_function__(function, types, (tokens, weight, bias), {}) if done is None else done
 
-    Weight.__name__ = Weight.__qualname__ = f"{_CLASSES[kind]}ByRow"
-    return Weight
+        def multiplied(self, tokens: Tensor, bias: Tensor | None) -> Tensor | None:
+            """Tokens times the weight where that is not left to torchao, None else."""
+            return None
+
+    class WithTokenScale(Weight):
+        optional_tensor_data_names: ClassVar = ["token_scale"]
+
+        # In the order in which torchao gives them: tensors, those that may be none, and the rest.
+        def __new__(
+            cls, qdata: Tensor, scale: Tensor, token_scale: Tensor | None = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            return super().__new__(cls, qdata, scale, *args, **kwargs)
+
+        def __init__(
+            self, qdata: Tensor, scale: Tensor, token_scale: Tensor | None = None, *args: Any, **kwargs: Any
+        ) -> None:
+            super().__init__(qdata, scale, *args, **kwargs)
+            self.token_scale = token_scale
+
+        def multiplied(self, tokens: Tensor, bias: Tensor | None) -> Tensor | None:
+            if not _multiplies_fp8(tokens):
+                return F.linear(_rounded(tokens, self.token_scale), self.dequantize(tokens.dtype), bias)
+            if self.token_scale is None:
+                return None
+            # One power of two for all: to multiply by one over it is exact, and quicker than to divide.
+            rounded = (tokens * self.token_scale.reciprocal()).to(self.qdata.dtype).flatten(0, -2)
+            product = torch._scaled_mm(
+                rounded, self.qdata.t(), scale_a=self.token_scale, scale_b=self.scale.view(()), bias=bias,
+                out_dtype=tokens.dtype, use_fast_accum=self.mm_config.use_fast_accum,
+            )  # fmt: skip
+            return product.unflatten(0, tokens.shape[:-1])
+
+    made = WithTokenScale if kind == "fp8" else Weight
+    made.__name__ = made.__qualname__ = f"{_CLASSES[kind]}OfBlocks"
+    return made
 
 
 def _multiplies_fp8(tokens: Tensor) -> bool:
-    """Whether torch multiplies fp8 by rows where these are: on a CPU some builds do, others fail in oneDNN."""
+    """Whether torch multiplies fp8 where these are: on a CPU some builds do, others fail in oneDNN."""
     return tokens.is_cuda and torch.cuda.get_device_capability(tokens.device) >= (8, 9)
 
 
-def _rounded(tokens: Tensor) -> Tensor:
-    """What is left of tokens in fp8, each with a scale of its own."""
+def _rounded(tokens: Tensor, scale: Tensor | None) -> Tensor:
+    """What is left of tokens in fp8, with a scale for all, or each with one of its own."""
     most = torch.finfo(KINDS["fp8"]).max
-    scale = tokens.abs().amax(-1, keepdim=True).float().clamp(min=LEAST_TOKEN) / most
+    if scale is None:
+        scale = tokens.abs().amax(-1, keepdim=True).float().clamp(min=LEAST_TOKEN) / most
     left = (tokens.float() / scale).clamp(-most, most).to(KINDS["fp8"])
     return (left.float() * scale).to(tokens.dtype)
 
@@ -232,7 +291,7 @@ def _torchao() -> SimpleNamespace:
     What torchao says when it is imported (what torch will do to it, for which torch its C++ is) helps no user.
     """
     homes = {
-        "torchao.quantization": ("Int8Tensor", "Float8Tensor", "PerRow"),
+        "torchao.quantization": ("Int8Tensor", "Float8Tensor", "PerRow", "PerTensor"),
         "torchao.quantization.quantize_.workflows": ("QuantizeTensorToInt8Kwargs", "QuantizeTensorToFloat8Kwargs"),
         "torchao.float8.inference": ("Float8MMConfig",),
     }
