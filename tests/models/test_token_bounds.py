@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tokencut
 from tokencut.model import compress
+from tokencut.models.quantized_linear import QuantizedLinear
 from tokencut.models.token_bounds import largest_entering
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -89,11 +90,10 @@ def test_where_weights_do_not_tell_each_token_has_a_scale_of_its_own(
     quantized = tokencut.quantize(compress(dense, keep=0.5, layers=[1]), "fp8")
     for before, block in zip(dense.blocks, quantized.model.blocks, strict=True):
         for path, layer in block.named_modules():
-            if isinstance(layer, nn.Linear):
-                weight: Any = layer.weight
-                assert (weight.token_scale is None) == (path in untold)
+            if isinstance(layer, QuantizedLinear):
+                assert (layer.token_scale is None) == (path in untold)
                 assert (largest_entering(before, before.get_submodule(path)) is None) == (path in untold)
-                assert weight.scale.shape == (weight.shape[0] if path in untold else 1, 1)
+                assert layer.scale.shape == (len(layer.numbers) if path in untold else 1, 1)
     images = torch.randn(2, 3, 64, 64)
     wanted, found = compress(dense, keep=0.5, layers=[1]).eval()(images), quantized(images)
     assert 0 < float((wanted - found).abs().max()) < 0.3 * float(wanted.std())

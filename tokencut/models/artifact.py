@@ -22,6 +22,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from tokencut.adapters import refuse_sharded
+from tokencut.composite import all_finite
 from tokencut.errors import ArtifactError, TokencutError, UsageError
 from tokencut.files import atomic_write, check_writable, user_path, with_ending
 from tokencut.messages import listed, one_line
@@ -33,7 +34,7 @@ from tokencut.models.header import KEY, SUFFIX, info_of, open_artifact, open_saf
 from tokencut.models.metadata import ArtifactInfo, Origin, check_measured, info_from_text
 from tokencut.models.model_args import check_model_args
 from tokencut.models.pretrained_cfg import data_config, description_of, label_names
-from tokencut.models.quantized import put_together, require_torchao, stored_as, token_scale_of
+from tokencut.models.quantized import EightBits, put_in, quantized_weights
 
 # The prefix of tensors that timm's model does not have.
 PREFIX = f"{KEY}."
@@ -110,10 +111,12 @@ def save(
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}; type dtype='bf16'")
     target = check_output(path, force=force)
+    eight = {_stored_name(name): weight for name, weight in quantized_weights(model).items()}
     tensors = {_stored_name(name): tensor for name, tensor in model.state_dict().items()}
     _refuse_wrapped_weights(tensors)
-    kinds = {name: stored_as(name, tensor) for name, tensor in tensors.items()}
-    found = {kind for kind in kinds.values() if kind is not None}
+    parts = {f"{name.removesuffix('weight')}{part}" for name in eight for part in ("numbers", "scale", "token_scale")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in parts | set(eight)}
+    found = {weight.kind for weight in eight.values()}
     if len(found) > 1:
         raise ArtifactError(f"the model has weights in {' and '.join(sorted(found))}, and a file holds one kind; "
                             "quantise all in one, by `tokencut.quantize(model, 'int8')` or 'fp8'")  # fmt: skip
@@ -132,14 +135,15 @@ def save(
         raise ArtifactError(f"{target} would not load again: {error}") from error
     rebuilt = {_stored_name(name): tensor for name, tensor in _skeleton(info).state_dict().items()}
     types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    problem = differences(_shapes(rebuilt), _shapes(tensors)) or wrong_types(rebuilt, types)
+    shapes = _shapes(tensors) | {name: tuple(weight.numbers.shape) for name, weight in eight.items()}
+    problem = differences(_shapes(rebuilt), shapes) or wrong_types(rebuilt, types)
     if problem:
         raise ArtifactError(f"{target} would not load again: the model was changed after timm.create_model built it "
                             f"({problem}); make the change with timm's own arguments")  # fmt: skip
     ready = _apart({
-        name: _for_storage(name, part, _DTYPES[stored_in], cast=kinds[whole] is None)
-        for whole, tensor in tensors.items()
-        for name, part in _parts(whole, tensor, kinds[whole]).items()
+        **{name: _for_storage(name, tensor, _DTYPES[stored_in], cast=True) for name, tensor in tensors.items()},
+        **{name: _for_storage(name, part, _DTYPES[stored_in], cast=False)
+           for whole, weight in eight.items() for name, part in _parts(whole, weight).items()},
     })  # fmt: skip
     with atomic_write(target, force=force) as temporary:
         try:
@@ -194,7 +198,8 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             stored = {name: tuple(part.get_shape()) for name, part in slices.items()}
             kinds = {name: part.get_dtype() for name, part in slices.items()}
-            eight = {name.removeprefix(NUMBERS) for name in stored if name.startswith(NUMBERS)} & _linear_weights(model)
+            eight = {name.removeprefix(NUMBERS) for name in stored if name.startswith(NUMBERS)}
+            eight &= _linear_weights(model.model)
             fixed = eight & {name.removeprefix(TOKEN_SCALES) for name in stored if info.quantized == "fp8"}
             problem = differences(_with_quantized(_shapes(expected), eight, fixed), stored, named=None)
             if problem:
@@ -202,25 +207,23 @@ def load(path: str | os.PathLike[str]) -> CompressedModel:
             problem = wrong_types(expected, kinds) or _wrong_eight_bits(eight, kinds, info.quantized)
             if problem:
                 raise ArtifactError(f"its tensors are not as they were written: {problem}; compress the model again")
-            if eight:
-                require_torchao("its weights are quantised, and need")
             # Buffers that no file holds are lost without storage: a model with such is built again, with memory.
             if set(dict(model.named_buffers())) - set(model.state_dict()):
                 model = _skeleton(info, device="cpu")
+            weights = {name: _eight_bits(file, name, info) for name in eight}
             tensors = {
-                name: _quantized_weight(file, _stored_name(name), info) if _stored_name(name) in eight
-                else file.get_tensor(_stored_name(name)).to(tensor.dtype, copy=True)
-                for name, tensor in model.state_dict().items()
+                name: file.get_tensor(_stored_name(name)).to(tensor.dtype, copy=True)
+                for name, tensor in model.state_dict().items() if _stored_name(name) not in eight
             }  # fmt: skip
-            problem = not_finite({_stored_name(name): tensor for name, tensor in tensors.items()})
+            wrong = {name: part for name, weight in weights.items() for part in (weight.numbers, weight.scale)
+                     if not all_finite(part)}  # fmt: skip
+            problem = not_finite({_stored_name(name): tensor for name, tensor in tensors.items()} | wrong)
             if problem:
                 raise ArtifactError(f"its weights cannot be used: {problem}; compress a model with other weights")
         except TokencutError as error:
             raise ArtifactError(f"cannot load {source}: {error}") from error
-    model.load_state_dict(tensors, strict=True, assign=True)
-    for name, weight in model.named_parameters():
-        if _stored_name(name) in eight:
-            weight.requires_grad_(False)
+    put_in(model.model, weights)
+    model.load_state_dict(model.state_dict() | tensors, strict=True, assign=True)
     mark_origin(model.model, info.origin)
     return model.eval()
 
@@ -323,12 +326,10 @@ def _refuse_wrapped_weights(tensors: Mapping[str, Tensor]) -> None:
                                 f"{how}, then save it")  # fmt: skip
 
 
-def _parts(name: str, tensor: Tensor, kind: str | None) -> dict[str, Tensor]:
-    """The tensors that a file holds of one."""
-    if kind is None:
-        return {name: tensor}
-    parts = {NUMBERS: tensor.qdata, SCALES: tensor.scale, TOKEN_SCALES: token_scale_of(tensor)}  # type: ignore[attr-defined]
-    return {prefix + name: part.detach().cpu() for prefix, part in parts.items() if part is not None}
+def _parts(name: str, weight: EightBits) -> dict[str, Tensor]:
+    """The tensors that a file holds of a weight in eight bits."""
+    parts = {NUMBERS: weight.numbers, SCALES: weight.scale, TOKEN_SCALES: weight.token_scale}
+    return {prefix + name: part for prefix, part in parts.items() if part is not None}
 
 
 def _with_quantized(
@@ -343,8 +344,8 @@ def _with_quantized(
 
 
 def _linear_weights(model: nn.Module) -> set[str]:
-    """The weights that may be quantised, by their names in a file."""
-    return {_stored_name(f"{name}.weight") for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    """The weights that may be quantised, by their names in a file, which are timm's."""
+    return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)}
 
 
 def _wrong_eight_bits(quantized: set[str], types: Mapping[str, str], kind: str | None) -> str | None:
@@ -358,8 +359,8 @@ def _wrong_eight_bits(quantized: set[str], types: Mapping[str, str], kind: str |
     return None
 
 
-def _quantized_weight(file: Any, name: str, info: ArtifactInfo) -> Tensor:
-    """A quantised weight out of a file.
+def _eight_bits(file: Any, name: str, info: ArtifactInfo) -> EightBits:
+    """A weight in eight bits out of a file.
 
     Raises:
         ArtifactError: Its scale for tokens is no number above zero.
@@ -370,7 +371,7 @@ def _quantized_weight(file: Any, name: str, info: ArtifactInfo) -> Tensor:
     if token_scale is not None and not 0 < float(token_scale) < float("inf"):
         raise ArtifactError(f"{TOKEN_SCALES}{name} is {float(token_scale):g}, and nothing can be divided by that; "
                             "compress the model again")  # fmt: skip
-    return put_together(info.quantized, numbers, scale, token_scale)
+    return EightBits(info.quantized, numbers, scale, token_scale)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,6 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tokencut.composite import is_composite
-
 # What is given is rounded to three bits and more, a sixteenth at most, and so is what half precision computes with.
 ROUNDED = 1.1
 NORMS = (nn.LayerNorm, nn.RMSNorm, timm_layers.RmsNorm)
@@ -67,7 +65,7 @@ def _behind_layer(norm: nn.Module, layer: Any, rows: slice) -> float | None:
     if not isinstance(norm, NORMS):
         return None
     scale, shift = _affine(norm)
-    weight = (layer.weight.dequantize() if is_composite(layer.weight) else layer.weight).detach().double()[rows]
+    weight = layer.weight.detach().double()[rows]
     if weight.shape[1:] != scale.shape:
         return None
     constant = weight @ shift

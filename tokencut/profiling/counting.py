@@ -75,6 +75,8 @@ COUNTED: Mapping[str, Handle] = {
     "aten::linear": _linear,
     "aten::matmul": _product(left=0),
     "aten::mm": _product(left=0),
+    "aten::_int_mm": _product(left=0),
+    "aten::_scaled_mm": _product(left=0),
     "aten::bmm": _product(left=0),
     "aten::mv": _product(left=0),
     "aten::dot": _product(left=0),

@@ -51,8 +51,11 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype:
-    """What a model computes in: the dtype of its first floating-point weight, fp32 where there is none."""
-    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    """What a model computes in: the dtype of its first floating-point weight, fp32 where there is none.
+
+    Numbers of eight bits are stored, and computed with in another type.
+    """
+    floating = (weight.dtype for weight in model.parameters() if weight.is_floating_point() and weight.itemsize > 1)
     return next(floating, torch.float32)
 
 
