@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import multiprocessing
 import statistics
 import sys
@@ -293,7 +292,6 @@ def main() -> None:
             told |= dict(form.model.runtime for form in forms if isinstance(form.model, ExportedModel))
     else:
         forms, timings = on_gpu(args)
-        told["torchao"] = importlib.metadata.version("torchao")
     images = f", {forms[0].judged.images:,} images of {args.data}" if forms[0].judged else ""
     named = ", ".join(f"{name} {version}" for name, version in told.items())
     print(f"{args.model}, {args.method} at keep {args.keep:g}{images}, on {describe_device(device)}, {named}, "

@@ -243,9 +243,7 @@ def test_others_quantisation_is_stored_if_it_is_of_the_same_kind(tmp_path: Path)
         torch.testing.assert_close(loaded.model.blocks[1].mlp.fc1.weight, weight.dequantize(), rtol=1e-6, atol=0)
         with torch.no_grad():
             wanted, found, exact = theirs(images()), loaded(images()), compressed()(images())
-        assert float((found - wanted).abs().max()) < 2 * float(
-            (wanted - exact).abs().max()
-        )
+        assert float((found - wanted).abs().max()) < 2 * float((wanted - exact).abs().max())
 
     other = compressed()
     quantize_(other, Int8WeightOnlyConfig(set_inductor_config=False))

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from training_runs import WILD, model, run, same, setup, stop_after, weights
 
 from tokencut.data.sources import Source, Subset, open_source
-from tokencut.errors import DataError
+from tokencut.errors import DataError, UsageError
 from tokencut.evaluation import accuracy
 from tokencut.model import compress
 from tokencut.models import digits
-from tokencut.runtime.distributed import Group
+from tokencut.runtime.distributed import Group, single_process
 from tokencut.training import run as training
 from tokencut.training.recipe import SHORT
 from tokencut.training.state import load_state
@@ -152,10 +152,10 @@ def test_bf16_trains_weights_that_stay_fp32(few: Source) -> None:
 
 
 def test_compile_is_asked_for(few: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
+    compiled: list[tuple[str, str]] = []
 
-    def record(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled.append(function.__name__)
+    def record(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        compiled.append((function.__name__, mode))
         return function
 
     monkeypatch.setattr(torch, "compile", record)
@@ -163,5 +163,25 @@ def test_compile_is_asked_for(few: Source, monkeypatch: pytest.MonkeyPatch) -> N
     run(first, few, SHORT.changed(epochs=1))
     assert compiled == []
     run(second, few, SHORT.changed(epochs=1), setup=setup(compiled=True))
-    assert compiled == ["_run_student", "_run_teacher"]
+    assert compiled == [("_run_student", "default"), ("_run_teacher", "default")]
     assert same(weights(first), weights(second))
+    run(model(), few, SHORT.changed(epochs=1), setup=setup(compiled=True, compile_mode="reduce-overhead"))
+    assert compiled[2:] == [("_run_student", "reduce-overhead"), ("_run_teacher", "reduce-overhead")]
+
+
+def test_graphs_of_a_step_do_not_add_up_gradients() -> None:
+    with pytest.raises(UsageError, match="`compile_mode='reduce-overhead'` records CUDA graphs, .*`accumulate=2`"):
+        setup(accumulate=2, compiled=True, compile_mode="reduce-overhead")
+    with pytest.raises(UsageError, match="unknown compile mode 'fast', expected one of default"):
+        setup(compiled=True, compile_mode="fast")
+
+
+@pytest.mark.gpu
+def test_a_step_from_graphs_is_that_of_the_compiled_model(few: Source) -> None:
+    recipe = SHORT.changed(epochs=2, lr=1e-3)
+    plain, recorded = model(), model()
+    run(plain, few, recipe, setup=setup(compiled=True, precision="bf16"), group=single_process(torch.device("cuda")))
+    graphs = setup(compiled=True, compile_mode="reduce-overhead", precision="bf16")
+    run(recorded, few, recipe, setup=graphs, group=single_process(torch.device("cuda")))
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weights(recorded)[name], weight, rtol=1e-3, atol=1e-4)

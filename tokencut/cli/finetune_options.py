@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokencut.cli.options import DATA_HELP, bounded
+from tokencut.cli.options import DATA_HELP, MODE_HELP, bounded
 from tokencut.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class FinetuneOptions:
         int | None, tuning_option("--accumulate", **bounded("accumulate"), help="Batches that make one update.")
     ] = None
     compile_model: Annotated[bool | None, tuning_option("--compile", help="Train through torch.compile.")] = None
+    compile_mode: Annotated[str | None, tuning_option("--compile-mode", metavar="MODE", help=MODE_HELP)] = None
     tensorboard: Annotated[Path | None, tuning_option("--tensorboard", metavar="DIR", help=TENSORBOARD_HELP)] = None
     distill: Annotated[str | None, tuning_option("--distill", metavar="KIND", help=DISTILL_HELP)] = None
     distill_weight: Annotated[
@@ -173,6 +174,6 @@ class FinetuneOptions:
 
         return TrainingSetup(
             batch_size=batch_size, accumulate=1 if self.accumulate is None else self.accumulate, workers=workers,
-            precision=precision, seed=seed, compiled=bool(self.compile_model), select=self.select or "last",
-            new_head=new_head,
+            precision=precision, seed=seed, select=self.select or "last", new_head=new_head,
+            compiled=bool(self.compile_model or self.compile_mode), compile_mode=self.compile_mode or "default",
         )  # fmt: skip

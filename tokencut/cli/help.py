@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 # Shown by --help-all only: what few ever change; of one command where it stands before it.
 RARE = frozenset((
-    "--accumulate", "--tensorboard", "--distill", "--distill-weight", "--temperature", "--alpha", "--beta",
+    "compress --compile-mode", "--accumulate", "--tensorboard", "--distill", "--distill-weight", "--temperature", "--alpha", "--beta",
     "--lr-scaling", "--min-lr", "--warmup-epochs", "--keep-warmup", "--weight-decay", "--layer-decay", "--clip-grad",
     "--ema-decay", "--label-smoothing", "--mixup", "--cutmix", "--crop-scale", "--hflip", "--color-jitter",
     "--auto-augment", "--random-erasing", "--mean", "--std", "--crop-pct", "--interpolation", "--image-root",

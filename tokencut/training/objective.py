@@ -124,13 +124,13 @@ class Objective:
     Holds the teacher, which is the model as it is when the objective is made, without its stages.
     """
 
-    def __init__(self, model: CompressedModel, settings: ObjectiveSettings, *, compiled: bool = False) -> None:
+    def __init__(self, model: CompressedModel, settings: ObjectiveSettings, *, compile_mode: str | None = None) -> None:
         """Prepares a model for training: its two heads give separate logits where one of them is distilled to.
 
         Args:
             model: The model to be trained; copied as the teacher where one is needed.
             settings: The weights.
-            compiled: Whether to run model and teacher through `torch.compile`.
+            compile_mode: The mode in which model and teacher run through `torch.compile`; None for not at all.
 
         Raises:
             UsageError: The settings contradict each other or the method.
@@ -144,7 +144,7 @@ class Objective:
         if self.own_losses and settings.distill not in ("soft", "none"):
             raise UsageError(f"method {model.recipe.method} distils softly, as published; type "
                              f"`distill='soft'` or none, not {settings.distill}")  # fmt: skip
-        if compiled and settings.distill == "features":
+        if compile_mode is not None and settings.distill == "features":
             raise UsageError("`distill='features'` reads pooled tokens from inside the model, which `compiled` hides; "
                              "type `distill='soft'`, or leave out `compiled`")  # fmt: skip
         self.teacher: CompressedModel | None = None
@@ -154,8 +154,10 @@ class Objective:
         self.two_heads = self._separate_heads(settings.distill in LOGIT_KINDS)
         self._traced = bool(self.own_losses or settings.alpha or settings.beta)
         self._student, self._taught = self._run_student, self._run_teacher
-        if compiled:
-            self._student, self._taught = torch.compile(self._run_student), torch.compile(self._run_teacher)
+        self._recorded = compile_mode not in (None, "default")
+        if compile_mode is not None:
+            self._student = torch.compile(self._run_student, mode=compile_mode)
+            self._taught = torch.compile(self._run_teacher, mode=compile_mode)
 
     def close(self) -> None:
         """Makes the model what it was for use: one prediction."""
@@ -172,6 +174,8 @@ class Objective:
             images: `(B, C, H, W)`.
             targets: The class of each image, int64 `(B,)`, or its share of each class, `(B, classes)`.
         """
+        if self._recorded:  # what model and teacher give holds until the next batch
+            torch.compiler.cudagraph_mark_step_begin()
         output, traces, pooled = self._forward(images)
         logits, distilled = output if isinstance(output, tuple) else (output, output)
         task = F.cross_entropy(logits.float(), targets, label_smoothing=self._smoothing(targets))

@@ -244,7 +244,8 @@ class _Run:
     def _made_trainer(self) -> Trainer:
         return Trainer(
             self.model, self.recipe, self.settings, self.order, self.epochs, self.group,
-            precision=self.setup.precision, compiled=self.setup.compiled, new_head=self.setup.new_head,
+            precision=self.setup.precision, new_head=self.setup.new_head,
+            compile_mode=self.setup.compile_mode if self.setup.compiled else None,
         )  # fmt: skip
 
     def plan(self) -> FinetunePlan:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tokencut.errors import UsageError
 from tokencut.limits import check_number
+from tokencut.runtime.compiling import check_mode
 from tokencut.training.held_out import HeldOutComparison
 
 
@@ -20,6 +21,8 @@ class TrainingSetup:
         precision: `fp32` or `bf16`.
         seed: Decides order, augmentation, dropout and what is held out.
         compiled: Whether to use `torch.compile`.
+        compile_mode: torch's mode for that. `reduce-overhead` also records CUDA graphs, so that a step of a small model
+            takes what the GPU works, and not what the host takes to start it.
         select: `last` takes the last epoch, `best` the best one by images held out of the training images.
         guard: Whether to judge the model on held-out training images before and after, and to keep the weights from
             before where it got worse. Without effect with a new head, which knows nothing before.
@@ -32,6 +35,7 @@ class TrainingSetup:
     precision: str = "fp32"
     seed: int = 0
     compiled: bool = False
+    compile_mode: str = "default"
     select: str = "last"
     guard: bool = True
     new_head: bool = False
@@ -42,6 +46,11 @@ class TrainingSetup:
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"training in {self.precision} is not supported, since its gradients underflow; type "
                              "`precision='bf16'`")  # fmt: skip
+        check_mode(self.compile_mode)
+        if self.compile_mode != "default" and self.accumulate > 1:
+            raise UsageError(f"`compile_mode={self.compile_mode!r}` records CUDA graphs, in which gradients have the "
+                             f"same memory in each pass, so that `accumulate={self.accumulate}` has nothing to add to; "
+                             "leave one of them out")  # fmt: skip
         if self.select not in ("last", "best"):
             raise UsageError(f"`select={self.select!r}` is not last or best; type `select='last'`")
 

@@ -51,7 +51,7 @@ class Trainer:
         group: Group,
         *,
         precision: str = "fp32",
-        compiled: bool = False,
+        compile_mode: str | None = None,
         new_head: bool = False,
     ) -> None:
         """Prepares a model, which is where it is to be trained, for training.
@@ -64,7 +64,7 @@ class Trainer:
             epochs: Epochs in all.
             group: The processes that train it.
             precision: What forwards compute in, `fp32` or `bf16`.
-            compiled: Whether to use `torch.compile`.
+            compile_mode: The mode of `torch.compile`; None for not at all.
             new_head: Whether the classifier starts from nothing.
 
         Raises:
@@ -84,7 +84,7 @@ class Trainer:
         self.ema: Any = None
         if recipe.ema_decay:
             self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
-        self.objective = Objective(model, settings, compiled=compiled)
+        self.objective = Objective(model, settings, compile_mode=compile_mode)
         per_step = order.per_step
         self.optimizer = make_optimizer(model, recipe, per_step, new_head=new_head)
         self.scheduler = make_scheduler(self.optimizer, recipe, batch=per_step, epochs=epochs, updates=order.steps)
