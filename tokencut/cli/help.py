@@ -15,11 +15,12 @@ from typer.core import TyperCommand, TyperGroup
 
 # Shown by --help-all only: what few ever change; of one command where it stands before it.
 RARE = frozenset((
-    "compress --compile-mode", "--accumulate", "--tensorboard", "--distill", "--distill-weight", "--temperature", "--alpha", "--beta",
+    "--accumulate", "--tensorboard", "--distill", "--distill-weight", "--temperature", "--alpha", "--beta",
     "--lr-scaling", "--min-lr", "--warmup-epochs", "--keep-warmup", "--weight-decay", "--layer-decay", "--clip-grad",
     "--ema-decay", "--label-smoothing", "--mixup", "--cutmix", "--crop-scale", "--hflip", "--color-jitter",
     "--auto-augment", "--random-erasing", "--mean", "--std", "--crop-pct", "--interpolation", "--image-root",
     "--calibration-limit", "--search-effort", "--front", "--select", "compress --compile", "compress --allow-drop",
+    "compress --compile-mode",
     "--target-form", "--mean-gmacs", "--levels", "--frame-stride", "--frames", "--static-keep", "--views",
 ))  # fmt: skip
 
