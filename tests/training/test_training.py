@@ -177,6 +177,7 @@ def test_graphs_of_a_step_do_not_add_up_gradients() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's compiler, about itself
 def test_a_step_from_graphs_is_that_of_the_compiled_model(few: Source) -> None:
     recipe = SHORT.changed(epochs=2, lr=1e-3)
     plain, recorded = model(), model()
