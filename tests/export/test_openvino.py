@@ -22,7 +22,7 @@ from tokencut.export.run import ExportReport, export_model
 from tokencut.export.runtimes import open_exported
 from tokencut.export.runtimes.openvino import DIGEST, OpenVino
 
-OF_STAGES = ("CumSum", "Less", "ReduceMean", "ScatterElementsUpdate", "SoftMax")
+OF_STAGES = ("CumSum", "GatherElements", "Less", "ReduceMean", "SoftMax")
 
 
 @pytest.fixture(scope="module")
