@@ -8,16 +8,18 @@ profilers, feature extraction), activation checkpointing, `torch.compile`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 from torch.utils.hooks import BackwardHook
 
+# What runs a model, or a part of it.
+_FORWARDS = ("forward", "forward_features", "forward_head")
 # What wraps one module and does nothing else to its numbers, by the attribute that holds the module.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, torch's checkpoint_wrapper
 
@@ -31,18 +33,41 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs more than its `forward`: hooks of its own, or torch's global ones."""
-    return has_own_hooks(module) or bool(
-        everywhere._global_forward_pre_hooks
+    return bool(  # asked of each module that is passed by: the former spelled out takes half the time
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or everywhere._global_forward_pre_hooks
         or everywhere._global_forward_hooks
         or everywhere._global_backward_pre_hooks
         or everywhere._global_backward_hooks
     )
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is calling its `forward`: nobody is hooked to it, and nothing is wrapped around it."""
+    return not has_hooks(module) and wrapped(module) is None
+
+
+def parts_of(module: nn.Module) -> Mapping[str, Any]:
+    """The modules that a module holds, by name; `nn.Module` itself takes 0.6 us to find one."""
+    return unwrapped(module)._modules
+
+
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """What `module(x)` gives, without calling what does nothing, which takes 1.2 us: a block of timm's has ten such."""
+    kind = type(module)
+    idle = kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))
+    return x if idle and not has_hooks(module) and "forward" not in vars(module) else module(x)
+
+
 def wrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper that changes no numbers (`torch.compile`, `checkpoint_wrapper`); None for others."""
-    name = next((name for name in _WRAPPERS if name in module._modules), None)
-    return None if name is None else module._modules[name]
+    for name in _WRAPPERS:
+        if name in module._modules:
+            return module._modules[name]
+    return None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -54,8 +79,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def is_patched(module: nn.Module) -> bool:
     """Whether somebody has put another `forward` (or `forward_features`, ...) on this one module over its class's."""
     inner = unwrapped(module)
-    own = vars(inner)
-    return any(name in own and not _is_classes(inner, name) for name in ("forward", "forward_features", "forward_head"))
+    own = [name for name in _FORWARDS if name in vars(inner)]
+    return bool(own) and not all(_is_classes(inner, name) for name in own)
 
 
 def _is_classes(module: nn.Module, name: str) -> bool:

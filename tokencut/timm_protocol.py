@@ -253,10 +253,9 @@ class AroundTimm(nn.Module):
                 f"use a hook (register_forward_hook), or take it off again by {_taken_off(patched)}"
                 + (f", or give `layers` without {layer}" if layer else "")
             )
-        # A tracer puts hooks of its own on every module, to name what it records after them.
-        traced = torch.jit.is_tracing()
         for part in self.adapter.passed_by(self.model):
-            if is_patched(part) or (has_own_hooks(part) and not traced):
+            # A tracer puts hooks of its own on every module, to name what it records after them.
+            if is_patched(part) or (has_own_hooks(part) and not torch.jit.is_tracing()):
                 name = next(name for name, each in self.model.named_modules() if each is part)
                 raise ModelError(f"{name} has a hook or a forward of its own, and what runs stages calls its parts; "
                                  "put it on the model itself, or on a part of it")  # fmt: skip

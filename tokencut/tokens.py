@@ -101,6 +101,16 @@ class Tokens:
         return Tokens(features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid, self.shared,
                       self.policy, self.bias, self.windows, self.clustered)  # fmt: skip
 
+    def with_bias(self, bias: Tensor | None) -> Tokens:
+        """The same tokens with another bias."""
+        return Tokens(self.features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid,
+                      self.shared, self.policy, bias, self.windows, self.clustered)  # fmt: skip
+
+    def left(self, features: Tensor, sizes: Tensor | None, source: Tensor | None, positions: Tensor | None) -> Tokens:
+        """The tokens that left a stage, `M` image tokens; arguments as in the class."""
+        return Tokens(features, self.num_prefix_tokens, sizes, source, positions, self.grid, self.shared, self.policy,
+                      None, self.windows, self.clustered)  # fmt: skip
+
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
     """Carries out a decision on all that travels; prefix tokens pass through untouched.
@@ -151,8 +161,16 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else take(tokens.sizes, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
-    features = torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
+    return tokens.left(_taken(tokens, index), sizes, source, positions)
+
+
+def _taken(tokens: Tokens, index: Tensor) -> Tensor:
+    """The features of the tokens that stay, `(B, P + M, D)`."""
+    if kernels.usable(tokens.features, index):
+        from tokencut.ops.kernels import merging
+
+        return merging.take(tokens.features, tokens.num_prefix_tokens, index)
+    return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -164,8 +182,7 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     positions = tokens.positions
     if positions is not None:
         positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
-    features = _merged(tokens, decision)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
+    return tokens.left(_merged(tokens, decision), sizes, source, positions)
 
 
 def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
@@ -216,12 +233,19 @@ def _merged_by_adding(tokens: Tokens, decision: Grouping) -> Tensor:
     return sums.view(batch, leaving, width).to(tokens.features.dtype)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast leaves products alone, so that decisions are made in fp32 in any precision."""
+    kind = device.type
     # The meta device, on which costs are counted, knows no autocast.
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _NOTHING
+
+
+def without_gradient() -> AbstractContextManager[object]:
+    """`torch.no_grad()` where a gradient would be kept."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def _follow(source: Tensor, place: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.adapters.vit_blocks import BlockHandler
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
-from tokencut.calling import call, has_hooks, is_patched, unwrapped
+from tokencut.calling import call, has_hooks, is_bare, is_patched, unwrapped
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -116,16 +116,31 @@ class ColumnarAdapter(Adapter):
         return context
 
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
-        features = tokens.features
+        return tokens.with_features(self._run(block, tokens.features, context))
+
+    def run_all(self, model: TimmModule, first: int, blocks: Sequence[TimmModule], tokens: Tokens) -> Tokens:
+        kind = type(self)
+        if kind.context is not Adapter.context or kind.entering is not Adapter.entering:
+            return super().run_all(model, first, blocks, tokens)  # blocks differ in more than their features
+        features, context = tokens.features, self.context(model, first, tokens)
+        for block in blocks:
+            features = self._run(block, features, context)
+        return tokens.with_features(features)
+
+    def _run(self, block: TimmModule, features: Tensor, context: Context) -> Tensor:
         if not self.needs_halves(block, features, context):
-            return tokens.with_features(block(features, **context.block_arguments()))
+            run: Tensor = block(features, **context.block_arguments())
+            return run
         handler = self.handler(block)
 
         def halves(features: Tensor, **given: Any) -> Tensor:
-            whole = self.complete(block, context.given(**given))
+            whole = self.complete(block, context.given(**given) if given else context)
             return handler.mlp_half(block, handler.attention_half(block, features, whole)[0])
 
-        return tokens.with_features(call(block, halves, features, **context.block_arguments()))
+        if is_bare(block):
+            return halves(features)
+        called: Tensor = call(block, halves, features, **context.block_arguments())
+        return called
 
     def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
         return [block, *self.handler(block).attentions(block)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
+from tokencut.ops.constants import known
 from tokencut.ops.exporting import beyond, exporting, itself, lifted, numbers, pick, running, whole
 from tokencut.ops.grouping import Grouping, group_average, led_by, ordered_average
 from tokencut.ops.ranking import are_highest, marked, not_ahead
@@ -187,6 +188,7 @@ def _joined(distances: Tensor, is_centre: Tensor, far: Tensor | float) -> Tensor
     return torch.where(is_centre, numbers(distances, distances.shape[1]), nearest)
 
 
+@known
 def windows(count: int, clusters: int, window: int) -> int:
     """Into how many windows the tokens of an image are split, of `ceil(N / windows)` tokens, or fewer in the last.
 
@@ -214,11 +216,12 @@ def window_pairs(count: int, parts: int) -> int:
     return sum(number * size**2 for _, number, size in _windows(count, parts))
 
 
-def _windows(count: int, parts: int) -> list[tuple[int, int, int]]:
+@known
+def _windows(count: int, parts: int) -> tuple[tuple[int, int, int], ...]:
     """The windows of an image, those of a size together: where they begin, how many there are, and their size."""
     size = -(-count // parts)
     full, rest = count // size, count % size
-    return [(0, full, size)] + ([(full * size, 1, rest)] if rest else [])
+    return ((0, full, size), *(((full * size, 1, rest),) if rest else ()))
 
 
 def density_clusters(

@@ -99,11 +99,10 @@ def marked(found: Tensor, count: int) -> Tensor:
 
 def _chosen_at_once(scores: Tensor, count: int) -> Tensor | None:
     """`highest` by one launch of a kernel; None where there is none for these scores."""
-    if kernels.usable(scores):
+    if scores.shape[1] <= kernels.CHOSEN_AT_ONCE and kernels.usable(scores):
         from tokencut.ops.kernels import sorting as kernel
 
-        if scores.shape[1] <= kernel.CHOSEN_AT_ONCE:
-            return kernel.highest(scores, count)
+        return kernel.highest(scores, count)
     return None
 
 

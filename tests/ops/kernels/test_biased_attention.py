@@ -9,7 +9,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from tokencut.attention import AttentionInfo, QueryKey, fused_attention, has_biased_kernel
-from tokencut.ops.kernels.attention import biased_attention, class_rows, log_sizes
+from tokencut.ops.kernels.attention import biased_attention, class_attention, log_sizes, most_attended
+from tokencut.ops.ranking import highest
 
 
 def heads(width: int, count: int = 70) -> list[torch.Tensor]:
@@ -42,13 +43,15 @@ def test_a_bias_for_each_pair_is_left_to_pytorch() -> None:
 
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("biased", [True, False])
-def test_class_rows(queries: int, biased: bool, device: str) -> None:
+def test_class_attention_and_the_most_attended(queries: int, biased: bool, device: str) -> None:
     query, key, _ = heads(24)
     bias = torch.randn(2, 1, 1, 70) if biased else None
     logits = (query[:, :, :queries] * 24**-0.5) @ key.transpose(2, 3)
-    expected = (logits if bias is None else logits + bias).softmax(3).mean((1, 2))
-    got = class_rows(query[:, :, :queries].to(device), key.to(device), None if bias is None else bias.to(device))
+    expected = (logits if bias is None else logits + bias).softmax(3).mean((1, 2))[:, 2:]
+    on_device = (query.to(device), key.to(device), None if bias is None else bias.to(device), queries, 2)
+    got = class_attention(*on_device)
     torch.testing.assert_close(got.cpu(), expected)
+    assert torch.equal(most_attended(*on_device, 30), highest(got, 30))
 
 
 @pytest.mark.gpu

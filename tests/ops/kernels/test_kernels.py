@@ -92,6 +92,7 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             clusters.density_clusters(points, 5, None, 2, 3, 0.0, 0.5, True),
             *clusters.ordered_average(group, ones, ones, 6),
             merging.merge(points, 0, group, ones / 2, 6, True),
+            merging.take(points, 1, group[:, ::2]),
             *matching.alternating_average(points, ones, 1, 4),
             *rotation.rotate(heads, heads, torch.ones(2, 1, 12, 32, device=device), 0, True),
             sorting.ranking(ones, True),
@@ -99,8 +100,9 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             medoids.medoid_clusters(points, ones, 5, 2),
             attention.log_sizes(ones, 1, torch.bfloat16),
             attention.biased_attention(heads, heads, heads, bias),
-            attention.class_rows(heads[:, :, :1], heads, None),
-            attention.class_rows(heads[:, :, :1], heads, bias),
+            attention.class_attention(heads, heads, None, 1, 1),
+            attention.class_attention(heads, heads, bias, 2, 0),
+            attention.most_attended(heads, heads, bias, 1, 1, 5),
         ]
 
     torch._dynamo.reset()

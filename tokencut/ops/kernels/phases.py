@@ -228,7 +228,7 @@ def _number(image, own, first, begun, held, ordered, leaving, count, groups, ALL
 
 @triton.jit
 def _phase(
-    image, own, distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane,
+    image, own, distances, floats, integers, group, weight, sizes, ordered, share, leaving, count, window, plane,
     clusters, groups, mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr,
     SCALE_FREE: tl.constexpr, COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, OTHERS: tl.constexpr, ALL: tl.constexpr,
     PHASE: tl.constexpr,
@@ -257,21 +257,26 @@ def _phase(
 @Kernel
 @triton.jit
 def run_phases(
-    distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane, clusters, groups,
-    mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, SCALE_FREE: tl.constexpr,
+    distances, integers, group, weight, sizes, ordered, share, leaving, count, window, plane, behind, joined, clusters,
+    groups, mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, SCALE_FREE: tl.constexpr,
     COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Phases `FIRST` to `LAST`: all of an image by one program, or one phase of a part of it."""
+    """Phases `FIRST` to `LAST`: all of an image by one program, or one phase of a part of it.
+
+    Three numbers for each point stand `behind` the distances, as many integers in `integers`; the groups are from
+    `joined` on in `group`, which is the last of those or has been given.
+    """
     image = tl.program_id(1).to(tl.int64)
+    floats, group = distances + behind, group + joined
     for phase in tl.static_range(FIRST, LAST + 1):
         if WHOLE:
             for start in range(0, count, OWN):
-                _phase(image, start + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers, share,
-                       ordered, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
-                       SIZED, SCALE_FREE, COSINE, KEEP_NORM, OTHERS, ALL, phase)  # fmt: skip
+                _phase(image, start + tl.arange(0, OWN), distances, floats, integers, group, weight, sizes, ordered,
+                       share, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS, SIZED,
+                       SCALE_FREE, COSINE, KEEP_NORM, OTHERS, ALL, phase)  # fmt: skip
             tl.debug_barrier()  # what one thread has written another will read
         else:
-            _phase(image, tl.program_id(0) * OWN + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers,
-                   share, ordered, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
+            _phase(image, tl.program_id(0) * OWN + tl.arange(0, OWN), distances, floats, integers, group, weight, sizes,
+                   ordered, share, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
                    SIZED, SCALE_FREE, COSINE, KEEP_NORM, OTHERS, False, phase)  # fmt: skip

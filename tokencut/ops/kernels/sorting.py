@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 
 OWN, OTHERS = 128, 16  # scores that a program ranks, and those it compares them with at once
-CHOSEN_AT_ONCE = 512  # up to so many scores one program chooses from; beyond, ranking them fills the GPU better
 
 
 @triton.jit
@@ -67,19 +66,36 @@ def ranking(scores: Tensor, descending: bool) -> Tensor:
     """
     batch, count = scores.shape
     order = torch.empty((batch, count), dtype=torch.int64, device=scores.device)
-    _rank[triton.cdiv(count, OWN), batch](
-        scores.contiguous(), order, count, DESCENDING=descending, OWN=OWN, OTHERS=OTHERS
-    )
+    _ranking(batch, count, descending)(scores.contiguous(), order)
     return order
+
+
+@by_shape
+def _ranking(batch: int, count: int, descending: bool) -> Launch:
+    """Ranks so many scores, for `ranking`."""
+    return _rank.prepare((triton.cdiv(count, OWN), batch), count, DESCENDING=descending, OWN=OWN, OTHERS=OTHERS)
+
+
+@triton.jit
+def mean_of_rows(rows, columns, count, row_stride, ROWS: tl.constexpr):
+    """The mean of rows of scores at some columns, added up one after the other."""
+    total = tl.zeros(columns.shape, tl.float32)
+    for row in range(0, ROWS):
+        total += tl.load(rows + row * row_stride + columns, mask=columns < count, other=0.0)
+    return total / ROWS
 
 
 @Kernel
 @triton.jit
-def _choose(scores, chosen, count, wanted, OWN: tl.constexpr, OTHERS: tl.constexpr):
-    """Writes the numbers of the highest scores of an image, ascending."""
+def _choose(scores, chosen, count, wanted, first, batch_stride, row_stride, ROWS: tl.constexpr, OWN: tl.constexpr,
+            OTHERS: tl.constexpr):  # fmt: skip
+    """Writes the numbers of the highest scores of an image, ascending; of several rows the mean goes to the first."""
     image = tl.program_id(0).to(tl.int64)
     own = tl.arange(0, OWN)
-    scores += image * count
+    scores += image * batch_stride + first
+    if ROWS > 1:
+        tl.store(scores + own, mean_of_rows(scores, own, count, row_stride, ROWS), mask=own < count)
+        tl.debug_barrier()  # what one thread has written another will read
     mine = _number(scores + own, own < count)
     among = (_ahead(scores, mine, own, count, True, OTHERS) < wanted) & (own < count)
     place = tl.cumsum(among.to(tl.int32), 0) - 1
@@ -100,9 +116,22 @@ def highest(scores: Tensor, count: int) -> Tensor:
     Returns:
         int64 `(B, M)`, ascending.
     """
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
     chosen = torch.empty((scores.shape[0], count), dtype=torch.int64, device=scores.device)
-    own = triton.next_power_of_2(scores.shape[1])
-    _choose[(scores.shape[0],)](
-        scores.contiguous(), chosen, scores.shape[1], count, OWN=own, OTHERS=OTHERS, num_warps=max(1, own // 64)
-    )
+    batch, tokens = scores.shape
+    choosing(batch, tokens, count, 0, scores.stride(0))(scores, chosen)
     return chosen
+
+
+@by_shape
+def choosing(
+    batch: int, tokens: int, count: int, first: int, batch_stride: int, row_stride: int = 0, rows: int = 1
+) -> Launch:
+    """Chooses from so many scores behind the `first`, for `highest`; of several rows, which it writes to, by their
+    mean.
+    """
+    own = triton.next_power_of_2(tokens)
+    return _choose.prepare(
+        (batch,), tokens, count, first, batch_stride, row_stride, ROWS=rows, OWN=own, OTHERS=OTHERS,
+        num_warps=max(1, own // 64),
+    )  # fmt: skip
