@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokencut.calling import has_hooks, parts_of, through
 from tokencut.ops import kernels
+from tokencut.ops.grouping import Selection
 from tokencut.ops.ranking import highest
 from tokencut.tokens import Tokens, full_precision
 
@@ -73,24 +74,24 @@ class AttentionInfo:
         mean = torch.stack(rows).mean(0) if len(rows) > 1 else rows[0]
         return mean.clamp(min=0) if any(len(maps) > 1 for maps in self.layers) else mean
 
-    def most_attended(self, count: int) -> Tensor:
-        """The numbers of the `count` image tokens of highest class attention, as `ops.ranking.highest` gives them.
+    def most_attended(self, tokens: Tokens, count: int) -> Selection:
+        """The decision to keep the image tokens of highest class attention, of equal ones those of lower number.
 
         Args:
-            count: `M`.
-
-        Returns:
-            int64 `(B, M)`, ascending.
+            tokens: The tokens that it is about.
+            count: `M`, how many stay.
         """
-        if len(self.layers) == 1 and len(self.layers[0]) == 1:
+        if len(self.layers) == 1 and len(self.layers[0]) == 1 and not tokens.features.requires_grad:
             heads = self.layers[0][0]
-            few = heads.key.shape[2] - self.num_prefix_tokens <= kernels.CHOSEN_AT_ONCE
-            if few and _has_row_kernel(heads, self.bias):
-                from tokencut.ops.kernels.attention import most_attended
+            if tokens.count <= kernels.CHOSEN_AT_ONCE and _has_row_kernel(heads, self.bias):
+                from tokencut.ops.kernels.attention import keep_attended
 
                 looking, rows = _looking(heads, self)
-                return most_attended(looking, heads.key, self.bias, rows, self.num_prefix_tokens, count)
-        return highest(self.class_attention(), count)
+                features, index = keep_attended(
+                    looking, heads.key, self.bias, rows, tokens.features, tokens.num_prefix_tokens, count
+                )
+                return Selection(index, features)
+        return Selection(highest(self.class_attention(), count))
 
     def keys(self) -> Tensor:
         """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""
@@ -157,6 +158,8 @@ def log_size_bias(tokens: Tokens) -> Tensor | None:
     """
     if tokens.sizes is None:
         return None
+    if tokens.log_sizes is not None:
+        return tokens.log_sizes
     if kernels.usable(tokens.sizes):
         from tokencut.ops.kernels.attention import log_sizes
 

@@ -56,6 +56,7 @@ class Tokens:
             hides tokens instead of dropping them (`Method.soft_policy`).
         bias: What attention adds to its logits for the tokens' sizes and policy, `(B, 1, 1, P + N)` in the features'
             dtype (`attention.attention_bias`); None for nothing. The block loop makes it, once behind each stage.
+        log_sizes: The logarithm of `sizes` in the form of `bias`, where it was made along with the features; else None.
         windows: The grid in which the image tokens stand in raster order, and its windows, of a model whose blocks need
             a regular one; else None.
         clustered: What they were before a stage made that grid smaller; None where it did not.
@@ -70,6 +71,7 @@ class Tokens:
     shared: Any = None
     policy: Tensor | None = None
     bias: Tensor | None = None
+    log_sizes: Tensor | None = None
     windows: Windows | None = None
     clustered: Clustered | None = None
 
@@ -99,17 +101,20 @@ class Tokens:
         """The same tokens with other features of the same shape."""
         # Twice a block: spelled out it takes a fifth of the time of `replace`.
         return Tokens(features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid, self.shared,
-                      self.policy, self.bias, self.windows, self.clustered)  # fmt: skip
+                      self.policy, self.bias, self.log_sizes, self.windows, self.clustered)  # fmt: skip
 
     def with_bias(self, bias: Tensor | None) -> Tokens:
         """The same tokens with another bias."""
         return Tokens(self.features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid,
-                      self.shared, self.policy, bias, self.windows, self.clustered)  # fmt: skip
+                      self.shared, self.policy, bias, self.log_sizes, self.windows, self.clustered)  # fmt: skip
 
-    def left(self, features: Tensor, sizes: Tensor | None, source: Tensor | None, positions: Tensor | None) -> Tokens:
+    def left(
+        self, features: Tensor, sizes: Tensor | None, source: Tensor | None, positions: Tensor | None,
+        log_sizes: Tensor | None = None,
+    ) -> Tokens:  # fmt: skip
         """The tokens that left a stage, `M` image tokens; arguments as in the class."""
         return Tokens(features, self.num_prefix_tokens, sizes, source, positions, self.grid, self.shared, self.policy,
-                      None, self.windows, self.clustered)  # fmt: skip
+                      None, log_sizes, self.windows, self.clustered)  # fmt: skip
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
@@ -161,7 +166,8 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else take(tokens.sizes, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
-    return tokens.left(_taken(tokens, index), sizes, source, positions)
+    features = _taken(tokens, index) if decision.features is None else decision.features
+    return tokens.left(features, sizes, source, positions)
 
 
 def _taken(tokens: Tokens, index: Tensor) -> Tensor:
@@ -182,14 +188,14 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     positions = tokens.positions
     if positions is not None:
         positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
-    return tokens.left(_merged(tokens, decision), sizes, source, positions)
+    features, log_sizes = _weighted_sums(tokens, decision, sizes)
+    if decision.keep_norm:
+        features = _lengthened(tokens, decision, features)
+    return tokens.left(features, sizes, source, positions, log_sizes)
 
 
-def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
-    """Features after merging, `(B, P + M, D)`."""
-    sums = _weighted_sums(tokens, decision)
-    if not decision.keep_norm:
-        return sums
+def _lengthened(tokens: Tokens, decision: Grouping, sums: Tensor) -> Tensor:
+    """Sums `(B, P + M, D)`, those of image tokens as long as their members."""
     with torch.no_grad():  # a part of the decision
         lengths, merged = (values.float().norm(dim=2) for values in (tokens.image, sums[:, tokens.num_prefix_tokens :]))
         factors = norm_factors(decision.group, decision.weight, lengths, merged, decision.count)
@@ -197,18 +203,20 @@ def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
     return sums * factors.unsqueeze(2)
 
 
-def _weighted_sums(tokens: Tokens, decision: Grouping) -> Tensor:
-    """The groups' sums behind the prefix tokens, `(B, P + M, D)`."""
-    if kernels.usable(tokens.features, decision.weight, backward=True):
+def _weighted_sums(tokens: Tokens, decision: Grouping, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The groups' sums behind the prefix tokens, `(B, P + M, D)`, and the logarithms of their sizes, if made along."""
+    features, prefix = tokens.features, tokens.num_prefix_tokens
+    # A token alone in its group has weight 1, so it passes unchanged in any precision.
+    if kernels.usable(features, decision.weight, backward=True):
         from tokencut.ops.kernels import merging
 
-        return merging.merge(
-            tokens.features, tokens.num_prefix_tokens, decision.group, decision.weight, decision.count, decision.ordered
-        )
-    # A token alone in its group has weight 1, so it passes unchanged in any precision.
-    if tokens.features.is_cuda or torch.compiler.is_compiling():
-        return _merged_by_product(tokens, decision)
-    return _merged_by_adding(tokens, decision)
+        if kernels.usable(features):
+            return merging.merge_and_weigh(features, prefix, decision.group, decision.weight, sizes, decision.ordered)
+        of_count = decision.count, decision.ordered
+        return merging.merge(features, prefix, decision.group, decision.weight, *of_count), None
+    if features.is_cuda or torch.compiler.is_compiling():
+        return _merged_by_product(tokens, decision), None
+    return _merged_by_adding(tokens, decision), None
 
 
 def _merged_by_product(tokens: Tokens, decision: Grouping) -> Tensor:

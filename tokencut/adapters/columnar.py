@@ -15,7 +15,7 @@ from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.adapters.vit_blocks import BlockHandler
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
-from tokencut.calling import call, has_hooks, is_bare, is_patched, unwrapped
+from tokencut.calling import call, is_bare, is_patched, parts_of, through, unwrapped
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -116,21 +116,23 @@ class ColumnarAdapter(Adapter):
         return context
 
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
-        return tokens.with_features(self._run(block, tokens.features, context))
+        return tokens.with_features(self._run((block,), tokens.features, context))
 
     def run_all(self, model: TimmModule, first: int, blocks: Sequence[TimmModule], tokens: Tokens) -> Tokens:
         kind = type(self)
         if kind.context is not Adapter.context or kind.entering is not Adapter.entering:
             return super().run_all(model, first, blocks, tokens)  # blocks differ in more than their features
-        features, context = tokens.features, self.context(model, first, tokens)
-        for block in blocks:
-            features = self._run(block, features, context)
-        return tokens.with_features(features)
+        return tokens.with_features(self._run(blocks, tokens.features, self.context(model, first, tokens)))
 
-    def _run(self, block: TimmModule, features: Tensor, context: Context) -> Tensor:
-        if not self.needs_halves(block, features, context):
-            run: Tensor = block(features, **context.block_arguments())
-            return run
+    def _run(self, blocks: Sequence[TimmModule], features: Tensor, context: Context) -> Tensor:
+        """Blocks that are given the same context, one after the other."""
+        arguments = context.block_arguments()
+        for block in blocks:
+            halved = self.needs_halves(block, features, context)
+            features = self._in_halves(block, features, context) if halved else block(features, **arguments)
+        return features
+
+    def _in_halves(self, block: TimmModule, features: Tensor, context: Context) -> Tensor:
         handler = self.handler(block)
 
         def halves(features: Tensor, **given: Any) -> Tensor:
@@ -270,18 +272,21 @@ def patches(embed: TimmModule, images: Tensor) -> Any:
     In half precision on a GPU, by autocast too, as one matrix product: the convolution of 16 x 16 patches alone took
     1.6 of DeiT-S's 11 ms there (H100, bf16, batch 256), and as much again in backward.
     """
-    plain = type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad
-    plain = plain and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
-    plain = plain and not any(has_hooks(part) or is_patched(part) for part in (embed, embed.proj))
     half = images.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
-    if not (plain and images.is_cuda and half):
+    if not (images.is_cuda and half) or type(embed) is not PatchEmbed:
+        return embed(images)
+    proj, (batch, channels, *size) = parts_of(embed)["proj"], images.shape
+    plain = (
+        type(proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad and size == list(embed.img_size or ())
+    )
+    if not plain or not is_bare(embed) or not is_bare(proj) or is_patched(embed) or is_patched(proj):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
-    if images.shape[-2:] != (rows * height, columns * width):
+    if size != [rows * height, columns * width]:
         images = images[:, :, : rows * height, : columns * width]
-    pixels = images.reshape(images.shape[0], images.shape[1], rows, height, columns, width)
-    pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], rows * columns, -1)
-    return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
+    pixels = images.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    pixels = pixels.reshape(batch, rows * columns, channels * height * width)
+    return through(embed.norm, F.linear(pixels, proj.weight.flatten(1), proj.bias))
 
 
 def average_pool(kind: str, features: Tensor, counts: Tensor, skipped: int) -> Tensor:

@@ -18,7 +18,7 @@ class TopK(Method):
     prop_attn = False
 
     def decide(self, stage_input: StageInput, budget: int) -> Selection:
-        return Selection(stage_input.attention.most_attended(budget))
+        return stage_input.attention.most_attended(stage_input.tokens, budget)
 
     def macs(self, shape: StageShape) -> int:
         return 0

@@ -293,8 +293,8 @@ def _joined_up(values: list[Tensor]) -> Tensor:
 
 def density_average(
     points: Tensor,
-    weight: Tensor,
-    sizes: Tensor,
+    weight: Tensor | None,
+    sizes: Tensor | None,
     clusters: int,
     rule: PeakRule,
     parts: int = 1,
@@ -304,8 +304,8 @@ def density_average(
 
     Args:
         points: `(B, N, F)` in any floating dtype; compared in fp32.
-        weight: Raw weight of each token, fp32 `(B, N)`, not negative.
-        sizes: Patches that each token holds, fp32 `(B, N)`.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative; None where all weigh alike.
+        sizes: Patches that each token holds, fp32 `(B, N)`; None where each holds one.
         clusters: `C`, at most `N`.
         rule: Which tokens are centres.
         parts: Windows, as in `density_clusters`.
@@ -325,6 +325,8 @@ def density_average(
         coefficients = group_average(group, weight, sizes, clusters)
         return Grouping(group, coefficients, clusters, ordered=True, keep_norm=keep_norm)
     group = density_clusters(points, clusters, rule, sizes, parts)
+    ones = torch.ones(group.shape, dtype=torch.float32, device=group.device)
+    weight, sizes = ones if weight is None else weight, ones if sizes is None else sizes
     return replace(ordered_average(group, weight, sizes, clusters), keep_norm=keep_norm)
 
 

@@ -22,9 +22,11 @@ class Selection:
 
     Attributes:
         index: The image tokens that stay, int64 `(B, M)`, ascending.
+        features: The prefix tokens and those that stay, `(B, P + M, D)`, where they were copied along.
     """
 
     index: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)

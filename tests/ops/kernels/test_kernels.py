@@ -92,6 +92,7 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             clusters.density_clusters(points, 5, None, 2, 3, 0.0, 0.5, True),
             *clusters.ordered_average(group, ones, ones, 6),
             merging.merge(points, 0, group, ones / 2, 6, True),
+            *merging.merge_and_weigh(points, 0, group, ones / 2, ones[:, :6], True),
             merging.take(points, 1, group[:, ::2]),
             *matching.alternating_average(points, ones, 1, 4),
             *rotation.rotate(heads, heads, torch.ones(2, 1, 12, 32, device=device), 0, True),
@@ -102,7 +103,7 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             attention.biased_attention(heads, heads, heads, bias),
             attention.class_attention(heads, heads, None, 1, 1),
             attention.class_attention(heads, heads, bias, 2, 0),
-            attention.most_attended(heads, heads, bias, 1, 1, 5),
+            *attention.keep_attended(heads, heads, bias, 1, points, 1, 5),
         ]
 
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokencut.ops.kernels import opaque
 from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
-from tokencut.ops.kernels.sorting import choosing, mean_of_rows
+from tokencut.ops.kernels.sorting import keeping, mean_of_rows
 
 ROWS, COLUMNS = 64, 32  # of a tile of logits; 42 us where 64, 64 takes 47 and 32, 64 takes 63 (H200, 98 tokens)
 
@@ -100,7 +100,7 @@ def _attending(
 @triton.jit
 def _class_rows(
     query, key, bias, rows, count, scale, q_batch, q_head, q_row, k_batch, k_head, k_row, bias_batch,
-    queries, heads, BIASED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    queries, heads, rows_batch, BIASED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The attention of one query of one head over all keys."""
     image = tl.program_id(1).to(tl.int64)
@@ -110,7 +110,7 @@ def _class_rows(
     q = tl.load(query + image * q_batch + head * q_head + row * q_row + numbers, mask=wide, other=0.0).to(tl.float32)
     q *= scale
     key += image * k_batch + head * k_head
-    rows += (image * heads * queries + tl.program_id(0)) * count
+    rows += image * rows_batch + tl.program_id(0) * count
     largest = tl.full((COLUMNS,), -float("inf"), tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, count, COLUMNS):
@@ -171,48 +171,60 @@ def class_attention(query: Tensor, key: Tensor, bias: Tensor | None, queries: in
 
 
 @opaque(
-    "(Tensor query, Tensor key, Tensor? bias, int queries, int prefix, int count) -> Tensor",
-    lambda query, key, bias, queries, prefix, count: key.new_empty((key.shape[0], count), dtype=torch.int64),
+    "(Tensor query, Tensor key, Tensor? bias, int queries, Tensor features, int prefix, int count) -> (Tensor, Tensor)",
+    lambda query, key, bias, queries, features, prefix, count: _two_empty(features, prefix, count),
 )
-def most_attended(query: Tensor, key: Tensor, bias: Tensor | None, queries: int, prefix: int, count: int) -> Tensor:
-    """The tokens of highest `class_attention`, chosen as by `sorting.highest`, in two launches.
+def keep_attended(
+    query: Tensor, key: Tensor, bias: Tensor | None, queries: int, features: Tensor, prefix: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens of highest `class_attention`, chosen as by `sorting.highest`, and their features, in two launches.
 
     Args:
         query: As there, with at most `CHOSEN_AT_ONCE` keys behind the prefix.
         key: Likewise.
         bias: Likewise.
         queries: Likewise.
+        features: Of the same tokens, `(B, P + N, D)`; no gradient goes to them.
         prefix: Likewise.
         count: `M`.
 
     Returns:
-        int64 `(B, M)`, ascending.
+        Features of the prefix tokens and of those chosen, `(B, P + M, D)`; their numbers, int64 `(B, M)`, ascending.
     """
-    rows = _rows(query, key, bias, queries)
-    batch, heads, tokens = rows.shape
-    chosen = torch.empty((batch, count), dtype=torch.int64, device=key.device)
-    choosing(batch, tokens - prefix, count, prefix, heads * tokens, tokens, heads)(rows, chosen)
-    return chosen
+    rows = _rows(query, key, bias, queries, room=1)
+    features = features if features.stride(2) == 1 else features.contiguous()
+    results = _two_empty(features, prefix, count)
+    keeping(features.shape, features.stride(), rows.shape[1] - 1, prefix, count)(features, rows, *results)
+    return results
 
 
-def _rows(query: Tensor, key: Tensor, bias: Tensor | None, queries: int) -> Tensor:
-    """The attention of each query, fp32 `(B, H R, P + N)`."""
+def _two_empty(features: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+    """Room for what `keep_attended` returns."""
+    batch, _, width = features.shape
+    return (features.new_empty((batch, prefix + count, width)),
+            torch.empty((batch, count), dtype=torch.int64, device=features.device))  # fmt: skip
+
+
+def _rows(query: Tensor, key: Tensor, bias: Tensor | None, queries: int, room: int = 0) -> Tensor:
+    """The attention of each query, fp32 `(B, H R, P + N)`, with `room` for so many rows more of each image."""
     batch, heads, count, _ = key.shape
-    rows = torch.empty((batch, heads * queries, count), dtype=torch.float32, device=key.device)
-    strides = None if bias is None else bias.stride(0)
-    _looking(key.shape, query.stride(), key.stride(), strides, queries)(query, key, key if bias is None else bias, rows)
+    rows = torch.empty((batch, heads * queries + room, count), dtype=torch.float32, device=key.device)
+    stride = None if bias is None else bias.stride(0)
+    launch = _looking(key.shape, query.stride(), key.stride(), stride, queries, room)
+    launch(query, key, key if bias is None else bias, rows)
     return rows
 
 
 @by_shape
 def _looking(
-    shape: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], bias: int | None, queries: int
+    shape: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], bias: int | None, queries: int, room: int
 ) -> Launch:
     """Looks at keys of a shape with so many queries, for `_rows`; the others are strides."""
     batch, heads, count, width = shape
     return _class_rows.prepare(
         (heads * queries, batch), count, width**-0.5, *query[:3], *key[:3], bias or 0, queries, heads,
-        BIASED=bias is not None, WIDTH=width, PADDED=triton.next_power_of_2(width), COLUMNS=64,
+        (heads * queries + room) * count, BIASED=bias is not None, WIDTH=width, PADDED=triton.next_power_of_2(width),
+        COLUMNS=64,
     )  # fmt: skip
 
 

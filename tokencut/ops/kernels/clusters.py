@@ -42,7 +42,7 @@ def _cosine_distances(products, row_lengths, column_lengths):
 @triton.jit
 def _peaks(points, sizes, distances, tokens, window, behind, batch_stride, row_stride, mass, balance,
            WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
-           SIZED: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
+           MASS: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
     """The squared distances of a window that fits into one tile, and, `behind` them, how much its points are centres.
 
     On the diagonal of the distances, where none is looked for, stand the squared lengths of the points.
@@ -80,7 +80,7 @@ def _peaks(points, sizes, distances, tokens, window, behind, batch_stride, row_s
         total += tl.where(taken > 0, nearest * taken, 0.0)
         left -= taken
     density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
-    if SIZED:
+    if MASS:
         density += mass * tl.log(tl.load(sizes + rows, mask=rows < count, other=1.0))
     earlier = (density[None, :] == density[:, None]) & (rows[None, :] < rows[:, None])
     denser = (density[None, :] > density[:, None]) | earlier
@@ -175,12 +175,13 @@ class _Rule(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """The constants of a kernel."""
-        return {"NEIGHBOURS": self.neighbours, "SIZED": self.mass != 0.0, "SCALE_FREE": self.balance >= 0.0,
+        return {"NEIGHBOURS": self.neighbours, "MASS": self.mass != 0.0, "SCALE_FREE": self.balance >= 0.0,
                 "COSINE": self.cosine}  # fmt: skip
 
 
 def _clustered(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, rule: _Rule, parts: int, last: int, keep_norm: bool
+    points: Tensor, weight: Tensor | None, sizes: Tensor | None, clusters: int, rule: _Rule, parts: int, last: int,
+    keep_norm: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Phases 0 to `last`, the first two along with the distances where a window fits into one tile.
 
@@ -195,13 +196,15 @@ def _clustered(
     # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
     integers = torch.empty((3, batch, count), dtype=torch.int32, device=points.device)
     results = _empty(points, clusters)
-    first = 0
+    first, known = 0, (weight is not None, sizes is not None)
+    weight = floats if weight is None else weight.contiguous()
+    sizes = floats if sizes is None else sizes.contiguous()
     if window > ALONE:
         _measuring(points.shape, points.stride(), points.dtype, window, rule.cosine)(points, floats)
     else:
         _peaking(points.shape, points.stride(), points.dtype, window, rule)(points, sizes, floats)
         first, rule, width = 2, _Rule(), 1  # no phase asks for them then
-    for launch in _phases(batch, count, width, window, clusters, rule, keep_norm, first, last, count <= WHOLE):
+    for launch in _phases(batch, count, width, window, clusters, rule, keep_norm, known, first, last, count <= WHOLE):
         launch(floats, integers, integers, weight, sizes, *results)
     return integers, results
 
@@ -219,8 +222,8 @@ def _peaking(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtyp
 
 @by_shape
 def _phases(
-    batch: int, count: int, width: int, window: int, groups: int, rule: _Rule, keep_norm: bool, first: int, last: int,
-    at_once: bool,
+    batch: int, count: int, width: int, window: int, groups: int, rule: _Rule, keep_norm: bool,
+    known: tuple[bool, bool], first: int, last: int, at_once: bool,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """Phases `first` to `last`.
 
@@ -232,6 +235,7 @@ def _phases(
         groups: How many groups there are.
         rule: As in `density_average`.
         keep_norm: Likewise.
+        known: Whether there are weights, and sizes; else all points weigh 1, and hold 1.
         first: The first phase: 4 where groups are given, of which number `groups` is none.
         last: The last phase.
         at_once: Whether one program does all of an image, in one launch.
@@ -242,9 +246,9 @@ def _phases(
     return tuple(
         run_phases.prepare(
             (1 if at_once else triton.cdiv(count, own), batch), count, window or count, plane, plane * window, joined,
-            groups, none, rule.mass, rule.balance, WIDTH=width, **rule.settings(), KEEP_NORM=keep_norm, OWN=own,
-            OTHERS=OTHERS, FIRST=start, LAST=end, WHOLE=at_once, ALL=at_once and count <= own,
-            num_warps=LANES * own // 32,
+            groups, none, rule.mass, rule.balance, WIDTH=width, **rule.settings(), KEEP_NORM=keep_norm,
+            WEIGHTED=known[0], SIZED=known[1], OWN=own, OTHERS=OTHERS, FIRST=start, LAST=end,
+            WHOLE=at_once, ALL=at_once and count <= own, num_warps=LANES * own // 32,
         )
         for start, end in ([(first, last)] if at_once else [(phase, phase) for phase in range(first, last + 1)])
     )  # fmt: skip
@@ -261,20 +265,20 @@ def _empty(like: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @opaque(
-    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int parts, int neighbours, float mass, float balance,"
+    "(Tensor points, Tensor? weight, Tensor? sizes, int clusters, int parts, int neighbours, float mass, float balance,"
     " bool cosine, bool keep_norm) -> (Tensor, Tensor, Tensor)",
     lambda points, weight, sizes, clusters, *rule: _empty(points, clusters),
 )
 def density_average(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, parts: int, neighbours: int, mass: float,
-    balance: float, cosine: bool, keep_norm: bool,
+    points: Tensor, weight: Tensor | None, sizes: Tensor | None, clusters: int, parts: int, neighbours: int,
+    mass: float, balance: float, cosine: bool, keep_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Clusters the points of each image around its density peaks and averages each cluster.
 
     Args:
         points: `(B, n, F)` in any floating dtype.
-        weight: Raw weight of each point, fp32 `(B, n)`, not negative.
-        sizes: Patches that each point holds, fp32 `(B, n)`.
+        weight: Raw weight of each point, fp32 `(B, n)`, not negative; None where all weigh alike.
+        sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
         clusters: `C`, at most `n`.
         parts: Windows of `ceil(n / parts)` points within which they are compared, at most `C`; the last may hold fewer.
         neighbours: How many nearest count for the density, the point itself among them: 3 to 5, and no more than the
@@ -288,8 +292,8 @@ def density_average(
         Cluster of each point, int64 `(B, n)`, numbered by the smallest member; coefficients, fp32 `(B, n)`; patches
         held by each cluster, fp32 `(B, C)`.
     """
-    rule = _Rule(neighbours, mass, balance, cosine)
-    return _clustered(points, weight.contiguous(), sizes.contiguous(), clusters, rule, parts, 5, keep_norm)[1]
+    rule = _Rule(neighbours, 0.0 if sizes is None else mass, balance, cosine)
+    return _clustered(points, weight, sizes, clusters, rule, parts, 5, keep_norm)[1]
 
 
 @opaque(
@@ -306,9 +310,8 @@ def density_clusters(
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
-    known = torch.empty(0, device=points.device) if sizes is None else sizes.contiguous()
     rule = _Rule(neighbours, 0.0 if sizes is None else mass, balance, cosine)
-    centres, _, joined = _clustered(points, known, known, clusters, rule, parts, 3, False)[0]
+    centres, _, joined = _clustered(points, None, sizes, clusters, rule, parts, 3, False)[0]
     return centres.cumsum(1).gather(1, joined.long()) - 1
 
 
@@ -333,6 +336,6 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
     group, results = group.contiguous(), _empty(group, count)
     floats = torch.empty(3 * batch * tokens, dtype=torch.float32, device=group.device)
     integers = torch.empty(2 * batch * tokens, dtype=torch.int32, device=group.device)
-    for launch in _phases(batch, tokens, 1, 0, count, _Rule(), False, 4, 5, tokens <= WHOLE):
+    for launch in _phases(batch, tokens, 1, 0, count, _Rule(), False, (True, True), 4, 5, tokens <= WHOLE):
         launch(floats, integers, group, weight.contiguous(), sizes.contiguous(), *results)
     return results

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import triton
 from torch import Tensor
 
-# Before Triton 3.3 a compiled kernel took its constants in another way.
-_COMPILED_TAKE_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# From Triton 3.3 on a compiled kernel takes its constants behind its arguments; and up to 3.8, the newest looked at, it
+# is run in this way, which `compiled[grid](...)` takes three calls to come to.
+_TAKE_CONSTANTS, _RUN_DIRECTLY = _VERSION >= (3, 3), (3, 3) <= _VERSION <= (3, 8)
 # Launches are remembered by shapes; a service that sees ever new ones does not fill the memory with them.
 REMEMBERED = 1024
 
@@ -56,7 +58,8 @@ class Launch:
     def __init__(
         self, function: Any, grid: tuple[int, ...], numbers: tuple[float, ...], settings: dict[str, Any]
     ) -> None:
-        self._function, self._grid, self._numbers, self._settings = function, grid, numbers, settings
+        self._function, self._numbers, self._settings = function, numbers, settings
+        self._grid = (*grid, 1, 1)[:3]
         self._ready: dict[Any, Any] = {}
         self._behind = numbers
         # Triton's interpreter, for tests without a GPU, compiles nothing.
@@ -66,12 +69,17 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launches the kernel on the current device, which is that of the tensors."""
-        key = (tensors[0].get_device(), *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+        device = tensors[0].get_device()
+        key = (device, *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
         ready = self._ready.get(key)
-        if ready is not None:
-            ready(*tensors, *self._behind)
+        if ready is None:
+            compiled = self._function[self._grid](*tensors, *self._numbers, **self._settings)
+            if _TAKE_CONSTANTS and isinstance(self._function, triton.JITFunction):
+                stream_of = triton.runtime.driver.active.get_current_stream
+                self._ready[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, stream_of
             return
-        compiled = self._function[self._grid](*tensors, *self._numbers, **self._settings)
-        if _COMPILED_TAKE_CONSTANTS and isinstance(self._function, triton.JITFunction):
-            x, y, z = (*self._grid, 1, 1)[:3]
-            self._ready[key] = compiled[x, y, z]
+        compiled, run, function, metadata, stream_of = ready
+        if _RUN_DIRECTLY:
+            run(*self._grid, stream_of(device), function, metadata, None, None, None, *tensors, *self._behind)
+        else:
+            compiled[self._grid](*tensors, *self._behind)

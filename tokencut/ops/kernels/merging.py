@@ -18,10 +18,10 @@ CHUNK = 128  # features of them, in half precision
 
 @Kernel
 @triton.jit
-def _merge(features, group, share, merged, count, groups, batch_stride, row_stride,
+def _merge(features, group, share, held, merged, logarithms, count, groups, batch_stride, row_stride,
            PREFIX: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
-           CHUNK: tl.constexpr, ORDERED: tl.constexpr):  # fmt: skip
-    """Weighted sums of the groups, behind the prefix tokens."""
+           CHUNK: tl.constexpr, ORDERED: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
+    """Weighted sums of the groups, behind the prefix tokens, and the logarithms of what they hold, behind zeros."""
     image = tl.program_id(2).to(tl.int64)
     numbers = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -44,6 +44,13 @@ def _merge(features, group, share, merged, count, groups, batch_stride, row_stri
         for token in tl.static_range(PREFIX):
             kept = tl.load(features + token * row_stride + columns, mask=columns < WIDTH)
             tl.store(merged + token * WIDTH + columns, kept, mask=columns < WIDTH)
+    if WEIGHED & (tl.program_id(0) == 0):
+        logarithms += image * (PREFIX + groups)
+        size = tl.load(held + image * groups + numbers, mask=numbers < groups, other=1.0)
+        tl.store(logarithms + PREFIX + numbers, tl.log(size).to(logarithms.dtype.element_ty), mask=numbers < groups)
+        first = tl.arange(0, GROUPS)
+        tl.store(logarithms + first, tl.zeros((GROUPS,), logarithms.dtype.element_ty),
+                 mask=(first < PREFIX) & (tl.program_id(1) == 0))  # fmt: skip
 
 
 @Kernel
@@ -135,19 +142,54 @@ def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: i
     """
     features = features if features.stride(2) == 1 else features.contiguous()
     merged = features.new_empty((features.shape[0], prefix + count, features.shape[2]))
-    launch = _merging(features.shape, features.stride(), features.dtype, prefix, count, ordered)
-    launch(features, group.contiguous(), weight.contiguous(), merged)
+    launch = _merging(features.shape, features.stride(), features.dtype, prefix, count, ordered, False)
+    launch(features, group.contiguous(), weight.contiguous(), weight, merged, merged)
     return merged
+
+
+@opaque(
+    "(Tensor features, int prefix, Tensor group, Tensor weight, Tensor held, bool ordered) -> (Tensor, Tensor)",
+    lambda features, prefix, group, weight, held, ordered: _two_empty(features, prefix, held),
+)
+def merge_and_weigh(
+    features: Tensor, prefix: int, group: Tensor, weight: Tensor, held: Tensor, ordered: bool
+) -> tuple[Tensor, Tensor]:
+    """`merge`, and along with it what `attention.log_sizes` makes of the groups' sizes, in the features' dtype.
+
+    Args:
+        features: As there, but no gradient.
+        prefix: Likewise.
+        group: Likewise.
+        weight: Likewise.
+        held: Patches held by each group, fp32 `(B, M)`.
+        ordered: Likewise.
+
+    Returns:
+        `(B, P + M, D)` and `(B, 1, 1, P + M)`.
+    """
+    features = features if features.stride(2) == 1 else features.contiguous()
+    results = merged, logarithms = _two_empty(features, prefix, held)
+    launch = _merging(features.shape, features.stride(), features.dtype, prefix, held.shape[1], ordered, True)
+    launch(features, group.contiguous(), weight.contiguous(), held.contiguous(), merged, logarithms)
+    return results
+
+
+def _two_empty(features: Tensor, prefix: int, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `merge_and_weigh` returns."""
+    batch, count = held.shape
+    return (features.new_empty((batch, prefix + count, features.shape[2])),
+            features.new_empty((batch, 1, 1, prefix + count)))  # fmt: skip
 
 
 @by_shape
 def _merging(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, prefix: int, count: int, ordered: bool
-) -> Launch:
-    """Merges features of a shape, strides and dtype, for `merge`."""
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, prefix: int, count: int, ordered: bool,
+    weighed: bool,
+) -> Launch:  # fmt: skip
+    """Merges features of a shape, strides and dtype, for `merge` and `merge_and_weigh`."""
     batch, tokens, width = shape
     chunk = CHUNK if dtype.itemsize == 2 else CHUNK // 2
     return _merge.prepare(
         (triton.cdiv(width, chunk), triton.cdiv(count, GROUPS), batch), tokens - prefix, count, *strides[:2],
-        PREFIX=prefix, WIDTH=width, GROUPS=GROUPS, TOKENS=TOKENS, CHUNK=chunk, ORDERED=ordered,
+        PREFIX=prefix, WIDTH=width, GROUPS=GROUPS, TOKENS=TOKENS, CHUNK=chunk, ORDERED=ordered, WEIGHED=weighed,
     )  # fmt: skip

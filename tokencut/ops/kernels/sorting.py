@@ -14,6 +14,7 @@ from torch import Tensor
 from tokencut.ops.kernels import opaque
 from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 
+TOKENS, CHUNK = 16, 128  # tokens that a program copies at once, and features of them
 OWN, OTHERS = 128, 16  # scores that a program ranks, and those it compares them with at once
 
 
@@ -85,21 +86,21 @@ def mean_of_rows(rows, columns, count, row_stride, ROWS: tl.constexpr):
     return total / ROWS
 
 
-@Kernel
 @triton.jit
-def _choose(scores, chosen, count, wanted, first, batch_stride, row_stride, ROWS: tl.constexpr, OWN: tl.constexpr,
-            OTHERS: tl.constexpr):  # fmt: skip
-    """Writes the numbers of the highest scores of an image, ascending; of several rows the mean goes to the first."""
-    image = tl.program_id(0).to(tl.int64)
-    own = tl.arange(0, OWN)
-    scores += image * batch_stride + first
-    if ROWS > 1:
-        tl.store(scores + own, mean_of_rows(scores, own, count, row_stride, ROWS), mask=own < count)
-        tl.debug_barrier()  # what one thread has written another will read
+def _choose(scores, chosen, own, count, wanted, OTHERS: tl.constexpr):
+    """Writes the numbers of an image's highest scores, ascending; all of its tokens are owned."""
     mine = _number(scores + own, own < count)
     among = (_ahead(scores, mine, own, count, True, OTHERS) < wanted) & (own < count)
     place = tl.cumsum(among.to(tl.int32), 0) - 1
-    tl.store(chosen + image * wanted + place, own.to(tl.int64), mask=among)
+    tl.store(chosen + place, own.to(tl.int64), mask=among)
+
+
+@Kernel
+@triton.jit
+def _highest(scores, chosen, count, wanted, stride, OWN: tl.constexpr, OTHERS: tl.constexpr):
+    """The numbers of the highest scores of an image."""
+    image = tl.program_id(0).to(tl.int64)
+    _choose(scores + image * stride, chosen + image * wanted, tl.arange(0, OWN), count, wanted, OTHERS)
 
 
 @opaque(
@@ -117,21 +118,60 @@ def highest(scores: Tensor, count: int) -> Tensor:
         int64 `(B, M)`, ascending.
     """
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    chosen = torch.empty((scores.shape[0], count), dtype=torch.int64, device=scores.device)
     batch, tokens = scores.shape
-    choosing(batch, tokens, count, 0, scores.stride(0))(scores, chosen)
+    chosen = torch.empty((batch, count), dtype=torch.int64, device=scores.device)
+    _choosing(batch, tokens, count, scores.stride(0))(scores, chosen)
     return chosen
 
 
 @by_shape
-def choosing(
-    batch: int, tokens: int, count: int, first: int, batch_stride: int, row_stride: int = 0, rows: int = 1
-) -> Launch:
-    """Chooses from so many scores behind the `first`, for `highest`; of several rows, which it writes to, by their
-    mean.
-    """
+def _choosing(batch: int, tokens: int, count: int, stride: int) -> Launch:
+    """Chooses from so many scores, for `highest`."""
     own = triton.next_power_of_2(tokens)
-    return _choose.prepare(
-        (batch,), tokens, count, first, batch_stride, row_stride, ROWS=rows, OWN=own, OTHERS=OTHERS,
-        num_warps=max(1, own // 64),
+    return _highest.prepare(
+        (batch,), tokens, count, stride, OWN=own, OTHERS=OTHERS, num_warps=max(1, own // 64)
+    )  # fmt: skip
+
+
+@Kernel
+@triton.jit
+def _keep(features, rows, kept, chosen, count, wanted, batch_stride, token_stride,
+          ROWS: tl.constexpr, PREFIX: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr,
+          TOKENS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Copies some features of an image's prefix tokens and of those whose mean score is highest.
+
+    Behind the rows there is room for their mean. Each program of an image makes the same choice and writes the same.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    own = tl.arange(0, OWN)
+    columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    wide = columns < WIDTH
+    rows += image * (ROWS + 1) * (PREFIX + count) + PREFIX
+    mean = rows + ROWS * (PREFIX + count)
+    chosen += image * wanted
+    tl.store(mean + own, mean_of_rows(rows, own, count, PREFIX + count, ROWS), mask=own < count)
+    tl.debug_barrier()  # what one thread has written another will read
+    _choose(mean, chosen, own, count, wanted, OTHERS)
+    tl.debug_barrier()
+    features += image * batch_stride
+    kept += image * (PREFIX + wanted) * WIDTH
+    for token in tl.static_range(PREFIX):
+        first = tl.load(features + token * token_stride + columns, mask=wide)
+        tl.store(kept + token * WIDTH + columns, first, mask=wide)
+    for start in range(0, wanted, TOKENS):
+        places = start + tl.arange(0, TOKENS)
+        inside = (places[:, None] < wanted) & wide[None, :]
+        tokens = PREFIX + tl.load(chosen + places, mask=places < wanted, other=0)
+        values = tl.load(features + tokens[:, None] * token_stride + columns[None, :], mask=inside)
+        tl.store(kept + (PREFIX + places[:, None]) * WIDTH + columns[None, :], values, mask=inside)
+
+
+@by_shape
+def keeping(shape: tuple[int, ...], strides: tuple[int, ...], rows: int, prefix: int, count: int) -> Launch:
+    """Keeps `count` tokens of features of a shape and strides by the mean of so many rows of scores."""
+    batch, tokens, width = shape
+    own = triton.next_power_of_2(tokens - prefix)
+    return _keep.prepare(
+        (triton.cdiv(width, CHUNK), batch), tokens - prefix, count, *strides[:2], ROWS=rows, PREFIX=prefix, WIDTH=width,
+        OWN=own, OTHERS=OTHERS, TOKENS=TOKENS, CHUNK=CHUNK, num_warps=max(2, own // 64),
     )  # fmt: skip
