@@ -73,6 +73,44 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
     torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("method", ["bat", "evit", "kmedoids", "random", "tome", "topk"])
+def test_a_model_by_kernels_is_the_model_without(
+    method: str, gradient: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens, logits and gradients; in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    dense = timm.create_model("deit_tiny_distilled_patch16_224", img_size=80, embed_dim=48, num_heads=3, depth=4)
+    model = compress(dense.eval(), keep=0.6, method=method, layers=[2, 3], prop_attn=True).to(device)
+    pixels, weight = torch.randn(2, 3, 80, 80, device=device), model.model.patch_embed.proj.weight
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with torch.set_grad_enabled(gradient):
+            logits, traces = model.trace(pixels)
+            logits = model(pixels)  # no source map is followed: stages may take other ways
+        source = traces[-1].tokens.source
+        assert source is not None
+        return logits.detach(), source, torch.autograd.grad(logits.sum(), weight)[0] if gradient else None
+
+    monkeypatch.setattr(kernels, "usable", lambda *_, **__: False)
+    logits, source, grown = run()
+    asked: list[bool] = []
+
+    def anywhere(*tensors: torch.Tensor, backward: bool = False) -> bool:
+        graded = torch.is_grad_enabled() and not backward
+        asked.append(not any(graded and tensor.requires_grad for tensor in tensors))
+        return asked[-1]
+
+    monkeypatch.setattr(kernels, "usable", anywhere)
+    by_kernels, followed, gradients = run()
+    assert any(asked)
+    assert torch.equal(followed, source)
+    torch.testing.assert_close(by_kernels, logits)
+    if gradients is not None and grown is not None:
+        torch.testing.assert_close(gradients, grown, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
