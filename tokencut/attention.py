@@ -84,10 +84,8 @@ class AttentionInfo:
         if len(self.layers) == 1 and len(self.layers[0]) == 1 and not tokens.features.requires_grad:
             heads = self.layers[0][0]
             if tokens.count <= kernels.CHOSEN_AT_ONCE and _has_row_kernel(heads, self.bias):
-                from tokencut.ops.kernels.attention import keep_attended
-
                 looking, rows = _looking(heads, self)
-                features, index = keep_attended(
+                features, index = kernels.attention.keep_attended(
                     looking, heads.key, self.bias, rows, tokens.features, tokens.num_prefix_tokens, count
                 )
                 return Selection(index, features)
@@ -106,9 +104,7 @@ def _class_row(heads: QueryKey, attention: AttentionInfo) -> Tensor:
     """Class attention of one map, fp32 `(B, N)`."""
     (looking, rows), bias = _looking(heads, attention), attention.bias
     if _has_row_kernel(heads, bias):
-        from tokencut.ops.kernels.attention import class_attention
-
-        return class_attention(looking, heads.key, bias, rows, attention.num_prefix_tokens)
+        return kernels.attention.class_attention(looking, heads.key, bias, rows, attention.num_prefix_tokens)
     if bias is not None and not _same_for_all(bias):
         bias = _of_class(bias.expand(-1, -1, heads.query.shape[2], -1), attention)
     query = looking[:, :, :rows].float()
@@ -161,9 +157,7 @@ def log_size_bias(tokens: Tokens) -> Tensor | None:
     if tokens.log_sizes is not None:
         return tokens.log_sizes
     if kernels.usable(tokens.sizes):
-        from tokencut.ops.kernels.attention import log_sizes
-
-        return log_sizes(tokens.sizes, tokens.num_prefix_tokens, tokens.features.dtype)
+        return kernels.attention.log_sizes(tokens.sizes, tokens.num_prefix_tokens, tokens.features.dtype)
     bias = F.pad(tokens.sizes.log(), (tokens.num_prefix_tokens, 0))
     return bias.to(tokens.features.dtype)[:, None, None, :]
 
@@ -205,9 +199,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         `(B, H, P + N, d)`.
     """
     if bias is not None and not dropout and has_biased_kernel(bias, query, key, value):
-        from tokencut.ops.kernels.attention import biased_attention
-
-        return biased_attention(query, key, value, bias)
+        return kernels.attention.biased_attention(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 

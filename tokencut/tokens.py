@@ -173,9 +173,7 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
 def _taken(tokens: Tokens, index: Tensor) -> Tensor:
     """The features of the tokens that stay, `(B, P + M, D)`."""
     if kernels.usable(tokens.features, index):
-        from tokencut.ops.kernels import merging
-
-        return merging.take(tokens.features, tokens.num_prefix_tokens, index)
+        return kernels.merging.take(tokens.features, tokens.num_prefix_tokens, index)
     return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
 
 
@@ -208,12 +206,12 @@ def _weighted_sums(tokens: Tokens, decision: Grouping, sizes: Tensor) -> tuple[T
     features, prefix = tokens.features, tokens.num_prefix_tokens
     # A token alone in its group has weight 1, so it passes unchanged in any precision.
     if kernels.usable(features, decision.weight, backward=True):
-        from tokencut.ops.kernels import merging
-
         if kernels.usable(features):
-            return merging.merge_and_weigh(features, prefix, decision.group, decision.weight, sizes, decision.ordered)
+            return kernels.merging.merge_and_weigh(
+                features, prefix, decision.group, decision.weight, sizes, decision.ordered
+            )
         of_count = decision.count, decision.ordered
-        return merging.merge(features, prefix, decision.group, decision.weight, *of_count), None
+        return kernels.merging.merge(features, prefix, decision.group, decision.weight, *of_count), None
     if features.is_cuda or torch.compiler.is_compiling():
         return _merged_by_product(tokens, decision), None
     return _merged_by_adding(tokens, decision), None

@@ -236,10 +236,11 @@ _MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 def feed_forward(layer: TimmModule, x: Tensor) -> Tensor:
     """Runs the MLP of a block, `(B, N, D)` to the same: timm's `Mlp` by its own sub-modules, without those that do
-    nothing; any other, or with something hooked to it or wrapped around it, as it is.
+    nothing; any other, or with something hooked to it, wrapped around it or compiled, as it is.
     """
     parts = layer._modules
-    if type(layer) is not Mlp or tuple(parts) != _MLP_PARTS or has_hooks(layer) or is_patched(layer):
+    known = type(layer) is Mlp and tuple(parts) == _MLP_PARTS and layer._compiled_call_impl is None
+    if not known or has_hooks(layer) or is_patched(layer):
         whole: Tensor = layer(x)
         return whole
     x = through(parts["drop1"], parts["act"](parts["fc1"](x)))

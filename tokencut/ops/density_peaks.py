@@ -242,10 +242,8 @@ def density_clusters(
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
     if _has_kernel(points, rule, parts):
-        from tokencut.ops.kernels import clusters as kernel
-
         mass = sizes if rule.mass else None
-        return kernel.density_clusters(points, clusters, mass, parts, *_kernel_rule(rule))
+        return kernels.clusters.density_clusters(points, clusters, mass, parts, *_kernel_rule(rule))
     return _position(*_centres_joined(points, clusters, rule, sizes, parts))
 
 
@@ -313,10 +311,8 @@ def density_average(
             to be the tokens themselves.
     """
     if _has_kernel(points, rule, parts):
-        from tokencut.ops.kernels import clusters as kernel
-
         lengthened = keep_norm and rule.cosine  # the products of the points tell how long averages of them are
-        group, coefficients, held = kernel.density_average(
+        group, coefficients, held = kernels.clusters.density_average(
             points, weight, sizes, clusters, parts, *_kernel_rule(rule), lengthened
         )
         return Grouping(group, coefficients, clusters, held, ordered=True, keep_norm=keep_norm and not lengthened)

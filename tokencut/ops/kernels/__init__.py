@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -27,6 +28,16 @@ MATCHED_AT_ONCE = 4096
 CHOSEN_AT_ONCE = 512
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+# The modules, which import Triton, and are imported when they are first asked for: `kernels.merging.merge(...)`.
+_MODULES = ("attention", "clusters", "matching", "medoids", "merging", "rotation", "sorting")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def usable(*tensors: Tensor, backward: bool = False) -> bool:

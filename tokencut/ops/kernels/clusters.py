@@ -257,11 +257,9 @@ def _phases(
 def _empty(like: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the group of each token, its coefficient, and the sizes of the groups."""
     shape = batch, _ = like.shape[:2]
-    return (
-        torch.empty(shape, dtype=torch.int64, device=like.device),
-        torch.empty(shape, dtype=torch.float32, device=like.device),
-        torch.empty((batch, groups), dtype=torch.float32, device=like.device),
-    )
+    coefficients = torch.empty(shape, dtype=torch.float32, device=like.device)
+    ordered = torch.empty(shape, dtype=torch.int64, device=like.device)
+    return ordered, coefficients, coefficients.new_empty((batch, groups))
 
 
 @opaque(
