@@ -81,15 +81,21 @@ class AttentionInfo:
             tokens: The tokens that it is about.
             count: `M`, how many stay.
         """
-        if len(self.layers) == 1 and len(self.layers[0]) == 1 and not tokens.features.requires_grad:
-            heads = self.layers[0][0]
-            if tokens.count <= kernels.CHOSEN_AT_ONCE and _has_row_kernel(heads, self.bias):
-                looking, rows = _looking(heads, self)
-                features, index = kernels.attention.keep_attended(
-                    looking, heads.key, self.bias, rows, tokens.features, tokens.num_prefix_tokens, count
-                )
-                return Selection(index, features)
+        heads, features = self._single(), tokens.features
+        if heads is not None and tokens.count <= kernels.CHOSEN_AT_ONCE and not features.requires_grad:
+            looking, rows = _looking(heads, self)
+            kept, index = kernels.attention.keep_attended(
+                looking, heads.key, self.bias, rows, features, self.num_prefix_tokens, count
+            )
+            return Selection(index, kept)
         return Selection(highest(self.class_attention(), count))
+
+    def _single(self) -> QueryKey | None:
+        """The one map there is, if a kernel knows its class attention and no family has made that its own."""
+        if type(self) is not AttentionInfo or len(self.layers) != 1 or len(self.layers[0]) != 1:
+            return None
+        heads = self.layers[0][0]
+        return heads if _has_row_kernel(heads, self.bias) else None
 
     def keys(self) -> Tensor:
         """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""

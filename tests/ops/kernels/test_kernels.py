@@ -75,19 +75,27 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("method", ["bat", "evit", "kmedoids", "random", "tome", "topk"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, "deit_tiny_distilled_patch16_224") for method in ("bat", "evit", "kmedoids", "random", "tome", "topk")]
+    + [
+        ("topk", name) for name in ("vit_base_patch16_siglip_224", "cait_xxs24_224", "vit_dlittle_patch16_reg1_gap_256")
+    ],
+)
 def test_a_model_by_kernels_is_the_model_without(
-    method: str, gradient: bool, device: str, monkeypatch: pytest.MonkeyPatch
+    method: str, name: str, gradient: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same tokens, logits and gradients; in Triton's interpreter where there is no GPU."""
+    """The same tokens, logits and gradients, whatever a family's class attention is; in Triton's interpreter where
+    there is no GPU.
+    """
     pytest.importorskip("triton")
-    dense = timm.create_model("deit_tiny_distilled_patch16_224", img_size=80, embed_dim=48, num_heads=3, depth=4)
+    dense = timm.create_model(name, img_size=80, embed_dim=48, num_heads=3, depth=4)
     model = compress(dense.eval(), keep=0.6, method=method, layers=[2, 3], prop_attn=True).to(device)
     pixels, weight = torch.randn(2, 3, 80, 80, device=device), model.model.patch_embed.proj.weight
 
     def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         with torch.set_grad_enabled(gradient):
-            logits, traces = model.trace(pixels)
+            _, traces = model.trace(pixels)
             logits = model(pixels)  # no source map is followed: stages may take other ways
         source = traces[-1].tokens.source
         assert source is not None
