@@ -215,6 +215,17 @@ def test_through_calls_what_does_something_or_is_hooked_or_patched() -> None:
         handle.remove()
         assert through(idle, x) is x
     assert torch.equal(through(Counting(), x), x + 1)
+    linear = nn.Linear(4, 3)
+    assert torch.equal(through(linear, x), linear(x))
+    handle = linear.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    assert torch.equal(through(linear, x), linear(x))
+    handle.remove()
+    replica = copy.copy(linear)  # as DataParallel makes it
+    replica._parameters = {}
+    replica.__dict__.update(weight=2 * linear.weight, bias=linear.bias)
+    assert torch.equal(through(replica, x), 2 * linear(x) - linear.bias)
+    linear._compiled_call_impl = lambda given: given + 4  # type: ignore[assignment]  # as Module.compile() leaves it
+    assert torch.equal(through(linear, x), x + 4)
     assert through(nn.Dropout(1.0), x).sum() == 0
 
 

@@ -251,14 +251,14 @@ def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[T
     """
     batch, count, _ = x.shape
     parts = parts_of(layer)
-    qkv = parts["qkv"](x).reshape(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = through(parts["qkv"], x).reshape(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
     query, key = through(parts["q_norm"], query), through(parts["k_norm"], key)
     y = mixed_values(layer, query, key, value, bias)
     y = through(parts["norm"], y.transpose(1, 2).reshape(batch, count, -1))
     if parts.get("gate") is not None:
-        y = y * parts["gate"](x).sigmoid()
-    return through(parts["proj_drop"], parts["proj"](y)), (QueryKey(query, key),)
+        y = y * through(parts["gate"], x).sigmoid()
+    return through(parts["proj_drop"], through(parts["proj"], y)), (QueryKey(query, key),)
 
 
 def differential_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:

@@ -258,3 +258,31 @@ def test_an_mlp_that_is_not_known_or_was_changed_runs_as_it_is() -> None:
     grown.forward = lambda x: x + 2
     compiled._compiled_call_impl = lambda x: x + 3  # as Mlp.compile() leaves it
     assert torch.equal(feed_forward(grown, x), x + 2) and torch.equal(feed_forward(compiled, x), x + 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_vit", "vit_base_patch16_rpn_224", "vit_base_patch16_xp_224"])
+def test_where_a_gpu_waits_for_its_host_blocks_run_in_halves_unless_something_is_around_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit as timm runs them."""
+    dense = timm.create_model(name, **SMALL[name]).eval()
+    model = compress(dense, keep=0.5, layers=[2], method="topk")
+    pixels, whole = torch.randn(2, 3, *dense.patch_embed.img_size), []
+    monkeypatch.setattr(type(model.model.blocks[0]), "forward", noting(whole, type(model.model.blocks[0]).forward))
+    expected = model(pixels)
+    assert len(whole) == len(dense.blocks) - 1
+    monkeypatch.setattr("tokencut.adapters.columnar._hurried", lambda features: True)
+    whole.clear()
+    assert torch.equal(model(pixels), expected)
+    assert not whole
+    model.model.blocks[0].register_forward_hook(lambda *_: None)
+    last = model.model.blocks[-1]
+    last.forward = last.forward
+    assert torch.equal(model(pixels), expected)
+    assert whole == [model.model.blocks[0], last]
+
+
+def noting(seen: list[Any], forward: Any) -> Any:
+    """A forward that notes whose it is."""
+    return lambda block, *args, **kwargs: seen.append(block) or forward(block, *args, **kwargs)

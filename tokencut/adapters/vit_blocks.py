@@ -25,7 +25,7 @@ from tokencut.attention import (
     mixed_values,
     self_attention,
 )
-from tokencut.calling import call, has_hooks, is_bare, is_patched, parts_of, through
+from tokencut.calling import call, has_hooks, is_bare, parts_of, through
 from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
@@ -83,7 +83,7 @@ class BlockHandler:
     def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
         """Up to the stage: features `(B, P + N, D)` after the attention residual, and the attention's heads."""
         parts = parts_of(block)
-        y, maps = self.attend(parts["attn"], parts["norm1"](x), context)
+        y, maps = self.attend(parts["attn"], through(parts["norm1"], x), context)
         return x + through(parts["drop_path1"], through(parts["ls1"], y)), (maps,)
 
     def passes_hooks_by(self, block: TimmModule) -> bool:
@@ -93,7 +93,7 @@ class BlockHandler:
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         """Behind the stage, `(B, P + M, D)` to the same."""
         parts = parts_of(block)
-        y = feed_forward(parts["mlp"], parts["norm2"](x))
+        y = feed_forward(parts["mlp"], through(parts["norm2"], x))
         return x + through(parts["drop_path2"], through(parts["ls2"], y))
 
     def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
@@ -239,12 +239,12 @@ def feed_forward(layer: TimmModule, x: Tensor) -> Tensor:
     nothing; any other, or with something hooked to it, wrapped around it or compiled, as it is.
     """
     parts = layer._modules
-    known = type(layer) is Mlp and tuple(parts) == _MLP_PARTS and layer._compiled_call_impl is None
-    if not known or has_hooks(layer) or is_patched(layer):
+    if type(layer) is not Mlp or tuple(parts) != _MLP_PARTS or not is_bare(layer) or torch.compiler.is_compiling():
         whole: Tensor = layer(x)
         return whole
-    x = through(parts["drop1"], parts["act"](parts["fc1"](x)))
-    return through(parts["drop2"], parts["fc2"](through(parts["norm"], x)))
+    for name in _MLP_PARTS:
+        x = through(parts[name], x)
+    return x
 
 
 HANDLERS: Mapping[type[nn.Module], BlockHandler] = {
