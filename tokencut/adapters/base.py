@@ -71,8 +71,9 @@ class BareContext(Context):
 class Adapter(ABC):
     """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
 
-    A transformer block is run either whole, by the model's own `forward`, or, where it reduces, in two halves with the
-    stage between: `attention_half` up to the stage, `mlp_half` behind it.
+    A transformer block that reduces is run in two halves with the stage between: `attention_half` up to the stage,
+    `mlp_half` behind it. Any other is run whole (`run`, `run_all`): by the model's own `forward`, or by such halves
+    where those are quicker and do the same.
 
     Attributes:
         family: What users call it, for messages.

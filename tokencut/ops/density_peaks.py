@@ -316,13 +316,13 @@ def density_average(
             points, weight, sizes, clusters, parts, *_kernel_rule(rule), lengthened
         )
         return Grouping(group, coefficients, clusters, held, ordered=True, keep_norm=keep_norm and not lengthened)
+    ones = torch.ones(points.shape[:2], dtype=torch.float32, device=points.device)
+    weight, sizes = ones if weight is None else weight, ones if sizes is None else sizes
     if exporting():  # centres lead to the numbers in order with fewer operators
         group = led_by(_centres_joined(points, clusters, rule, sizes, parts)[1])
         coefficients = group_average(group, weight, sizes, clusters)
         return Grouping(group, coefficients, clusters, ordered=True, keep_norm=keep_norm)
     group = density_clusters(points, clusters, rule, sizes, parts)
-    ones = torch.ones(group.shape, dtype=torch.float32, device=group.device)
-    weight, sizes = ones if weight is None else weight, ones if sizes is None else sizes
     return replace(ordered_average(group, weight, sizes, clusters), keep_norm=keep_norm)
 
 
