@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules import module as everywhere
 
-from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patched, unwrapped
+from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patched, through, unwrapped
 
 Log = list[tuple[Any, ...]]
 Run = Callable[[nn.Module, Tensor], Tensor]
@@ -196,3 +196,44 @@ def test_a_stand_in_for_a_wrapped_module_runs_the_wrapper() -> None:
     StandIn(outer, weight=torch.tensor([5.0, 6.0, 7.0]))(x).sum().backward()
     assert ran[:2] == ["inner", "outer"] and x.grad is not None
     assert x.grad.tolist() == [5.0, 6.0, 7.0]
+
+
+class Counting(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_through_calls_what_does_something_or_is_hooked_or_patched() -> None:
+    x = torch.ones(4)
+    for idle in (nn.Identity(), nn.Dropout(0.5).eval(), nn.Dropout(0.0)):
+        assert through(idle, x) is x
+        patched = copy.deepcopy(idle)
+        patched.forward = lambda given: given + 2  # type: ignore[method-assign]
+        assert torch.equal(through(patched, x), x + 2)
+        handle = idle.register_forward_hook(lambda _, __, output: output + 3)
+        assert torch.equal(through(idle, x), x + 3)
+        handle.remove()
+        assert through(idle, x) is x
+    assert torch.equal(through(Counting(), x), x + 1)
+    linear = nn.Linear(4, 3)
+    assert torch.equal(through(linear, x), linear(x))
+    handle = linear.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    assert torch.equal(through(linear, x), linear(x))
+    handle.remove()
+    replica = copy.copy(linear)  # as DataParallel makes it
+    replica._parameters = {}
+    replica.__dict__.update(weight=2 * linear.weight, bias=linear.bias)
+    assert torch.equal(through(replica, x), 2 * linear(x) - linear.bias)
+    linear._compiled_call_impl = lambda given: given + 4  # type: ignore[assignment]  # as Module.compile() leaves it
+    assert torch.equal(through(linear, x), x + 4)
+    assert through(nn.Dropout(1.0), x).sum() == 0
+
+
+def test_through_runs_torchs_global_hooks() -> None:
+    seen: list[str] = []
+    handle = everywhere.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        through(nn.Identity(), torch.ones(1))
+    finally:
+        handle.remove()
+    assert seen == ["Identity"]

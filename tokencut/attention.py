@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokencut.calling import has_hooks
+from tokencut.calling import has_hooks, parts_of, through
 from tokencut.ops import kernels
+from tokencut.ops.grouping import Selection
+from tokencut.ops.ranking import highest
 from tokencut.tokens import Tokens, full_precision
 
+HALF = (torch.float16, torch.bfloat16)
 # A module of timm's, whose parts nn.Module's own annotations cannot know.
 TimmModule: TypeAlias = Any
 
@@ -71,6 +74,29 @@ class AttentionInfo:
         mean = torch.stack(rows).mean(0) if len(rows) > 1 else rows[0]
         return mean.clamp(min=0) if any(len(maps) > 1 for maps in self.layers) else mean
 
+    def most_attended(self, tokens: Tokens, count: int) -> Selection:
+        """The decision to keep the image tokens of highest class attention, of equal ones those of lower number.
+
+        Args:
+            tokens: The tokens that it is about.
+            count: `M`, how many stay.
+        """
+        heads, features = self._single(), tokens.features
+        if heads is not None and tokens.count <= kernels.CHOSEN_AT_ONCE and not features.requires_grad:
+            looking, rows = _looking(heads, self)
+            kept, index = kernels.attention.keep_attended(
+                looking, heads.key, self.bias, rows, features, self.num_prefix_tokens, count
+            )
+            return Selection(index, kept)
+        return Selection(highest(self.class_attention(), count))
+
+    def _single(self) -> QueryKey | None:
+        """The one map there is, if a kernel knows its class attention and no family has made that its own."""
+        if type(self) is not AttentionInfo or len(self.layers) != 1 or len(self.layers[0]) != 1:
+            return None
+        heads = self.layers[0][0]
+        return heads if _has_row_kernel(heads, self.bias) else None
+
     def keys(self) -> Tensor:
         """Keys of the image tokens averaged over heads, maps and parallel layers, fp32 `(B, N, d)`."""
         layers = self.layers if self.compared is None else self.compared
@@ -82,20 +108,31 @@ class AttentionInfo:
 
 def _class_row(heads: QueryKey, attention: AttentionInfo) -> Tensor:
     """Class attention of one map, fp32 `(B, N)`."""
-    query, bias = _of_class(heads.query, attention), attention.bias
+    (looking, rows), bias = _looking(heads, attention), attention.bias
+    if _has_row_kernel(heads, bias):
+        return kernels.attention.class_attention(looking, heads.key, bias, rows, attention.num_prefix_tokens)
     if bias is not None and not _same_for_all(bias):
         bias = _of_class(bias.expand(-1, -1, heads.query.shape[2], -1), attention)
-    elif not isinstance(heads.sign_weight, Tensor) and kernels.usable(query, heads.key):
-        from tokencut.ops.kernels.attention import class_rows
-
-        return class_rows(query, heads.key, bias)[:, attention.num_prefix_tokens :]
-    query = query.float()
+    query = looking[:, :, :rows].float()
     with full_precision(query.device):
         logits = torch.matmul(query * heads.query.shape[-1] ** -0.5, heads.key.float().transpose(-2, -1))
     if bias is not None:
         logits = logits + bias.float()
     row = logits.softmax(-1)[..., attention.num_prefix_tokens :].mean((1, 2))
     return row * heads.sign_weight
+
+
+def _has_row_kernel(heads: QueryKey, bias: Tensor | None) -> bool:
+    """Whether a kernel computes the class attention of one map."""
+    one = (bias is None or _same_for_all(bias)) and not isinstance(heads.sign_weight, Tensor)
+    return one and kernels.usable(heads.query, heads.key)
+
+
+def _looking(heads: QueryKey, attention: AttentionInfo) -> tuple[Tensor, int]:
+    """The queries of the class tokens, `(B, H, R or more, d)`, and `R`, how many of them that are."""
+    if attention.class_rows:
+        return heads.query, len(attention.class_rows)
+    return _of_class(heads.query, attention), 1
 
 
 def _of_class(rows: Tensor, attention: AttentionInfo) -> Tensor:
@@ -107,7 +144,8 @@ def _of_class(rows: Tensor, attention: AttentionInfo) -> Tensor:
 
 def _same_for_all(bias: Tensor) -> bool:
     """Whether a bias is the same for all queries and heads, `(B, 1, 1, P + N)`."""
-    return bool(bias.shape[1] == 1) and bool(bias.shape[2] == 1)
+    _, heads, queries, _ = bias.shape
+    return bool(heads == 1) and bool(queries == 1)
 
 
 def log_size_bias(tokens: Tokens) -> Tensor | None:
@@ -122,10 +160,10 @@ def log_size_bias(tokens: Tokens) -> Tensor | None:
     """
     if tokens.sizes is None:
         return None
+    if tokens.log_sizes is not None:
+        return tokens.log_sizes
     if kernels.usable(tokens.sizes):
-        from tokencut.ops.kernels.attention import log_sizes
-
-        return log_sizes(tokens.sizes, tokens.num_prefix_tokens, tokens.features.dtype)
+        return kernels.attention.log_sizes(tokens.sizes, tokens.num_prefix_tokens, tokens.features.dtype)
     bias = F.pad(tokens.sizes.log(), (tokens.num_prefix_tokens, 0))
     return bias.to(tokens.features.dtype)[:, None, None, :]
 
@@ -167,9 +205,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         `(B, H, P + N, d)`.
     """
     if bias is not None and not dropout and has_biased_kernel(bias, query, key, value):
-        from tokencut.ops.kernels.attention import biased_attention
-
-        return biased_attention(query, key, value, bias)
+        return kernels.attention.biased_attention(query, key, value, bias)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
 
 
@@ -196,8 +232,10 @@ def mixed_values(layer: TimmModule, query: Tensor, key: Tensor, value: Tensor, b
 
 def has_biased_kernel(bias: Tensor, *tensors: Tensor) -> bool:
     """Whether attention with such a bias has a kernel of its own: half precision on a GPU, one bias for all queries."""
-    half = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    return half and kernels.usable(bias, *tensors) and _same_for_all(bias)
+    for tensor in tensors:
+        if tensor.dtype not in HALF:
+            return False
+    return _same_for_all(bias) and kernels.usable(bias, *tensors)
 
 
 def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:
@@ -212,14 +250,15 @@ def self_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[T
         The attention's output `(B, P + N, D)`, and its one map.
     """
     batch, count, _ = x.shape
-    qkv = layer.qkv(x).reshape(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+    parts = parts_of(layer)
+    qkv = through(parts["qkv"], x).reshape(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
-    query, key = layer.q_norm(query), layer.k_norm(key)
+    query, key = through(parts["q_norm"], query), through(parts["k_norm"], key)
     y = mixed_values(layer, query, key, value, bias)
-    y = layer.norm(y.transpose(1, 2).reshape(batch, count, -1))
-    if getattr(layer, "gate", None) is not None:
-        y = y * layer.gate(x).sigmoid()
-    return layer.proj_drop(layer.proj(y)), (QueryKey(query, key),)
+    y = through(parts["norm"], y.transpose(1, 2).reshape(batch, count, -1))
+    if parts.get("gate") is not None:
+        y = y * through(parts["gate"], x).sigmoid()
+    return through(parts["proj_drop"], through(parts["proj"], y)), (QueryKey(query, key),)
 
 
 def differential_attention(layer: TimmModule, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[QueryKey, ...]]:

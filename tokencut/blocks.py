@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tokencut.adapters import Adapter, Context
 from tokencut.attention import TimmModule, attention_bias
-from tokencut.calling import call
+from tokencut.calling import call, is_bare
 from tokencut.errors import ModelError
 from tokencut.methods import Method, StageInput
 from tokencut.ops.static import without_static
 from tokencut.schedule import StagePlan
-from tokencut.tokens import Tokens, apply_decision, full_precision
+from tokencut.tokens import Tokens, apply_decision, full_precision, without_gradient
 from tokencut.tracing import BlockObserver
 
 
@@ -50,7 +50,7 @@ class Stage(nn.Module):
             policy = self.method.soft_policy(stage_input) if self.training else None
             if policy is not None:
                 return replace(stage_input.tokens, policy=policy)
-            with torch.no_grad():
+            with without_gradient():
                 decision = self.method.decide(stage_input, budget)
         return apply_decision(stage_input.tokens, decision)
 
@@ -73,7 +73,7 @@ class BlockLoop:
 
     adapter: Adapter
     model: TimmModule
-    stages: Mapping[int, nn.Module]
+    stages: Mapping[int, Any]
     proportional: bool
     blocks: Sequence[TimmModule]
     static: StagePlan | None = None
@@ -128,7 +128,7 @@ class BlockLoop:
 
     def _biased(self, tokens: Tokens) -> Tokens:
         bias = attention_bias(tokens, self.proportional)
-        return tokens if bias is tokens.bias else replace(tokens, bias=bias)
+        return tokens if bias is tokens.bias else tokens.with_bias(bias)
 
     def step(
         self, number: int, tokens: Tokens, tokens_out: int | None = None, observer: BlockObserver | None = None
@@ -149,26 +149,32 @@ class BlockLoop:
             return self._whole(number, tokens)
         if self.adapter.hierarchical:
             return self._whole(number, self.smaller(number, tokens, tokens_out, observer))
-        context = self.adapter.context(self.model, number, tokens)
+        context, block = self.adapter.context(self.model, number, tokens), self._block(number)
+        if is_bare(block):
+            return self._reduced(number, tokens, context, tokens_out, observer)
         left = tokens
 
         def staged(features: Tensor, **given: Any) -> Tensor:
             nonlocal left
-            entering = tokens.with_features(features)
-            stage_input = self.stage_input(number, entering, context.given(**given))
-            stage: Any = self.stages[number]
-            left, similar = stage(stage_input, tokens_out), not stage.method.averages()
-            left = self.weighed(self.adapter.reduced(self.model, stage_input.tokens, left, similar))
-            if observer is not None:
-                plan = StagePlan(number, tokens.count, tokens_out)
-                observer.stage(plan, stage_input.tokens, left, stage_input.attention)
-            left = self.mlp_half(number, left)
+            left = self._reduced(number, tokens.with_features(features), context.given(**given), tokens_out, observer)
             return left.features
 
         # Hooks on the block and wrappers around it see what they see of a block that timm runs.
-        features = call(self._block(number), staged, tokens.features, **context.block_arguments())
+        features = call(block, staged, tokens.features, **context.block_arguments())
         self._check_gradient(number, left)
         return left.with_features(features)
+
+    def _reduced(
+        self, number: int, tokens: Tokens, context: Context, tokens_out: int, observer: BlockObserver | None
+    ) -> Tokens:
+        """The output of a block with a stage between its halves; arguments as in `step`."""
+        stage_input, stage = self.stage_input(number, tokens, context), self.stages[number]
+        left, similar = stage(stage_input, tokens_out), not stage.method.averages()
+        left = self.weighed(self.adapter.reduced(self.model, stage_input.tokens, left, similar))
+        if observer is not None:
+            plan = StagePlan(number, tokens.count, tokens_out)
+            observer.stage(plan, stage_input.tokens, left, stage_input.attention)
+        return self.mlp_half(number, left)
 
     def smaller(self, number: int, tokens: Tokens, tokens_out: int, observer: BlockObserver | None = None) -> Tokens:
         """Runs a stage that stands before its block, as those of hierarchical models do; arguments as in `step`."""
@@ -213,16 +219,35 @@ class BlockLoop:
         Returns:
             The tokens behind the last block that ran, before the final norm.
         """
-        budgets = {plan.block: plan.tokens_out for plan in plans}
-        for number in range(1, (self.depth if depth is None else depth) + 1):
-            tokens = self.step(number, tokens, budgets.get(number), observer)
+        last = self.depth if depth is None else depth
+        start = 1
+        for plan in plans:
+            if not start <= plan.block <= last:
+                continue  # static tubelets have left before
+            tokens = self._plain(start, plan.block, tokens, observer)
+            tokens = self.step(plan.block, tokens, plan.tokens_out, observer)
             if observer is not None:
-                observer.block(number, tokens)
-        return self.adapter.leaving(self.model, tokens)
+                observer.block(plan.block, tokens)
+            start = plan.block + 1
+        return self.adapter.leaving(self.model, self._plain(start, last + 1, tokens, observer))
 
     def head(self, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: logits `(B, classes)`, features `(B, D)` of a model without classes."""
         return self.adapter.head(self.model, self.adapter.leaving(self.model, tokens))
+
+    def _plain(self, start: int, stop: int, tokens: Tokens, observer: BlockObserver | None) -> Tokens:
+        """Blocks without a stage, of numbers from `start` up to `stop`, which is not among them."""
+        if observer is None and not self._recomputes():
+            return self.adapter.run_all(self.model, start, self.blocks[start - 1 : stop - 1], tokens)
+        for number in range(start, stop):
+            tokens = self.step(number, tokens)
+            if observer is not None:
+                observer.block(number, tokens)
+        return tokens
+
+    def _recomputes(self) -> bool:
+        """Whether activations are computed again in backward."""
+        return torch.is_grad_enabled() and self.adapter.recomputes(self.model)
 
     def _block(self, number: int) -> TimmModule:
         return self.blocks[number - 1]
@@ -238,7 +263,7 @@ class BlockLoop:
     def _whole(self, number: int, tokens: Tokens) -> Tokens:
         """A block as timm runs it; activations are computed again in backward where timm would."""
         block, context = self._block(number), self.adapter.context(self.model, number, tokens)
-        if not (torch.is_grad_enabled() and self.adapter.recomputes(self.model)):
+        if not self._recomputes():
             return self.adapter.run(block, tokens, context)
 
         # The features are an argument: by them `checkpoint` finds the device whose random state it has to restore.

@@ -52,11 +52,11 @@ class CompressedModel(AroundTimm):
         """Logits `(B, classes)` for images `(B, 3, H, W)`."""
         if self.recipe.levels is not None:
             return self.by_level(images, self.at_levels())
-        plans = self._ready(images)
-        if len(plans) == 0:  # torch.compile knows no bool(tuple)
-            return self.model(images)  # timm's own forward, to the bit
         loop = self.loop
-        logits: Tensor = call(self.model, self._through(loop, lambda tokens: self._run(loop, tokens, plans)), images)
+        plans = self._ready(images, loop)
+        if len(plans) == 0:  # torch.compile knows no bool(tuple)
+            return loop.model(images)  # timm's own forward, to the bit
+        logits: Tensor = call(loop.model, self._through(loop, lambda tokens: self._run(loop, tokens, plans)), images)
         return logits
 
     def at_levels(self) -> list[CompressedModel]:
@@ -138,7 +138,8 @@ class CompressedModel(AroundTimm):
         if attention and self.adapter.hierarchical:
             raise UsageError(f"{self.adapter.family} has no class attention over all its tokens; leave out "
                              "`attention`, or `alpha` of a fine-tune")  # fmt: skip
-        loop, tracer, plans = self.loop, Tracer(self.method, attention), self._ready(images)
+        loop, tracer = self.loop, Tracer(self.method, attention)
+        plans = self._ready(images, loop)
 
         def traced(tokens: Tokens) -> Tokens:
             tokens = self._run(loop, tokens, plans, tracer)
@@ -198,7 +199,8 @@ class CompressedModel(AroundTimm):
                               output_dict)  # fmt: skip
         form = Form(return_prefix_tokens, output_fmt, intermediates_only, output_dict)
         unmerging = Unmerging(self.unmerge if unmerge is None else unmerge, similar=not self.method.averages())
-        loop, plans = self.loop, self._ready(x)
+        loop = self.loop
+        plans = self._ready(x, loop)
         taken = block_indices(loop.depth, indices)
         as_timm = inspect.signature(self.model.forward_intermediates).parameters if len(plans) == 0 else {}
         if as_timm and (not output_dict or "output_dict" in as_timm):
@@ -233,7 +235,8 @@ class CompressedModel(AroundTimm):
         output_dict: bool,
     ) -> Any:
         """timm's own `forward_intermediates` of a hierarchical model, which gives a map for each of its stages."""
-        loop, plans = self.loop, self._ready(x)
+        loop = self.loop
+        plans = self._ready(x, loop)
         taken = block_indices(self.adapter.feature_maps(self.model), indices)
         if output_fmt != "NCHW":
             raise UsageError(f"output_fmt {output_fmt!r} is none of timm's {self.adapter.family}; give 'NCHW'")

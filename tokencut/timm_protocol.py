@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokencut.adapters import Adapter, TimmModule, adapter_for, plain_model
 from tokencut.blocks import BlockLoop, Stage
-from tokencut.calling import StandIn, call, has_own_hooks, is_patched
+from tokencut.calling import StandIn, call, has_own_hooks, is_bare, is_patched
 from tokencut.errors import ModelError, UsageError
 from tokencut.methods import make_method
 from tokencut.recipe import Recipe
@@ -71,10 +71,10 @@ class AroundTimm(nn.Module):
     @property
     def loop(self) -> BlockLoop:
         """The model as a loop over blocks, to be run block by block."""
+        recipe, model = self.recipe, self.model
         stages = {int(layer): stage for layer, stage in self.stages.items()}
-        static = next((plan for plan in self.recipe.stages if plan.block == 0), None)
-        blocks = tuple(self.adapter.blocks(self.model))
-        return BlockLoop(self.adapter, self.model, stages, self.recipe.prop_attn, blocks, static)
+        static = recipe.stages[0] if recipe.stages and recipe.stages[0].block == 0 else None
+        return BlockLoop(self.adapter, model, stages, recipe.prop_attn, tuple(self.adapter.blocks(model)), static)
 
     @property
     def num_classes(self) -> int:
@@ -208,7 +208,8 @@ class AroundTimm(nn.Module):
 
         `forward_head` makes logits of them. For features of every patch take `forward_intermediates`.
         """
-        loop, plans = self.loop, self._ready(x)
+        loop = self.loop
+        plans = self._ready(x, loop)
         if len(plans) == 0:
             return self.model.forward_features(x)
         if self.adapter.runs_inside:
@@ -244,25 +245,22 @@ class AroundTimm(nn.Module):
 
     def _refuse_patched(self) -> None:
         """Refuses a model whose forward was replaced where a stage takes its place, the same at every keep rate."""
-        parts = self.adapter.stood_in(self.model, self.recipe.schedule.layers)
-        layer, patched = next(((n, part) for n, part in ((0, self.model), *parts) if is_patched(part)), (0, None))
-        if patched is not None:
-            name = next(name for name, part in self.model.named_modules() if part is patched)
-            raise ModelError(
-                f"{name or 'the model'} has a forward of its own, put on this one module, which stages would pass by; "
-                f"use a hook (register_forward_hook), or take it off again by {_taken_off(patched)}"
-                + (f", or give `layers` without {layer}" if layer else "")
-            )
-        # A tracer puts hooks of its own on every module, to name what it records after them.
-        traced = torch.jit.is_tracing()
-        for part in self.adapter.passed_by(self.model):
-            if is_patched(part) or (has_own_hooks(part) and not traced):
-                name = next(name for name, each in self.model.named_modules() if each is part)
-                raise ModelError(f"{name} has a hook or a forward of its own, and what runs stages calls its parts; "
-                                 "put it on the model itself, or on a part of it")  # fmt: skip
+        model = self.model
+        for layer, part in ((0, model), *self.adapter.stood_in(model, self.recipe.schedule.layers)):
+            if is_patched(part):
+                raise ModelError(
+                    f"{_name(model, part) or 'the model'} has a forward of its own, put on this one module, which "
+                    "stages would pass by; use a hook (register_forward_hook), or take it off again by "
+                    f"{_taken_off(part)}" + (f", or give `layers` without {layer}" if layer else "")
+                )
+        for part in self.adapter.passed_by(model):
+            # A tracer puts hooks of its own on every module, to name what it records after them.
+            if is_patched(part) or (has_own_hooks(part) and not torch.jit.is_tracing()):
+                raise ModelError(f"{_name(model, part)} has a hook or a forward of its own, and what runs stages calls "
+                                 "its parts; put it on the model itself, or on a part of it")  # fmt: skip
 
-    def _ready(self, images: Tensor) -> tuple[StagePlan, ...]:
-        """The stages for images of this size, of a model whose forward is timm's."""
+    def _ready(self, images: Tensor, loop: BlockLoop) -> tuple[StagePlan, ...]:
+        """The stages for images of this size, of a model whose forward is timm's; none where its blocks are pruned."""
         self._refuse_patched()
         if self.recipe.levels is not None:
             raise UsageError("images have levels here, and so tokens of different number; take one level of the model: "
@@ -270,16 +268,10 @@ class AroundTimm(nn.Module):
         why = self.adapter.refused_form(images)
         if why is not None:
             raise ModelError(why)
-        return self._plans(images)
+        return self._stages_on(self.adapter.grid_of(loop.model, images)) if loop.blocks else ()
 
     def _grid(self, images: Tensor) -> tuple[int, ...]:
         return self.adapter.grid_of(self.model, images)
-
-    def _plans(self, images: Tensor) -> tuple[StagePlan, ...]:
-        """The stages for images of this size."""
-        if not len(self.adapter.blocks(self.model)):  # pruned away
-            return ()
-        return self._stages_on(self._grid(images))
 
     def _inside(self, run: Callable[[Tokens], Tokens]) -> StandIn:
         """A model as timm runs it, with other code for the blocks that are reduced."""
@@ -291,8 +283,8 @@ class AroundTimm(nn.Module):
         """Runs all blocks by the plans for the whole image; by others where patch dropout has taken tokens away."""
         if len(plans) > 0 and (plans[0].tokens_in if plans[0].block else plans[0].tokens_out) != tokens.count:
             plans = self.recipe.stages_for(tokens.count)
-        blocks, last = self.adapter.called_as_one(self.model), tokens
-        if blocks is None:
+        blocks, last = self.adapter.called_as_one(loop.model), tokens
+        if blocks is None or is_bare(blocks):
             return loop.run(tokens, plans, observer)
 
         def all_blocks(features: Tensor) -> Tensor:
@@ -302,6 +294,11 @@ class AroundTimm(nn.Module):
 
         features = call(blocks, all_blocks, tokens.features)
         return last.with_features(features)
+
+
+def _name(model: nn.Module, part: nn.Module) -> str:
+    """The name of a module inside a model."""
+    return next(name for name, each in model.named_modules() if each is part)
 
 
 def _taken_off(module: nn.Module) -> str:

@@ -56,6 +56,7 @@ class Tokens:
             hides tokens instead of dropping them (`Method.soft_policy`).
         bias: What attention adds to its logits for the tokens' sizes and policy, `(B, 1, 1, P + N)` in the features'
             dtype (`attention.attention_bias`); None for nothing. The block loop makes it, once behind each stage.
+        log_sizes: The logarithm of `sizes` in the form of `bias`, where it was made along with the features; else None.
         windows: The grid in which the image tokens stand in raster order, and its windows, of a model whose blocks need
             a regular one; else None.
         clustered: What they were before a stage made that grid smaller; None where it did not.
@@ -70,6 +71,7 @@ class Tokens:
     shared: Any = None
     policy: Tensor | None = None
     bias: Tensor | None = None
+    log_sizes: Tensor | None = None
     windows: Windows | None = None
     clustered: Clustered | None = None
 
@@ -99,7 +101,20 @@ class Tokens:
         """The same tokens with other features of the same shape."""
         # Twice a block: spelled out it takes a fifth of the time of `replace`.
         return Tokens(features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid, self.shared,
-                      self.policy, self.bias, self.windows, self.clustered)  # fmt: skip
+                      self.policy, self.bias, self.log_sizes, self.windows, self.clustered)  # fmt: skip
+
+    def with_bias(self, bias: Tensor | None) -> Tokens:
+        """The same tokens with another bias."""
+        return Tokens(self.features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid,
+                      self.shared, self.policy, bias, self.log_sizes, self.windows, self.clustered)  # fmt: skip
+
+    def left(
+        self, features: Tensor, sizes: Tensor | None, source: Tensor | None, positions: Tensor | None,
+        log_sizes: Tensor | None = None,
+    ) -> Tokens:  # fmt: skip
+        """The tokens that left a stage, `M` image tokens; arguments as in the class."""
+        return Tokens(features, self.num_prefix_tokens, sizes, source, positions, self.grid, self.shared, self.policy,
+                      None, log_sizes, self.windows, self.clustered)  # fmt: skip
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
@@ -151,8 +166,15 @@ def _select(tokens: Tokens, decision: Selection) -> Tokens:
         source = _follow(source, place)
     sizes = None if tokens.sizes is None else take(tokens.sizes, index)
     positions = None if tokens.positions is None else take(tokens.positions, index)
-    features = torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
+    features = _taken(tokens, index) if decision.features is None else decision.features
+    return tokens.left(features, sizes, source, positions)
+
+
+def _taken(tokens: Tokens, index: Tensor) -> Tensor:
+    """The features of the tokens that stay, `(B, P + M, D)`."""
+    if kernels.usable(tokens.features, index):
+        return kernels.merging.take(tokens.features, tokens.num_prefix_tokens, index)
+    return torch.cat((tokens.features[:, : tokens.num_prefix_tokens], take(tokens.image, index)), 1)
 
 
 def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
@@ -164,15 +186,14 @@ def _merge(tokens: Tokens, decision: Grouping) -> Tokens:
     positions = tokens.positions
     if positions is not None:
         positions = group_centres(decision.group, positions, tokens.known_sizes(), decision.count)
-    features = _merged(tokens, decision)
-    return replace(tokens, features=features, sizes=sizes, source=source, positions=positions, bias=None)
+    features, log_sizes = _weighted_sums(tokens, decision, sizes)
+    if decision.keep_norm:
+        features = _lengthened(tokens, decision, features)
+    return tokens.left(features, sizes, source, positions, log_sizes)
 
 
-def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
-    """Features after merging, `(B, P + M, D)`."""
-    sums = _weighted_sums(tokens, decision)
-    if not decision.keep_norm:
-        return sums
+def _lengthened(tokens: Tokens, decision: Grouping, sums: Tensor) -> Tensor:
+    """Sums `(B, P + M, D)`, those of image tokens as long as their members."""
     with torch.no_grad():  # a part of the decision
         lengths, merged = (values.float().norm(dim=2) for values in (tokens.image, sums[:, tokens.num_prefix_tokens :]))
         factors = norm_factors(decision.group, decision.weight, lengths, merged, decision.count)
@@ -180,18 +201,20 @@ def _merged(tokens: Tokens, decision: Grouping) -> Tensor:
     return sums * factors.unsqueeze(2)
 
 
-def _weighted_sums(tokens: Tokens, decision: Grouping) -> Tensor:
-    """The groups' sums behind the prefix tokens, `(B, P + M, D)`."""
-    if kernels.usable(tokens.features, decision.weight, backward=True):
-        from tokencut.ops.kernels import merging
-
-        return merging.merge(
-            tokens.features, tokens.num_prefix_tokens, decision.group, decision.weight, decision.count, decision.ordered
-        )
+def _weighted_sums(tokens: Tokens, decision: Grouping, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The groups' sums behind the prefix tokens, `(B, P + M, D)`, and the logarithms of their sizes, if made along."""
+    features, prefix = tokens.features, tokens.num_prefix_tokens
     # A token alone in its group has weight 1, so it passes unchanged in any precision.
-    if tokens.features.is_cuda or torch.compiler.is_compiling():
-        return _merged_by_product(tokens, decision)
-    return _merged_by_adding(tokens, decision)
+    if kernels.usable(features, decision.weight, backward=True):
+        if kernels.usable(features):
+            return kernels.merging.merge_and_weigh(
+                features, prefix, decision.group, decision.weight, sizes, decision.ordered
+            )
+        of_count = decision.count, decision.ordered
+        return kernels.merging.merge(features, prefix, decision.group, decision.weight, *of_count), None
+    if features.is_cuda or torch.compiler.is_compiling():
+        return _merged_by_product(tokens, decision), None
+    return _merged_by_adding(tokens, decision), None
 
 
 def _merged_by_product(tokens: Tokens, decision: Grouping) -> Tensor:
@@ -216,12 +239,19 @@ def _merged_by_adding(tokens: Tokens, decision: Grouping) -> Tensor:
     return sums.view(batch, leaving, width).to(tokens.features.dtype)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast leaves products alone, so that decisions are made in fp32 in any precision."""
+    kind = device.type
     # The meta device, on which costs are counted, knows no autocast.
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _NOTHING
+
+
+def without_gradient() -> AbstractContextManager[object]:
+    """`torch.no_grad()` where a gradient would be kept."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def _follow(source: Tensor, place: Tensor) -> Tensor:

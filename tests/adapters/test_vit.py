@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import LayerScale
+from timm.layers import GluMlp, LayerScale, Mlp
 from torch import nn
 
 from tokencut.adapters import adapter_for, counted_macs
+from tokencut.adapters.vit_blocks import feed_forward
 from tokencut.attention import attention_bias
 from tokencut.errors import ModelError
 from tokencut.model import CompressedModel, compress
@@ -235,3 +236,53 @@ def test_patches_as_one_product_are_timms_embedding(name: str) -> None:
     with torch.no_grad():
         whole = model.norm_pre(model._pos_embed(model.patch_embed(pictures)))
         torch.testing.assert_close(adapter_for(model).embed(model, pictures).features, whole, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_mlp_by_its_parts_is_the_mlp(training: bool) -> None:
+    mlp = Mlp(8, 12, norm_layer=torch.nn.LayerNorm, drop=0.5).train(training)
+    x, found = torch.randn(2, 5, 8), []
+    for run in (mlp, lambda x: feed_forward(mlp, x)):
+        torch.manual_seed(0)
+        found.append(run(x))
+    assert torch.equal(*found)
+
+
+def test_an_mlp_that_is_not_known_or_was_changed_runs_as_it_is() -> None:
+    x, gated = torch.randn(2, 5, 8), GluMlp(8, 12)
+    assert torch.equal(feed_forward(gated, x), gated(x))
+    hooked, grown, compiled = (Mlp(8, 12) for _ in range(3))
+    hooked.register_forward_hook(lambda *_: x + 1)
+    assert torch.equal(feed_forward(hooked, x), x + 1)
+    grown.gate = torch.nn.Identity()  # a part that a later timm may have
+    grown.forward = lambda x: x + 2
+    compiled._compiled_call_impl = lambda x: x + 3  # as Mlp.compile() leaves it
+    assert torch.equal(feed_forward(grown, x), x + 2) and torch.equal(feed_forward(compiled, x), x + 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_vit", "vit_base_patch16_rpn_224", "vit_base_patch16_xp_224"])
+def test_where_a_gpu_waits_for_its_host_blocks_run_in_halves_unless_something_is_around_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit as timm runs them."""
+    dense = timm.create_model(name, **SMALL[name]).eval()
+    model = compress(dense, keep=0.5, layers=[2], method="topk")
+    pixels, whole = torch.randn(2, 3, *dense.patch_embed.img_size), []
+    monkeypatch.setattr(type(model.model.blocks[0]), "forward", noting(whole, type(model.model.blocks[0]).forward))
+    expected = model(pixels)
+    assert len(whole) == len(dense.blocks) - 1
+    monkeypatch.setattr("tokencut.adapters.columnar._hurried", lambda features: True)
+    whole.clear()
+    assert torch.equal(model(pixels), expected)
+    assert not whole
+    model.model.blocks[0].register_forward_hook(lambda *_: None)
+    last = model.model.blocks[-1]
+    last.forward = last.forward
+    assert torch.equal(model(pixels), expected)
+    assert whole == [model.model.blocks[0], last]
+
+
+def noting(seen: list[Any], forward: Any) -> Any:
+    """A forward that notes whose it is."""
+    return lambda block, *args, **kwargs: seen.append(block) or forward(block, *args, **kwargs)

@@ -59,7 +59,18 @@ from tokencut.attention import (
     mixed_values,
     self_attention,
 )
-from tokencut.calling import StandIn, StandInSequence, call, has_hooks, is_patched, unwrapped, wrapped
+from tokencut.calling import (
+    StandIn,
+    StandInSequence,
+    call,
+    has_hooks,
+    is_bare,
+    is_patched,
+    parts_of,
+    through,
+    unwrapped,
+    wrapped,
+)
 from tokencut.cost import BlockCost, Macs, ModelCost, TabledMacs
 from tokencut.errors import ModelError, UsageError
 from tokencut.ops.constants import constant
@@ -125,6 +136,7 @@ __all__ = [
     "has_biased_kernel",
     "has_hooks",
     "instead_of",
+    "is_bare",
     "is_patched",
     "kept_tokens",
     "known_adapter",
@@ -132,6 +144,7 @@ __all__ = [
     "linear_macs",
     "make_schedule",
     "mixed_values",
+    "parts_of",
     "patches",
     "plain_model",
     "project_qkv",
@@ -141,6 +154,7 @@ __all__ = [
     "self_attention",
     "supported_modules",
     "take",
+    "through",
     "tokens_reached",
     "unclustered",
     "unwrapped",

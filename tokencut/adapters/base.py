@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,6 +33,11 @@ class Context:
 
     bias: Tensor | None = None
 
+    @staticmethod
+    def of(bias: Tensor | None) -> Context:
+        """The context of a bias, or of none."""
+        return _NOTHING if bias is None else Context(bias)
+
     def block_arguments(self) -> dict[str, Any]:
         """The keyword arguments with which timm's model calls a block, for hooks on it to see."""
         return {} if self.bias is None else {"attn_mask": self.bias}
@@ -44,6 +49,9 @@ class Context:
     def given(self, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Context:
         """The same context with such arguments as hooks have left them."""
         return self if attn_mask is self.bias else replace(self, bias=attn_mask)
+
+
+_NOTHING = Context()
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,9 @@ class BareContext(Context):
 class Adapter(ABC):
     """Takes a timm model of one family apart, by its own sub-modules. Adapters hold no state: the model is an argument.
 
-    A transformer block is run either whole, by the model's own `forward`, or, where it reduces, in two halves with the
-    stage between: `attention_half` up to the stage, `mlp_half` behind it.
+    A transformer block that reduces is run in two halves with the stage between: `attention_half` up to the stage,
+    `mlp_half` behind it. Any other is run whole (`run`, `run_all`): by the model's own `forward`, or by such halves
+    where those are quicker and do the same.
 
     Attributes:
         family: What users call it, for messages.
@@ -260,11 +269,25 @@ class Adapter(ABC):
             number: The block's 1-based number.
             tokens: The tokens entering the block.
         """
-        return Context(tokens.bias)
+        return Context.of(tokens.bias)
 
     @abstractmethod
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
         """A whole block as timm runs it."""
+
+    def run_all(self, model: TimmModule, first: int, blocks: Sequence[TimmModule], tokens: Tokens) -> Tokens:
+        """Whole blocks, one after the other.
+
+        Args:
+            model: The model.
+            first: The 1-based number of the first of them.
+            blocks: The blocks.
+            tokens: The tokens entering.
+        """
+        for number, block in enumerate(blocks, start=first):
+            tokens = self.entering(model, number, tokens)
+            tokens = self.run(block, tokens, self.context(model, number, tokens))
+        return tokens
 
     def called_as_one(self, model: TimmModule) -> nn.Module | None:
         """What timm calls once to run all blocks, on which hooks run then; None where it calls them one by one."""
@@ -283,7 +306,7 @@ class Adapter(ABC):
         """All modules of a model whose `forward` stages in these blocks (1-based) take the place of; each beside the
         block that has to be left out for it to run, 0 where there is none.
         """
-        blocks = self.blocks(model)
+        blocks = list(self.blocks(model))
         return [
             (layer, part) for layer in layers if layer <= len(blocks) for part in self.stood_in_for(blocks[layer - 1])
         ]

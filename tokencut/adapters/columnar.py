@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.adapters.vit_blocks import BlockHandler
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
-from tokencut.calling import call, has_hooks, is_patched, unwrapped
+from tokencut.calling import call, is_bare, is_patched, parts_of, through, unwrapped
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -116,16 +116,44 @@ class ColumnarAdapter(Adapter):
         return context
 
     def run(self, block: TimmModule, tokens: Tokens, context: Context) -> Tokens:
-        features = tokens.features
-        if not self.needs_halves(block, features, context):
-            return tokens.with_features(block(features, **context.block_arguments()))
+        return tokens.with_features(self._run((block,), tokens.features, context))
+
+    def run_all(self, model: TimmModule, first: int, blocks: Sequence[TimmModule], tokens: Tokens) -> Tokens:
+        kind = type(self)
+        if kind.context is not Adapter.context or kind.entering is not Adapter.entering:
+            return super().run_all(model, first, blocks, tokens)  # blocks differ in more than their features
+        features, context = tokens.features, self.context(model, first, tokens)
+        return tokens.with_features(self._run(blocks, features, context, _hurried(features)))
+
+    def _run(self, blocks: Sequence[TimmModule], features: Tensor, context: Context, hurried: bool = False) -> Tensor:
+        """Blocks that are given the same context, one after the other.
+
+        Args:
+            blocks: The blocks.
+            features: Of the tokens entering, `(B, P + N, D)`.
+            context: Their context.
+            hurried: Whether a block with nothing around it runs in halves too, which call less than timm's block does:
+                a sixth of a host's time, for which a GPU waits on small batches.
+        """
+        arguments = context.block_arguments()
+        for block in blocks:
+            if self.needs_halves(block, features, context) or (hurried and all(map(is_bare, self.stood_in_for(block)))):
+                features = self._in_halves(block, features, context)
+            else:
+                features = block(features, **arguments)
+        return features
+
+    def _in_halves(self, block: TimmModule, features: Tensor, context: Context) -> Tensor:
         handler = self.handler(block)
 
         def halves(features: Tensor, **given: Any) -> Tensor:
-            whole = self.complete(block, context.given(**given))
+            whole = self.complete(block, context.given(**given) if given else context)
             return handler.mlp_half(block, handler.attention_half(block, features, whole)[0])
 
-        return tokens.with_features(call(block, halves, features, **context.block_arguments()))
+        if is_bare(block):
+            return halves(features)
+        called: Tensor = call(block, halves, features, **context.block_arguments())
+        return called
 
     def stood_in_for(self, block: TimmModule) -> list[nn.Module]:
         return [block, *self.handler(block).attentions(block)]
@@ -227,6 +255,11 @@ class ColumnarAdapter(Adapter):
         return Macs(fixed=classifier), included
 
 
+def _hurried(features: Tensor) -> bool:
+    """Whether a device waits for what a host starts: not where it also keeps what a gradient or a compiler asks for."""
+    return features.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _attention_pool_of(model: TimmModule) -> TimmModule | None:
     """timm's attention pooling, out of what is wrapped around it; None where tokens are pooled otherwise."""
     pool = getattr(model, "attn_pool", None)
@@ -255,18 +288,21 @@ def patches(embed: TimmModule, images: Tensor) -> Any:
     In half precision on a GPU, by autocast too, as one matrix product: the convolution of 16 x 16 patches alone took
     1.6 of DeiT-S's 11 ms there (H100, bf16, batch 256), and as much again in backward.
     """
-    plain = type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad
-    plain = plain and tuple(images.shape[-2:]) == tuple(embed.img_size or ())
-    plain = plain and not any(has_hooks(part) or is_patched(part) for part in (embed, embed.proj))
     half = images.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
-    if not (plain and images.is_cuda and half):
+    if not (images.is_cuda and half) or type(embed) is not PatchEmbed:
+        return embed(images)
+    proj, (batch, channels, *size) = parts_of(embed)["proj"], images.shape
+    plain = (
+        type(proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad and size == list(embed.img_size or ())
+    )
+    if not plain or not is_bare(embed) or not is_bare(proj) or is_patched(embed) or is_patched(proj):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
-    if images.shape[-2:] != (rows * height, columns * width):
+    if size != [rows * height, columns * width]:
         images = images[:, :, : rows * height, : columns * width]
-    pixels = images.reshape(images.shape[0], images.shape[1], rows, height, columns, width)
-    pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], rows * columns, -1)
-    return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
+    pixels = images.reshape(batch, channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    pixels = pixels.reshape(batch, rows * columns, channels * height * width)
+    return through(embed.norm, F.linear(pixels, proj.weight.flatten(1), proj.bias))
 
 
 def average_pool(kind: str, features: Tensor, counts: Tensor, skipped: int) -> Tensor:

@@ -288,9 +288,7 @@ def _rotated(layer: TimmModule, raw: QueryKey, table: Tensor | None, value: Tens
         return raw.query, raw.key
     prefix = layer.num_prefix_tokens
     if has_rotation_kernel(raw.query, raw.key, table) and raw.query.shape == raw.key.shape:
-        from tokencut.ops.kernels.rotation import rotate
-
-        return rotate(raw.query, raw.key, table, prefix, layer.rotate_half)
+        return kernels.rotation.rotate(raw.query, raw.key, table, prefix, layer.rotate_half)
     query, key = (
         torch.cat((x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], table, half=layer.rotate_half)), 2)
         for x in (raw.query, raw.key)

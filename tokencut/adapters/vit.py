@@ -10,6 +10,7 @@ from tokencut.adapters import vit_blocks
 from tokencut.adapters.base import linear_macs, register_adapter
 from tokencut.adapters.columnar import ColumnarAdapter, patches
 from tokencut.attention import TimmModule
+from tokencut.calling import through
 from tokencut.tokens import Tokens
 
 
@@ -35,7 +36,8 @@ class ViTAdapter(ColumnarAdapter):
         return (0, 1) if isinstance(model, VisionTransformerDistilled) else super().class_rows(model)
 
     def embed(self, model: TimmModule, images: Tensor) -> Tokens:
-        features = model.norm_pre(model.patch_drop(model._pos_embed(patches(model.patch_embed, images))))
+        features = model._pos_embed(patches(model.patch_embed, images))
+        features = through(model.norm_pre, through(model.patch_drop, features))
         return Tokens(features, self.num_prefix_tokens(model))
 
     def classifier_macs(self, model: TimmModule) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, DiffAttention
+from timm.layers import Attention, DiffAttention, Mlp
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from tokencut.attention import (
     mixed_values,
     self_attention,
 )
-from tokencut.calling import call, has_hooks
+from tokencut.calling import call, has_hooks, is_bare, parts_of, through
 from tokencut.cost import BlockCost, Macs
 from tokencut.errors import ModelError
 
@@ -68,6 +68,8 @@ class BlockHandler:
         """
         kind = known_class(layer, self.attention_runs)
         assert kind is not None  # `check` has refused others
+        if is_bare(layer):
+            return self.attention_runs[kind](layer, x, context)
         maps: tuple[QueryKey, ...] = ()
 
         def forward(x: Tensor, **given: Any) -> Tensor:
@@ -80,8 +82,9 @@ class BlockHandler:
 
     def attention_half(self, block: TimmModule, x: Tensor, context: Context) -> tuple[Tensor, Layers]:
         """Up to the stage: features `(B, P + N, D)` after the attention residual, and the attention's heads."""
-        y, maps = self.attend(block.attn, block.norm1(x), context)
-        return x + block.drop_path1(block.ls1(y)), (maps,)
+        parts = parts_of(block)
+        y, maps = self.attend(parts["attn"], through(parts["norm1"], x), context)
+        return x + through(parts["drop_path1"], through(parts["ls1"], y)), (maps,)
 
     def passes_hooks_by(self, block: TimmModule) -> bool:
         """Whether timm's block, under a mask, leaves out hooks that it runs without one."""
@@ -89,7 +92,9 @@ class BlockHandler:
 
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         """Behind the stage, `(B, P + M, D)` to the same."""
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        parts = parts_of(block)
+        y = feed_forward(parts["mlp"], through(parts["norm2"], x))
+        return x + through(parts["drop_path2"], through(parts["ls2"], y))
 
     def pre_mlp_norm(self, block: TimmModule, x: Tensor) -> Tensor:
         """Features as the second half's norm gives them."""
@@ -224,6 +229,22 @@ class DiffParallelScalingHandler(ParallelScalingHandler):
 def _differential_macs(width: int) -> Macs:
     """Two maps over half of the query width each, both over the whole value width."""
     return fused_attention_macs(width // 2, width) + fused_attention_macs(width // 2, width)
+
+
+_MLP_PARTS = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+
+def feed_forward(layer: TimmModule, x: Tensor) -> Tensor:
+    """Runs the MLP of a block, `(B, N, D)` to the same: timm's `Mlp` by its own sub-modules, without those that do
+    nothing; any other, or with something hooked to it, wrapped around it or compiled, as it is.
+    """
+    parts = layer._modules
+    if type(layer) is not Mlp or tuple(parts) != _MLP_PARTS or not is_bare(layer) or torch.compiler.is_compiling():
+        whole: Tensor = layer(x)
+        return whole
+    for name in _MLP_PARTS:
+        x = through(parts[name], x)
+    return x
 
 
 HANDLERS: Mapping[type[nn.Module], BlockHandler] = {

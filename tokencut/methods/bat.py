@@ -61,19 +61,21 @@ class Bat(Method):
     keep_norm: bool = option(True, "whether a merged token is as long as its members on average", formerly=False)
 
     def decide(self, stage_input: StageInput, budget: int) -> Decision:
-        split, sizes = self.split(stage_input.tokens.count, budget), stage_input.tokens.known_sizes()
+        tokens = stage_input.tokens
+        split = self.split(tokens.count, budget)
         attention = stage_input.attention.class_attention() if self.reads_attention() else None
         if attention is None or split.attentive == 0:
-            weight, points = raw_weights(self.weights, sizes, attention), self._points(stage_input)
-            parts = windows(stage_input.tokens.count, split.clusters, self.window)
-            return density_average(points, weight, sizes, split.clusters, self.rule, parts, self.keep_norm)
+            alike = tokens.sizes is None and self.weights in ("size", "equal")
+            weight = None if alike else raw_weights(self.weights, tokens.known_sizes(), attention)
+            points, parts = self._points(stage_input), windows(tokens.count, split.clusters, self.window)
+            return density_average(points, weight, tokens.sizes, split.clusters, self.rule, parts, self.keep_norm)
         if not self.merges():
             return Selection(highest(attention, split.attentive))
-        attentive, inattentive = by_attention(attention, split.attentive)
+        sizes, (attentive, inattentive) = tokens.known_sizes(), by_attention(attention, split.attentive)
         place = self._paired(stage_input, attentive, split)
         if split.clusters:
             points, held = take(self._points(stage_input), inattentive), take(sizes, inattentive)
-            parts = windows(stage_input.tokens.count - split.attentive, split.clusters, self.window)
+            parts = windows(tokens.count - split.attentive, split.clusters, self.window)
             behind = density_clusters(points, split.clusters, self.rule, held, parts)
             behind = behind + (split.attentive - split.pairs)
         else:

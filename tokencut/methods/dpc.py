@@ -32,9 +32,10 @@ class DPC(Method):
     weights: str = option("equal", "what a member of a cluster is weighted by", choices=WEIGHT_KINDS)
 
     def decide(self, stage_input: StageInput, budget: int) -> Grouping:
-        sizes = stage_input.tokens.known_sizes()
+        tokens = stage_input.tokens
         attention = stage_input.attention.class_attention() if self.reads_attention() else None
-        weight = raw_weights(self.weights, sizes, attention)
+        alike = tokens.sizes is None and self.weights in ("size", "equal")
+        weight, sizes = None if alike else raw_weights(self.weights, tokens.known_sizes(), attention), tokens.sizes
         return density_average(stage_input.features(self.features), weight, sizes, budget, PeakRule(self.neighbours))
 
     def macs(self, shape: StageShape) -> int:

@@ -61,8 +61,7 @@ class ToMe(Method):
 
 def merged_by_kernels(keys: Tensor, sizes: Tensor, prefix: int, budget: int) -> Grouping:
     """The same decision on a GPU, each round in two launches."""
-    from tokencut.ops.kernels.matching import alternating_average
-
+    alternating_average = kernels.matching.alternating_average
     after = rounds(sizes.shape[1], budget)
     group, weight, held = alternating_average(keys, sizes, prefix, sizes.shape[1] - after[0])
     for now, leaving in pairwise(after):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tokencut.methods.base import Method, StageInput, StageShape, register
 from tokencut.ops.grouping import Selection
-from tokencut.ops.ranking import highest
 
 
 @register
@@ -19,7 +18,7 @@ class TopK(Method):
     prop_attn = False
 
     def decide(self, stage_input: StageInput, budget: int) -> Selection:
-        return Selection(highest(stage_input.attention.class_attention(), budget))
+        return stage_input.attention.most_attended(stage_input.tokens, budget)
 
     def macs(self, shape: StageShape) -> int:
         return 0

@@ -1,16 +1,33 @@
-"""Small tensors that follow from sizes alone: made once, and again wherever something records what is done."""
+"""Numbers and small tensors that follow from sizes alone: made once, and again where something records what is done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+Known = TypeVar("Known")
+
 # Of so many sizes; those of one model are a handful.
 KEPT = 256
+
+
+def known(function: Callable[..., Known]) -> Callable[..., Known]:
+    """Decorator of a function of plain numbers that each forward asks: it remembers what it has found.
+
+    Not while the compiler traces, which reads the function itself.
+    """
+    remembered = lru_cache(maxsize=KEPT)(function)
+
+    @wraps(function)
+    def asked(*numbers: int) -> Known:
+        return function(*numbers) if torch.compiler.is_compiling() else remembered(*numbers)
+
+    return asked
 
 
 def constant(make: Callable[..., Tensor], *sizes: Hashable, like: Tensor) -> Tensor:

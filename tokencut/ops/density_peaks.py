@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokencut.ops import kernels
+from tokencut.ops.constants import known
 from tokencut.ops.exporting import beyond, exporting, itself, lifted, numbers, pick, running, whole
 from tokencut.ops.grouping import Grouping, group_average, led_by, ordered_average
 from tokencut.ops.ranking import are_highest, marked, not_ahead
@@ -187,6 +188,7 @@ def _joined(distances: Tensor, is_centre: Tensor, far: Tensor | float) -> Tensor
     return torch.where(is_centre, numbers(distances, distances.shape[1]), nearest)
 
 
+@known
 def windows(count: int, clusters: int, window: int) -> int:
     """Into how many windows the tokens of an image are split, of `ceil(N / windows)` tokens, or fewer in the last.
 
@@ -214,11 +216,12 @@ def window_pairs(count: int, parts: int) -> int:
     return sum(number * size**2 for _, number, size in _windows(count, parts))
 
 
-def _windows(count: int, parts: int) -> list[tuple[int, int, int]]:
+@known
+def _windows(count: int, parts: int) -> tuple[tuple[int, int, int], ...]:
     """The windows of an image, those of a size together: where they begin, how many there are, and their size."""
     size = -(-count // parts)
     full, rest = count // size, count % size
-    return [(0, full, size)] + ([(full * size, 1, rest)] if rest else [])
+    return ((0, full, size), *(((full * size, 1, rest),) if rest else ()))
 
 
 def density_clusters(
@@ -239,10 +242,8 @@ def density_clusters(
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
     if _has_kernel(points, rule, parts):
-        from tokencut.ops.kernels import clusters as kernel
-
         mass = sizes if rule.mass else None
-        return kernel.density_clusters(points, clusters, mass, parts, *_kernel_rule(rule))
+        return kernels.clusters.density_clusters(points, clusters, mass, parts, *_kernel_rule(rule))
     return _position(*_centres_joined(points, clusters, rule, sizes, parts))
 
 
@@ -290,8 +291,8 @@ def _joined_up(values: list[Tensor]) -> Tensor:
 
 def density_average(
     points: Tensor,
-    weight: Tensor,
-    sizes: Tensor,
+    weight: Tensor | None,
+    sizes: Tensor | None,
     clusters: int,
     rule: PeakRule,
     parts: int = 1,
@@ -301,8 +302,8 @@ def density_average(
 
     Args:
         points: `(B, N, F)` in any floating dtype; compared in fp32.
-        weight: Raw weight of each token, fp32 `(B, N)`, not negative.
-        sizes: Patches that each token holds, fp32 `(B, N)`.
+        weight: Raw weight of each token, fp32 `(B, N)`, not negative; None where all weigh alike.
+        sizes: Patches that each token holds, fp32 `(B, N)`; None where each holds one.
         clusters: `C`, at most `N`.
         rule: Which tokens are centres.
         parts: Windows, as in `density_clusters`.
@@ -310,13 +311,13 @@ def density_average(
             to be the tokens themselves.
     """
     if _has_kernel(points, rule, parts):
-        from tokencut.ops.kernels import clusters as kernel
-
         lengthened = keep_norm and rule.cosine  # the products of the points tell how long averages of them are
-        group, coefficients, held = kernel.density_average(
+        group, coefficients, held = kernels.clusters.density_average(
             points, weight, sizes, clusters, parts, *_kernel_rule(rule), lengthened
         )
         return Grouping(group, coefficients, clusters, held, ordered=True, keep_norm=keep_norm and not lengthened)
+    ones = torch.ones(points.shape[:2], dtype=torch.float32, device=points.device)
+    weight, sizes = ones if weight is None else weight, ones if sizes is None else sizes
     if exporting():  # centres lead to the numbers in order with fewer operators
         group = led_by(_centres_joined(points, clusters, rule, sizes, parts)[1])
         coefficients = group_average(group, weight, sizes, clusters)

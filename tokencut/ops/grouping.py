@@ -22,9 +22,11 @@ class Selection:
 
     Attributes:
         index: The image tokens that stay, int64 `(B, M)`, ascending.
+        features: The prefix tokens and those that stay, `(B, P + M, D)`, where they were copied along.
     """
 
     index: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -206,9 +208,7 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
         count: `M`, the number of groups.
     """
     if kernels.usable(group, weight, sizes):
-        from tokencut.ops.kernels import clusters
-
-        ordered, coefficients, held = clusters.ordered_average(group, weight, sizes, count)
+        ordered, coefficients, held = kernels.clusters.ordered_average(group, weight, sizes, count)
         return Grouping(ordered, coefficients, count, held, ordered=True)
     group = in_order(group, count)
     return Grouping(group, group_average(group, weight, sizes, count), count, ordered=True)

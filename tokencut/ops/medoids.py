@@ -26,11 +26,9 @@ def medoid_clusters(points: Tensor, weight: Tensor, clusters: int, iterations: i
     Returns:
         Cluster of each point, int64 `(B, N)`, numbered by the order of the medoids' numbers.
     """
-    if points.dtype in (torch.float16, torch.bfloat16) and kernels.usable(points, weight):
-        from tokencut.ops.kernels import medoids as kernel
-
-        if points.shape[1] <= kernel.AT_ONCE:
-            return kernel.medoid_clusters(points, weight, clusters, iterations)
+    half = points.dtype in (torch.float16, torch.bfloat16)
+    if half and kernels.usable(points, weight) and points.shape[1] <= kernels.medoids.AT_ONCE:
+        return kernels.medoids.medoid_clusters(points, weight, clusters, iterations)
     distances = squared_distances(points)
     # The two members of a pair tie where they weigh the same: a product's last bit must not decide between them.
     distances = torch.minimum(distances, distances.transpose(1, 2))

@@ -24,9 +24,7 @@ def ranking(scores: Tensor) -> Tensor:
     if exporting():
         return put(numbers(scores, scores.shape[1]).expand_as(scores), ranks(scores))
     if kernels.usable(scores):
-        from tokencut.ops.kernels import sorting as kernel
-
-        return kernel.ranking(scores, True)
+        return kernels.sorting.ranking(scores, True)
     return torch.sort(scores, dim=1, descending=True, stable=True).indices
 
 
@@ -99,11 +97,8 @@ def marked(found: Tensor, count: int) -> Tensor:
 
 def _chosen_at_once(scores: Tensor, count: int) -> Tensor | None:
     """`highest` by one launch of a kernel; None where there is none for these scores."""
-    if kernels.usable(scores):
-        from tokencut.ops.kernels import sorting as kernel
-
-        if scores.shape[1] <= kernel.CHOSEN_AT_ONCE:
-            return kernel.highest(scores, count)
+    if scores.shape[1] <= kernels.CHOSEN_AT_ONCE and kernels.usable(scores):
+        return kernels.sorting.highest(scores, count)
     return None
 
 
@@ -131,9 +126,7 @@ def ascending(found: Tensor) -> Tensor:
     if exporting():
         return put(found, ranks(-found))
     if kernels.usable(found):
-        from tokencut.ops.kernels import sorting as kernel
-
-        return found.gather(1, kernel.ranking(found, False))
+        return found.gather(1, kernels.sorting.ranking(found, False))
     return found.sort(dim=1).values
 
 

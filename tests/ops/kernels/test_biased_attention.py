@@ -9,7 +9,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from tokencut.attention import AttentionInfo, QueryKey, fused_attention, has_biased_kernel
-from tokencut.ops.kernels.attention import biased_attention, class_rows, log_sizes
+from tokencut.ops.kernels.attention import biased_attention, class_attention, keep_attended, log_sizes
+from tokencut.ops.ranking import highest
 
 
 def heads(width: int, count: int = 70) -> list[torch.Tensor]:
@@ -42,13 +43,20 @@ def test_a_bias_for_each_pair_is_left_to_pytorch() -> None:
 
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("biased", [True, False])
-def test_class_rows(queries: int, biased: bool, device: str) -> None:
+def test_class_attention_and_the_tokens_with_most_of_it(queries: int, biased: bool, device: str) -> None:
     query, key, _ = heads(24)
     bias = torch.randn(2, 1, 1, 70) if biased else None
     logits = (query[:, :, :queries] * 24**-0.5) @ key.transpose(2, 3)
-    expected = (logits if bias is None else logits + bias).softmax(3).mean((1, 2))
-    got = class_rows(query[:, :, :queries].to(device), key.to(device), None if bias is None else bias.to(device))
+    expected = (logits if bias is None else logits + bias).softmax(3).mean((1, 2))[:, 2:]
+    on_device = (query.to(device), key.to(device), None if bias is None else bias.to(device), queries, 2)
+    got = class_attention(*on_device)
     torch.testing.assert_close(got.cpu(), expected)
+    # The features as a view, and of more columns than a program copies.
+    features = torch.randn(2, 70, 150).to(torch.bfloat16)[:, :, :140]
+    kept, index = keep_attended(*on_device[:-1], features.to(device), 2, 30)
+    assert torch.equal(index, highest(got, 30))
+    rows = torch.cat((torch.arange(2).expand(2, -1), 2 + index.cpu()), 1)
+    assert torch.equal(kept.cpu(), torch.stack([part[row] for part, row in zip(features, rows, strict=True)]))
 
 
 @pytest.mark.gpu

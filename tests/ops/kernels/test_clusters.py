@@ -61,6 +61,20 @@ def test_clusters_and_their_averages(rule: PeakRule, count: int, parts: int, dev
     assert torch.equal(held.cpu(), group_sum(expected.group, sizes, 9))
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_tokens_that_weigh_alike_or_hold_one_patch_each(sized: bool, weighted: bool, cosine: bool, device: str) -> None:
+    """To the bit as with ones."""
+    points, ones = torch.randn(2, 24, 20, device=device), torch.ones(2, 24, device=device)
+    weight, sizes = (torch.rand(2, 24, device=device) if there else None for there in (weighted, sized))
+    rule = (9, 2, 3, 0.5, 0.5, cosine, cosine)
+    got = clusters.density_average(points, weight, sizes, *rule)
+    known = (ones if values is None else values for values in (weight, sizes))
+    for found, expected in zip(got, clusters.density_average(points, *known, *rule), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_averages_as_long_as_their_members(parts: int, device: str) -> None:
     """The kernel scales coefficients, the plain function what they sum up to."""

@@ -73,6 +73,52 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
     torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(method, "deit_tiny_distilled_patch16_224") for method in ("bat", "evit", "kmedoids", "random", "tome", "topk")]
+    + [
+        ("topk", name) for name in ("vit_base_patch16_siglip_224", "cait_xxs24_224", "vit_dlittle_patch16_reg1_gap_256")
+    ],
+)
+def test_a_model_by_kernels_is_the_model_without(
+    method: str, name: str, gradient: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens, logits and gradients, whatever a family's class attention is; in Triton's interpreter where
+    there is no GPU.
+    """
+    pytest.importorskip("triton")
+    dense = timm.create_model(name, img_size=80, embed_dim=48, num_heads=3, depth=4)
+    model = compress(dense.eval(), keep=0.6, method=method, layers=[2, 3], prop_attn=True).to(device)
+    pixels, weight = torch.randn(2, 3, 80, 80, device=device), model.model.patch_embed.proj.weight
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with torch.set_grad_enabled(gradient):
+            _, traces = model.trace(pixels)
+            logits = model(pixels)  # no source map is followed: stages may take other ways
+        source = traces[-1].tokens.source
+        assert source is not None
+        return logits.detach(), source, torch.autograd.grad(logits.sum(), weight)[0] if gradient else None
+
+    monkeypatch.setattr(kernels, "usable", lambda *_, **__: False)
+    logits, source, grown = run()
+    asked: list[bool] = []
+
+    def anywhere(*tensors: torch.Tensor, backward: bool = False) -> bool:
+        graded = torch.is_grad_enabled() and not backward
+        asked.append(not any(graded and tensor.requires_grad for tensor in tensors))
+        return asked[-1]
+
+    monkeypatch.setattr(kernels, "usable", anywhere)
+    by_kernels, followed, gradients = run()
+    assert any(asked)
+    assert torch.equal(followed, source)
+    torch.testing.assert_close(by_kernels, logits)
+    if gradients is not None and grown is not None:
+        torch.testing.assert_close(gradients, grown, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
@@ -92,6 +138,8 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             clusters.density_clusters(points, 5, None, 2, 3, 0.0, 0.5, True),
             *clusters.ordered_average(group, ones, ones, 6),
             merging.merge(points, 0, group, ones / 2, 6, True),
+            *merging.merge_and_weigh(points, 0, group, ones / 2, ones[:, :6], True),
+            merging.take(points, 1, group[:, ::2]),
             *matching.alternating_average(points, ones, 1, 4),
             *rotation.rotate(heads, heads, torch.ones(2, 1, 12, 32, device=device), 0, True),
             sorting.ranking(ones, True),
@@ -99,8 +147,9 @@ def test_every_kernel_is_one_operator_for_the_compiler(device: str) -> None:
             medoids.medoid_clusters(points, ones, 5, 2),
             attention.log_sizes(ones, 1, torch.bfloat16),
             attention.biased_attention(heads, heads, heads, bias),
-            attention.class_rows(heads[:, :, :1], heads, None),
-            attention.class_rows(heads[:, :, :1], heads, bias),
+            attention.class_attention(heads, heads, None, 1, 1),
+            attention.class_attention(heads, heads, bias, 2, 0),
+            *attention.keep_attended(heads, heads, bias, 1, points, 1, 5),
         ]
 
     torch._dynamo.reset()

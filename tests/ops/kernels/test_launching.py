@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tokencut.ops.kernels import attention
+from tokencut.ops.kernels import attention, launching
 
 
 @pytest.mark.gpu
@@ -23,11 +23,15 @@ def test_a_launch_like_another_gives_what_triton_gives(count: int) -> None:
                 torch.testing.assert_close(bias[:, 0, 0], sizes.log().to(dtype))
 
 
-@pytest.mark.gpu
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencut.ops.kernels import launching
+def test_a_launch_is_prepared_once_for_its_shapes_and_what_is_remembered_is_bounded() -> None:
+    prepared: list[tuple[int, ...]] = []
 
-    monkeypatch.setattr(launching, "REMEMBERED", 4)
-    for count in range(1, 12):
-        attention.log_sizes(torch.ones(1, count, device="cuda"), 0, torch.float32)
-    assert len(attention._log_sizes._compiled) <= 4
+    @launching.by_shape
+    def prepare(*shape: int) -> int:
+        prepared.append(shape)
+        return len(prepared)
+
+    assert [prepare(2, 3), prepare(2, 4), prepare(2, 3)] == [1, 2, 1]
+    for count in range(launching.REMEMBERED):
+        prepare(5, count)
+    assert prepare(2, 3) == launching.REMEMBERED + 3

@@ -33,6 +33,17 @@ def test_a_token_alone_in_its_group_passes_unchanged(device: str) -> None:
     assert torch.equal(got, features)
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_stay_behind_the_prefix_tokens(prefix: int, dtype: torch.dtype, device: str) -> None:
+    features = torch.randn(2, prefix + 50, 140).to(dtype)[:, :, :132]  # rows that do not follow each other
+    every = torch.stack([torch.randperm(50)[:37].sort().values for _ in range(2)])
+    for index in (every, every[:1].expand(2, -1), every.repeat_interleave(2, 1)[:, ::2]):
+        got = merging.take(features.to(device), prefix, index.to(device)).cpu()
+        expected = torch.stack([part[prefix:][kept] for part, kept in zip(features, index, strict=True)])
+        assert torch.equal(got, torch.cat((features[:, :prefix], expected), 1))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ordered", [True, False])
 def test_many_images(ordered: bool) -> None:

@@ -7,7 +7,9 @@ variable `TOKENCUT_KERNELS` is 0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -22,8 +24,20 @@ _OLDEST = (8, 0)
 
 # Up to so many tokens `matching` numbers the groups of an image in one program.
 MATCHED_AT_ONCE = 4096
+# Up to so many scores one program chooses the highest; beyond, ranking them fills the GPU better.
+CHOSEN_AT_ONCE = 512
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+# The modules, which import Triton, and are imported when they are first asked for: `kernels.merging.merge(...)`.
+_MODULES = ("attention", "clusters", "matching", "medoids", "merging", "rotation", "sorting")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def usable(*tensors: Tensor, backward: bool = False) -> bool:
@@ -71,10 +85,7 @@ def opaque(
     def wrap(launch: Launch) -> Launch:
         @functools.wraps(launch)
         def there(*args: Any) -> Any:
-            # Entering the context takes a third of a launch's time, and nearly always the device is the current one.
-            if not args[0].is_cuda or args[0].get_device() == torch.cuda.current_device():
-                return launch(*args)
-            with torch.cuda.device(args[0].device):
+            with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
                 return launch(*args)
 
         operator = library.custom_op(f"tokencut::{launch.__name__}", there, mutates_args=(), schema=schema)
@@ -84,8 +95,13 @@ def opaque(
 
         @functools.wraps(launch)
         def call(*args: Any) -> Any:
-            graded = backward is not None and torch.is_grad_enabled() and args[0].requires_grad
-            return operator(*args) if graded or torch.compiler.is_compiling() else there(*args)
+            first = args[0]
+            if torch.compiler.is_compiling() or (backward and torch.is_grad_enabled() and first.requires_grad):
+                return operator(*args)
+            # Entering the context takes a third of a launch's time, and nearly always the device is the current one.
+            if first.is_cuda and first.get_device() != torch.cuda.current_device():
+                return there(*args)
+            return launch(*args)
 
         return call  # type: ignore[return-value]
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
+from tokencut.ops.kernels.sorting import keeping, mean_of_rows
 
 ROWS, COLUMNS = 64, 32  # of a tile of logits; 42 us where 64, 64 takes 47 and 32, 64 takes 63 (H200, 98 tokens)
 
@@ -78,19 +79,28 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
     """
     batch, heads, count, width = query.shape
     result = query.new_empty((batch, count, heads, width))
-    _attend[(batch * heads * triton.cdiv(count, ROWS),)](
-        query, key, value, bias, result, count, width**-0.5, *query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], bias.stride(0), heads, WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)),
-        ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
+    launch = _attending(query.shape, query.stride(), key.stride(), value.stride(), bias.stride(0))
+    launch(query, key, value, bias, result)
     return result.transpose(1, 2)
+
+
+@by_shape
+def _attending(
+    shape: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], bias: int
+) -> Launch:
+    """Attends with queries of a shape, for `biased_attention`; the others are strides."""
+    batch, heads, count, width = shape
+    return _attend.prepare(
+        (batch * heads * triton.cdiv(count, ROWS),), count, width**-0.5, *query[:3], *key[:3], *value[:3], bias, heads,
+        WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)), ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
 
 
 @Kernel
 @triton.jit
 def _class_rows(
     query, key, bias, rows, count, scale, q_batch, q_head, q_row, k_batch, k_head, k_row, bias_batch,
-    queries, heads, BIASED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    queries, heads, rows_batch, BIASED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The attention of one query of one head over all keys."""
     image = tl.program_id(1).to(tl.int64)
@@ -100,7 +110,7 @@ def _class_rows(
     q = tl.load(query + image * q_batch + head * q_head + row * q_row + numbers, mask=wide, other=0.0).to(tl.float32)
     q *= scale
     key += image * k_batch + head * k_head
-    rows += (image * heads * queries + tl.program_id(0)) * count
+    rows += image * rows_batch + tl.program_id(0) * count
     largest = tl.full((COLUMNS,), -float("inf"), tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, count, COLUMNS):
@@ -125,30 +135,103 @@ def _class_rows(
         tl.store(rows + now, tl.exp(logits - most) / whole, mask=now < count)
 
 
+@Kernel
+@triton.jit
+def _average(rows, mean, count, prefix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The mean of an image's rows behind the prefix tokens."""
+    image = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    left = count - prefix
+    found = mean_of_rows(rows + image * ROWS * count + prefix, columns, left, count, ROWS)
+    tl.store(mean + image * left + columns, found, mask=columns < left)
+
+
 @opaque(
-    "(Tensor query, Tensor key, Tensor? bias) -> Tensor",
-    lambda query, key, bias: key.new_empty((key.shape[0], key.shape[2]), dtype=torch.float32),
+    "(Tensor query, Tensor key, Tensor? bias, int queries, int prefix) -> Tensor",
+    lambda query, key, bias, queries, prefix: key.new_empty((key.shape[0], key.shape[2] - prefix), dtype=torch.float32),
 )
-def class_rows(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+def class_attention(query: Tensor, key: Tensor, bias: Tensor | None, queries: int, prefix: int) -> Tensor:
     """The attention of a few queries over all keys, averaged over heads and queries.
 
     Args:
-        query: `(B, H, R, d)`, the last dimension contiguous, like `key`.
-        key: `(B, H, N, d)`.
-        bias: Added to the logits, `(B, 1, 1, N)`, or None.
+        query: `(B, H, R or more, d)`, the last dimension contiguous, like `key`.
+        key: `(B, H, P + N, d)`.
+        bias: Added to the logits, `(B, 1, 1, P + N)`, or None.
+        queries: `R`, how many look, the first.
+        prefix: `P`.
 
     Returns:
-        fp32 `(B, N)`.
+        That of the keys behind the first `P`, fp32 `(B, N)`.
     """
-    batch, heads, queries, width = query.shape
-    count = key.shape[2]
-    rows = torch.empty((batch, heads * queries, count), dtype=torch.float32, device=key.device)
-    _class_rows[heads * queries, batch](
-        query, key, key if bias is None else bias, rows, count, width**-0.5, *query.stride()[:3], *key.stride()[:3],
-        0 if bias is None else bias.stride(0), queries, heads, BIASED=bias is not None, WIDTH=width,
-        PADDED=triton.next_power_of_2(width), COLUMNS=64,
+    rows = _rows(query, key, bias, queries)
+    batch, heads, count = rows.shape
+    mean = torch.empty((batch, count - prefix), dtype=torch.float32, device=key.device)
+    _averaging(batch, heads, count, prefix)(rows, mean)
+    return mean
+
+
+@opaque(
+    "(Tensor query, Tensor key, Tensor? bias, int queries, Tensor features, int prefix, int count) -> (Tensor, Tensor)",
+    lambda query, key, bias, queries, features, prefix, count: _two_empty(features, prefix, count),
+)
+def keep_attended(
+    query: Tensor, key: Tensor, bias: Tensor | None, queries: int, features: Tensor, prefix: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The tokens of highest `class_attention`, chosen as by `sorting.highest`, and their features, in two launches.
+
+    Args:
+        query: As there, with at most `CHOSEN_AT_ONCE` keys behind the prefix.
+        key: Likewise.
+        bias: Likewise.
+        queries: Likewise.
+        features: Of the same tokens, `(B, P + N, D)`; no gradient goes to them.
+        prefix: Likewise.
+        count: `M`.
+
+    Returns:
+        Features of the prefix tokens and of those chosen, `(B, P + M, D)`; their numbers, int64 `(B, M)`, ascending.
+    """
+    rows = _rows(query, key, bias, queries, room=1)
+    features = features if features.stride(2) == 1 else features.contiguous()
+    results = _two_empty(features, prefix, count)
+    keeping(features.shape, features.stride(), rows.shape[1] - 1, prefix, count)(features, rows, *results)
+    return results
+
+
+def _two_empty(features: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+    """Room for what `keep_attended` returns."""
+    batch, _, width = features.shape
+    return (features.new_empty((batch, prefix + count, width)),
+            torch.empty((batch, count), dtype=torch.int64, device=features.device))  # fmt: skip
+
+
+def _rows(query: Tensor, key: Tensor, bias: Tensor | None, queries: int, room: int = 0) -> Tensor:
+    """The attention of each query, fp32 `(B, H R, P + N)`, with `room` for so many rows more of each image."""
+    batch, heads, count, _ = key.shape
+    rows = torch.empty((batch, heads * queries + room, count), dtype=torch.float32, device=key.device)
+    stride = None if bias is None else bias.stride(0)
+    launch = _looking(key.shape, query.stride(), key.stride(), stride, queries, room)
+    launch(query, key, key if bias is None else bias, rows)
+    return rows
+
+
+@by_shape
+def _looking(
+    shape: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], bias: int | None, queries: int, room: int
+) -> Launch:
+    """Looks at keys of a shape with so many queries, for `_rows`; the others are strides."""
+    batch, heads, count, width = shape
+    return _class_rows.prepare(
+        (heads * queries, batch), count, width**-0.5, *query[:3], *key[:3], bias or 0, queries, heads,
+        (heads * queries + room) * count, BIASED=bias is not None, WIDTH=width, PADDED=triton.next_power_of_2(width),
+        COLUMNS=64,
     )  # fmt: skip
-    return rows.mean(1)
+
+
+@by_shape
+def _averaging(batch: int, rows: int, count: int, prefix: int) -> Launch:
+    """Averages so many rows, for `class_attention`."""
+    return _average.prepare((triton.cdiv(count - prefix, 256), batch), count, prefix, ROWS=rows, COLUMNS=256)
 
 
 @Kernel
@@ -181,5 +264,11 @@ def log_sizes(sizes: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     """
     batch, count = sizes.shape
     bias = torch.empty((batch, 1, 1, prefix + count), dtype=dtype, device=sizes.device)
-    _log_sizes[(batch,)](sizes.contiguous(), bias, count, PREFIX=prefix, TOKENS=256)
+    _taking_logarithms(batch, count, prefix)(sizes.contiguous(), bias)
     return bias
+
+
+@by_shape
+def _taking_logarithms(batch: int, count: int, prefix: int) -> Launch:
+    """Takes logarithms of so many sizes, for `log_sizes`."""
+    return _log_sizes.prepare((batch,), count, PREFIX=prefix, TOKENS=256)

@@ -8,7 +8,7 @@ much each point is a centre. Another kernel does all the rest (`ops.kernels.phas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 from tokencut.ops.kernels.phases import TINY, log_density, run_phases
 
 TILE, CHUNK = 64, 64  # side of a tile of distances, and the features it adds up at once
@@ -40,10 +40,10 @@ def _cosine_distances(products, row_lengths, column_lengths):
 
 @Kernel
 @triton.jit
-def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_stride, mass, balance,
+def _peaks(points, sizes, distances, tokens, window, behind, batch_stride, row_stride, mass, balance,
            WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, NEIGHBOURS: tl.constexpr,
-           SIZED: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
-    """The squared distances of a window that fits into one tile, and how much each of its points is a centre.
+           MASS: tl.constexpr, SCALE_FREE: tl.constexpr, COSINE: tl.constexpr):  # fmt: skip
+    """The squared distances of a window that fits into one tile, and, `behind` them, how much its points are centres.
 
     On the diagonal of the distances, where none is looked for, stand the squared lengths of the points.
     """
@@ -51,9 +51,9 @@ def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_s
     count = tl.minimum(window, tokens - begin)
     rows = tl.arange(0, TILE)
     points += image * batch_stride + begin * row_stride
-    distances += (image * tokens + begin) * window
     sizes += image * tokens + begin
-    scores += image * tokens + begin
+    scores = distances + behind + image * tokens + begin
+    distances += (image * tokens + begin) * window
     products = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, WIDTH, CHUNK):
         features = start + tl.arange(0, CHUNK)
@@ -80,7 +80,7 @@ def _peaks(points, sizes, distances, scores, tokens, window, batch_stride, row_s
         total += tl.where(taken > 0, nearest * taken, 0.0)
         left -= taken
     density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
-    if SIZED:
+    if MASS:
         density += mass * tl.log(tl.load(sizes + rows, mask=rows < count, other=1.0))
     earlier = (density[None, :] == density[:, None]) & (rows[None, :] < rows[:, None])
     denser = (density[None, :] > density[:, None]) | earlier
@@ -139,135 +139,144 @@ def distances_and_lengths(points: Tensor, parts: int = 1, cosine: bool = False) 
         fp32 `(B, n, ceil(n / parts))`, of each point to those of its window; those to itself are the squared lengths of
         the points as they are. What the last window has no points for is not written.
     """
-    batch, count, width = points.shape
-    distances = _empty_distances(points, parts)
-    window = distances.shape[2]
-    tiles, parts = triton.cdiv(window, TILE), triton.cdiv(count, window)
-    _distances[tiles, tiles, batch * parts](
-        points, distances, count, window, parts, points.stride(0), points.stride(1), WIDTH=width, TILE=TILE,
-        CHUNK=_chunk(points), COSINE=cosine,
-        # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
-        num_stages=1,
-    )  # fmt: skip
+    batch, count, _ = points.shape
+    distances = torch.empty((batch, count, triton.cdiv(count, parts)), dtype=torch.float32, device=points.device)
+    _measuring(points.shape, points.stride(), points.dtype, distances.shape[2], cosine)(points, distances)
     return distances
 
 
-def _empty_distances(points: Tensor, parts: int) -> Tensor:
-    """Room for the distances within each window."""
-    batch, count, _ = points.shape
-    return torch.empty((batch, count, triton.cdiv(count, parts)), dtype=torch.float32, device=points.device)
+@by_shape
+def _measuring(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, window: int, cosine: bool
+) -> Launch:
+    """Measures distances within windows of so many points, for `distances_and_lengths`."""
+    batch, count, width = shape
+    tiles, parts = triton.cdiv(window, TILE), triton.cdiv(count, window)
+    return _distances.prepare(
+        (tiles, tiles, batch * parts), count, window, parts, *strides[:2], WIDTH=width, TILE=TILE, CHUNK=_chunk(dtype),
+        COSINE=cosine,
+        # Triton 3.6 on an H200: pipelined, a product reads what is already overwritten if a sum reads it too.
+        num_stages=1,
+    )  # fmt: skip
 
 
-def _chunk(points: Tensor) -> int:
+def _chunk(dtype: torch.dtype) -> int:
     """Features that a product takes at once: as many bytes in any precision."""
-    return 2 * CHUNK // points.element_size()
+    return 2 * CHUNK // dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """`ops.density_peaks.PeakRule` as operators take it: the balance is negative for the published density."""
 
-    neighbours: int
-    mass: float
-    balance: float
-    cosine: bool
+    neighbours: int = 3
+    mass: float = 0.0
+    balance: float = 0.0
+    cosine: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """The constants of a kernel."""
+        return {"NEIGHBOURS": self.neighbours, "MASS": self.mass != 0.0, "SCALE_FREE": self.balance >= 0.0,
+                "COSINE": self.cosine}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What the phases of one decision read and write, for all tokens of a batch."""
+def _clustered(
+    points: Tensor, weight: Tensor | None, sizes: Tensor | None, clusters: int, rule: _Rule, parts: int, last: int,
+    keep_norm: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Phases 0 to `last`, the first two along with the distances where a window fits into one tile.
 
-    group: Tensor
-    weight: Tensor
-    sizes: Tensor
-    floats: Tensor
-    integers: Tensor
-    share: Tensor
-    ordered: Tensor
-    leaving: Tensor
-
-    @classmethod
-    def of(cls, group: Tensor, weight: Tensor, sizes: Tensor, clusters: int) -> _Work:
-        """Allocates scratch and results for a grouping of `clusters` groups."""
-        plane = group.numel()
-        return cls(
-            group, weight.contiguous(), sizes.contiguous(),
-            floats=torch.empty(3 * plane, dtype=torch.float32, device=group.device),
-            integers=torch.empty(2 * plane, dtype=torch.int32, device=group.device),
-            share=torch.empty(group.shape, dtype=torch.float32, device=group.device),
-            ordered=torch.empty(group.shape, dtype=torch.int64, device=group.device),
-            leaving=torch.empty((group.shape[0], clusters), dtype=torch.float32, device=group.device),
-        )  # fmt: skip
-
-    @property
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Group of each token in order, coefficients, and sizes of the groups."""
-        return self.ordered, self.share, self.leaving
-
-    @property
-    def scores(self) -> Tensor:
-        """What phase 1 writes, and `_peaks`."""
-        return self.floats[self.group.numel() :]
-
-    def run(
-        self, first: int, last: int, groups: int,
-        distances: Tensor | None = None, rule: _Rule | None = None, width: int = 1, keep_norm: bool = False,
-    ) -> None:  # fmt: skip
-        """Phases `first` to `last`; a group is named by a number below `groups`, and a token of none by `groups`."""
-        rule = rule or _Rule(3, 0.0, 0.0, False)
-        batch, count = self.group.shape
-        whole = count <= WHOLE
-        own = min(OWN, max(64, triton.next_power_of_2(count))) if whole else OWN_OF_MANY
-        for start, end in [(first, last)] if whole else [(phase, phase) for phase in range(first, last + 1)]:
-            run_phases[1 if whole else triton.cdiv(count, own), batch](
-                self.floats if distances is None else distances, self.group, self.weight, self.sizes, self.floats,
-                self.integers, self.share, self.ordered, self.leaving, count,
-                count if distances is None else distances.shape[2], self.group.numel(), self.leaving.shape[1], groups,
-                rule.mass, rule.balance, WIDTH=width, NEIGHBOURS=rule.neighbours, SIZED=rule.mass != 0.0,
-                SCALE_FREE=rule.balance >= 0.0, COSINE=rule.cosine, KEEP_NORM=keep_norm, OWN=own, OTHERS=OTHERS,
-                FIRST=start, LAST=end, WHOLE=whole, ALL=whole and count <= own, num_warps=LANES * own // 32,
-            )  # fmt: skip
-
-    def cluster(self, points: Tensor, rule: _Rule, parts: int, last: int, keep_norm: bool = False) -> None:
-        """Phases 0 to `last`, the first two along with the distances where a window fits into one tile."""
-        batch, count, width = points.shape
-        points = points if points.stride(2) == 1 else points.contiguous()
-        window = triton.cdiv(count, parts)
-        if window > ALONE:
-            distances = distances_and_lengths(points, parts, rule.cosine)
-            self.run(0, last, count, distances, rule, width, keep_norm)
-            return
-        distances = _empty_distances(points, parts)
-        _peaks[triton.cdiv(count, window), batch](
-            points, self.sizes, distances, self.scores, count, window, points.stride(0), points.stride(1), rule.mass,
-            rule.balance, WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(points),
-            NEIGHBOURS=rule.neighbours, SIZED=rule.mass != 0.0, SCALE_FREE=rule.balance >= 0.0, COSINE=rule.cosine,
-            num_warps=8, num_stages=4, **SHARED_BY_TWO,
-        )  # fmt: skip
-        self.run(2, last, count, distances, keep_norm=keep_norm)
+    Returns:
+        Whether each point is a centre, and which centre it has joined, int32 `(2, B, n)`; and what `_empty` made.
+    """
+    points = points if points.stride(2) == 1 else points.contiguous()
+    batch, count, width = points.shape
+    window = -(-count // parts)
+    # Behind the distances come three numbers for each point, see `phases`.
+    floats = torch.empty(batch * count * (window + 3), dtype=torch.float32, device=points.device)
+    # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
+    integers = torch.empty((3, batch, count), dtype=torch.int32, device=points.device)
+    results = _empty(points, clusters)
+    first, known = 0, (weight is not None, sizes is not None)
+    weight = floats if weight is None else weight.contiguous()
+    sizes = floats if sizes is None else sizes.contiguous()
+    if window > ALONE:
+        _measuring(points.shape, points.stride(), points.dtype, window, rule.cosine)(points, floats)
+    else:
+        _peaking(points.shape, points.stride(), points.dtype, window, rule)(points, sizes, floats)
+        first, rule, width = 2, _Rule(), 1  # no phase asks for them then
+    for launch in _phases(batch, count, width, window, clusters, rule, keep_norm, known, first, last, count <= WHOLE):
+        launch(floats, integers, integers, weight, sizes, *results)
+    return integers, results
 
 
-def _three_empty(weight: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Group of each token, coefficients, and sizes of the groups, in their shapes only."""
-    held = weight.new_empty((weight.shape[0], groups))
-    return torch.empty_like(weight, dtype=torch.int64), torch.empty_like(weight), held
+@by_shape
+def _peaking(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, window: int, rule: _Rule) -> Launch:
+    """Measures distances within windows that fit into a tile, and scores their points."""
+    batch, count, width = shape
+    return _peaks.prepare(
+        (triton.cdiv(count, window), batch), count, window, batch * count * (window + 1), *strides[:2], rule.mass,
+        rule.balance, WIDTH=width, TILE=max(16, triton.next_power_of_2(window)), CHUNK=_chunk(dtype),
+        **rule.settings(), num_warps=8, num_stages=4, **SHARED_BY_TWO,
+    )  # fmt: skip
+
+
+@by_shape
+def _phases(
+    batch: int, count: int, width: int, window: int, groups: int, rule: _Rule, keep_norm: bool,
+    known: tuple[bool, bool], first: int, last: int, at_once: bool,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """Phases `first` to `last`.
+
+    Args:
+        batch: `B`.
+        count: `n`, the points of an image.
+        width: `F`, the numbers in a point.
+        window: The points of a window; 0 where there are no distances.
+        groups: How many groups there are.
+        rule: As in `density_average`.
+        keep_norm: Likewise.
+        known: Whether there are weights, and sizes; else all points weigh 1, and hold 1.
+        first: The first phase: 4 where groups are given, of which number `groups` is none.
+        last: The last phase.
+        at_once: Whether one program does all of an image, in one launch.
+    """
+    own = min(OWN, max(64, triton.next_power_of_2(count))) if at_once else OWN_OF_MANY
+    plane = batch * count
+    joined, none = (0, groups) if first == 4 else (2 * plane, count)
+    return tuple(
+        run_phases.prepare(
+            (1 if at_once else triton.cdiv(count, own), batch), count, window or count, plane, plane * window, joined,
+            groups, none, rule.mass, rule.balance, WIDTH=width, **rule.settings(), KEEP_NORM=keep_norm,
+            WEIGHTED=known[0], SIZED=known[1], OWN=own, OTHERS=OTHERS, FIRST=start, LAST=end,
+            WHOLE=at_once, ALL=at_once and count <= own, num_warps=LANES * own // 32,
+        )
+        for start, end in ([(first, last)] if at_once else [(phase, phase) for phase in range(first, last + 1)])
+    )  # fmt: skip
+
+
+def _empty(like: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the group of each token, its coefficient, and the sizes of the groups."""
+    shape = batch, _ = like.shape[:2]
+    coefficients = torch.empty(shape, dtype=torch.float32, device=like.device)
+    ordered = torch.empty(shape, dtype=torch.int64, device=like.device)
+    return ordered, coefficients, coefficients.new_empty((batch, groups))
 
 
 @opaque(
-    "(Tensor points, Tensor weight, Tensor sizes, int clusters, int parts, int neighbours, float mass, float balance,"
+    "(Tensor points, Tensor? weight, Tensor? sizes, int clusters, int parts, int neighbours, float mass, float balance,"
     " bool cosine, bool keep_norm) -> (Tensor, Tensor, Tensor)",
-    lambda points, weight, sizes, clusters, *rule: _three_empty(weight, clusters),
+    lambda points, weight, sizes, clusters, *rule: _empty(points, clusters),
 )
 def density_average(
-    points: Tensor, weight: Tensor, sizes: Tensor, clusters: int, parts: int, neighbours: int, mass: float,
-    balance: float, cosine: bool, keep_norm: bool,
+    points: Tensor, weight: Tensor | None, sizes: Tensor | None, clusters: int, parts: int, neighbours: int,
+    mass: float, balance: float, cosine: bool, keep_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Clusters the points of each image around its density peaks and averages each cluster.
 
     Args:
         points: `(B, n, F)` in any floating dtype.
-        weight: Raw weight of each point, fp32 `(B, n)`, not negative.
-        sizes: Patches that each point holds, fp32 `(B, n)`.
+        weight: Raw weight of each point, fp32 `(B, n)`, not negative; None where all weigh alike.
+        sizes: Patches that each point holds, fp32 `(B, n)`; None where each holds one.
         clusters: `C`, at most `n`.
         parts: Windows of `ceil(n / parts)` points within which they are compared, at most `C`; the last may hold fewer.
         neighbours: How many nearest count for the density, the point itself among them: 3 to 5, and no more than the
@@ -281,11 +290,8 @@ def density_average(
         Cluster of each point, int64 `(B, n)`, numbered by the smallest member; coefficients, fp32 `(B, n)`; patches
         held by each cluster, fp32 `(B, C)`.
     """
-    # Clusters are named by their centre until the last phase: `n` names are possible, and none is for "dropped".
-    joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
-    work = _Work.of(joined, weight, sizes, clusters)
-    work.cluster(points, _Rule(neighbours, mass, balance, cosine), parts, 5, keep_norm)
-    return work.results
+    rule = _Rule(neighbours, 0.0 if sizes is None else mass, balance, cosine)
+    return _clustered(points, weight, sizes, clusters, rule, parts, 5, keep_norm)[1]
 
 
 @opaque(
@@ -302,17 +308,14 @@ def density_clusters(
     Returns:
         Cluster of each point, int64 `(B, n)`, numbered by the order of their centres among the points.
     """
-    joined = torch.empty(points.shape[:2], dtype=torch.int32, device=points.device)
-    known = torch.empty(0, device=points.device) if sizes is None else sizes
-    work = _Work.of(joined, known, known, clusters)
-    work.cluster(points, _Rule(neighbours, 0.0 if sizes is None else mass, balance, cosine), parts, 3)
-    centres = work.integers[: joined.numel()].view(joined.shape)
+    rule = _Rule(neighbours, 0.0 if sizes is None else mass, balance, cosine)
+    centres, _, joined = _clustered(points, None, sizes, clusters, rule, parts, 3, False)[0]
     return centres.cumsum(1).gather(1, joined.long()) - 1
 
 
 @opaque(
     "(Tensor group, Tensor weight, Tensor sizes, int count) -> (Tensor, Tensor, Tensor)",
-    lambda group, weight, sizes, count: _three_empty(weight, count),
+    lambda group, weight, sizes, count: _empty(group, count),
 )
 def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers groups by their smallest member and turns raw weights into coefficients.
@@ -327,6 +330,10 @@ def ordered_average(group: Tensor, weight: Tensor, sizes: Tensor, count: int) ->
         Group of each token in that order, int64 `(B, N)`; coefficients, fp32 `(B, N)`; patches held by each group, fp32
         `(B, M)`.
     """
-    work = _Work.of(group.contiguous(), weight, sizes, count)
-    work.run(4, 5, count)
-    return work.results
+    batch, tokens = group.shape
+    group, results = group.contiguous(), _empty(group, count)
+    floats = torch.empty(3 * batch * tokens, dtype=torch.float32, device=group.device)
+    integers = torch.empty(2 * batch * tokens, dtype=torch.int32, device=group.device)
+    for launch in _phases(batch, tokens, 1, 0, count, _Rule(), False, (True, True), 4, 5, tokens <= WHOLE):
+        launch(floats, integers, group, weight.contiguous(), sizes.contiguous(), *results)
+    return results

@@ -1,65 +1,85 @@
-"""Launching a Triton kernel without asking anew what it was compiled for."""
+"""Launching a Triton kernel without looking anew at what follows from the shapes of its tensors."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import torch
 import triton
 from torch import Tensor
 
-# Before Triton 3.3 a compiled kernel took its constants in another way.
-_COMPILED_TAKE_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-# What was launched is remembered by shapes; a service that sees ever new ones does not fill the memory with them.
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# From Triton 3.3 on a compiled kernel takes its constants behind its arguments; and up to 3.8, the newest looked at, it
+# is run in this way, which `compiled[grid](...)` takes three calls to come to.
+_TAKE_CONSTANTS, _RUN_DIRECTLY = _VERSION >= (3, 3), (3, 3) <= _VERSION <= (3, 8)
+# Launches are remembered by shapes; a service that sees ever new ones does not fill the memory with them.
 REMEMBERED = 1024
+
+Made = TypeVar("Made")
+
+
+def by_shape(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Decorator of a function of shapes, strides and settings that prepares launches: each is prepared once."""
+    return functools.lru_cache(maxsize=REMEMBERED)(make)
 
 
 class Kernel:
-    """A Triton kernel, launched as Triton launches it: `kernel[grid](*arguments, **settings)`.
+    """A Triton kernel whose arguments are tensors, then numbers, then constants.
 
     Triton looks at each argument of each launch and puts a key together, for which a host takes 37 us with 25 of them,
-    longer than the kernel runs on small batches. Here the compiled kernel is remembered by what it was specialised
-    for: the shapes (which follow from the numbers given), the types and the alignment of the tensors, and the device.
+    longer than the kernel runs on small batches. Here numbers and constants, which follow from shapes, are given once
+    (`prepare`, in a function decorated by `by_shape`), and a launch looks at nothing but its tensors.
     """
 
     def __init__(self, function: Any) -> None:
         """Takes a function decorated by `triton.jit`."""
         self.function = function
-        self._compiled: dict[Any, Any] = {}
-        # Triton's interpreter, for tests without a GPU, has nothing compiled to remember.
-        self._remembers = _COMPILED_TAKE_CONSTANTS and isinstance(function, triton.JITFunction)
-        self._names = [parameter.name for parameter in function.params] if self._remembers else []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return _Launch(self, grid) if self._remembers else self.function[grid]
+    def prepare(self, grid: tuple[int, ...], *numbers: float, **settings: Any) -> Launch:
+        """A launch on a grid that lacks its tensors.
+
+        Args:
+            grid: How many programs, in up to three dimensions.
+            numbers: The arguments behind the tensors.
+            settings: The constants by name, and Triton's own `num_warps`, `num_stages`, ...
+        """
+        return Launch(self.function, grid, numbers, settings)
 
 
-class _Launch:
-    """One launch of a kernel on a grid."""
+class Launch:
+    """One launch of a kernel for tensors of certain shapes, to be called with the tensors.
 
-    __slots__ = ("grid", "kernel")
+    A compiled kernel is remembered by what else Triton specialises it for: types and alignment, and the device.
+    """
 
-    def __init__(self, kernel: Kernel, grid: tuple[int, ...]) -> None:
-        self.kernel, self.grid = kernel, grid
+    __slots__ = ("_behind", "_function", "_grid", "_numbers", "_ready", "_settings")
 
-    def __call__(self, *arguments: Any, **settings: Any) -> None:
-        kernel = self.kernel
-        key = (
-            torch.cuda.current_device(), *settings.values(),
-            *[
-                (argument.dtype, argument.data_ptr() % 16 == 0) if isinstance(argument, Tensor) else argument
-                for argument in arguments
-            ],
-        )  # fmt: skip
-        ready = kernel._compiled.get(key)
+    def __init__(
+        self, function: Any, grid: tuple[int, ...], numbers: tuple[float, ...], settings: dict[str, Any]
+    ) -> None:
+        self._function, self._numbers, self._settings = function, numbers, settings
+        self._grid = (*grid, 1, 1)[:3]
+        self._ready: dict[Any, Any] = {}
+        self._behind = numbers
+        # Triton's interpreter, for tests without a GPU, compiles nothing.
+        if isinstance(function, triton.JITFunction):
+            names = [parameter.name for parameter in function.params if parameter.is_constexpr]
+            self._behind += tuple(settings[name] for name in names)
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launches the kernel on the current device, which is that of the tensors."""
+        device = tensors[0].get_device()
+        key = (device, *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+        ready = self._ready.get(key)
         if ready is None:
-            compiled = kernel.function[self.grid](*arguments, **settings)
-            if len(kernel._compiled) >= REMEMBERED:
-                kernel._compiled.clear()
-            # Constants follow the arguments, in the order of the function's own parameters.
-            behind = tuple(settings[name] for name in kernel._names[len(arguments) :])
-            kernel._compiled[key] = (compiled, behind)
+            compiled = self._function[self._grid](*tensors, *self._numbers, **self._settings)
+            if _TAKE_CONSTANTS and isinstance(self._function, triton.JITFunction):
+                stream_of = triton.runtime.driver.active.get_current_stream
+                self._ready[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, stream_of
             return
-        compiled, behind = ready
-        x, y, z = (*self.grid, 1, 1)[:3]
-        compiled[x, y, z](*arguments, *behind)
+        compiled, run, function, metadata, stream_of = ready
+        if _RUN_DIRECTLY:
+            run(*self._grid, stream_of(device), function, metadata, None, None, None, *tensors, *self._behind)
+        else:
+            compiled[self._grid](*tensors, *self._behind)

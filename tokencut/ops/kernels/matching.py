@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 from tokencut.ops.kernels.phases import TINY
 
 ROWS, COLUMNS, CHUNK = 32, 64, 32  # of a tile of similarities, and the features it adds up at once
@@ -129,22 +129,31 @@ def alternating_average(points: Tensor, sizes: Tensor, prefix: int, pairs: int) 
         group, fp32 `(B, n - pairs)`.
     """
     points, sizes = points if points.stride(2) == 1 else points.contiguous(), sizes.contiguous()
-    batch, count, width = points.shape
-    first = prefix % 2
-    side = (count - first + 1) // 2
+    batch, count, _ = points.shape
+    best, join = _round(points.shape, points.stride(), prefix % 2, pairs)
+    side = (count - prefix % 2 + 1) // 2
     similarity = torch.empty((batch, side), dtype=torch.float32, device=points.device)
     partner = torch.empty((batch, side), dtype=torch.int32, device=points.device)
-    _best[triton.cdiv(side, ROWS), batch](
-        points, similarity, partner, count, first, side, count - side, points.stride(0), points.stride(1),
-        WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
-        num_stages=1,  # as in `clusters`: pipelined, a product reads what is already overwritten if a sum reads it too
-    )  # fmt: skip
+    best(points, similarity, partner)
     group = torch.empty((batch, count), dtype=torch.int64, device=points.device)
     weight = torch.empty((batch, count), dtype=torch.float32, device=points.device)
     held = torch.empty((batch, count - pairs), dtype=torch.float32, device=points.device)
-    own = max(64, triton.next_power_of_2(triton.cdiv(count, 2)))
-    _join[(batch,)](
-        similarity, partner, sizes, group, weight, held, count, first, side, count - side, pairs,
-        OWN=own, OTHERS=OTHERS, num_warps=min(16, max(2, own // 64)),
-    )  # fmt: skip
+    join(similarity, partner, sizes, group, weight, held)
     return group, weight, held
+
+
+@by_shape
+def _round(shape: tuple[int, ...], strides: tuple[int, ...], first: int, pairs: int) -> tuple[Launch, Launch]:
+    """Finds partners, and joins them, of points of a shape and strides; the sides begin at `first` and the other."""
+    batch, count, width = shape
+    side = (count - first + 1) // 2
+    best = _best.prepare(
+        (triton.cdiv(side, ROWS), batch), count, first, side, count - side, *strides[:2], WIDTH=width, ROWS=ROWS,
+        COLUMNS=COLUMNS, CHUNK=CHUNK,
+        num_stages=1,  # as in `clusters`: pipelined, a product reads what is already overwritten if a sum reads it too
+    )  # fmt: skip
+    own = max(64, triton.next_power_of_2(triton.cdiv(count, 2)))
+    join = _join.prepare(
+        (batch,), count, first, side, count - side, pairs, OWN=own, OTHERS=OTHERS, num_warps=min(16, max(2, own // 64))
+    )
+    return best, join

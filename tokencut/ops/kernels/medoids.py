@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencut.ops.kernels import opaque
 from tokencut.ops.kernels.clusters import LANES, OTHERS, distances_and_lengths
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 from tokencut.ops.kernels.phases import join_centres
 
 AT_ONCE = 512  # up to so many points one program does an image; beyond, plain operations fill the GPU better
@@ -100,9 +100,15 @@ def medoid_clusters(points: Tensor, weight: Tensor, clusters: int, iterations: i
     integers = torch.empty((2, batch, count), dtype=torch.int32, device=points.device)
     totals = torch.empty((batch, count), dtype=torch.float32, device=points.device)
     group = torch.empty((batch, count), dtype=torch.int64, device=points.device)
-    own = max(64, triton.next_power_of_2(count))
-    _medoids[(batch,)](
-        distances, weight.contiguous(), integers[0], integers[1], totals, group, count, clusters,
-        ITERATIONS=iterations, OWN=own, OTHERS=OTHERS, num_warps=LANES * own // 32,
-    )  # fmt: skip
+    launch = _alternating(batch, count, clusters, iterations)
+    launch(distances, weight.contiguous(), integers[0], integers[1], totals, group)
     return group
+
+
+@by_shape
+def _alternating(batch: int, count: int, clusters: int, iterations: int) -> Launch:
+    """Clusters so many points, for `medoid_clusters`."""
+    own = max(64, triton.next_power_of_2(count))
+    return _medoids.prepare(
+        (batch,), count, clusters, ITERATIONS=iterations, OWN=own, OTHERS=OTHERS, num_warps=LANES * own // 32
+    )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 
 GROUPS, TOKENS = 64, 32  # that a program makes, and that it adds up at once
 CHUNK = 128  # features of them, in half precision
@@ -18,10 +18,10 @@ CHUNK = 128  # features of them, in half precision
 
 @Kernel
 @triton.jit
-def _merge(features, group, share, merged, count, groups, batch_stride, row_stride,
+def _merge(features, group, share, held, merged, logarithms, count, groups, batch_stride, row_stride,
            PREFIX: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
-           CHUNK: tl.constexpr, ORDERED: tl.constexpr):  # fmt: skip
-    """Weighted sums of the groups, behind the prefix tokens."""
+           CHUNK: tl.constexpr, ORDERED: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
+    """Weighted sums of the groups, behind the prefix tokens, and the logarithms of what they hold, behind zeros."""
     image = tl.program_id(2).to(tl.int64)
     numbers = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
@@ -44,6 +44,63 @@ def _merge(features, group, share, merged, count, groups, batch_stride, row_stri
         for token in tl.static_range(PREFIX):
             kept = tl.load(features + token * row_stride + columns, mask=columns < WIDTH)
             tl.store(merged + token * WIDTH + columns, kept, mask=columns < WIDTH)
+    if WEIGHED & (tl.program_id(0) == 0):
+        logarithms += image * (PREFIX + groups)
+        size = tl.load(held + image * groups + numbers, mask=numbers < groups, other=1.0)
+        tl.store(logarithms + PREFIX + numbers, tl.log(size).to(logarithms.dtype.element_ty), mask=numbers < groups)
+        first = tl.arange(0, GROUPS)
+        tl.store(logarithms + first, tl.zeros((GROUPS,), logarithms.dtype.element_ty),
+                 mask=(first < PREFIX) & (tl.program_id(1) == 0))  # fmt: skip
+
+
+@Kernel
+@triton.jit
+def _take(features, index, taken, count, index_stride, batch_stride, row_stride,
+          PREFIX: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Copies the prefix tokens and those that an image keeps."""
+    image = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    columns = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = rows < PREFIX + count
+    chosen = tl.load(index + image * index_stride + rows - PREFIX, mask=inside & (rows >= PREFIX), other=0)
+    place = tl.where(rows < PREFIX, rows, PREFIX + chosen)
+    mask = inside[:, None] & (columns[None, :] < WIDTH)
+    values = tl.load(features + image * batch_stride + place[:, None] * row_stride + columns[None, :], mask=mask)
+    taken += image * (PREFIX + count) * WIDTH
+    tl.store(taken + rows[:, None] * WIDTH + columns[None, :], values, mask=mask)
+
+
+@opaque(
+    "(Tensor features, int prefix, Tensor index) -> Tensor",
+    lambda features, prefix, index: features.new_empty((features.shape[0], prefix + index.shape[1], features.shape[2])),
+)
+def take(features: Tensor, prefix: int, index: Tensor) -> Tensor:
+    """The prefix tokens, and the image tokens that stay.
+
+    Args:
+        features: `(B, P + N, D)`.
+        prefix: `P`.
+        index: Numbers of image tokens, int64 `(B, M)`.
+
+    Returns:
+        `(B, P + M, D)`.
+    """
+    features = features if features.stride(2) == 1 else features.contiguous()
+    index = index if index.stride(1) == 1 else index.contiguous()
+    count = index.shape[1]
+    taken = features.new_empty((features.shape[0], prefix + count, features.shape[2]))
+    _taking(features.shape, features.stride(), prefix, count, index.stride(0))(features, index, taken)
+    return taken
+
+
+@by_shape
+def _taking(shape: tuple[int, ...], strides: tuple[int, ...], prefix: int, count: int, index: int) -> Launch:
+    """Takes tokens of a shape and strides, for `take`; `index` is a stride too."""
+    batch, _, width = shape
+    return _take.prepare(
+        (triton.cdiv(width, CHUNK), triton.cdiv(prefix + count, TOKENS), batch), count, index, *strides[:2],
+        PREFIX=prefix, WIDTH=width, TOKENS=TOKENS, CHUNK=CHUNK,
+    )  # fmt: skip
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -84,13 +141,55 @@ def merge(features: Tensor, prefix: int, group: Tensor, weight: Tensor, count: i
         `(B, P + M, D)`.
     """
     features = features if features.stride(2) == 1 else features.contiguous()
-    batch, tokens, width = features.shape
-    merged = features.new_empty((batch, prefix + count, width))
-    chunk = CHUNK if features.element_size() == 2 else CHUNK // 2
-    grid = (triton.cdiv(width, chunk), triton.cdiv(count, GROUPS), batch)
-    _merge[grid](
-        features, group.contiguous(), weight.contiguous(), merged, tokens - prefix, count, features.stride(0),
-        features.stride(1), PREFIX=prefix, WIDTH=width, GROUPS=GROUPS, TOKENS=TOKENS, CHUNK=chunk,
-        ORDERED=ordered,
-    )  # fmt: skip
+    merged = features.new_empty((features.shape[0], prefix + count, features.shape[2]))
+    launch = _merging(features.shape, features.stride(), features.dtype, prefix, count, ordered, False)
+    launch(features, group.contiguous(), weight.contiguous(), weight, merged, merged)
     return merged
+
+
+@opaque(
+    "(Tensor features, int prefix, Tensor group, Tensor weight, Tensor held, bool ordered) -> (Tensor, Tensor)",
+    lambda features, prefix, group, weight, held, ordered: _two_empty(features, prefix, held),
+)
+def merge_and_weigh(
+    features: Tensor, prefix: int, group: Tensor, weight: Tensor, held: Tensor, ordered: bool
+) -> tuple[Tensor, Tensor]:
+    """`merge`, and along with it what `attention.log_sizes` makes of the groups' sizes, in the features' dtype.
+
+    Args:
+        features: As there, but no gradient.
+        prefix: Likewise.
+        group: Likewise.
+        weight: Likewise.
+        held: Patches held by each group, fp32 `(B, M)`.
+        ordered: Likewise.
+
+    Returns:
+        `(B, P + M, D)` and `(B, 1, 1, P + M)`.
+    """
+    features = features if features.stride(2) == 1 else features.contiguous()
+    results = merged, logarithms = _two_empty(features, prefix, held)
+    launch = _merging(features.shape, features.stride(), features.dtype, prefix, held.shape[1], ordered, True)
+    launch(features, group.contiguous(), weight.contiguous(), held.contiguous(), merged, logarithms)
+    return results
+
+
+def _two_empty(features: Tensor, prefix: int, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `merge_and_weigh` returns."""
+    batch, count = held.shape
+    return (features.new_empty((batch, prefix + count, features.shape[2])),
+            features.new_empty((batch, 1, 1, prefix + count)))  # fmt: skip
+
+
+@by_shape
+def _merging(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, prefix: int, count: int, ordered: bool,
+    weighed: bool,
+) -> Launch:  # fmt: skip
+    """Merges features of a shape, strides and dtype, for `merge` and `merge_and_weigh`."""
+    batch, tokens, width = shape
+    chunk = CHUNK if dtype.itemsize == 2 else CHUNK // 2
+    return _merge.prepare(
+        (triton.cdiv(width, chunk), triton.cdiv(count, GROUPS), batch), tokens - prefix, count, *strides[:2],
+        PREFIX=prefix, WIDTH=width, GROUPS=GROUPS, TOKENS=TOKENS, CHUNK=chunk, ORDERED=ordered, WEIGHED=weighed,
+    )  # fmt: skip

@@ -62,8 +62,14 @@ def _squared_lengths(image, tokens, distances, count, window):
 
 
 @triton.jit
+def _given(values, places, inside, THERE: tl.constexpr):
+    """Values at some places, 0 outside; 1 each where none are there."""
+    return tl.load(values + places, mask=inside, other=0.0) if THERE else inside.to(tl.float32)
+
+
+@triton.jit
 def _density(image, own, distances, sizes, densities, count, window, mass, balance,
-             WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, SCALE_FREE: tl.constexpr,
+             WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, MASS: tl.constexpr, SCALE_FREE: tl.constexpr,
              COSINE: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
     """Log density of the owned tokens."""
     first = tl.full((OTHERS, own.shape[0]), float("inf"), tl.float32)
@@ -85,7 +91,7 @@ def _density(image, own, distances, sizes, densities, count, window, mass, balan
     here = image * count + own
     lengths = _squared_lengths(image, own, distances, count, window)
     density = log_density(total / NEIGHBOURS, lengths, balance, WIDTH, SCALE_FREE, COSINE)
-    if SIZED:
+    if MASS:
         density += mass * tl.log(tl.load(sizes + here, mask=own < count, other=1.0))
     tl.store(densities + here, density, mask=own < count)
 
@@ -139,7 +145,7 @@ def join_centres(image, own, distances, centres, joined, count, window, OTHERS: 
 
 @triton.jit
 def _average(image, own, distances, group, weight, sizes, first, share, held, inner, long, count, window, groups,
-             KEEP_NORM: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
+             KEEP_NORM: tl.constexpr, WEIGHTED: tl.constexpr, SIZED: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
     """First member of each owned token's group (all are in its window), its coefficient, and what the group holds.
 
     Where norms are kept also the average length of the members, and the product of each token with the average.
@@ -156,9 +162,9 @@ def _average(image, own, distances, group, weight, sizes, first, share, held, in
         there = image * count + others
         fellow = tl.load(group + there, mask=inside, other=-2) == mine[None, :]
         begins = tl.minimum(begins, tl.where(fellow, others, count))
-        theirs = tl.where(fellow, tl.load(weight + there, mask=inside, other=0.0), 0.0)
+        theirs = tl.where(fellow, _given(weight, there, inside, WEIGHTED), 0.0)
         weights += theirs
-        patches += tl.where(fellow, tl.load(sizes + there, mask=inside, other=0.0), 0.0)
+        patches += tl.where(fellow, _given(sizes, there, inside, SIZED), 0.0)
         if KEEP_NORM:
             squared = tl.load(distances + there * window + others % window, mask=fellow & inside, other=0.0)
             long_by = theirs * tl.sqrt(squared)
@@ -167,8 +173,8 @@ def _average(image, own, distances, group, weight, sizes, first, share, held, in
             other = fellow & inside & (others != own[None, :])
             products += long_by * (1.0 - 0.5 * tl.load(distances + apart, mask=other, other=0.0))
     total, together = tl.sum(weights, 0), tl.sum(patches, 0)
-    heavy = tl.load(weight + here, mask=own < count, other=0.0)
-    size = tl.load(sizes + here, mask=own < count, other=0.0)
+    heavy = _given(weight, here, own < count, WEIGHTED)
+    size = _given(sizes, here, own < count, SIZED)
     coefficient = tl.where(total >= TINY, heavy / tl.maximum(total, TINY), size / together)
     # A token that is dropped has the group number `groups`, and no first member.
     tl.store(first + here, tl.where(mine < groups, tl.min(begins, 0), count), mask=own < count)
@@ -181,7 +187,8 @@ def _average(image, own, distances, group, weight, sizes, first, share, held, in
 
 
 @triton.jit
-def _lengthen(image, own, group, weight, share, inner, long, count, window, OTHERS: tl.constexpr):
+def _lengthen(image, own, group, weight, share, inner, long, count, window, WEIGHTED: tl.constexpr,
+              OTHERS: tl.constexpr):  # fmt: skip
     """The owned tokens' coefficients, scaled so that a group's average is as long as its members."""
     here = image * count + own
     mine = tl.load(group + here, mask=own < count, other=-1)
@@ -191,7 +198,7 @@ def _lengthen(image, own, group, weight, share, inner, long, count, window, OTHE
         others, _, inside = _seen(image, own, start, count, window, OTHERS)
         there = image * count + others
         fellow = (tl.load(group + there, mask=inside, other=-2) == mine[None, :]) & inside
-        theirs = tl.load(weight + there, mask=fellow, other=0.0)
+        theirs = _given(weight, there, fellow, WEIGHTED)
         weights += theirs
         squares += theirs * tl.load(inner + there, mask=fellow, other=0.0)
     total = tl.sum(weights, 0)
@@ -228,16 +235,17 @@ def _number(image, own, first, begun, held, ordered, leaving, count, groups, ALL
 
 @triton.jit
 def _phase(
-    image, own, distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane,
-    clusters, groups, mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr,
-    SCALE_FREE: tl.constexpr, COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, OTHERS: tl.constexpr, ALL: tl.constexpr,
+    image, own, distances, floats, integers, group, weight, sizes, ordered, share, leaving, count, window, plane,
+    clusters, groups, mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, MASS: tl.constexpr,
+    SCALE_FREE: tl.constexpr, COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+    SIZED: tl.constexpr, OTHERS: tl.constexpr, ALL: tl.constexpr,
     PHASE: tl.constexpr,
 ):  # fmt: skip
     """One phase for the owned tokens of an image; the next one needs it done for all of its tokens."""
     densities, scores, held = floats, floats + plane, floats + 2 * plane
     centres, first = integers, integers + plane
     if PHASE == 0:
-        _density(image, own, distances, sizes, densities, count, window, mass, balance, WIDTH, NEIGHBOURS, SIZED,
+        _density(image, own, distances, sizes, densities, count, window, mass, balance, WIDTH, NEIGHBOURS, MASS,
                  SCALE_FREE, COSINE, OTHERS)  # fmt: skip
     if PHASE == 1:
         _score(image, own, distances, densities, scores, count, window, OTHERS)
@@ -247,31 +255,37 @@ def _phase(
         join_centres(image, own, distances, centres, group, count, window, OTHERS)
     if PHASE == 4:  # densities and scores have done their work: their places are free
         _average(image, own, distances, group, weight, sizes, first, share, held, densities, scores, count, window,
-                 groups, KEEP_NORM, OTHERS)  # fmt: skip
+                 groups, KEEP_NORM, WEIGHTED, SIZED, OTHERS)  # fmt: skip
     if PHASE == 5:  # and so is the place of the centres
         if KEEP_NORM:
-            _lengthen(image, own, group, weight, share, densities, scores, count, window, OTHERS)
+            _lengthen(image, own, group, weight, share, densities, scores, count, window, WEIGHTED, OTHERS)
         _number(image, own, first, centres, held, ordered, leaving, count, clusters, ALL, OTHERS)
 
 
 @Kernel
 @triton.jit
 def run_phases(
-    distances, group, weight, sizes, floats, integers, share, ordered, leaving, count, window, plane, clusters, groups,
-    mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, SIZED: tl.constexpr, SCALE_FREE: tl.constexpr,
-    COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
+    distances, integers, group, weight, sizes, ordered, share, leaving, count, window, plane, behind, joined, clusters,
+    groups, mass, balance, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr, MASS: tl.constexpr, SCALE_FREE: tl.constexpr,
+    COSINE: tl.constexpr, KEEP_NORM: tl.constexpr, WEIGHTED: tl.constexpr, SIZED: tl.constexpr, OWN: tl.constexpr,
+    OTHERS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Phases `FIRST` to `LAST`: all of an image by one program, or one phase of a part of it."""
+    """Phases `FIRST` to `LAST`: all of an image by one program, or one phase of a part of it.
+
+    `weight` and `sizes` are read where there are such, `WEIGHTED` and `SIZED`; else all points weigh 1 and hold 1.
+    Three numbers for each point stand `behind` the distances, as many integers in `integers`; the groups are from
+    `joined` on in `group`, which is the last of those or has been given.
+    """
     image = tl.program_id(1).to(tl.int64)
+    floats, group = distances + behind, group + joined
     for phase in tl.static_range(FIRST, LAST + 1):
         if WHOLE:
             for start in range(0, count, OWN):
-                _phase(image, start + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers, share,
-                       ordered, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
-                       SIZED, SCALE_FREE, COSINE, KEEP_NORM, OTHERS, ALL, phase)  # fmt: skip
+                _phase(image, start + tl.arange(0, OWN), distances, floats, integers, group, weight, sizes, ordered,
+                       share, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS, MASS,
+                       SCALE_FREE, COSINE, KEEP_NORM, WEIGHTED, SIZED, OTHERS, ALL, phase)  # fmt: skip
             tl.debug_barrier()  # what one thread has written another will read
         else:
-            _phase(image, tl.program_id(0) * OWN + tl.arange(0, OWN), distances, group, weight, sizes, floats, integers,
-                   share, ordered, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
-                   SIZED, SCALE_FREE, COSINE, KEEP_NORM, OTHERS, False, phase)  # fmt: skip
+            _phase(image, tl.program_id(0) * OWN + tl.arange(0, OWN), distances, floats, integers, group, weight, sizes,
+                   ordered, share, leaving, count, window, plane, clusters, groups, mass, balance, WIDTH, NEIGHBOURS,
+                   MASS, SCALE_FREE, COSINE, KEEP_NORM, WEIGHTED, SIZED, OTHERS, False, phase)  # fmt: skip

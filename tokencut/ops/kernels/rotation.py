@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokencut.ops.kernels import opaque
-from tokencut.ops.kernels.launching import Kernel
+from tokencut.ops.kernels.launching import Kernel, Launch, by_shape
 
 TOKENS = 32  # that a program turns, of one head
 
@@ -69,8 +69,18 @@ def rotate(query: Tensor, key: Tensor, table: Tensor, prefix: int, half: bool) -
     turned_key = torch.empty((batch, heads, count, width), dtype=key.dtype, device=key.device)
     table = table if table.stride(-1) == 1 else table.contiguous()
     steps = table.expand(batch, heads, count - prefix, 2 * width).stride()
-    _rotate[triton.cdiv(count, TOKENS), batch * heads](
-        query, key, table, turned, turned_key, count, heads, *query.stride()[:3], *key.stride()[:3], *steps[:3],
+    _turning(query.shape, query.stride(), key.stride(), steps, prefix, half)(query, key, table, turned, turned_key)
+    return turned, turned_key
+
+
+@by_shape
+def _turning(
+    shape: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], table: tuple[int, ...], prefix: int,
+    half: bool,
+) -> Launch:  # fmt: skip
+    """Turns queries of a shape, for `rotate`; the others are strides."""
+    batch, heads, count, width = shape
+    return _rotate.prepare(
+        (triton.cdiv(count, TOKENS), batch * heads), count, heads, *query[:3], *key[:3], *table[:3],
         PREFIX=prefix, HALF=half, WIDTH=width, PADDED=triton.next_power_of_2(width), TOKENS=TOKENS,
     )  # fmt: skip
-    return turned, turned_key
