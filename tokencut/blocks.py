@@ -18,7 +18,7 @@ from tokencut.errors import ModelError
 from tokencut.methods import Method, StageInput
 from tokencut.ops.static import without_static
 from tokencut.schedule import StagePlan
-from tokencut.tokens import Tokens, apply_decision, full_precision, without_gradient
+from tokencut.tokens import Grouped, Tokens, apply_decision, full_precision, without_gradient
 from tokencut.tracing import BlockObserver
 
 
@@ -146,7 +146,7 @@ class BlockLoop:
         """
         tokens = self.adapter.entering(self.model, number, tokens)
         if tokens_out is None or tokens_out == tokens.count:
-            return self._whole(number, tokens)
+            return self._whole(number, self._regrouped(number, tokens))
         if self.adapter.hierarchical:
             return self._whole(number, self.smaller(number, tokens, tokens_out, observer))
         context, block = self.adapter.context(self.model, number, tokens), self._block(number)
@@ -182,8 +182,17 @@ class BlockLoop:
         left = self.stages[number](stage_input, tokens_out)
         if left.clustered is not None:
             left = self.weighed(replace(left, clustered=replace(left.clustered, block=number)))
+        if left.grouped is not None:
+            left = replace(left, grouped=replace(left.grouped, block=number))
         if observer is not None:
             observer.stage(StagePlan(number, tokens.count, tokens_out), tokens, left, stage_input.attention)
+        return left
+
+    def _regrouped(self, number: int, tokens: Tokens) -> Tokens:
+        """The tokens before a block, in other groups where a stage has grouped them before an earlier one."""
+        if tokens.grouped is None or tokens.grouped.groups is None:
+            return tokens
+        left: Tokens = self.stages[tokens.grouped.block](self.stage_input(number, tokens), tokens.runs)
         return left
 
     def stage_input(self, number: int, tokens: Tokens, context: Context | None = None) -> StageInput:
@@ -219,6 +228,8 @@ class BlockLoop:
         Returns:
             The tokens behind the last block that ran, before the final norm.
         """
+        if any(self._method(plan.block).each_block for plan in plans if plan.block):
+            tokens = replace(tokens, grouped=Grouped())
         last = self.depth if depth is None else depth
         start = 1
         for plan in plans:
@@ -237,7 +248,7 @@ class BlockLoop:
 
     def _plain(self, start: int, stop: int, tokens: Tokens, observer: BlockObserver | None) -> Tokens:
         """Blocks without a stage, of numbers from `start` up to `stop`, which is not among them."""
-        if observer is None and not self._recomputes():
+        if observer is None and tokens.grouped is None and not self._recomputes():
             return self.adapter.run_all(self.model, start, self.blocks[start - 1 : stop - 1], tokens)
         for number in range(start, stop):
             tokens = self.step(number, tokens)
@@ -248,6 +259,11 @@ class BlockLoop:
     def _recomputes(self) -> bool:
         """Whether activations are computed again in backward."""
         return torch.is_grad_enabled() and self.adapter.recomputes(self.model)
+
+    def _method(self, number: int) -> Method:
+        stage: Any = self.stages[number]
+        method: Method = stage.method
+        return method
 
     def _block(self, number: int) -> TimmModule:
         return self.blocks[number - 1]

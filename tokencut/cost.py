@@ -53,6 +53,9 @@ class BlockCost:
         windows: How many windows the tokens stand in; 0 where all of them see all.
         places: The places of a window, padding included.
         smaller: For each number of tokens that can leave a stage the places of a window behind it, ascending.
+        grid: Rows and columns of the tokens, where they stand in windows.
+        grouped: The whole block where all tokens stay and so many groups of them run through its MLP; with as many as
+            there are tokens, one of those before a stage that groups them.
     """
 
     before: Macs
@@ -63,6 +66,8 @@ class BlockCost:
     windows: int = 0
     places: int = 0
     smaller: tuple[tuple[int, int], ...] = ()
+    grid: tuple[int, int] = (0, 0)
+    grouped: Macs = Macs()
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,14 @@ class StageCost:
         tokens_out: Image tokens leaving.
         macs: Multiply-adds of its own products.
         reads_attention: Whether its method reads class attention, so that the block's class row is computed for it.
+        each_block: Whether it stands before each block from its own on, and all tokens stay in these, in groups.
     """
 
     tokens_in: int
     tokens_out: int
     macs: int
     reads_attention: bool = True
+    each_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,17 @@ def predict(model: ModelCost, stages: Mapping[int, StageCost]) -> tuple[BlockRow
     patches, static = model.patches, stages.get(0)
     tokens = patches if static is None else static.tokens_out
     rows = [BlockRow(0, patches, tokens, model.embed, 0)]
+    grouping: StageCost | None = None
+    grouped = any(stage.each_block for stage in stages.values())
     for number, block in enumerate(model.blocks, start=1):
         stage = stages.get(number)
         entering, leaving = tokens, tokens if stage is None else stage.tokens_out
+        grouping = stage if stage is not None and stage.each_block else grouping
+        if grouped:
+            own = 0 if grouping is None else grouping.macs
+            rows.append(BlockRow(number, entering, leaving, block.grouped.at(leaving) + own, own))
+            tokens = leaving
+            continue
         before, after = model.num_prefix_tokens + entering, model.num_prefix_tokens + leaving
         row = block.class_row.at(before) if stage is not None and stage.reads_attention else 0
         own = 0 if stage is None else stage.macs + row

@@ -71,7 +71,7 @@ class CompressedModel(AroundTimm):
         schedule = replace(self.recipe.schedule, keep=keep)
         recipe = replace(self.recipe, schedule=schedule, levels=None)
         grid, method = self.adapter.own_grid(self.model), self.method
-        tokens_out = self.adapter.tokens_out(self.model, grid) or method.tokens_out
+        tokens_out = self.adapter.tokens_out(self.model, grid, method) or method.tokens_out
         stages = resolve_stages(schedule, recipe.static_keep, recipe.tokens, prod(grid[1:]), tokens_out)
         made = CompressedModel(self.model, replace(recipe, stages=stages))
         made.training = self.training
@@ -334,6 +334,7 @@ def compress(
     if levels is not None:
         _check_levels(levels, built, adapter.frames(model), reduce_by)
         keep = max(levels.keeps)
+    layers = adapter.usual_layers(model, built) if layers is None else layers
     schedule = adapter.schedule(model, keep if reduce_by is None else None, layers, reduce_by)
     tokens = adapter.cost(model).patches
     grid = adapter.own_grid(model)
@@ -342,7 +343,7 @@ def compress(
         if adapter.frames(model) is None:
             raise UsageError("`static_keep` is for models of clips, in which tubelets may stay as they were, and "
                              f"{type(model).__name__} takes images; leave it out")  # fmt: skip
-    tokens_out = adapter.tokens_out(model, grid) or built.tokens_out
+    tokens_out = adapter.tokens_out(model, grid, built) or built.tokens_out
     recipe = Recipe(
         method=built.name,
         schedule=schedule,
@@ -458,5 +459,6 @@ def stage_cost(method: Method, block: cost.BlockCost, tokens_in: int, tokens_out
         tokens_out: Image tokens leaving.
     """
     left = dict(block.smaller).get(tokens_out, 0)
-    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width, block.windows, block.places, left)
-    return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention())
+    stage = StageShape(tokens_in, tokens_out, block.width, block.key_width, block.windows, block.places, left,
+                       block.grid)  # fmt: skip
+    return cost.StageCost(tokens_in, tokens_out, method.macs(stage), method.reads_attention(), method.each_block)

@@ -197,11 +197,14 @@ class AroundTimm(nn.Module):
 
     def possible_counts(self) -> TokensOut | None:
         """How many tokens can leave a stage, for images of that size; None where any can."""
-        return self.adapter.tokens_out(self.model, self.adapter.own_grid(self.model))
+        return self.adapter.tokens_out(self.model, self.adapter.own_grid(self.model), self.method)
 
     def _stages_on(self, grid: tuple[int, ...]) -> tuple[StagePlan, ...]:
         """The stages for images whose tokens stand in such a grid."""
-        return self.recipe.stages_for(prod(grid), self.adapter.tokens_out(self.model, grid), prod(grid[1:]))
+        if self.method.each_block and prod(grid) == self.recipe.tokens:
+            return self.recipe.stages  # there can be any number of groups
+        tokens_out = self.adapter.tokens_out(self.model, grid, self.method)
+        return self.recipe.stages_for(prod(grid), tokens_out, prod(grid[1:]))
 
     def forward_features(self, x: Tensor) -> Any:
         """The tokens that are left behind the last block, normed: `(B, P + M, D)` for images `(B, C, H, W)`.

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from tokencut.ops import kernels
 from tokencut.ops.grid_clusters import GridClusters, Windows
-from tokencut.ops.grouping import Decision, Grouping, Selection, group_centres, group_sum, membership, norm_factors
+from tokencut.ops.grouping import (
+    Decision,
+    GridGroups,
+    Grouping,
+    Selection,
+    group_average,
+    group_centres,
+    group_sum,
+    membership,
+    norm_factors,
+)
 from tokencut.ops.ranking import take
 
 
@@ -34,6 +44,21 @@ class Clustered:
     entering: Tensor
     leaving: Tensor
     clusters: GridClusters
+    block: int = 1
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Which tokens of a grid share one run of a block's MLP, while each stays.
+
+    Attributes:
+        groups: The groups in the block to come; None before the first that has any.
+        turn: How many blocks before it had such groups.
+        block: The 1-based block before which tokens were first grouped.
+    """
+
+    groups: GridGroups | None = None
+    turn: int = 0
     block: int = 1
 
 
@@ -60,6 +85,7 @@ class Tokens:
         windows: The grid in which the image tokens stand in raster order, and its windows, of a model whose blocks need
             a regular one; else None.
         clustered: What they were before a stage made that grid smaller; None where it did not.
+        grouped: Which of them share a run of the MLP, where a method groups them anew before each block; else None.
     """
 
     features: Tensor
@@ -74,11 +100,18 @@ class Tokens:
     log_sizes: Tensor | None = None
     windows: Windows | None = None
     clustered: Clustered | None = None
+    grouped: Grouped | None = None
 
     @property
     def image(self) -> Tensor:
         """The image tokens' features, `(B, N, D)`."""
         return self.features[:, self.num_prefix_tokens :]
+
+    @property
+    def runs(self) -> int:
+        """How many image tokens the block to come runs on, or its MLP alone where tokens are grouped for that."""
+        grouped = None if self.grouped is None else self.grouped.groups
+        return self.count if grouped is None else grouped.count
 
     @property
     def count(self) -> int:
@@ -101,12 +134,13 @@ class Tokens:
         """The same tokens with other features of the same shape."""
         # Twice a block: spelled out it takes a fifth of the time of `replace`.
         return Tokens(features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid, self.shared,
-                      self.policy, self.bias, self.log_sizes, self.windows, self.clustered)  # fmt: skip
+                      self.policy, self.bias, self.log_sizes, self.windows, self.clustered, self.grouped)  # fmt: skip
 
     def with_bias(self, bias: Tensor | None) -> Tokens:
         """The same tokens with another bias."""
         return Tokens(self.features, self.num_prefix_tokens, self.sizes, self.source, self.positions, self.grid,
-                      self.shared, self.policy, bias, self.log_sizes, self.windows, self.clustered)  # fmt: skip
+                      self.shared, self.policy, bias, self.log_sizes, self.windows, self.clustered,
+                      self.grouped)  # fmt: skip
 
     def left(
         self, features: Tensor, sizes: Tensor | None, source: Tensor | None, positions: Tensor | None,
@@ -114,7 +148,7 @@ class Tokens:
     ) -> Tokens:  # fmt: skip
         """The tokens that left a stage, `M` image tokens; arguments as in the class."""
         return Tokens(features, self.num_prefix_tokens, sizes, source, positions, self.grid, self.shared, self.policy,
-                      None, log_sizes, self.windows, self.clustered)  # fmt: skip
+                      None, log_sizes, self.windows, self.clustered, self.grouped)  # fmt: skip
 
 
 def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
@@ -129,6 +163,8 @@ def apply_decision(tokens: Tokens, decision: Decision) -> Tokens:
     """
     if isinstance(decision, GridClusters):
         return _cluster(tokens, decision)
+    if isinstance(decision, GridGroups):
+        return _group(tokens, decision)
     return _select(tokens, decision) if isinstance(decision, Selection) else _merge(tokens, decision)
 
 
@@ -137,6 +173,22 @@ def _cluster(tokens: Tokens, decision: GridClusters) -> Tokens:
     source = None if tokens.source is None else _follow(tokens.source, decision.source())
     clustered = Clustered(tokens.image, features, decision)
     return replace(tokens, features=features, source=source, windows=decision.smaller, clustered=clustered, bias=None)
+
+
+def _group(tokens: Tokens, decision: GridGroups) -> Tokens:
+    before = tokens.grouped
+    turn = 0 if before is None or before.groups is None else before.turn + 1
+    grouped = Grouped(decision, turn, 1 if before is None else before.block)
+    source = None if tokens.source is None else decision.group
+    return replace(tokens, source=source, grouped=grouped)
+
+
+def group_means(x: Tensor, groups: GridGroups) -> Tensor:
+    """The mean of each group, of what there is for each token: `(B, N, D)` to `(B, M, D)`."""
+    each = torch.ones(groups.group.shape, device=x.device)
+    weight = group_average(groups.group, each, each, groups.count)
+    grouping, sizes = Grouping(groups.group, weight, groups.count), group_sum(groups.group, each, groups.count)
+    return _weighted_sums(Tokens(x, 0), grouping, sizes)[0]
 
 
 def unclustered(tokens: Tokens) -> Tokens:

@@ -1,13 +1,14 @@
-"""A hierarchical model with a smaller grid in its third stage: where, by what settings, and against plain averages.
+"""A hierarchical model with less work in its third stage: where, by what settings, and against plain averages.
 
     python examples/benchmarks/run.py hierarchy local-dir:FOLDER --data val.tar --layers 2 3 5 --keep 0.75 0.5
     python examples/benchmarks/run.py hierarchy local-dir:FOLDER --data train.tar.gz \\
-        --vary reconstruct=copy,softmax nearest=1,4 sharpness=0.5,2     # to choose by, on training images
+        --vary method=window method=window+nearest=1 method=window+nearest=4      # to choose by, on training images
     python examples/benchmarks/run.py hierarchy local-dir:FOLDER --data val.tar --train-data train.tar.gz --jobs 5
 
-Every point is a block before which the grid gets smaller, and a keep rate. At each stands `window` as it comes, with
-one of its settings changed (`--vary`), and the control, which costs less: plain averages of cells, as of a pooled stage
-(`clustering=pool`), or a token of each, as of a strided one (`clustering=stride`), whichever is better. Differences of
+Every point is the block where it begins, and a keep rate. At each stands the families' method as it comes, another one
+or one of its settings (`--vary`), and the control: `window` with plain averages of cells, as of a pooled stage
+(`clustering=pool`), or with a token of each, as of a strided one (`clustering=stride`), whichever is better. Each saves
+its own share of multiply-adds at the same rate, which stands beside it. Differences of
 top-1 are paired over the images, with their standard error: from the dense model, and from the control; the divergence
 from the dense model is in thousandths of a nat. With `--vary` another table has each setting's divergence less that of
 the first line, averaged over all points image by image.
@@ -43,7 +44,7 @@ from tokencut.training.setup import TrainingSetup
 
 Options = tuple[tuple[str, str], ...]
 # Given back as clusters are, which is the best way for these too.
-CONTROLS: tuple[Options, ...] = ((("clustering", "pool"),), (("clustering", "stride"),))
+CONTROLS: tuple[Options, ...] = tuple((("method", "window"), ("clustering", way)) for way in ("pool", "stride"))
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,14 @@ class Task:
 
 
 def reduced(dense: nn.Module, point: Point | None, options: Options) -> CompressedModel:
-    """The model compressed at a point; the dense one's equal without a point."""
+    """The model compressed at a point, by the families' method or that of the options; the dense one's equal without a
+    point.
+    """
     if point is None:
         return compress(dense, keep=1.0)
-    return compress(dense, keep=point.keep, layers=[point.layer], method_options=dict(options))
+    settings = dict(options)
+    method = settings.pop("method", None)
+    return compress(dense, keep=point.keep, layers=[point.layer], method=method, method_options=settings)
 
 
 def named(options: Options) -> str:
@@ -191,7 +196,7 @@ def fine_tuned(args: argparse.Namespace) -> None:
         return Task(point, options, args.model, args.train_data, args.data, args.batch_size, args.workers, args.device,
                     args.precision, args.recipe, args.epochs)  # fmt: skip
 
-    dense, control = task(None, ()), (("clustering", args.control),)
+    dense, control = task(None, ()), (("method", "window"), ("clustering", args.control))
     wanted = [dense, *(task(point, options) for point in points for options in ((), control))]
     found: dict[Task, dict[str, Any]] = {}
     for done, told in carried_out(fine_tune, wanted, jobs=args.jobs, until=STARTED + args.max_seconds):
@@ -220,7 +225,7 @@ def parse() -> argparse.Namespace:
     parser = image_parser(__doc__, data=IMAGES, limit=5000, batch_size=100)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3, 5], help="blocks of the third stage")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75, 0.5])
-    parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=V,V", help="settings of `window` to try")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="NAME=V,V", help="methods and settings to try")
     add_jobs(parser)
     parser.add_argument("--control", default="stride", choices=["pool", "stride"], help="which stands beside them then")
     parser.add_argument("--recipe", default="short", help="of that")

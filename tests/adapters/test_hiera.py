@@ -98,7 +98,7 @@ def test_patch_dropout_trains_what_is_left() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="dyvit hides tokens while it trains, and Hiera's next stage pools them"):
         compress(small(), keep=0.5, method="dyvit")
-    with pytest.raises(UsageError, match="method window makes a grid smaller inside windows"):
+    with pytest.raises(UsageError, match="method window is for hierarchical models"):
         compress(small(), keep=0.5, method="window")
     with pytest.raises(ModelError, match="no block of this Hiera attends to all tokens of one grid"):
         adapter_for(small(mask_unit_attn=(True, True, True, True)))

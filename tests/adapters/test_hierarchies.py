@@ -20,6 +20,7 @@ from tokencut.evaluation.accuracy import EvaluationReport
 from tokencut.evaluation.unusual_loss import unusual_loss
 from tokencut.export.run import export_model
 from tokencut.export.runtimes import open_exported
+from tokencut.methods import make_method
 from tokencut.model import compress, predicted_gmacs, predicted_macs
 from tokencut.models.loading import load_model
 from tokencut.ops.grid_clusters import GridClusters
@@ -36,13 +37,16 @@ QUICK = ("swin padded", "swin one window", "swin v2 padded")
 EVERY = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in SMALL]
 )
+TOMESD: dict[str, Any] = {"method": "tomesd"}
 FORMS: list[dict[str, Any]] = [
     {},
-    {"reconstruct": "softmax", "rounds": 0},
-    {"reconstruct": "copy"},
-    {"clustering": "pool"},
-    {"clustering": "pool", "reconstruct": "copy"},
+    TOMESD,
+    {"method_options": {"reconstruct": "softmax", "rounds": 0}},
+    {"method_options": {"reconstruct": "copy"}},
+    {"method_options": {"clustering": "pool"}},
+    {"method_options": {"clustering": "pool", "reconstruct": "copy"}},
 ]
+BOTH = pytest.mark.parametrize("method", ["tomesd", "window"])
 
 
 @EVERY
@@ -62,7 +66,7 @@ def test_an_image_has_the_same_logits_alone_and_in_any_batch(case: str) -> None:
         close = {"rtol": 1e-5, "atol": max(1e-5, 10 * own)}
         assert own < 5e-6
         for form in FORMS:
-            compressed = compress(model, keep=0.5, method_options=form).eval()
+            compressed = compress(model, keep=0.5, **form).eval()
             logits = compressed(pixels)
             assert (logits - dense).abs().max() > 1e-3, "nothing was reduced"
             torch.testing.assert_close(compressed(pixels.flip(0)).flip(0), logits, **close)
@@ -73,7 +77,8 @@ def test_an_image_has_the_same_logits_alone_and_in_any_batch(case: str) -> None:
 @EVERY
 def test_the_closed_form_is_what_fvcore_counts(case: str) -> None:
     model = small(case)
-    ways = [compress(model, keep=0.6), compress(model, keep=0.2, method_options=FORMS[list(SMALL).index(case) % 5])]
+    form = FORMS[1 + list(SMALL).index(case) % 5]
+    ways = [compress(model, keep=0.6), compress(model, keep=0.6, **TOMESD), compress(model, keep=0.2, **form)]
     assert all(compressed.recipe.stages for compressed in ways)
     for each in (model, *ways):
         counted = count_macs(each, (3, *images(model, 1).shape[2:]))
@@ -81,10 +86,11 @@ def test_the_closed_form_is_what_fvcore_counts(case: str) -> None:
         assert not counted.uncounted
 
 
+@BOTH
 @EVERY
-def test_the_loop_is_the_forward(case: str) -> None:
+def test_the_loop_is_the_forward(case: str, method: str) -> None:
     model = small(case)
-    compressed, pixels = compress(model, keep=0.5).eval(), images(model)
+    compressed, pixels = compress(model, keep=0.5, method=method).eval(), images(model)
     loop = compressed.loop
     with torch.no_grad():
         tokens = loop.run(loop.embed(pixels), compressed.recipe.stages)
@@ -92,10 +98,11 @@ def test_the_loop_is_the_forward(case: str) -> None:
         assert torch.equal(compressed.forward_head(compressed.forward_features(pixels)), compressed(pixels))
 
 
+@BOTH
 @EVERY
-def test_maps_have_timms_shapes_and_change_from_the_third_on(case: str) -> None:
+def test_maps_have_timms_shapes_and_change_from_the_third_on(case: str, method: str) -> None:
     model = small(case)
-    compressed, pixels = compress(model, keep=0.5).eval(), images(model)
+    compressed, pixels = compress(model, keep=0.5, method=method).eval(), images(model)
     with torch.no_grad():
         ours, theirs = (each.forward_intermediates(pixels, intermediates_only=True) for each in (compressed, model))
         assert [each.shape for each in ours] == [each.shape for each in theirs]
@@ -106,12 +113,13 @@ def test_maps_have_timms_shapes_and_change_from_the_third_on(case: str) -> None:
         assert all(torch.equal(*pair) for pair in zip(early, theirs[:2], strict=True))
 
 
+@BOTH
 @EVERY
-def test_a_training_step_reaches_every_weight(case: str) -> None:
+def test_a_training_step_reaches_every_weight(case: str, method: str) -> None:
     model = small(case).train()
     model(images(model)).square().sum().backward()
     reached = {label for label, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
-    compressed = compress(model, keep=0.5).train()
+    compressed = compress(model, keep=0.5, method=method).train()
     gradients = []
     for checkpoints in (False, True):
         compressed.zero_grad()
@@ -140,11 +148,12 @@ def test_the_scale_of_features_changes_no_cluster() -> None:
         torch.testing.assert_close(other.clustered.clusters.spread, found[0].clustered.clusters.spread)
 
 
+@BOTH
 @EVERY
-def test_the_modules_are_called_that_timm_calls(case: str) -> None:
+def test_the_modules_are_called_that_timm_calls(case: str, method: str) -> None:
     """So a hook on any of them runs, on the module itself; and only inside the stage are there fewer tokens."""
     model = small(case)
-    compressed, pixels = compress(model, keep=0.5).eval(), images(model)
+    compressed, pixels = compress(model, keep=0.5, method=method).eval(), images(model)
     model = compressed.model
     names = {id(part): re.sub("^stages", "layers", name) for name, part in model.named_modules()}
     seen: list[tuple[str, int]] = []
@@ -165,8 +174,14 @@ def test_the_modules_are_called_that_timm_calls(case: str) -> None:
     assert [name for name, _ in reduced] == [name for name, _ in dense]
     fewer = {name for (name, size), (_, whole) in zip(reduced, dense, strict=True) if size < whole}
     stage = "layers.2"
-    assert {f"{stage}.blocks.1", f"{stage}.blocks.3.attn"} <= fewer
-    assert all(name.startswith(tuple(f"{stage}.blocks.{number}" for number in (1, 2, 3))) for name in fewer)
+    inner = {"tomesd": {f"{stage}.blocks.{number}.mlp.fc2" for number in (1, 2, 3)},
+             "window": {f"{stage}.blocks.1", f"{stage}.blocks.3.attn"}}  # fmt: skip
+    assert inner[method] <= fewer
+    assert method == "window" or not {f"{stage}.blocks.{number}" for number in (1, 2, 3)} & fewer
+    # Of a PVT attention asks by cells from the first block on, where a stage is to group tokens.
+    asked = [f"{stage}.blocks.0.attn"] if case.startswith("pvt") and method == "tomesd" else []
+    within = (*asked, *(f"{stage}.blocks.{number}" for number in (1, 2, 3)))
+    assert all(name.startswith(within) for name in fewer)
     assert [name for name, _ in reduced_maps] == [name for name, _ in maps]
 
 
@@ -218,10 +233,12 @@ def test_other_sizes_and_their_own_keep() -> None:
     assert other.eval()(torch.randn(1, 3, 96, 96)).isfinite().all()
 
 
+@pytest.mark.parametrize("form", [{}, TOMESD], ids=["window", "tomesd"])
 @pytest.mark.parametrize("case", ["swin padded", "pvt oblong"])
-def test_a_file_keeps_it(case: str, tmp_path: Path) -> None:
+def test_a_file_keeps_it(case: str, form: dict[str, Any], tmp_path: Path) -> None:
     model = small(case)
-    compressed, pixels = compress(model, keep=0.5, method_options={"reach": 1}).eval(), images(model)
+    options = {} if form else {"method_options": {"reach": 1}}
+    compressed, pixels = compress(model, keep=0.5, **form, **options).eval(), images(model)
     tokencut.save(compressed, tmp_path / "out.safetensors")
     loaded = tokencut.load(tmp_path / "out.safetensors")
     assert loaded.recipe == compressed.recipe
@@ -233,16 +250,24 @@ def test_a_file_keeps_it(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "keep", "layer", "saved"),
-    [("swin_small_patch4_window7_224", 0.75, 2, 18.4), ("swin_small_patch4_window7_224", 0.5, 3, 32.0),
-     ("swin_base_patch4_window12_384", 0.5, 5, 31.7), ("swin_tiny_patch4_window7_224", 0.5, 2, 19.3),
-     ("pvt_v2_b3", 0.5, 2, 29.1), ("pvt_v2_b5", 0.5, 2, 39.4)],
+    ("method", "name", "keep", "layers", "saved"),
+    [("window", "swin_small_patch4_window7_224", 0.75, [2], 18.4),
+     ("window", "swin_small_patch4_window7_224", 0.5, [3], 32.0),
+     ("window", "swin_base_patch4_window12_384", 0.5, [5], 31.7),
+     ("window", "swin_tiny_patch4_window7_224", 0.5, [2], 19.3),
+     ("window", "pvt_v2_b3", 0.5, [2], 29.1), ("window", "pvt_v2_b5", 0.5, [2], 39.4),
+     ("tomesd", "swin_small_patch4_window7_224", 0.5, None, 29.9),
+     ("tomesd", "swin_base_patch4_window12_384", 0.5, None, 26.6),
+     ("tomesd", "swinv2_small_window16_256", 0.5, None, 28.0), ("tomesd", "pvt_v2_b2", 0.5, None, 13.8),
+     ("tomesd", "pvt_v2_b3", 0.5, None, 26.4), ("tomesd", "pvt_v2_b5", 0.5, None, 33.9)],
 )  # fmt: skip
-def test_what_is_saved(name: str, keep: float, layer: int, saved: float) -> None:
-    """Of all multiply-adds, in percent, with clustering and giving back counted."""
+def test_what_is_saved(method: str, name: str, keep: float, layers: list[int] | None, saved: float) -> None:
+    """Of all multiply-adds, in percent, with what grouping or clustering and giving back take."""
     with torch.device("meta"):
         model = timm.create_model(name)
-    found = 100 * (1 - predicted_gmacs(compress(model, keep=keep, layers=[layer])) / predicted_gmacs(model))
+    found = 100 * (
+        1 - predicted_gmacs(compress(model, keep=keep, layers=layers, method=method)) / predicted_gmacs(model)
+    )
     assert found == pytest.approx(saved, abs=0.1)
 
 
@@ -262,11 +287,12 @@ def test_what_is_not_worth_it_is_said() -> None:
     with torch.device("meta"):
         small_one, larger = (timm.create_model(name) for name in ("pvt_v2_b0", "pvt_v2_b2"))
     adapter = adapter_for(small_one)
-    assert adapter.keep_note(small_one, 0.5) == (
+    method = make_method("window")
+    assert adapter.keep_note(small_one, 0.5, method) == (
         "of each 7 x 7 tokens 5 x 5 stay, 0.51 of them, the nearest to `keep=0.5`; with 2 blocks in the third stage "
         "that saves next to nothing, take pvt_v2_b2 or larger"
     )
-    assert "next to nothing" not in str(adapter.keep_note(larger, 0.5))
+    assert "next to nothing" not in str(adapter.keep_note(larger, 0.5, method))
 
 
 def test_pvt_has_its_size_from_timms_description() -> None:
@@ -280,6 +306,9 @@ def test_pvt_has_its_size_from_timms_description() -> None:
 def test_the_nearest_window_is_taken() -> None:
     model = small("swin")  # 8 x 8 tokens in windows of 4 x 4: 1, 4 or 9 of 16 stay
     stages = [compress(model, keep=keep).recipe.stages for keep in (0.8, 0.7, 0.39, 0.1)]
+    assert [sum(plan.tokens_out for plan in plans) for plans in stages] == [0, 36, 16, 4]
+    # Their MLPs have two thirds of the work: what is left of it all is a third, and two thirds of their share.
+    stages = [compress(model, keep=keep, **TOMESD).recipe.stages for keep in (0.9, 0.7, 0.5, 0.3)]
     assert [sum(plan.tokens_out for plan in plans) for plans in stages] == [0, 36, 16, 4]
 
 
@@ -310,7 +339,7 @@ def test_windows_are_for_hierarchies_alone() -> None:
     with pytest.raises(UsageError) as refused:
         compress(timm.create_model("test_vit"), method="window")
     assert str(refused.value) == (
-        "method window makes a grid smaller inside windows, for hierarchical models, and ViT / DeiT is none; type "
+        "method window is for hierarchical models, whose blocks need tokens in a grid, and ViT / DeiT is none; type "
         "another, such as `method='bat'`"
     )
     short = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, depths=(1, 1), num_heads=(1, 1))
@@ -321,10 +350,11 @@ def test_windows_are_for_hierarchies_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ending", "case"), [(".onnx", "swin padded"), (".pt2", "swin v2")])
-def test_an_exported_file_gives_the_same_for_any_batch(case: str, ending: str, tmp_path: Path) -> None:
+@BOTH
+@pytest.mark.parametrize(("ending", "case"), [(".onnx", "swin padded"), (".onnx", "pvt"), (".pt2", "swin v2")])
+def test_an_exported_file_gives_the_same_for_any_batch(case: str, ending: str, method: str, tmp_path: Path) -> None:
     model = small(case, depths=(1, 1, 3, 1))
-    compressed, pixels = compress(model, keep=0.5).eval(), images(model, 5)
+    compressed, pixels = compress(model, keep=0.5, method=method).eval(), images(model, 5)
     report = export_model(compressed, tmp_path / f"model{ending}")
     assert report.agreement is not None and report.agreement.differing == 0
     run = open_exported(report.output)
@@ -335,10 +365,11 @@ def test_an_exported_file_gives_the_same_for_any_batch(case: str, ending: str, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["swin", "swin v2 padded"])
-def test_it_compiles_without_a_break(case: str) -> None:
+@BOTH
+@pytest.mark.parametrize("case", ["swin", "swin v2 padded", "pvt"])
+def test_it_compiles_without_a_break(case: str, method: str) -> None:
     model = small(case, depths=(1, 1, 3, 1))
-    compressed, pixels = compress(model, keep=0.5).eval(), images(model)
+    compressed, pixels = compress(model, keep=0.5, method=method).eval(), images(model)
     compiled = torch.compile(compressed, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(pixels), compressed(pixels), rtol=1e-5, atol=1e-5)
@@ -383,10 +414,23 @@ def test_pictures_show_the_clusters_of_each_window() -> None:
     assert (stage.block, stage.tokens_in, stage.tokens_out) == (2, 64, 36)
 
 
+def test_pictures_show_the_groups_of_the_first_block_that_has_any() -> None:
+    compressed, pixels = compress(small("swin"), keep=0.5, **TOMESD).eval(), images(small("swin"))
+    with torch.no_grad():
+        first, last = (trace.tokens for trace in compressed.trace(pixels)[1])
+    assert first.source is not None and last.source is not None
+    for tokens in (first, last):
+        assert [len(set(groups)) for groups in tokens.source.tolist()] == [16] * 3
+    assert not torch.equal(first.source, last.source), "they are found anew for each block"
+    ((stage,),) = (view.stages for view in draw(compressed, pixels[:1].clamp(0, 1).mul(255).byte(), device="cpu").views)
+    assert (stage.block, stage.tokens_in, stage.tokens_out) == (2, 64, 16)
+
+
+@BOTH
 @pytest.mark.parametrize("distill", ["soft", "features"])
-def test_a_fine_tune_is_taught_by_the_whole_model(distill: str) -> None:
+def test_a_fine_tune_is_taught_by_the_whole_model(distill: str, method: str) -> None:
     model = small("swin padded")
-    compressed = compress(model, keep=0.5).train()
+    compressed = compress(model, keep=0.5, method=method).train()
     objective = Objective(compressed, ObjectiveSettings(distill=distill, beta=0.1))
     losses = objective(images(model), torch.tensor([0, 1, 2]))
     losses.total.backward()

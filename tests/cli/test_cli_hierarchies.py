@@ -13,6 +13,20 @@ SMALL = (
 )  # fmt: skip
 
 
+def test_what_the_mlps_run_for_is_told(run: Run, tmp_path: Path) -> None:
+    small = (*SMALL, "--method", "tomesd")
+    done = run("compress", *small, "--keep", "0.5", "-o", tmp_path / "out.safetensors", "--json")
+    assert "note: the MLPs run for 4 of 16 tokens, which leaves 0.538 of a block's multiply-adds, the near" in done.err
+    assert (done.json["method"], done.json["layers"]) == ("tomesd", [2])
+    assert done.json["gmacs"] < done.json["dense_gmacs"]
+    whole = run("compress", *small, "--keep", "0.95", "-o", tmp_path / "whole.safetensors", "--json")
+    assert whole.json["gmacs"] == whole.json["dense_gmacs"]
+    assert (
+        "note: at --keep 0.95 the nearest to that share of a block's multiply-adds is all of them, so nothing is "
+        "reduced; the next smaller is --keep 0.73\n" in whole.err
+    )
+
+
 def test_the_nearest_window_is_told(run: Run, tmp_path: Path) -> None:
     done = run("compress", *SMALL, "--keep", "0.5", "-o", tmp_path / "out.safetensors", "--json")
     assert "note: of each 4 x 4 tokens 3 x 3 stay, 0.562 of them, the nearest to --keep 0.5\n" in done.err
@@ -33,8 +47,8 @@ def test_the_nearest_window_is_told(run: Run, tmp_path: Path) -> None:
                                "--method window, or leave it out"),
         (("--layers", "2,3"), "layers 2,3 are several, and Swin is reduced once; type the block of its third stage "
                               "where that begins, such as --layers 2"),
-        (("--method-option", "reach=-1"), "setting reach=-1 of method window is not a whole number from 0 to 1000; the "
-                                          "default is reach=2"),
+        (("--method-option", "reach=-1"),
+         "setting reach=-1 of method window is not a whole number from 0 to 1000; the default is reach=2"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(run: Run, options: tuple[str, ...], told: str) -> None:

@@ -15,7 +15,7 @@ from tokencut.attention import AttentionInfo, QueryKey
 from tokencut.blocks import Stage
 from tokencut.methods import StageInput, make_method, methods
 from tokencut.ops.grid_clusters import Windows
-from tokencut.tokens import Tokens
+from tokencut.tokens import Tokens, group_means
 
 # What stages use of torch's core operators. ONNX, OpenVINO (also from an ExportedProgram), ExecuTorch with XNNPACK and
 # its portable kernels, LiteRT and Core ML have all of them, in these dtypes.
@@ -68,7 +68,11 @@ class OneStage(nn.Module):
         if self.stage.method.keeps_grid:  # a grid whose last windows are padded
             windows = Windows(5, TOKENS // 5, 4, 4)
             grid = StageInput(Tokens(features[:, 1:], 0, windows=windows), attention, self.norm)
-            return self.stage(grid, windows.smaller()[-1].count).features, None
+            kept = self.stage(grid, windows.smaller()[-1].count)
+            if kept.grouped is None:
+                return kept.features, None
+            groups = kept.grouped.groups
+            return groups.given_back(group_means(kept.image, groups)), groups.taken(kept.image)
         left = self.stage(StageInput(Tokens(features, 1), attention, self.norm), TOKENS // 2)
         return left.features, left.sizes
 

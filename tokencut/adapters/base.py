@@ -117,8 +117,8 @@ class Adapter(ABC):
             UsageError: Saying why, and which can.
         """
         if method.keeps_grid:
-            raise UsageError(f"method {method.name} makes a grid smaller inside windows, for hierarchical models, and "
-                             f"{self.family} is none; type another, such as `method={self.default_method!r}`"
+            raise UsageError(f"method {method.name} is for hierarchical models, whose blocks need tokens in a grid, "
+                             f"and {self.family} is none; type another, such as `method={self.default_method!r}`"
                              )  # fmt: skip
 
     def schedule(self, model: TimmModule, keep: Keep | None, layers: Layers | None, reduce_by: int | None) -> Schedule:
@@ -129,12 +129,18 @@ class Adapter(ABC):
         """
         return make_schedule(len(self.blocks(model)), keep, layers, reduce_by)
 
-    def tokens_out(self, model: TimmModule, grid: tuple[int, ...]) -> TokensOut | None:
-        """How many image tokens can leave a stage, for images whose tokens stand in such a grid; None where any can."""
+    def usual_layers(self, model: TimmModule, method: Any) -> Layers | None:
+        """The layers that a method reduces where nothing else is said; None for those that the schedule takes."""
         return None
 
-    def keep_note(self, model: TimmModule, keep: float) -> str | None:
-        """What a user should know of a keep rate of which the family has only the nearest; None where it has all."""
+    def tokens_out(self, model: TimmModule, grid: tuple[int, ...], method: Any) -> TokensOut | None:
+        """How many tokens can leave a method's stage, for images whose tokens stand in such a grid; None where any
+        can.
+        """
+        return None
+
+    def keep_note(self, model: TimmModule, keep: float, method: Any) -> str | None:
+        """What a user should know of a keep rate of which a method has only the nearest here; None where it has all."""
         return None
 
     def feature_maps(self, model: TimmModule) -> int:

@@ -1,7 +1,8 @@
 """What families have in common that make their grid of tokens smaller from stage to stage, and need it whole for that.
 
-Of such a model the third stage is reduced, in which most blocks are: its tokens are clustered to a smaller grid before
-one of its blocks, and each token of the grid is had back behind the last. All else is timm's own forward, which is run
+Of such a model the third stage is reduced, in which most blocks are. From one of its blocks on tokens share what their
+MLPs do, and all of them stay; or they are clustered to a smaller grid before that block, and each token of the grid is
+had back behind the last. All else is timm's own forward, which is run
 with another `blocks` in that one stage (`calling.StandIn`); no module is changed.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from tokencut.calling import StandIn, StandInSequence
 from tokencut.cost import BlockCost, Macs, ModelCost, TabledMacs
 from tokencut.errors import ModelError, UsageError
 from tokencut.ops.grid_clusters import Windows
+from tokencut.ops.grouping import GridGroups
 from tokencut.schedule import Keep, Layers, Schedule, TokensOut, kept_tokens, make_schedule
 from tokencut.tokens import Tokens, unclustered
 
@@ -94,6 +97,20 @@ class HierarchicalAdapter(Adapter):
             features: `(B, rows, columns, D)` of the smaller grid.
             tokens: The same tokens with their `windows`, and what `prepare` has made for all blocks.
         """
+
+    @abstractmethod
+    def run_grouped(self, block: TimmModule, features: Tensor, groups: GridGroups | None) -> Tensor:
+        """A block whose MLP runs once for each group of tokens.
+
+        Args:
+            block: The block.
+            features: `(B, rows, columns, D)`.
+            groups: The groups; None where each token is one, in blocks before the first that has groups.
+        """
+
+    @abstractmethod
+    def grouped_macs(self, block: TimmModule, windows: Windows, count: int) -> int:
+        """Multiply-adds of `run_grouped` on a grid with such windows, for so many groups."""
 
     @abstractmethod
     def block_macs(self, block: TimmModule, windows: Windows, *, smaller: bool) -> int:
@@ -179,17 +196,35 @@ class HierarchicalAdapter(Adapter):
                              )  # fmt: skip
         return schedule
 
-    def tokens_out(self, model: TimmModule, grid: tuple[int, ...]) -> TokensOut | None:
-        return nearest_count(self.windows(model, *grid))
+    def usual_layers(self, model: TimmModule, method: Any) -> Layers | None:
+        return (default_beginning(len(self.blocks(model)), method.each_block),)
 
-    def keep_note(self, model: TimmModule, keep: float) -> str | None:
+    def tokens_out(self, model: TimmModule, grid: tuple[int, ...], method: Any) -> TokensOut | None:
+        windows = self.windows(model, *grid)
+        if not method.each_block:
+            return nearest_count(windows)
+        left = self.work_left(model, windows)
+        return lambda tokens, budget: min(left, key=lambda count: (abs(left[count] - budget / tokens), -count))
+
+    def work_left(self, model: TimmModule, windows: Windows) -> dict[int, float]:
+        """What part of a block's multiply-adds is left where its MLP runs for so many groups of tokens."""
+        block = self.blocks(model)[0]
+        whole = self.block_macs(block, windows, smaller=False)
+        counts = (each.count for each in windows.smaller())
+        return {**{count: self.grouped_macs(block, windows, count) / whole for count in counts}, windows.count: 1.0}
+
+    def keep_note(self, model: TimmModule, keep: float, method: Any) -> str | None:
         size = self.input_size(model)
         assert size is not None
-        windows = self.windows(model, *self.grid(model, *size))
-        left = nearest_count(windows)(windows.count, kept_tokens(keep, windows.count))
-        sides = f"{windows.height} x {windows.width}"
+        grid = self.grid(model, *size)
+        windows, tokens_out = self.windows(model, *grid), self.tokens_out(model, grid, method)
+        assert tokens_out is not None
+        left = tokens_out(windows.count, kept_tokens(keep, windows.count))
         if keep == 1 or not windows.smaller():
             return None
+        if method.each_block:
+            return self._grouped_note(model, windows, keep, left)
+        sides = f"{windows.height} x {windows.width}"
         if left == windows.count:
             next_best = windows.smaller()[-1]
             return (f"at `keep={keep:g}` the nearest to that share of {sides} tokens is all of them, so nothing is "
@@ -198,6 +233,16 @@ class HierarchicalAdapter(Adapter):
         smaller = windows.with_count(left)
         return (f"of each {sides} tokens {smaller.height} x {smaller.width} stay, {left / windows.count:.3g} of them, "
                 f"the nearest to `keep={keep:g}`")  # fmt: skip
+
+    def _grouped_note(self, model: TimmModule, windows: Windows, keep: float, left: int) -> str:
+        """The same of a method that groups tokens, so many groups of them."""
+        shares = self.work_left(model, windows)
+        if left < windows.count:
+            return (f"the MLPs run for {left} of {windows.count} tokens, which leaves {shares[left]:.3g} of a block's "
+                    f"multiply-adds, the nearest to `keep={keep:g}`")  # fmt: skip
+        return (f"at `keep={keep:g}` the nearest to that share of a block's multiply-adds is all of them, so nothing "
+                f"is reduced; the next smaller is `keep={max(each for each in shares.values() if each < 1):.2f}`"
+                )  # fmt: skip
 
     def stood_in(self, model: TimmModule, layers: tuple[int, ...]) -> list[tuple[int, nn.Module]]:
         if not len(self.blocks(model)):
@@ -249,7 +294,7 @@ class HierarchicalAdapter(Adapter):
         return tokens_reached(partial(self.inside, model), images)
 
     def leaving(self, model: TimmModule, tokens: Tokens) -> Tokens:
-        return unclustered(tokens)
+        return replace(unclustered(tokens), grouped=None)
 
     def head(self, model: TimmModule, tokens: Tokens) -> Tensor:
         """All that follows the blocks of the third stage: logits `(B, classes)`."""
@@ -280,7 +325,9 @@ class HierarchicalAdapter(Adapter):
         windows = tokens.windows
         assert windows is not None
         features = tokens.features.unflatten(1, (windows.rows, windows.columns))
-        if tokens.clustered is None:
+        if tokens.grouped is not None:
+            features = self.run_grouped(block, features, tokens.grouped.groups)
+        elif tokens.clustered is None:
             features = self.run_block(block, features)
         else:
             features = self.run_smaller(block, features, tokens)
@@ -334,18 +381,22 @@ class HierarchicalAdapter(Adapter):
         smaller = windows.smaller()
         known = {each.count: self.block_macs(block, each, smaller=True) for each in smaller}
         known[windows.count] = self.block_macs(block, windows, smaller=False)
+        grouped = TabledMacs(known=tuple((count, self.grouped_macs(block, windows, count)) for count in known))
         width, left = self.width(block), tuple((each.count, each.places) for each in smaller)
         macs = TabledMacs(known=tuple(known.items()))
-        return BlockCost(Macs(), macs, Macs(), width, width, windows.number, windows.places, left)
+        return BlockCost(Macs(), macs, Macs(), width, width, windows.number, windows.places, left,
+                         (windows.rows, windows.columns), grouped)  # fmt: skip
 
     @abstractmethod
     def width(self, block: TimmModule) -> int:
         """Numbers in a token's features, in this block."""
 
 
-def default_beginning(depth: int) -> int:
-    """The block before which tokens are clustered where nothing else is said: 2 of 6, 3 of 18, 5 of 40."""
-    return min(depth, 1 + max(1, round(depth / 9)))
+def default_beginning(depth: int, each_block: bool = False) -> int:
+    """The block before which tokens are clustered where nothing else is said: 2 of 6, 3 of 18, 5 of 40; or before which
+    they are grouped for the first time, 3 of 6, 5 of 18, 11 of 40.
+    """
+    return min(depth, 1 + max(1, round(depth / (4 if each_block else 9))))
 
 
 def nearest_count(windows: Windows) -> TokensOut:

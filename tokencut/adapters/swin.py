@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import PatchEmbed
@@ -25,6 +25,7 @@ from tokencut.calling import StandIn, call, unwrapped
 from tokencut.errors import ModelError
 from tokencut.ops.constants import constant
 from tokencut.ops.grid_clusters import Windows
+from tokencut.ops.grouping import GridGroups
 from tokencut.tokens import Tokens
 
 
@@ -61,9 +62,14 @@ class Offsets:
 
 
 class ShiftedWindowAdapter(HierarchicalAdapter):
-    """What the two versions of Swin have in common."""
+    """What the two versions of Swin have in common.
+
+    Attributes:
+        norm_first: Whether a block's norm stands before its MLP, and not behind it.
+    """
 
     stages_name = "layers"
+    norm_first: ClassVar[bool] = False
 
     def check(self, model: TimmModule) -> None:
         super().check(model)
@@ -133,6 +139,19 @@ class ShiftedWindowAdapter(HierarchicalAdapter):
         )(features)
         return done
 
+    def run_grouped(self, block: TimmModule, features: Tensor, groups: GridGroups | None) -> Tensor:
+        if groups is None:
+            return self.run_block(block, features)
+        inner = plain(block)
+        ahead = {"norm2": _unchanged} if self.norm_first else {}
+        norm = inner.norm2 if self.norm_first else _unchanged
+        done: Tensor = StandIn(block, mlp=partial(_shared, norm, inner.mlp, groups), **ahead)(features)
+        return done
+
+    def grouped_macs(self, block: TimmModule, windows: Windows, count: int) -> int:
+        whole = self.block_macs(block, windows, smaller=False)
+        return whole - (windows.count - count) * int(linear_macs(block.mlp))
+
     @abstractmethod
     def positions(self, layers: Sequence[TimmModule], before: Windows, windows: Windows, like: Tensor) -> Any:
         """What attention needs of the relative positions in smaller windows.
@@ -192,6 +211,7 @@ class SwinAdapter(ShiftedWindowAdapter):
     """
 
     family = "Swin"
+    norm_first = True
     timm_modules = ("swin_transformer",)
     classes = (SwinTransformer,)
     block_classes = (SwinTransformerBlock,)
@@ -307,6 +327,17 @@ class SwinV2CrAdapter(ShiftedWindowAdapter):
 
     def position_macs(self, layer: TimmModule, own: Windows, windows: Windows | None) -> int:
         return (own if windows is None else windows).places ** 2 * linear_macs(layer.meta_mlp)
+
+
+def _shared(norm: Callable[[Tensor], Tensor], mlp: nn.Module, groups: GridGroups, x: Tensor) -> Tensor:
+    """An MLP, behind a norm, once for each group of tokens `(B, N, D)`: on the one that stays, which it knows how to
+    take, and not on a mean.
+    """
+    return groups.given_back(mlp(norm(groups.taken(x))))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def linear_out(layer: nn.Module) -> int:

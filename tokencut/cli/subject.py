@@ -170,7 +170,7 @@ def _reduced(
         arguments = search(loaded, arguments)
     model = compress(loaded.dense, **arguments)
     for rate in model.recipe.keeps if search is None else ():
-        told = model.adapter.keep_note(model.model, rate)
+        told = model.adapter.keep_note(model.model, rate, model.method)
         if told is not None:
             render.note(typed(told))
     if methods()[model.recipe.method].needs_training and not to_be_trained:

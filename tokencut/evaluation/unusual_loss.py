@@ -68,5 +68,5 @@ def _plain(model: CompressedModel) -> CompressedModel | None:
     schedule = recipe.schedule
     return compress(
         model.model, keep=schedule.keep, layers=schedule.layers, reduce_by=schedule.reduce_by,
-        method=None if grid else PLAIN_METHOD, method_options=PLAIN_GRID if grid else None,
+        method="window" if grid else PLAIN_METHOD, method_options=PLAIN_GRID if grid else None,
     )  # fmt: skip

@@ -57,7 +57,8 @@ FEATURE_KINDS = ("tokens", "unit", "normed", "keys")
 @dataclasses.dataclass(frozen=True)
 class StageShape:
     """Sizes of a stage, for its closed-form cost: image tokens entering and leaving, feature and key width; and, where
-    tokens stand in windows, how many there are, and the places of each before the stage and behind it.
+    tokens stand in windows, how many there are, the places of each before the stage and behind it, and the grid's rows
+    and columns.
     """
 
     tokens: int
@@ -67,6 +68,7 @@ class StageShape:
     windows: int = 0
     places: int = 0
     places_left: int = 0
+    grid: tuple[int, int] = (0, 0)
 
     def feature_width(self, kind: str) -> int:
         """Width of `StageInput.features(kind)`."""
@@ -104,6 +106,8 @@ class Method(ABC):
         keeps_grid: Whether the tokens that leave stand in a regular grid, which models with windows, pooling or
             convolutions between their blocks need. Its stages stand before a block then, and each token is given back
             behind the last.
+        each_block: Whether all tokens stay, and it decides before each block from its own on which of them share
+            what the MLP does (`GridGroups`).
         presets: Named sets of settings, chosen by the setting `preset`; single settings beside it win.
     """
 
@@ -112,6 +116,7 @@ class Method(ABC):
     prop_attn: ClassVar[bool]
     needs_training: ClassVar[bool] = False
     keeps_grid: ClassVar[bool] = False
+    each_block: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod

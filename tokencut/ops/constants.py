@@ -52,9 +52,11 @@ def _kept(make: Callable[..., Tensor], sizes: tuple[Hashable, ...], device: torc
 
 def _is_recorded(like: Tensor) -> bool:
     """Whether a compiler, a tracer or a CUDA graph is looking on, which may not find what others have made."""
+    return is_traced() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_traced() -> bool:
+    """The same of a compiler or a tracer alone."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _get_current_dispatch_mode() is not None
-        or (like.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+    )  # fmt: skip

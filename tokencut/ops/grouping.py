@@ -11,6 +11,7 @@ from torch import Tensor
 from tokencut.ops import kernels
 from tokencut.ops.exporting import exporting, lifted, numbers, pick, running, whole
 from tokencut.ops.grid_clusters import GridClusters
+from tokencut.ops.ranking import take_rows
 
 # Members that cancel out leave a sum of rounding errors: it is not scaled up beyond this.
 LONGEST = 10.0
@@ -54,7 +55,33 @@ class Grouping:
     keep_norm: bool = False
 
 
-Decision = Selection | Grouping | GridClusters
+@dataclass(frozen=True)
+class GridGroups:
+    """The decision which tokens of a grid share one run of what looks at each token alone.
+
+    Attributes:
+        group: The group of each token, int64 `(B, N)`, values `0..M-1`: in the order of the tokens that stay.
+        stays: The token of each group that stays, int64 `(B, M)`, ascending.
+    """
+
+    group: Tensor
+    stays: Tensor
+
+    @property
+    def count(self) -> int:
+        """`M`, the groups; a plain number also where `torch.jit.trace` makes tensors of sizes."""
+        return int(self.stays.shape[1])
+
+    def given_back(self, x: Tensor) -> Tensor:
+        """What each token gets of its group, `(B, M, D)` to `(B, N, D)`."""
+        return take_rows(x, self.group)
+
+    def taken(self, x: Tensor) -> Tensor:
+        """The tokens that stay, `(B, N, D)` to `(B, M, D)`."""
+        return take_rows(x, self.stays)
+
+
+Decision = Selection | Grouping | GridClusters | GridGroups
 
 
 def membership(group: Tensor, count: int) -> Tensor:

@@ -210,7 +210,8 @@ def _times(removals: dict[int, float], factor: float) -> dict[int, float]:
 
 def budget_for(tokens: int, count: int, tokens_out: TokensOut) -> int:
     """The budget of a stage that lets `count` of `tokens` image tokens leave; `count` where no budget does."""
-    return next((budget for budget in range(count, 0, -1) if tokens_out(tokens, budget) == count), count)
+    tried = (*range(count, 0, -1), *range(count + 1, tokens))
+    return next((budget for budget in tried if tokens_out(tokens, budget) == count), count)
 
 
 def keep_for(tokens: int, budget: int) -> float:

@@ -122,7 +122,7 @@ def _stages(traces: Sequence[Trace], grid: Grid) -> list[DrawnStage]:
         before = made[-1].source if made else np.broadcast_to(first, source.shape)
         entering = made[-1].tokens_out if made else grid.patches
         heat = None if trace.attention is None else _on_patches(trace.attention.float().cpu().numpy(), before)
-        made.append(DrawnStage(trace.block, entering, trace.tokens.count, source, heat))
+        made.append(DrawnStage(trace.block, entering, trace.tokens.runs, source, heat))
     return made
 
 
