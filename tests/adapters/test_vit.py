@@ -276,11 +276,14 @@ def test_where_a_gpu_waits_for_its_host_blocks_run_in_halves_unless_something_is
     whole.clear()
     assert torch.equal(model(pixels), expected)
     assert not whole
-    model.model.blocks[0].register_forward_hook(lambda *_: None)
-    last = model.model.blocks[-1]
+    first, last = model.model.blocks[0], model.model.blocks[-1]
+    first.register_forward_hook(lambda *_: None)
     last.forward = last.forward
     assert torch.equal(model(pixels), expected)
-    assert whole == [model.model.blocks[0], last]
+    assert whole == [first, last]
+    model.model.blocks[0] = nn.Identity()  # what is not known runs as it is
+    model(pixels)
+    assert whole == [first, last, last]
 
 
 def noting(seen: list[Any], forward: Any) -> Any:

@@ -137,7 +137,9 @@ class ColumnarAdapter(Adapter):
         """
         arguments = context.block_arguments()
         for block in blocks:
-            if self.needs_halves(block, features, context) or (hurried and all(map(is_bare, self.stood_in_for(block)))):
+            kind = known_class(block, self.handlers) if hurried else None
+            bare = kind is not None and self.handlers[kind].is_bare(block)
+            if bare or self.needs_halves(block, features, context):
                 features = self._in_halves(block, features, context)
             else:
                 features = block(features, **arguments)

@@ -90,6 +90,16 @@ class BlockHandler:
         """Whether timm's block, under a mask, leaves out hooks that it runs without one."""
         return False
 
+    def is_bare(self, block: TimmModule) -> bool:
+        """Whether the two halves are all that calling the block does: its attention is known and fused, and nothing is
+        around either.
+        """
+        layers = self.attentions(block)
+        for part in (block, *layers):
+            if not is_bare(part) or not vars(part).get("fused_attn", True):
+                return False
+        return None not in [known_class(layer, self.attention_runs) for layer in layers]
+
     def mlp_half(self, block: TimmModule, x: Tensor) -> Tensor:
         """Behind the stage, `(B, P + M, D)` to the same."""
         parts = parts_of(block)

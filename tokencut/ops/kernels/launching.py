@@ -69,8 +69,8 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launches the kernel on the current device, which is that of the tensors."""
-        device = tensors[0].get_device()
-        key = (device, *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
+        device, addresses = tensors[0].get_device(), [tensor.data_ptr() for tensor in tensors]
+        key = (device, *[tensor.dtype for tensor in tensors], *[address % 16 == 0 for address in addresses])
         ready = self._ready.get(key)
         if ready is None:
             compiled = self._function[self._grid](*tensors, *self._numbers, **self._settings)
@@ -80,6 +80,7 @@ class Launch:
             return
         compiled, run, function, metadata, stream_of = ready
         if _RUN_DIRECTLY:
-            run(*self._grid, stream_of(device), function, metadata, None, None, None, *tensors, *self._behind)
+            # Of a tensor Triton would ask the driver where it is, once for each.
+            run(*self._grid, stream_of(device), function, metadata, None, None, None, *addresses, *self._behind)
         else:
             compiled[self._grid](*tensors, *self._behind)
