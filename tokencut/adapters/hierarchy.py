@@ -2,8 +2,8 @@
 
 Of such a model the third stage is reduced, in which most blocks are. From one of its blocks on tokens share what their
 MLPs do, and all of them stay; or they are clustered to a smaller grid before that block, and each token of the grid is
-had back behind the last. All else is timm's own forward, which is run
-with another `blocks` in that one stage (`calling.StandIn`); no module is changed.
+had back behind the last. All else is timm's own forward, which is run with another `blocks` in that one stage
+(`calling.StandIn`); no module is changed.
 """
 
 from __future__ import annotations
