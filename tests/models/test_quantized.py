@@ -102,6 +102,18 @@ def flip(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, T
     return damage
 
 
+def refused(damage: Callable[[dict[str, Tensor]], Any], kind: str, path: Path) -> str:
+    """What is said of a file that was damaged, in one line."""
+    tokencut.save(tokencut.quantize(compressed(), kind), path)
+    tensors, metadata = load_file(path), metadata_of(path)
+    damage(tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ArtifactError) as caught:
+        tokencut.load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 NUMBERS, SCALE = (f"tokencut.{part}.blocks.0.attn.qkv.weight" for part in ("quantized", "scale"))
 
 
@@ -122,14 +134,7 @@ NUMBERS, SCALE = (f"tokencut.{part}.blocks.0.attn.qkv.weight" for part in ("quan
     ],
 )
 def test_damaged_numbers_are_refused(damage: Callable[[dict[str, Tensor]], Any], says: str, tmp_path: Path) -> None:
-    path = tmp_path / "q.safetensors"
-    tokencut.save(tokencut.quantize(compressed(), "int8"), path)
-    tensors, metadata = load_file(path), metadata_of(path)
-    damage(tensors)
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(ArtifactError) as caught:
-        tokencut.load(path)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in refused(damage, "int8", tmp_path / "q.safetensors")
 
 
 @pytest.mark.parametrize(("said", "says"), [('"fp8"', "where its description says fp8"), ('"int4"', "int8 or fp8")])
@@ -274,14 +279,7 @@ TOKEN_SCALE = "tokencut.token_scale.blocks.0.attn.qkv.weight"
 def test_a_damaged_scale_of_tokens_is_refused(
     damage: Callable[[dict[str, Tensor]], Any], says: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "q.safetensors"
-    tokencut.save(tokencut.quantize(compressed(), "fp8"), path)
-    tensors, metadata = load_file(path), metadata_of(path)
-    damage(tensors)
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(ArtifactError) as caught:
-        tokencut.load(path)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in refused(damage, "fp8", tmp_path / "q.safetensors")
 
 
 @torch.no_grad()
