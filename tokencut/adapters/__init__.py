@@ -76,9 +76,10 @@ from tokencut.errors import ModelError, UsageError
 from tokencut.ops.constants import constant
 from tokencut.ops.exporting import exporting
 from tokencut.ops.grid_clusters import Windows
+from tokencut.ops.grouping import GridGroups
 from tokencut.ops.ranking import take
 from tokencut.schedule import Keep, Schedule, TokensOut, default_layers, kept_tokens, make_schedule
-from tokencut.tokens import Tokens, full_precision, unclustered
+from tokencut.tokens import Tokens, full_precision, group_means, unclustered
 from tokencut.unmerging import Unmerging
 
 __all__ = [
@@ -91,6 +92,7 @@ __all__ = [
     "ClassAndMean",
     "ColumnarAdapter",
     "Context",
+    "GridGroups",
     "HierarchicalAdapter",
     "Keep",
     "Layers",
@@ -133,6 +135,7 @@ __all__ = [
     "fused_attention",
     "fused_attention_macs",
     "grid_positions",
+    "group_means",
     "has_biased_kernel",
     "has_hooks",
     "instead_of",

@@ -30,8 +30,10 @@ from tokencut.ops.density_peaks import (
 )
 from tokencut.ops.exporting import exporting, numbers, pick, put, running, whole
 from tokencut.ops.grid_clusters import ClusterRule, GridClusters, grid_clusters, grid_pool
+from tokencut.ops.grid_groups import grid_groups, grid_groups_macs
 from tokencut.ops.grouping import (
     Decision,
+    GridGroups,
     Grouping,
     Selection,
     group_average,
@@ -53,6 +55,7 @@ __all__ = [
     "Decision",
     "FEATURE_KINDS",
     "GridClusters",
+    "GridGroups",
     "Grouping",
     "Method",
     "PeakRule",
@@ -71,6 +74,8 @@ __all__ = [
     "density_clusters",
     "exporting",
     "grid_clusters",
+    "grid_groups",
+    "grid_groups_macs",
     "grid_pool",
     "group_average",
     "group_sum",
