@@ -82,6 +82,7 @@ def test_it_un_merges_as_it_is_told_and_leaves_the_model_alone(unmerge: str) -> 
         assert all(torch.equal(one, other) for one, other in zip(backbone(images()), expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bat", "topk", "evit"])
 def test_it_exports_in_one_graph(method: str) -> None:
     backbone, x = features_only(compressed_model(method=method), norm=True), images()

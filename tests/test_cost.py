@@ -142,6 +142,7 @@ def test_compressed_closed_form_is_fvcore_to_the_last_digit(fixture: str, method
     assert (count.total, dict(count.uncounted)) == (closed_form(compressed), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "arguments"),
     [
@@ -199,6 +200,7 @@ def test_deit_s_at_its_own_size_is_fvcore_to_the_last_digit() -> None:
     assert count_macs(compressed, (3, 224, 224)).total == closed_form(compressed)
 
 
+@pytest.mark.slow
 def test_a_giant_costs_no_memory() -> None:
     """Counted where there is no weight to multiply with: a forward of it would be 0.9 T multiply-adds."""
     compressed = compress(weightless("vit_giant_patch14_reg4_dinov2"), keep=0.5)

@@ -143,6 +143,7 @@ def real_images(archive: Path, model: nn.Module, count: int) -> tuple[Tensor, Te
     return torch.stack(images), torch.tensor([classes.index(Path(m.name).parent.name) for m in chosen])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpoint", "archive", "count"),
     [("cifar10_vit", "cifar10-val.tar", 100), ("tin100_deit_tiny", "tin100-val.tar", 20)],
@@ -165,6 +166,7 @@ def test_real_images_alone_and_in_a_batch(shared: Path, checkpoint: str, archive
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cifar_checkpoint_at_keep_07_is_within_a_point_of_dense(shared: Path) -> None:
     model = timm.create_model(f"local-dir:{shared / 'checkpoints' / 'cifar10_vit'}", pretrained=True).eval()
     compressed = compress(model, keep=0.7).eval()
@@ -249,6 +251,7 @@ def tracing(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
+@pytest.mark.slow
 @tracing
 @pytest.mark.parametrize(("method", "settings"), SETTINGS)
 def test_a_traced_model_is_the_model_for_other_images_and_batches_too(method: str, settings: dict[str, object]) -> None:

@@ -249,6 +249,7 @@ def test_a_file_keeps_it(case: str, form: dict[str, Any], tmp_path: Path) -> Non
         assert torch.equal(plain(pixels), model(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "keep", "layers", "saved"),
     [("window", "swin_small_patch4_window7_224", 0.75, [2], 18.4),

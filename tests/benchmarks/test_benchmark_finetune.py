@@ -47,6 +47,7 @@ def test_differences_are_paired_over_images_and_averaged_over_seeds() -> None:
     assert tuning_table.lead([first], [tuning_table.Line("x", 0.5, row("0000"), {9: row("1111")})]) is None
 
 
+@pytest.mark.slow
 def test_the_script_on_the_digits_and_once_more(tmp_path: Path, script: Script) -> None:
     pytest.importorskip("sklearn")
     output = tmp_path / "results.json"

@@ -114,6 +114,7 @@ class StandIn:
         self.thread.join()
 
 
+@pytest.mark.slow
 def test_what_the_browser_found_is_had_and_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runner.html").write_text(browser.RUNNER)
     monkeypatch.setattr(browser.subprocess, "Popen", StandIn)

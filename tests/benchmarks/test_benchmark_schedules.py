@@ -11,6 +11,7 @@ from tokencut.model import predicted_macs
 from tokencut.models import digits
 
 
+@pytest.mark.slow
 def test_a_row_beside_the_fixed_stages(benchmark: Callable[..., tuple[str, str]]) -> None:
     pytest.importorskip("sklearn")
     words = "digits --keep 0.2 --images 16 --effort 3 --limit 30"

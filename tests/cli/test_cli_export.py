@@ -53,6 +53,7 @@ def exported(exporting: Outcome) -> Path:
     return Path(exporting.json["output"])
 
 
+@pytest.mark.slow
 def test_json_has_its_keys(exporting: Outcome, artifact: Path, pictures: Path) -> None:
     done, path = exporting, artifact.parent / "onnx" / "model.onnx"
     assert (done.code, done.notes) == (0, [])
@@ -82,6 +83,7 @@ def test_people_get_lines(run: Run, artifact: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_name_and_dense(run: Run, tmp_path: Path) -> None:
     done = run("export", *SMALLEST, "--dense", "-o", tmp_path / "m.pt2", "--limit", "2", "--json")
     assert (done.json["method"], done.json["keep"], done.json["opset"]) == (None, 1.0, None)

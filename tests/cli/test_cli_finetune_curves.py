@@ -26,6 +26,7 @@ def curves(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_curves_for_tensorboard_go_on_where_the_run_does(
     run: Run, tmp_path: Path, train: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_json_has_the_contracts_keys(run: Run) -> None:
     done = run("profile", *TINY, "--keep", "0.5", "--batch-size", "2", "--json")
     report = done.json
@@ -58,6 +59,7 @@ def test_people_get_a_table_with_both_sides(run: Run) -> None:
     assert "% of the time is spent in the stages" in done.out
 
 
+@pytest.mark.slow
 def test_by_block_lists_blocks_and_what_is_not_counted(run: Run) -> None:
     words = ("profile", *TINY, "--keep", "0.5", "--no-latency", "--by-block")
     report = run(*words, "--json").json

@@ -46,6 +46,7 @@ def test_a_found_schedule_is_in_the_file(run: Run, pictures: Path, tmp_path: Pat
     assert run("info", path, "--json").json["recipe"]["keep"] == found["keep"]
 
 
+@pytest.mark.slow
 def test_another_point_of_the_front_can_be_typed(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
     path = tmp_path / "out.safetensors"
     made = run("compress", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, *QUICK, "-o", path)
@@ -60,6 +61,7 @@ def test_another_point_of_the_front_can_be_typed(run: Run, pictures: Path, tmp_p
         assert stages == {block: point["tokens"][block - 1] for block in point["layers"]}
 
 
+@pytest.mark.slow
 def test_profile_writes_a_front_only_where_it_is_told(run: Run, pictures: Path, tmp_path: Path) -> None:
     words = ("profile", *TINY, "--max-drop", "70", "--calibration", pictures, *QUICK, "--no-latency", "--json")
     first = run(*words)
@@ -75,6 +77,7 @@ def test_profile_writes_a_front_only_where_it_is_told(run: Run, pictures: Path, 
     assert json.loads(path.read_text())["target"] == "--max-drop 70"
 
 
+@pytest.mark.slow
 def test_what_is_found_reads_well_for_one_image(run: Run, pictures: Path, gmacs: float) -> None:
     done = run("profile", *TINY, "--target-gmacs", gmacs, "--calibration", pictures, "--calibration-limit", "1", *QUICK,
                "--no-latency")  # fmt: skip
@@ -83,6 +86,7 @@ def test_what_is_found_reads_well_for_one_image(run: Run, pictures: Path, gmacs:
     assert re.search(r"\d\.\d\d points of \S+ on labels, as expected on other images; one image tells", done.out)
 
 
+@pytest.mark.slow
 def test_calibration_that_is_also_data_is_told_of(run: Run, pictures: Path, tmp_path: Path, gmacs: float) -> None:
     path = tmp_path / "out.safetensors"
     words = ("compress", *TINY, "--target-gmacs", gmacs, "--calibration", f"{pictures}/.", *QUICK, "-o", path)
@@ -102,6 +106,7 @@ def signal_when(monkeypatch: pytest.MonkeyPatch, wanted: Callable[[str, Mapping[
     monkeypatch.setattr(CommandObserver, "progress", told)
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_with_the_best(
     run: Run, pictures: Path, tmp_path: Path, gmacs: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

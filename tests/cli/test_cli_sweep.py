@@ -30,6 +30,7 @@ def _matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokencut.visualization.grid.PANEL", 64)
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_json_and_files_have_the_contracts_keys(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -53,6 +54,7 @@ def test_json_and_files_have_the_contracts_keys(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_rows_are_those_of_eval_and_profile(run: Run, pictures: Path, tmp_path: Path) -> None:
     images = ("--data", pictures, "-j", "0", "--limit", "6", "--json")
@@ -68,6 +70,7 @@ def test_rows_are_those_of_eval_and_profile(run: Run, pictures: Path, tmp_path: 
     assert evit["images_per_second"] is None
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_people_get_tables_with_differences(run: Run, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "report"
@@ -89,6 +92,7 @@ def test_people_get_tables_with_differences(run: Run, pictures: Path, tmp_path: 
         assert len(list(csv.DictReader(file))) == 7
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_an_interrupted_sweep_says_how_to_go_on(
     run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -116,6 +120,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     assert f"1 of 2 rows were finished before and are taken from {tmp_path / 'r'}" in done.notes
 
 
+@pytest.mark.slow
 @needs_matplotlib
 def test_the_recipe_of_a_file_does_not_count(run: Run, compressed: Path, pictures: Path, tmp_path: Path) -> None:
     done = run("sweep", compressed, "--methods", "topk", "--keep", "0.5", "--data", pictures, *QUICK, "--json",
@@ -207,6 +212,7 @@ def test_what_can_be_checked_without_the_model_is(
         assert run("sweep", "deit_base", "--data", pictures, "-o", tmp_path / "report", *wrong).code in (1, 2)
 
 
+@pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_progress_shows_what_is_running_and_what_is_left(

@@ -56,6 +56,7 @@ def truths(program: torch.export.ExportedProgram) -> list[str]:
     return [node.target._opname for node in found if node.meta["val"].dtype == torch.bool]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 2])
 def test_comparisons(images: int) -> None:
     program = captured(Compares(), SCORES, TOKENS)

@@ -40,6 +40,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     return export_model(small(), tmp_path_factory.mktemp("packed") / "model.pt2", limit=5, batch_size=2)
 
 
+@pytest.mark.slow
 def test_any_number_of_images(dynamic: ExportReport) -> None:
     session, model = onnxruntime.InferenceSession(dynamic.output), small()
     assert [dim if isinstance(dim, int) else "batch" for dim in session.get_inputs()[0].shape] == ["batch", 3, 64, 64]
@@ -73,6 +74,7 @@ def test_an_onnx_file_is_sound_and_says_what_it_is(dynamic: ExportReport) -> Non
     assert dynamic.info.recipe == small().recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["dynamic", "packed"])
 def test_a_file_holds_no_path_and_stands_alone(which: str, request: pytest.FixtureRequest) -> None:
     report: ExportReport = request.getfixturevalue(which)

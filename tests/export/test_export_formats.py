@@ -70,6 +70,7 @@ def test_extremes_and_lengths_have_shapes_and_torchs_values() -> None:
     assert ranks == [wanted.dim() for wanted in expected]
 
 
+@pytest.mark.slow
 def test_equal_scores_keep_their_order() -> None:
     """onnxruntime's TopK and torch's stable sort, on 6 values 50 times over."""
     whole = torch.randint(-3, 3, (4, 300), generator=torch.Generator().manual_seed(1))

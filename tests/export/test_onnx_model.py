@@ -70,6 +70,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("pictures") / "val", CLASSES, images=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 4, 9])
 def test_the_same_logits_for_any_number_of_images(files: Files, batch: int) -> None:
     model = small()

@@ -30,6 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     return export_model(small("topk"), tmp_path_factory.mktemp("openvino") / "m.xml", limit=5, batch_size=2)
 
 
+@pytest.mark.slow
 def test_it_gives_the_models_logits(report: ExportReport) -> None:
     model = small("topk")
     assert names_in(report.output.parent) == ["m.bin", "m.xml"]
@@ -156,6 +157,7 @@ def signal_stack() -> int | None:
     return start
 
 
+@pytest.mark.slow
 def test_the_stack_for_signals_stays_that_of_the_thread(report: ExportReport) -> None:
     # OpenVINO puts another in its place where a plugin is loaded, and back what may be unmapped by then.
     before = signal_stack()

@@ -111,6 +111,7 @@ def decisions(model: VisionTransformer, method: str, options: dict[str, Any], im
     return [trace.tokens.source for trace in traces if trace.tokens.source is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", FACTORS)
 @pytest.mark.parametrize(
     ("method", "options", "rewriting"), REWRITTEN, ids=lambda value: getattr(value, "__name__", str(value))

@@ -65,6 +65,7 @@ def test_dense_accuracy_on_the_test_images() -> None:
     assert abs(correct - 591) <= 1
 
 
+@pytest.mark.slow
 def test_training_script_gives_the_same_bytes_again(
     monkeypatch: pytest.MonkeyPatch, run_script: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_number_of_eight_bits_that_is_none_is_found(tmp_path: Path) -> None:
         tokencut.load(path)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_is_left_as_it_was_and_may_be_cast_copied_and_counted(kind: str) -> None:
     plain = compressed()

@@ -163,6 +163,7 @@ def test_report_without_latency_has_the_contracts_keys() -> None:
     assert json.loads(json.dumps(values)) == values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_model_of_other_channels_is_profiled(channels: int) -> None:
     report = profile(compress(small(in_chans=channels), keep=0.5), rounds=3, batch_size=1, device="cpu")
@@ -257,6 +258,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compressed", "note"),
     [
@@ -304,6 +306,7 @@ def test_a_closed_form_that_disagrees_is_a_note(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_profiling_leaves_the_model_as_it_was(precision: str) -> None:
     model = compress(small(), keep=0.5).train()
@@ -319,6 +322,7 @@ def test_profiling_leaves_the_model_as_it_was(precision: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_memory() -> None:
     model = compress(small(), keep=0.5)
     full, half = (profile(model, batch_size=1, device="cpu", rounds=3, precision=name) for name in ("fp32", "bf16"))
@@ -384,6 +388,7 @@ LAUNCHES = ("launch-bound: the GPU works 500.00 of 2000.00 ms a batch, and else 
 COMPUTES = "compute-bound: the GPU works all the time, which "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("replayed", "keep", "precision", "bound", "note"),
     [

@@ -56,6 +56,7 @@ def captured(model: nn.Module, pixels: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(methods(keeps_grid=False)))
 def test_every_method_is_one_graph(method: str) -> None:
     model = small(method=method)
@@ -63,6 +64,7 @@ def test_every_method_is_one_graph(method: str) -> None:
         torch.testing.assert_close(captured(model, images()), model(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), BLOCKS.items(), ids=BLOCKS)
 def test_every_kind_of_block_is_one_graph(name: str, options: dict[str, Any]) -> None:
     model = small(name, "evit", **options)  # reads class attention, and merges, so that later blocks have a bias
@@ -70,6 +72,7 @@ def test_every_kind_of_block_is_one_graph(name: str, options: dict[str, Any]) ->
         torch.testing.assert_close(captured(model, images()), model(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_one_graph(precision: torch.dtype) -> None:
     model = small()
@@ -77,6 +80,7 @@ def test_half_precision_is_one_graph(precision: torch.dtype) -> None:
         torch.testing.assert_close(captured(model, images()), model(images()), rtol=0.1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_any_batch_is_one_graph() -> None:
     """The graph does not hold the number of images, so a batch of another size needs no other one."""
     model, runs = small(), []
@@ -93,6 +97,7 @@ def test_any_batch_is_one_graph() -> None:
     assert len(runs) == 1
 
 
+@pytest.mark.slow
 def test_kernels_give_the_same_logits() -> None:
     """Inductor, on the smallest model: every kernel takes a second of C++ compiler."""
     model = small(depth=1, embed_dim=16, num_heads=1)

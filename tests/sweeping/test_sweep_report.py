@@ -100,6 +100,7 @@ def test_the_json_of_a_report(report: SweepReport) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_all_files_are_written(report: SweepReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = Picture(np.full((20, 30, 3), 200, np.uint8), (), ())

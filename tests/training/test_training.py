@@ -25,6 +25,7 @@ from tokencut.training.state import load_state
 from tokencut.training.step import Trainer, TrainingDivergedError
 
 
+@pytest.mark.slow
 def test_it_wins_back_what_was_lost_on_digits() -> None:
     # Half of the bundled training images, so that it takes seconds.
     source = Subset(open_source("digits", split="train"), range(0, 1197, 2))

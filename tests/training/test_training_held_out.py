@@ -64,6 +64,7 @@ def test_only_images_that_were_judged_both_times_count() -> None:
     assert (found.images, found.difference.points) == (3, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"select": "best"}, {"precision": "bf16"}],
@@ -152,6 +153,7 @@ def test_predictors_that_are_new_are_no_new_head(some: Source) -> None:
     assert report.held_out.images == 40
 
 
+@pytest.mark.slow
 def test_training_is_as_random_as_without_the_judging(some: Source) -> None:
     # The images that are left, given as such, are trained on alike.
     left = hold_out(some, 0.2, 0)[0]

@@ -35,6 +35,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_workers_change_nothing(few
     assert not same(first, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "method"), [(1, "evit"), (5, "bat"), (7, "evit"), (8, "dyvit")])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(few: Source, tmp_path: Path, steps: int, method: str) -> None:
     recipe = WILD if method != "dyvit" else dataclasses.replace(WILD, alpha=0.0, beta=0.0, keep_warmup=0.0)

@@ -196,6 +196,7 @@ def test_nothing_reduced_is_the_image_alone(photos: list[Path]) -> None:
     assert found.views[0].stages == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_files_are_the_same_each_time(form: str, start: bytes, photos: list[Path], tmp_path: Path) -> None:
     for name in ("one", "two"):

@@ -216,6 +216,7 @@ def test_jobs_are_done_once_and_tried_twice(tmp_path: Path) -> None:
     assert claims.is_open(late, again) and again.tries(late.key) == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_is_done_when_it_has_every_row_and_given_up_when_it_fails(
     data: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def test_constants_are_those_of_the_plain_functions() -> None:
     assert phases.TINY.value == torch.finfo(torch.float32).tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("count", "parts"), [(24, 1), (24, 4), (23, 4)])
 def test_clusters_and_their_averages(rule: PeakRule, count: int, parts: int, device: str) -> None:
@@ -61,6 +62,7 @@ def test_clusters_and_their_averages(rule: PeakRule, count: int, parts: int, dev
     assert torch.equal(held.cpu(), group_sum(expected.group, sizes, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sized", [False, True])

@@ -73,6 +73,7 @@ def test_models_with_and_without_kernels(method: str, dtype: torch.dtype, monkey
     torch.testing.assert_close(fast, slow, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tokencut.ops.kernels import medoids
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 @pytest.mark.parametrize(("count", "clusters"), [(24, 9), (70, 30), (5, 1)])
 def test_clusters(count: int, clusters: int, iterations: int, device: str) -> None:
