@@ -13,31 +13,29 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_what_the_mlps_run_for_is_told(run: Run, tmp_path: Path) -> None:
-    small = (*SMALL, "--method", "tomesd")
+@pytest.mark.parametrize(
+    ("options", "method", "told", "nearly_all", "all_of_them"),
+    [
+        ((), "window", "note: of each 4 x 4 tokens 3 x 3 stay, 0.562 of them, the nearest to --keep 0.5\n", "0.9",
+         "note: at --keep 0.9 the nearest to that share of 4 x 4 tokens is all of them, so nothing is reduced; the "
+         "next smaller is 3 x 3, --keep 0.56\n"),
+        (("--method", "tomesd"), "tomesd",
+         "note: the MLPs run for 4 of 16 tokens, which leaves 0.538 of a block's multiply-adds, the near", "0.95",
+         "note: at --keep 0.95 the nearest to that share of a block's multiply-adds is all of them, so nothing is "
+         "reduced; the next smaller is --keep 0.73\n"),
+    ],
+)  # fmt: skip
+def test_the_nearest_that_there_is_is_told(
+    run: Run, tmp_path: Path, options: tuple[str, ...], method: str, told: str, nearly_all: str, all_of_them: str
+) -> None:
+    small = (*SMALL, *options)
     done = run("compress", *small, "--keep", "0.5", "-o", tmp_path / "out.safetensors", "--json")
-    assert "note: the MLPs run for 4 of 16 tokens, which leaves 0.538 of a block's multiply-adds, the near" in done.err
-    assert (done.json["method"], done.json["layers"]) == ("tomesd", [2])
+    assert told in done.err
+    assert (done.json["method"], done.json["layers"]) == (method, [2])
     assert done.json["gmacs"] < done.json["dense_gmacs"]
-    whole = run("compress", *small, "--keep", "0.95", "-o", tmp_path / "whole.safetensors", "--json")
+    whole = run("compress", *small, "--keep", nearly_all, "-o", tmp_path / "whole.safetensors", "--json")
     assert whole.json["gmacs"] == whole.json["dense_gmacs"]
-    assert (
-        "note: at --keep 0.95 the nearest to that share of a block's multiply-adds is all of them, so nothing is "
-        "reduced; the next smaller is --keep 0.73\n" in whole.err
-    )
-
-
-def test_the_nearest_window_is_told(run: Run, tmp_path: Path) -> None:
-    done = run("compress", *SMALL, "--keep", "0.5", "-o", tmp_path / "out.safetensors", "--json")
-    assert "note: of each 4 x 4 tokens 3 x 3 stay, 0.562 of them, the nearest to --keep 0.5\n" in done.err
-    assert (done.json["method"], done.json["layers"]) == ("window", [2])
-    assert done.json["gmacs"] < done.json["dense_gmacs"]
-    whole = run("compress", *SMALL, "--keep", "0.9", "-o", tmp_path / "whole.safetensors", "--json")
-    assert whole.json["gmacs"] == whole.json["dense_gmacs"]
-    assert (
-        "note: at --keep 0.9 the nearest to that share of 4 x 4 tokens is all of them, so nothing is reduced; the next "
-        "smaller is 3 x 3, --keep 0.56\n" in whole.err
-    )
+    assert all_of_them in whole.err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tokencut.adapters.pooling import ClassAndMean, weighted_mean
 from tokencut.adapters.subclasses import known_class, why_unknown
 from tokencut.adapters.vit_blocks import BlockHandler
 from tokencut.attention import AttentionInfo, TimmModule, has_biased_kernel
-from tokencut.calling import call, is_bare, is_patched, parts_of, through, unwrapped
+from tokencut.calling import call, is_bare, parts_of, through, unwrapped
 from tokencut.cost import Macs, ModelCost
 from tokencut.errors import ModelError
 from tokencut.tokens import Tokens
@@ -297,7 +297,7 @@ def patches(embed: TimmModule, images: Tensor) -> Any:
     plain = (
         type(proj) is nn.Conv2d and embed.flatten and not embed.dynamic_img_pad and size == list(embed.img_size or ())
     )
-    if not plain or not is_bare(embed) or not is_bare(proj) or is_patched(embed) or is_patched(proj):
+    if not plain or not is_bare(embed) or not is_bare(proj):
         return embed(images)
     (rows, columns), (height, width) = embed.grid_size, embed.patch_size
     if size != [rows * height, columns * width]:

@@ -137,9 +137,9 @@ def quantized_weights(model: nn.Module) -> dict[str, EightBits]:
         if isinstance(part, QuantizedLinear):
             kind = next(kind for kind, dtype in KINDS.items() if dtype == part.numbers.dtype)
             found[_joined(name, "weight")] = EightBits(kind, part.numbers.data, part.scale, part.token_scale)
-    other = next((name for name, value in model.state_dict().items() if not isinstance(value, Tensor)), None)
-    if other is not None:
-        raise _no_file(other, model.state_dict()[other])
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise _no_file(name, value)
     return found
 
 
